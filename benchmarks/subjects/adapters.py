@@ -1,0 +1,64 @@
+"""Several adapters on one model: switching between them, and loading the first and the twentieth."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+
+from torch import nn
+
+from benchmarks.measure import Numbers, measure, seconds
+from benchmarks.models import ALL_LINEAR, Llama, stack
+from benchmarks.subjects.wrapping import config, wrapped
+
+
+@measure("set_adapter, 2,000 layers, 2 adapters", repeats=5)
+def switch() -> Iterator[Numbers]:
+    """There and back, and into and out of disable_adapter."""
+    model = wrapped(stack(2000, 8))
+    model.add_adapter("b", config())
+
+    def toggle() -> None:
+        with model.disable_adapter():
+            pass
+
+    while True:
+        there = seconds(lambda: model.set_adapter("b"))
+        back = seconds(lambda: model.set_adapter("default"))
+        yield {"set_adapter": min(there, back), "disable_adapter": seconds(toggle)}
+
+
+def growth(numbers: Numbers) -> Numbers:
+    """How much dearer the twentieth is than the first."""
+    return {"20th over 2nd|x": numbers["20th"] / numbers["2nd"]}
+
+
+@measure(
+    "load adapters from disk, 28 targets, r=8", repeats=3, derive=growth, ceilings={"20th over 2nd|x": 1.2}
+)
+def load() -> Iterator[Numbers]:
+    """save_pretrained, from_pretrained, then load_adapter up to the twentieth."""
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = wrapped(small(), target_modules=ALL_LINEAR, init_lora_weights=False)
+        while True:
+            saving = seconds(lambda: source.save_pretrained(folder))
+            keep: list[nn.Module] = []
+            base = small()
+            first = seconds(lambda keep=keep, base=base: keep.append(PeftModel.from_pretrained(base, folder)))
+            times = [
+                seconds(lambda i=i, keep=keep: keep[0].load_adapter(folder, adapter_name=f"a{i}"))
+                for i in range(2, 22)
+            ]
+            yield {
+                "save_pretrained": saving,
+                "from_pretrained": first,
+                "2nd": min(times[:2]),
+                "20th": min(times[-2:]),
+            }
+
+
+def small() -> nn.Module:
+    """4 layers of hidden 256."""
+    return Llama(4, 256, 688, 4, 512)

@@ -1,0 +1,116 @@
+"""Running an adapted model: decoding one token, and training steps, each against the bare frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import Numbers, added, calls, measure, smallest
+from benchmarks.models import ALL_LINEAR, Llama, frozen, stack
+from benchmarks.subjects.wrapping import wrapped
+
+
+@measure(
+    "decode one token, 24 layers of hidden 256, all-linear r=8",
+    repeats=8,
+    derive=added,
+    limits={"adapted: added to bare": 0.5, "disabled: added to bare": 0.5},
+)
+@torch.no_grad()
+def decode() -> Iterator[Numbers]:
+    """168 adapted layers at the size where the interpreter decides."""
+    token = torch.tensor([[1]])
+    bare = frozen(Llama(24, 256, 688, 4)).eval()
+    adapted = wrapped(Llama(24, 256, 688, 4), target_modules=ALL_LINEAR).eval()
+    run: Callable[[], Tensor] = lambda: adapted(token)  # noqa: E731
+    while True:
+        numbers = {"bare": smallest(lambda: bare(token), 3, 3), "adapted": smallest(run, 3, 3)}
+        with adapted.disable_adapter():
+            numbers["disabled"] = smallest(run, 3, 3)
+        yield numbers
+
+
+@measure("function calls of one forward", repeats=1, unit="", ceilings={"LoRA": 25})
+@torch.no_grad()
+def forward_calls() -> Iterator[Numbers]:
+    """Python and C functions entered by one adapted Linear beyond those of the bare one."""
+    x = torch.randn(1, 64)
+    bare = stack(1, 64)[0].proj
+    cases: dict[str, dict[str, Any]] = {
+        "LoRA": {},
+        "LoRA, two active": {"two": True},
+        "DoRA": {"use_dora": True},
+    }
+    while True:
+        floor = calls(lambda: bare(x))
+        yield {name: layer_calls(x, **options) - floor for name, options in cases.items()}
+
+
+def layer_calls(x: Tensor, two: bool = False, **options: object) -> int:
+    """Calls of one adapted layer, after warming up."""
+    model = wrapped(stack(1, x.shape[-1]), **options)
+    if two:
+        model.add_adapter("b", model.peft_config["default"])
+        model.base_model.set_adapter(["default", "b"])
+    layer = model.eval().base_model.model[0].proj
+    for _ in range(3):
+        layer(x)
+    return calls(lambda: layer(x))
+
+
+def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Forward and backward, gradients thrown away; x wants one, so that both models go down to the bottom."""
+
+    def run() -> None:
+        x.grad = None
+        model(x).float().logsumexp(-1).mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def train(dtype: torch.dtype = torch.float32, **options: object) -> Iterator[Numbers]:
+    """Repetitions of one training step of the bare and of the adapted model."""
+    x = torch.randn(2, 64, 512, dtype=dtype, requires_grad=True)
+    shape = (8, 512, 1376, 8)
+    bare = step(frozen(Llama(*shape).to(dtype)), x)
+    adapted = step(wrapped(Llama(*shape).to(dtype), r=16, target_modules=ALL_LINEAR, **options).train(), x)
+    bare(), adapted()
+    while True:
+        yield {"bare": smallest(bare, 2), "step": smallest(adapted, 2)}
+
+
+SHAPE = "train step, 30M Llama shape, 128 tokens, all-linear r=16"
+
+
+@measure(f"{SHAPE}, dropout 0", repeats=4, derive=added, limits={"step": 1.0})
+def train_plain() -> Iterator[Numbers]:
+    """fp32."""
+    yield from train()
+
+
+@measure(f"{SHAPE}, dropout 0.1", repeats=4, derive=added, limits={"step": 1.0})
+def train_dropout() -> Iterator[Numbers]:
+    """fp32 with dropout."""
+    yield from train(lora_dropout=0.1)
+
+
+@measure(f"{SHAPE}, bf16 base, fp32 adapters", repeats=4, derive=added, limits={"step": 1.0})
+def train_bf16() -> Iterator[Numbers]:
+    """Mixed dtypes."""
+    yield from train(torch.bfloat16)
+
+
+@measure(f"{SHAPE}, bf16 base, fp32 adapters, dropout 0.1", repeats=4, derive=added, limits={"step": 1.0})
+def train_bf16_dropout() -> Iterator[Numbers]:
+    """Mixed dtypes with dropout."""
+    yield from train(torch.bfloat16, lora_dropout=0.1)
+
+
+@measure(f"{SHAPE}, DoRA", repeats=4, derive=added, limits={"step": 1.0})
+def train_dora() -> Iterator[Numbers]:
+    """fp32 DoRA."""
+    yield from train(use_dora=True)

@@ -1,0 +1,63 @@
+"""Parameter-efficient fine-tuning: adapt a large model by training a small one inside it.
+
+Every public name is imported when it is first used, so that `import peft` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from . import lazy
+from .errors import (
+    MissingTensorsWarning,
+    NoMatchingPeftModuleError,
+    PeftError,
+    PeftWarning,
+    UnexpectedTensorsWarning,
+    UnknownFieldWarning,
+    UnmatchedTargetWarning,
+    set_strict,
+)
+
+__version__ = "1.0.0.dev0"
+
+_NAMES = {
+    "peft.types": "PeftType TaskType",
+    "peft.config": "PeftConfig PromptLearningConfig",
+    "peft.methods.lora.config": """
+        ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraRuntimeConfig
+        MontecloraConfig VeloraConfig""",
+    "peft.methods.lora.model": "LoraModel",
+    "peft.registry": """
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+        PEFT_TYPE_TO_TUNER_MAPPING""",
+    "peft.model": "PeftModel",
+    "peft.heads": """
+        PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering
+        PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification""",
+    "peft.auto": """
+        AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction
+        AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification
+        AutoPeftModelForTokenClassification""",
+    "peft.mixed_model": "PeftMixedModel",
+    "peft.status": "get_layer_status get_model_status",
+    "peft.create": "get_peft_config get_peft_model inject_adapter_in_model",
+    "peft.core.checkpoint": """
+        get_base_model_state_dict get_peft_model_state_dict load_peft_weights set_base_model_state_dict
+        set_peft_model_state_dict""",
+    "peft.utils.other": "cast_mixed_precision_params prepare_model_for_kbit_training shift_tokens_right",
+    "peft.utils.constants": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+    "peft.core.targets": "plan",
+    "peft.core.tuner": "adapter_parameters",
+}
+
+__getattr__, __dir__, __all__ = lazy.names(__name__, _NAMES)
+__all__ += [
+    "MissingTensorsWarning",
+    "NoMatchingPeftModuleError",
+    "PeftError",
+    "PeftWarning",
+    "UnexpectedTensorsWarning",
+    "UnknownFieldWarning",
+    "UnmatchedTargetWarning",
+    "set_strict",
+]
+lazy.install()

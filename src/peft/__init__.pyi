@@ -1,0 +1,157 @@
+"""The public names for editors and type checkers; `__init__.py` imports them when they are used."""
+
+from .auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
+from .config import (
+    PeftConfig,
+    PromptLearningConfig,
+)
+from .core.checkpoint import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
+from .core.targets import (
+    plan,
+)
+from .core.tuner import (
+    adapter_parameters,
+)
+from .create import (
+    get_peft_config,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from .errors import (
+    MissingTensorsWarning,
+    NoMatchingPeftModuleError,
+    PeftError,
+    PeftWarning,
+    UnexpectedTensorsWarning,
+    UnknownFieldWarning,
+    UnmatchedTargetWarning,
+    set_strict,
+)
+from .heads import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from .methods.lora.config import (
+    ArrowConfig,
+    BdLoraConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
+from .methods.lora.model import (
+    LoraModel,
+)
+from .mixed_model import (
+    PeftMixedModel,
+)
+from .model import (
+    PeftModel,
+)
+from .registry import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from .status import (
+    get_layer_status,
+    get_model_status,
+)
+from .types import (
+    PeftType,
+    TaskType,
+)
+from .utils.constants import (
+    TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
+)
+from .utils.other import (
+    cast_mixed_precision_params,
+    prepare_model_for_kbit_training,
+    shift_tokens_right,
+)
+
+__version__: str
+
+__all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+    "ArrowConfig",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "BdLoraConfig",
+    "EvaConfig",
+    "KasaConfig",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "MissingTensorsWarning",
+    "MontecloraConfig",
+    "NoMatchingPeftModuleError",
+    "PeftConfig",
+    "PeftError",
+    "PeftMixedModel",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "PeftWarning",
+    "PromptLearningConfig",
+    "TaskType",
+    "UnexpectedTensorsWarning",
+    "UnknownFieldWarning",
+    "UnmatchedTargetWarning",
+    "VeloraConfig",
+    "adapter_parameters",
+    "cast_mixed_precision_params",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_peft_weights",
+    "plan",
+    "prepare_model_for_kbit_training",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+    "set_strict",
+    "shift_tokens_right",
+]

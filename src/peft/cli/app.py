@@ -1,0 +1,103 @@
+"""The typer application: turns the option dataclasses into commands and errors into one line."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any
+
+from peft.cli.options import GROUPS, EvalOptions, GenerateOptions, TrainOptions
+from peft.errors import PeftError
+
+
+def build_app() -> Any:
+    """The `typer.Typer` with the commands train, eval and generate."""
+    import typer
+
+    app = typer.Typer(
+        name="peft",
+        help="Parameter-efficient fine-tuning of language models.",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        pretty_exceptions_show_locals=False,
+    )
+    _add(app, "train", TrainOptions, _train, "Fine-tune a causal language model; run it again to resume.")
+    _add(app, "eval", EvalOptions, _evaluate, "Loss, perplexity and token accuracy of a saved adapter.")
+    _add(app, "generate", GenerateOptions, _generate, "Answer a prompt with a saved adapter.")
+    return app
+
+
+def _train(options: TrainOptions) -> int:
+    from peft.cli.check import check_train
+
+    check_train(options)
+    from peft.cli.train import run
+
+    return run(options)
+
+
+def _evaluate(options: EvalOptions) -> int:
+    from peft.cli.check import check_eval
+
+    check_eval(options)
+    from peft.cli.evaluate import run
+
+    return run(options)
+
+
+def _generate(options: GenerateOptions) -> int:
+    from peft.cli.check import check_generate
+
+    check_generate(options)
+    from peft.cli.generate import run
+
+    return run(options)
+
+
+def _add(app: Any, name: str, kind: type, run: Callable[[Any], int], help: str) -> None:
+    """Register `run` under `name`, with one command-line option for each field of the dataclass `kind`."""
+
+    def command(**values: Any) -> None:
+        import typer
+
+        raise typer.Exit(_guarded(run, kind(**values)))
+
+    command.__signature__ = _signature(kind)  # type: ignore[attr-defined]
+    app.command(name, help=help)(command)
+
+
+def _guarded(run: Callable[[Any], int], options: Any) -> int:
+    """The exit code: 0 done, 2 wrong option, 130 interrupted."""
+    from peft.cli.report import error
+
+    try:
+        return run(options)
+    except PeftError as problem:
+        error(str(problem))
+        return 2
+    except KeyboardInterrupt:
+        error("Interrupted. The same command goes on from the last saved state, if there is one.")
+        return 130
+
+
+def _signature(kind: type) -> inspect.Signature:
+    """Keyword parameters annotated with typer options, from the dataclass `kind`."""
+    import typer
+
+    types = typing.get_type_hints(kind)
+    parameters = []
+    for f in sorted(
+        fields(kind), key=lambda f: (GROUPS.index(f.metadata["group"]), f.default is not MISSING)
+    ):
+        meta = f.metadata
+        flag = meta["flag"] or "--" + f.name.replace("_", "-")
+        declared = typer.Option(flag, help=meta["help"], rich_help_panel=meta["group"])
+        default = inspect.Parameter.empty if f.default is MISSING else f.default
+        annotation = typing.Annotated[types[f.name], declared]  # type: ignore[valid-type,name-defined]
+        parameters.append(
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    return inspect.Signature(parameters)

@@ -1,0 +1,105 @@
+"""Every option of the command line, declared once: name, type, default, help and the group it is shown in.
+
+The command line, its `--help` and the checks are made from these dataclasses; scripts fill them in directly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any
+
+GROUPS = DATA, METHOD, TRAINING, RUN = "Model and data", "Method", "Training", "Run"
+
+
+def option(help: str, group: str, default: Any = MISSING, flag: str | None = None) -> Any:
+    """A dataclass field with its help text; without `default` the option is required."""
+    return field(default=default, metadata={"help": help, "group": group, "flag": flag})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What every command that reads examples needs."""
+
+    data: str = option(
+        "A .jsonl, .csv or .parquet file, or a hub data set (ORG/NAME or ORG/NAME:split).", DATA
+    )
+    prompt_column: str | None = option("Column of the prompt. Default: found by name.", DATA, None)
+    answer_column: str | None = option("Column of the answer. Default: found by name.", DATA, None)
+    text_column: str | None = option("Column of whole texts, instead of prompt and answer.", DATA, None)
+    template: str | None = option(
+        "What surrounds a prompt: text with {prompt} in it, or 'chat' for the tokenizer's template. "
+        "Kept with the adapter.",
+        DATA,
+        None,
+    )
+    max_length: int = option("Longest example in tokens; longer prompts lose their beginning.", DATA, 512)
+    batch: int = option("Examples per step and device.", TRAINING, 8)
+    dtype: str = option("Of the base model: auto, fp32 or bf16. Adapters are fp32.", RUN, "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(DataOptions):
+    """Options of `peft train`."""
+
+    model: str = option("Folder of a transformers model, or its hub id.", DATA)
+    output: Path = option("Folder for the adapter, its log and the loss curve.", RUN)  # noqa: RUF009
+    eval_data: str | None = option("Held-out examples, measured before and after.", DATA, None)
+    eval_split: str | None = option(
+        "Hold out a part: a fraction (0.1), or a split of the hub data set.", DATA, None
+    )
+    method: str = option("Fine-tuning method.", METHOD, "lora")
+    r: int = option("Rank of the update.", METHOD, 8, "--r")
+    alpha: float | None = option("Scale of the update is alpha / r. Default: 2 x r.", METHOD, None)
+    target: str = option(
+        "Layers to adapt: all-linear, or names with commas (q_proj,v_proj).", METHOD, "all-linear"
+    )
+    dropout: float = option("Dropout before the update.", METHOD, 0.0)
+    dora: bool = option("Learn magnitude and direction apart (DoRA).", METHOD, False, "--dora")
+    rslora: bool = option("Scale by alpha / sqrt(r) instead of alpha / r.", METHOD, False, "--rslora")
+    init: str = option(
+        "First weights: default, gaussian, orthogonal, pissa, pissa_niter_N, olora.", METHOD, "default"
+    )
+    epochs: float | None = option(
+        "Passes over the data. Default: 1, if --steps is not given.", TRAINING, None
+    )
+    steps: int | None = option("Number of optimizer steps, instead of --epochs.", TRAINING, None)
+    grad_accum: int = option("Batches per optimizer step.", TRAINING, 1)
+    lr: float = option("Highest learning rate (cosine decay).", TRAINING, 2e-4)
+    warmup: float = option(
+        "Rising part: a fraction of the steps if below 1, else a number of steps.", TRAINING, 0.1
+    )
+    seed: int = option("Fixes the order of the examples, the first weights and dropout.", TRAINING, 0)
+    gradient_checkpointing: bool = option(
+        "Less memory, a third more time.", TRAINING, False, "--gradient-checkpointing"
+    )
+    resume: bool = option(
+        "Insist on a saved state (without it, one is used if present).", RUN, False, "--resume"
+    )
+    overwrite: bool = option("Start again where OUTPUT holds an earlier run.", RUN, False, "--overwrite")
+    dry_run: bool = option("Print the plan and the trainable parameters, then stop.", RUN, False, "--dry-run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(DataOptions):
+    """Options of `peft eval`."""
+
+    adapter: Path = option("Folder written by `peft train` or `save_pretrained`.", DATA)  # noqa: RUF009
+    model: str | None = option("Base model. Default: the one named in the adapter.", DATA, None)
+    limit: int | None = option("Use only the first examples.", DATA, None)
+    base_only: bool = option("Measure the base model without the adapter.", RUN, False, "--base-only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Options of `peft generate`."""
+
+    adapter: Path = option("Folder written by `peft train` or `save_pretrained`.", DATA)  # noqa: RUF009
+    prompt: str = option("The prompt; - reads it from standard input.", DATA)
+    model: str | None = option("Base model. Default: the one named in the adapter.", DATA, None)
+    template: str | None = option("As in `peft train`. Default: the one kept with the adapter.", DATA, None)
+    max_new_tokens: int = option("Longest answer in tokens.", RUN, 64)
+    temperature: float = option("0 takes the likeliest token; higher values sample.", RUN, 0.0)
+    seed: int = option("Fixes sampling.", RUN, 0)
+    dtype: str = option("Of the base model: auto, fp32 or bf16.", RUN, "auto")
+    base_only: bool = option("Answer with the base model, to compare.", RUN, False, "--base-only")

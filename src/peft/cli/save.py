@@ -1,0 +1,69 @@
+"""Writing what a run has learnt, and going on from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from peft.cli import report
+from peft.cli.check import UsageError
+from peft.cli.state import CURVE, STATE, replace
+
+if TYPE_CHECKING:
+    from peft.cli.session import Session
+
+
+def save_adapter(session: Session) -> None:
+    """Write the adapter, the log and the loss curve."""
+    if not session.leads:
+        return
+    folder, log = session.options.output, session.log
+    folder.mkdir(parents=True, exist_ok=True)
+    session.plain.save_pretrained(str(folder))
+    log.peak_memory_gib = report.peak_memory()
+    log.save(folder)
+    title = f"{session.options.method} on {Path(session.options.data).name}"
+    if not report.loss_curve(folder / CURVE, log.losses, title):
+        report.say("No loss curve: matplotlib is not installed (pip install matplotlib).")
+
+
+def save_state(session: Session) -> None:
+    """Write the resumable state: adapter, optimizer and the steps so far."""
+    if not session.leads:
+        return
+    from peft import get_peft_model_state_dict
+
+    session.options.output.mkdir(parents=True, exist_ok=True)
+    state = {
+        "adapter": get_peft_model_state_dict(session.plain),
+        "optimizer": session.optimizer.state_dict(),
+        "steps": session.log.steps,
+        "before": session.log.before,
+    }
+    replace(session.options.output / STATE, lambda path: torch.save(state, path))
+    session.log.save(session.options.output)
+
+
+def restore(session: Session) -> None:
+    """Put adapter and optimizer back where the state file left them."""
+    from peft import set_peft_model_state_dict
+
+    log, path = session.log, session.options.output / STATE
+    if log.examples != len(session.train):
+        raise UsageError(
+            f"--data {session.options.data}: has {len(session.train)} training examples, the saved run had "
+            f"{log.examples}. Restore the file, or use --overwrite."
+        )
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises many kinds for a damaged file
+        raise UsageError(
+            f"{path}: is damaged ({type(problem).__name__}). Use --overwrite to start again."
+        ) from None
+    adapter: dict[str, Tensor] = state["adapter"]
+    set_peft_model_state_dict(session.plain, adapter)
+    session.optimizer.load_state_dict(state["optimizer"])
+    log.steps, log.before, log.status = state["steps"], state["before"], "running"

@@ -1,0 +1,77 @@
+"""The base model's weights under their original names, whatever stands around its layers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from ..errors import listing
+from .layer import AdapterHost
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base model's parameters and persistent buffers as they were named before any adapter was added.
+
+    Arguments:
+        model: a PeftModel, a model with injected layers, or a plain model.
+    """
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    for original, _, module in _walk(_base(model), "", ""):
+        module._save_to_state_dict(
+            state, original, False
+        )  # one module's own tensors, quantised ones included
+    return dict(state)
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> _IncompatibleKeys:
+    """Load weights with original names into the base model below the adapters.
+
+    Arguments:
+        model: a PeftModel, a model with injected layers, or a plain model.
+        state_dict: original name -> tensor.
+        strict: raise RuntimeError if names are missing or unexpected.
+
+    Returns (missing_keys, unexpected_keys), by original name.
+    """
+    base = _base(model)
+    live: dict[str, str] = {}
+    for original, prefix, module in _walk(base, "", ""):
+        own: OrderedDict[str, Tensor] = OrderedDict()
+        module._save_to_state_dict(own, "", False)
+        live.update({original + name: prefix + name for name in own})
+    missing = [n for n in live if n not in state_dict]
+    unexpected = [n for n in state_dict if n not in live]
+    if strict and (missing or unexpected):
+        raise RuntimeError(
+            f"The state dictionary does not fit {type(base).__name__}: missing {listing(missing) or 'none'}, "
+            f"unexpected {listing(unexpected) or 'none'}. Pass strict=False to load the rest."
+        )
+    base.load_state_dict({live[n]: v for n, v in state_dict.items() if n in live}, strict=False)
+    return _IncompatibleKeys(missing, unexpected)
+
+
+def saved_tensors(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters and persistent buffers."""
+    buffers = [n for n in module._buffers if n not in module._non_persistent_buffers_set]
+    return [n for n in (*module._parameters, *buffers) if getattr(module, n) is not None]
+
+
+def _base(model: nn.Module) -> nn.Module:
+    get = getattr(model, "get_base_model", None)
+    return get() if callable(get) else model
+
+
+def _walk(module: nn.Module, original: str, live: str) -> Iterator[tuple[str, str, nn.Module]]:
+    """(original prefix, live prefix, module) of everything that belongs to the base model."""
+    while isinstance(module, AdapterHost):
+        name = module._below[0]
+        module, live = module._modules[name], f"{live}{name}."  # type: ignore[assignment]
+    yield original, live, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{original}{name}.", f"{live}{name}.")

@@ -1,0 +1,75 @@
+"""What one forward carries to every tuner layer of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+BASE = "__base__"
+
+
+class Call:
+    """The per-call record, one object shared by all tuner layers of a model.
+
+    Attributes:
+        names: one adapter name per sample of the batch, or None for the active adapters.
+        beams: how often each sample may be repeated (beam search).
+        length: tokens per sample, where known; rows of flattened tokens are then told apart.
+        only: while a module runs on the rows of one adapter, that adapter's name.
+    """
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] | None = None
+        self.beams = 1
+        self.length: int | None = None
+        self.only: str | None = None
+        self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
+
+    @contextmanager
+    def mixed(self, names: Sequence[str] | None, beams: int = 1, length: int | None = None) -> Iterator[None]:
+        """Route each sample to its own adapter while the context is open; restores the previous call on exit."""
+        before = (self.names, self.beams, self.length)
+        self.names, self.beams, self.length = (tuple(names) if names is not None else None), beams, length
+        self._groups = {}
+        try:
+            yield
+        finally:
+            self.names, self.beams, self.length = before
+            self._groups = {}
+
+    def groups(
+        self, rows: int, device: torch.device, where: str, names: tuple[str, ...]
+    ) -> dict[str, Tensor]:
+        """Row indices of each adapter, (rows of that adapter,) int64, for an input of `rows` rows.
+
+        Raises ValueError if the rows cannot be assigned to the names without guessing.
+        """
+        key = (rows, device)
+        known = self._groups.get(key) if names is self.names else None
+        if known is not None:
+            return known
+        repeat = self._repeat(rows, len(names), where)
+        found = {
+            name: torch.tensor(
+                [i * repeat + k for i, n in enumerate(names) if n == name for k in range(repeat)],
+                device=device,
+            )
+            for name in dict.fromkeys(names)
+        }
+        if names is self.names:
+            self._groups[key] = found
+        return found
+
+    def _repeat(self, rows: int, samples: int, where: str) -> int:
+        allowed = {1, self.beams}
+        if self.length is not None and ".experts." not in f".{where}.":
+            allowed.add(self.length)
+        if samples and rows % samples == 0 and rows // samples in allowed:
+            return rows // samples
+        raise ValueError(
+            f"adapter_names has {samples} entries, but the layer {where!r} received {rows} rows, so its rows cannot be "
+            "assigned to adapters. Pass one name per sample; layers that regroup samples cannot take a mixed batch."
+        )

@@ -1,0 +1,112 @@
+"""The rows of a plan's table: shape, rank and trainable parameters of all that an adapter will add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import views
+from .method import Site
+from .pattern import settings
+from .plan import Plan, Row, Target
+from .tie import innermost
+
+if TYPE_CHECKING:
+    from .method import Method
+
+
+def describe(plan: Plan, model: nn.Module, method_of: Callable[[Any], Method]) -> Plan:
+    """Fill `rows` and `base_parameters` of a plan, and return it.
+
+    Arguments:
+        plan: from `match`.
+        model: the model that was matched, on any device; its weights are not read.
+        method_of: the method of one target from its settings; it builds the tensors on the meta device.
+    """
+    counts: dict[tuple[Any, ...], int] = {}
+    rows = [_row(target, plan.config, method_of, counts) for target in plan.targets]
+    rows += _copies(plan, model)
+    rows += _tokens(plan, model)
+    rows += _biases(plan, model)
+    plan.rows = rows
+    plan.base_parameters = sum(p.numel() for p in model.parameters())
+    return plan
+
+
+def _row(
+    target: Target, config: Any, method_of: Callable[[Any], Method], counts: dict[tuple[Any, ...], int]
+) -> Row:
+    base = innermost(target.module)
+    chosen = settings(config, target.name)
+    shape = _shape(base, target.parameter)
+    bias = getattr(base, "bias", None) is not None
+    key = (type(base), shape, bias, id(chosen), getattr(base, "groups", 1), target.parameter)
+    if key not in counts:
+        counts[key] = _count(method_of(chosen), base, chosen, target)
+    name = target.name or "(the model)"
+    return Row(name, type(base).__name__, shape, getattr(chosen, "r", None), counts[key], target.reason)
+
+
+def _count(method: Method, base: nn.Module, chosen: Any, target: Target) -> int:
+    """Numbers in all tensors that the method builds on this target."""
+    view = views.view_of(base, target.parameter)
+    site = Site(base, view, chosen, target.path, torch.float32, torch.device("meta"))
+    built = sum(_numel(value) for value in method.build(site).values())
+    if isinstance(base, nn.MultiheadAttention) and target.parameter is None:
+        built += _count(method, base.out_proj, chosen, target)
+    return built
+
+
+def _numel(value: Any) -> int:
+    if isinstance(value, nn.Module):
+        return sum(p.numel() for p in value.parameters())
+    return value.numel() if isinstance(value, Tensor) else 0
+
+
+def _shape(base: nn.Module, parameter: str | None) -> tuple[int, ...]:
+    weight = getattr(base, parameter or "weight", None)
+    if weight is None:
+        weight = getattr(base, "in_proj_weight", None)
+    return tuple(getattr(weight, "shape", ()))
+
+
+def _copies(plan: Plan, model: nn.Module) -> Iterator[Row]:
+    """One row for each module of which a copy will be trained."""
+    entries = tuple(entry for entry in plan.modules_to_save or [] if entry)
+    for path in plan.names:
+        if entries and path.endswith(entries):
+            module = innermost(model.get_submodule(path))
+            count = sum(p.numel() for p in module.parameters())
+            yield Row(path, type(module).__name__, _shape(module, None), None, count, "modules_to_save")
+
+
+def _tokens(plan: Plan, model: nn.Module) -> Iterator[Row]:
+    """One row for each embedding of which single rows will be trained."""
+    wanted = getattr(plan.config, "trainable_token_indices", None)
+    if not wanted:
+        return
+    if not isinstance(wanted, dict):
+        wanted = {plan.embedding or "embed_tokens": wanted}
+    for name, indices in wanted.items():
+        for path in plan.names:
+            if path == name or path.endswith("." + name):
+                module = innermost(model.get_submodule(path))
+                shape = _shape(module, None)
+                count = len(indices) * shape[-1]
+                yield Row(path, type(module).__name__, shape, None, count, "trainable_token_indices")
+
+
+def _biases(plan: Plan, model: nn.Module) -> Iterator[Row]:
+    """One row for the biases of the base model that will be trained."""
+    rule = getattr(plan.config, "bias", "none")
+    if rule == "all":
+        biases = [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+    elif isinstance(rule, str) and rule.endswith("_only"):
+        biases = [b for t in plan.targets if (b := getattr(innermost(t.module), "bias", None)) is not None]
+    else:
+        return
+    if biases:
+        yield Row(f"{len(biases)} biases", "", (), None, sum(b.numel() for b in biases), "bias")

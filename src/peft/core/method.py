@@ -1,0 +1,165 @@
+"""What a method states: what it owns on a target, and what it makes of the target's W and b.
+
+A method states its definition (`weight`, `bias`); it may state a shortcut (`forward`) that gives the same answer without
+building W'. The families below write the shortcut once. The conformance test holds shortcut against definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import lowrank
+from .views import LinearView
+
+if TYPE_CHECKING:
+    from .layer import Adapter, Stack
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an adapter is built: one target, and what its tensors must look like."""
+
+    module: nn.Module  # the innermost base layer
+    view: LinearView
+    settings: Any  # the configuration with this path's patterns resolved
+    path: str
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """dtype and device for tensor constructors."""
+        return {"dtype": self.dtype, "device": self.device}
+
+
+class Method:
+    """A PEFT method, stateless: one object serves every layer of a model."""
+
+    additive = False  # W' - W does not depend on the other adapters: any order gives the same weight
+    mergeable = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Method:
+        return self
+
+    def build(self, site: Site) -> dict[str, Any]:
+        """The tensors of one target under their checkpoint names (modules or parameters), and plain values."""
+        raise NotImplementedError
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        """First values of the tensors; never runs on the meta device."""
+
+    def derive(self, p: Adapter, inner: Stack) -> None:
+        """What is computed from the base weight and not saved; runs even where `init` is skipped."""
+
+    def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        """THE DEFINITION: W -> W'. With `rows`, W holds only these out-features."""
+        return W
+
+    def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
+        """THE DEFINITION: b -> b'."""
+        return b
+
+    def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
+        """W' x + b'. A shortcut may replace this, never change it."""
+        return inner.affine(x, self.weight(p, inner.weight()), self.bias(p, inner.bias()))
+
+    def checkpoint_key(self, key: str) -> str:
+        """The key of a tensor in files, from its name in the layer ('lora_A.weight')."""
+        return key
+
+
+class Delta(Method):
+    """W' = W + delta(W)."""
+
+    additive = True
+
+    def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        """What is added to W, (..., rows, I)."""
+        raise NotImplementedError
+
+    def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        return (W + self.delta(p, W, rows)).to(W.dtype)
+
+    def drop_rate(self, p: Adapter) -> float:
+        """The dropout of the adapter's input that is in force, 0 outside training."""
+        return 0.0
+
+    def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
+        return self.onto(p, inner, inner(x), x)
+
+    def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
+        """y + delta(W) x, for y = inner(x)."""
+        W = inner.weight()
+        x, factor = inner.drop(x, self.drop_rate(p), W.dtype)
+        update = inner.linear(x, self.delta(p, W))
+        return (y + (update if factor is None else update * factor)).to(y.dtype)
+
+
+class LowRank(Delta):
+    """W' = W + scaling * B A, with B (..., O, r) and A (..., r, I)."""
+
+    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """(A, B)."""
+        raise NotImplementedError
+
+    def scaling(self, p: Adapter) -> Any:
+        """The factor of B A: a number, or a tensor of one element."""
+        return 1.0
+
+    def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        A, B = self.factors(p)
+        if A.dtype in (torch.float16, torch.bfloat16) and not A.is_cuda:
+            A, B = A.float(), B.float()  # half products on the CPU lose accuracy, and time
+        return (B[..., rows, :] @ A) * self.scaling(p)
+
+    def up_bias(self, p: Adapter) -> Tensor | None:
+        """A bias of B, (O,), which the scaling multiplies too."""
+        return None
+
+    def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
+        extra = self.up_bias(p)
+        if extra is None:
+            return b
+        extra = extra * self.scaling(p)
+        return extra if b is None else (b + extra).to(b.dtype)
+
+    def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
+        if inner.last is None and inner.extra is None and x.dim() > 1:
+            base = inner.layer._modules["base_layer"]
+            if plain_linear(base) and not self.drop_rate(p) and self.up_bias(p) is None:
+                A, B = self.factors(p)
+                if A.dtype is x.dtype:
+                    held = base._parameters
+                    return lowrank.linear(x, held["weight"], held["bias"], A, B, self.scaling(p))
+        return self.onto(p, inner, inner(x), x)
+
+    def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
+        A, B = self.factors(p)
+        scale, rate = self.scaling(p), self.drop_rate(p)
+        extra = self.up_bias(p)
+        if inner.view.dense:
+            if extra is not None:
+                y = (y + extra * scale).to(y.dtype)
+            return lowrank.add(y, x, A, B, scale, rate)
+        update = low_rank(inner, x, A, B, rate)
+        if extra is not None:
+            update = update + inner.spread(extra)
+        return (y + update * scale).to(y.dtype)
+
+
+def low_rank(inner: Stack, x: Tensor, A: Tensor, B: Tensor, rate: float = 0.0) -> Tensor:
+    """B A dropout(x) in the factors' dtype, on any layout that can be split into activations."""
+    x, factor = inner.drop(x, rate, A.dtype)
+    h = inner.linear(x, A)
+    h = h if factor is None else h * factor.to(h.dtype)
+    return inner.view.rows(h, B)
+
+
+def plain_linear(m: nn.Module) -> bool:
+    """Whether m computes exactly F.linear(x, weight, bias): no subclass, no hook, no patched forward."""
+    d = m.__dict__
+    return type(m) is nn.Linear and not (d["_forward_hooks"] or d["_forward_pre_hooks"] or "forward" in d)

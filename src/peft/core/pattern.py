@@ -1,0 +1,218 @@
+"""Names of modules against the patterns of a configuration, compiled once, linear in the number of modules.
+
+Two rules occur. A *selector* (targets, exclusions) is a list of names and suffixes, or a regular expression
+for the whole name. A *table* (`rank_pattern` and its kin) maps regular expressions to values; each must match
+the whole name or all that follows one of its dots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+# The field of a table, and the fields that its values stand for (the first that the configuration has).
+TABLES: dict[str, tuple[str, ...]] = {
+    "rank_pattern": ("r",),
+    "alpha_pattern": ("lora_alpha", "alpha"),
+    "n_frequency_pattern": ("n_frequency",),
+    "block_size_pattern": ("block_size",),
+    "lambda_pattern": ("delora_lambda",),
+}
+_PLAIN = re.compile(r"[\w.\-]*")
+
+
+def suffixes(name: str) -> Iterator[str]:
+    """The name and what follows each of its dots: "a.b.c", "b.c", "c"."""
+    yield name
+    while dot := name.find(".") + 1:
+        name = name[dot:]
+        yield name
+
+
+class Selector:
+    """A list of names and suffixes, or one regular expression that must match the whole name.
+
+    Attributes:
+        entries: the entries in sorted order; one for a regular expression.
+        used: the entries that have selected a name so far.
+    """
+
+    def __init__(self, entries: str | Iterable[str], field: str) -> None:
+        self.regex = compiled(entries, field) if isinstance(entries, str) else None
+        self.entries = [entries] if isinstance(entries, str) else sorted(entries)
+        self.used: set[str] = set()
+        self._set = set(self.entries)
+        self._dotted = any("." in entry for entry in self.entries)
+        self._last = {entry.rpartition(".")[2] for entry in self.entries}
+
+    def find(self, name: str) -> str | None:
+        """The entry that selects `name` (the longest, and so an exact one first), or None."""
+        if self.regex is not None:
+            if self.regex.fullmatch(name) is None:
+                return None
+            self.used.add(self.entries[0])
+            return self.entries[0]
+        last = name[name.rfind(".") + 1 :]
+        if last not in self._last:
+            return None
+        if not self._dotted and name:
+            self.used.add(last)
+            return last
+        found = [s for s in suffixes(name) if s in self._set and (s or not name)]
+        self.used.update(found)
+        return found[0] if found else None
+
+    def unused(self) -> list[str]:
+        """The entries that have selected nothing."""
+        return [entry for entry in self.entries if entry not in self.used]
+
+
+def compiled(pattern: str, field: str) -> re.Pattern[str]:
+    """The compiled regular expression; ValueError with the field and the position if it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{field}={pattern!r} is not a regular expression: {error}. Mend it, or pass a list of module "
+            "names."
+        ) from error
+
+
+class Table:
+    """The keys of a pattern dictionary in their order; keys without special characters are looked up."""
+
+    def __init__(self, keys: Iterable[str], field: str) -> None:
+        self.keys = list(keys)
+        self._plain = {key: i for i, key in enumerate(self.keys) if _PLAIN.fullmatch(key)}
+        self._regex = [
+            (i, compiled(rf"(?:.*\.)?(?:{key})$", field))
+            for i, key in enumerate(self.keys)
+            if key not in self._plain
+        ]
+
+    def matches(self, name: str) -> list[str]:
+        """All keys that match the name, in the dictionary's order."""
+        found = [self._plain[s] for s in suffixes(name) if s in self._plain] if self._plain else []
+        found += [i for i, regex in self._regex if regex.match(name)]
+        return [self.keys[i] for i in sorted(found)]
+
+
+@functools.lru_cache(maxsize=64)
+def _table(keys: tuple[str, ...], field: str) -> Table:
+    return Table(keys, field)
+
+
+def table(patterns: Mapping[str, Any], field: str = "pattern") -> Table:
+    """The compiled keys of `patterns`."""
+    return _table(tuple(patterns), field)
+
+
+def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first key that matches `name` or a suffix of it after a dot; else `default`.
+
+    Arguments:
+        patterns: regular expressions and values, tried in order; "^k" pins k to the top level.
+        name: the module's path, with the parameter's name for a targeted parameter.
+        default: the fallback.
+    """
+    if not patterns:
+        return default
+    found = table(patterns).matches(name)
+    return patterns[found[0]] if found else default
+
+
+def tables(config: Any) -> dict[str, Mapping[str, Any]]:
+    """The pattern dictionaries of a configuration that hold something, by field."""
+    fields = (*TABLES, "module_config")
+    found = {field: getattr(config, field, None) for field in fields}
+    return {field: value for field, value in found.items() if value and not _is_mask(value)}
+
+
+def _is_mask(patterns: Mapping[str, Any]) -> bool:
+    """Whether it is AdaLoRA's record of kept ranks (lists of bool) rather than a table of settings."""
+    return all(isinstance(value, list) for value in patterns.values())
+
+
+class _Resolved:
+    """The per-module copies of one configuration, and what they were made from."""
+
+    def __init__(self, config: Any) -> None:
+        self.made_from = _state(config)
+        self.by_path: dict[str, Any] = {}
+        self.copies: list[tuple[dict[str, Any], Any]] = []
+
+    def copy(self, config: Any, changes: dict[str, Any]) -> Any:
+        """The copy with these changes; modules with equal settings share one."""
+        for known, made in self.copies:
+            if known == changes:
+                return made
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the copy warns of, the original has said
+            made = dataclasses.replace(config, **dict.fromkeys(tables(config)), **changes)
+        for name, value in vars(config).items():
+            vars(made).setdefault(name, value)
+        self.copies.append((changes, made))
+        return made
+
+
+_resolved: dict[int, _Resolved] = {}
+
+
+def _state(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    return dict(vars(config)), {field: dict(value) for field, value in tables(config).items()}
+
+
+def _changes(config: Any, path: str) -> dict[str, Any]:
+    """What the tables of a configuration change for one module; `module_config` has the last word."""
+    changes: dict[str, Any] = {}
+    for field, patterns in tables(config).items():
+        found = table(patterns, field).matches(path)
+        if field == "module_config":
+            for key in found:
+                changes.update(patterns[key])
+        elif found:
+            name = next((n for n in TABLES[field] if hasattr(config, n)), None)
+            if name is not None:
+                changes[name] = patterns[found[0]]
+    return {name: value for name, value in changes.items() if getattr(config, name, None) != value}
+
+
+def settings(config: Any, path: str) -> Any:
+    """The configuration as it holds for one module: `config` itself, or a copy with the patterns resolved.
+
+    Arguments:
+        config: the configuration; `rank_pattern`, `alpha_pattern` and `module_config` are consulted.
+        path: the module's path, with the parameter's name for a targeted parameter.
+
+    Copies are kept: the same path gives the same object, until the configuration changes.
+    Raises ValueError if `module_config` names a field that does not exist.
+    """
+    if not tables(config):
+        return config
+    known = _resolved.get(id(config))
+    if known is None or known.made_from != _state(config):
+        if known is None:
+            weakref.finalize(config, _resolved.pop, id(config), None)
+        known = _resolved[id(config)] = _Resolved(config)
+    if path not in known.by_path:
+        changes = _changes(config, path)
+        _check_fields(config, changes, path)
+        known.by_path[path] = known.copy(config, changes) if changes else config
+    return known.by_path[path]
+
+
+def _check_fields(config: Any, changes: dict[str, Any], path: str) -> None:
+    fields = [field.name for field in dataclasses.fields(config) if field.init]
+    for name in changes:
+        if name not in fields:
+            from ..errors import nearest
+
+            raise ValueError(
+                f"module_config sets {name!r} for {path!r}, which {type(config).__name__} does not have."
+                f"{nearest(name, fields)} Use one of its fields: {', '.join(fields)}."
+            )

@@ -1,0 +1,322 @@
+"""Putting an adapter's layers into a model: plan, place, freeze. Every step says how it is undone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import PeftWarning, nearest
+from . import views
+from .layer import BaseTunerLayer, tuner_layers
+from .method import Method, Site
+from .replicate import replicate
+from .targets import settings, walk
+from .tie import innermost, tied_modules
+from .tokens import TokenRows, TrainableTokensWrapper
+from .wrappers import ModulesToSaveWrapper
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Injection:
+    """One adapter on its way into a model.
+
+    Arguments:
+        tuner: the BaseTuner; `tuner.peft_config[name]` is the configuration.
+        model: the user's model, which may itself be a target.
+        name: the adapter's name.
+        autocast: adapters beside half-precision weights are float32.
+        meta: create the adapter's tensors on the meta device.
+        undo: receives what takes each step back.
+    """
+
+    tuner: Any
+    model: nn.Module
+    name: str
+    autocast: bool
+    meta: bool
+    undo: list[Callable[[], Any]]
+    placed: list[BaseTunerLayer] = field(default_factory=list)
+
+    @property
+    def config(self) -> Any:
+        """The adapter's configuration."""
+        return self.tuner.peft_config[self.name]
+
+    def run(self, state_dict: Any = None) -> None:
+        """Everything, in order; `state_dict`'s keys, if given, decide which modules are adapted."""
+        config = self.config
+        first = not any(True for _ in tuner_layers(self.model))
+        if getattr(config, "layer_replication", None) and first:
+            self.undo.append(replicate(self.model, config.layer_replication))
+        plan = self.tuner.match(self.model, config, self.name, state_dict)
+        if first:
+            self._freeze()
+        for target in plan.targets:
+            if isinstance(innermost(target.module), nn.MultiheadAttention) and target.parameter is None:
+                self._attention(target.path, innermost(target.module))
+            else:
+                self._place(target.path, target.parameter)
+        self._tied_adapters(plan)
+        self._whole_modules(plan)
+        self._tokens(plan)
+        for layer in self.placed:
+            layer.set_requires_grad(self.name, False)
+        self._biases()
+        self._note(plan)
+
+    # ---- places ------------------------------------------------------------------------------------------------
+
+    def get(self, path: str) -> tuple[nn.Module | None, str, Any]:
+        """(parent, name of the child, child) of a path; the parent of the model itself is None."""
+        if not path:
+            return None, "", self.model
+        parent_path, _, leaf = path.rpartition(".")
+        parent = self.model.get_submodule(parent_path) if parent_path else self.model
+        return parent, leaf, parent._modules[leaf]
+
+    def put(self, parent: nn.Module | None, leaf: str, module: nn.Module, instead_of: nn.Module) -> None:
+        """Put a module in a place, and remember what stood there."""
+
+        def swap(new: nn.Module) -> None:
+            if parent is None:
+                self.model = self.tuner._modules["model"] = new
+            else:
+                parent._modules[leaf] = new
+
+        swap(module)
+        self.undo.append(lambda: swap(instead_of))
+
+    def _freeze(self) -> None:
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        for p in trainable:
+            p.requires_grad_(False)
+        self.undo.append(lambda: [p.requires_grad_(True) for p in trainable])
+
+    # ---- targets -----------------------------------------------------------------------------------------------
+
+    def _place(
+        self, path: str, parameter: str | None = None, method: Callable[[Any], Method] | None = None
+    ) -> BaseTunerLayer:
+        """The layer of one target, with the adapter's tensors in it."""
+        parent, leaf, found = self.get(path)
+        layer, fresh = _existing(found, parameter), False
+        if layer is None:
+            view = views.view_of(innermost(found), parameter)
+            layer = self.tuner.layer_class(view.label)(
+                found, self.tuner.call, parameter, views.reads_weights(parent)
+            )
+            fresh = True
+        full = f"{path}.{parameter}" if parameter else path
+        own = settings(self.config, full)
+        method_of = self.tuner.method_of if method is None else method
+        layer.add_adapter(self.name, method_of(own), self.site(layer, own, full), init=not self.meta)
+        if fresh:
+            self.put(parent, leaf, layer, found)
+        else:
+            self.undo.append(lambda: (layer._drop(self.name), layer._replan()))
+        self.placed.append(layer)
+        return layer
+
+    def site(self, layer: BaseTunerLayer, own: Any, path: str, autocast: bool | None = None) -> Site:
+        """What the tensors of an adapter in this layer look like: beside the base weight, float32 beside half."""
+        base = layer.get_base_layer()
+        weight = getattr(base, layer.view.name, None)
+        dtype = getattr(base, "compute_dtype", None)
+        dtype = dtype or (torch.get_default_dtype() if weight is None else weight.dtype)
+        small = dtype in HALF or "float8" in str(dtype)
+        if not dtype.is_floating_point or ((self.autocast if autocast is None else autocast) and small):
+            dtype = torch.float32
+        device = torch.device("meta") if self.meta or weight is None else weight.device
+        return Site(base, layer.view, own, path, dtype, device)
+
+    def _attention(self, path: str, base: nn.MultiheadAttention) -> None:
+        """An attention module: its in-projection, packed or as three parameters, and its out-projection.
+
+        The out-projection's weight is read and not called, so it becomes a layer of its own that shows W'.
+        """
+        if getattr(settings(self.config, path), "lora_dropout", 0):
+            warnings.warn(
+                f"lora_dropout has no effect on {path!r}: attention reads its weights, so the adapter has no input of its "
+                "own. Set lora_dropout=0 for it with module_config to silence this.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        method = None
+        if base._qkv_same_embed_dim:
+            layer = self._place(path)
+            method = self.tuner.out_projection_method_of
+        else:
+            for parameter in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                layer = self._place(path, parameter)
+        outer = self.get(path)[2]
+        depth = outer.depth + 1
+        self._place(".".join([path] * bool(path) + ["base_layer"] * depth + ["out_proj"]), None, method)
+        del layer
+
+    def _tied_adapters(self, plan: Any) -> None:
+        """Layers tied to the embedding take its factors, transposed: the same numbers in memory."""
+        if not plan.target_modules_to_tie:
+            return
+        p = self.get(plan.embedding)[2].adapters[self.name]
+        for path in plan.target_modules_to_tie:
+            mine = self._place(path).adapters[self.name]
+            mine.lora_A._parameters["weight"] = nn.Parameter(p.lora_embedding_B.detach().mT)
+            mine.lora_B._parameters["weight"] = nn.Parameter(p.lora_embedding_A.detach().mT)
+
+    # ---- whole modules -----------------------------------------------------------------------------------------
+
+    def _whole_modules(self, plan: Any) -> None:
+        """Wrap the modules that `modules_to_save` selects: every module whose full name ends with an entry."""
+        entries = plan.modules_to_save or []
+        wrapped: list[str] = []
+        for path, module in list(walk(self.model)) if entries else []:
+            if (
+                path
+                and any(path.endswith(e) for e in entries)
+                and not any(path.startswith(f"{w}.") for w in wrapped)
+            ):
+                wrapped.append(path)
+                self._wrap(path, module)
+        for path in plan.modules_to_tie:
+            self._wrap_tied(path, plan.embedding)
+
+    def _wrap(self, path: str, module: nn.Module) -> ModulesToSaveWrapper:
+        parent, leaf, _ = self.get(path)
+        if isinstance(module, ModulesToSaveWrapper):
+            module.update(self.name)
+            wrapper = module
+            self.undo.append(lambda: wrapper.delete_adapter(self.name))
+        else:
+            wrapper = ModulesToSaveWrapper(module, self.name, self.tuner.call, path)
+            self.put(parent, leaf, wrapper, module)
+        wrapper.set_requires_grad(self.name, False)
+        return wrapper
+
+    def _wrap_tied(self, path: str, source: str) -> None:
+        """The tied module's copy is a linear layer on the weight of the embedding's copy."""
+        weight = self.get(source)[2].adapters[self.name].weight
+        copy = views.linear_module(weight.shape[1], weight.shape[0], device="meta")
+        copy._parameters["weight"] = weight
+        self._wrap(path, self.get(path)[2]).modules_to_save[self.name] = copy
+
+    # ---- tokens ------------------------------------------------------------------------------------------------
+
+    def _tokens(self, plan: Any) -> None:
+        """Wrap the embeddings that `trainable_token_indices` selects, and the layers tied to them."""
+        wanted = getattr(self.config, "trainable_token_indices", None)
+        if not wanted:
+            return
+        modules = list(walk(self.model))
+        if not isinstance(wanted, dict):
+            wanted = {plan.embedding or "embed_tokens": wanted}
+        chosen = {self._one(modules, suffix): list(indices) for suffix, indices in wanted.items()}
+        tied = {path: tied_modules((path, self.get(path)[2]), modules) for path in chosen}
+        if getattr(self.config, "ensure_weight_tying", False):
+            _check_same_tokens(chosen, tied)
+        done: set[str] = set()
+        for path, indices in chosen.items():
+            if path in done:
+                continue
+            share = self._place_tokens(path, indices, None)
+            done.add(path)
+            for other in tied[path]:
+                if chosen.get(other, indices) == indices and not isinstance(
+                    self.get(other)[2], ModulesToSaveWrapper
+                ):
+                    self._place_tokens(other, indices, share)
+                    done.add(other)
+
+    def _one(self, modules: list[tuple[str, nn.Module]], suffix: str) -> str:
+        """The one module that a name of `trainable_token_indices` means."""
+        found = [(p, m) for p, m in modules if p == suffix or p.endswith(f".{suffix}")]
+        if not found:
+            leaves = {p.rpartition(".")[2] for p, _ in modules}
+            raise ValueError(
+                f"trainable_token_indices names {suffix!r}, which is no module.{nearest(suffix, leaves)}"
+            )
+        path, module = found[0]
+        saved = getattr(self.config, "modules_to_save", None) or ()
+        if isinstance(module, ModulesToSaveWrapper) and any(path.endswith(e) for e in saved):
+            raise ValueError(
+                f"{path!r} is named in trainable_token_indices and in modules_to_save. Choose one: modules_to_save trains "
+                "the whole module."
+            )
+        return path
+
+    def _place_tokens(self, path: str, indices: list[int], share: nn.Parameter | None) -> nn.Parameter:
+        parent, leaf, found = self.get(path)
+        if isinstance(found, TrainableTokensWrapper):
+            wrapper = found
+            self.undo.append(lambda: wrapper.token_adapter._drop(self.name))
+        else:
+            wrapper = TrainableTokensWrapper(found, self.name, self.tuner.call)
+            self.put(parent, leaf, wrapper, found)
+        layer = wrapper.token_adapter
+        site = self.site(layer, None, path, autocast=False)
+        p = layer.add_adapter(self.name, TokenRows(indices, share), site, init=not self.meta)
+        if share is not None:
+            layer.shares = {*layer.shares, self.name}
+        layer.set_requires_grad(self.name, False)
+        return p.trainable_tokens_delta  # type: ignore[no-any-return]
+
+    # ---- the rest ----------------------------------------------------------------------------------------------
+
+    def _biases(self) -> None:
+        kind = getattr(self.config, "bias", "none")
+        if kind == "none" or getattr(self.config, "inference_mode", False):
+            return
+        if kind == "all":
+            chosen = [p for n, p in self.model.named_parameters() if n == "bias" or n.endswith(".bias")]
+        else:
+            chosen = [
+                b for layer in self.placed if (b := layer.view.bias(layer.get_base_layer())) is not None
+            ]
+        before = [p.requires_grad for p in chosen]
+        for p in chosen:
+            p.requires_grad_(True)
+        self.undo.append(lambda: [p.requires_grad_(f) for p, f in zip(chosen, before, strict=True)])
+
+    def _note(self, plan: Any) -> None:
+        """What is stored once everything holds."""
+        tuner, config = self.tuner, self.config
+        for names, new in (
+            (tuner.targeted_module_names, plan.module_names),
+            (tuner.targeted_parameter_names, plan.parameter_names),
+        ):
+            known = set(names)
+            names.extend(n for n in new if n not in known)
+        if plan.target_modules is not None:
+            config.target_modules = plan.target_modules
+        if plan.modules_to_save is not None:
+            config.modules_to_save = plan.modules_to_save
+        if plan.target_modules_to_tie:
+            config.target_modules_to_tie = plan.target_modules_to_tie
+        if plan.modules_to_tie:
+            config.modules_to_tie = plan.modules_to_tie
+
+
+def _existing(found: nn.Module, parameter: str | None) -> BaseTunerLayer | None:
+    """The tuner layer that already stands at a target, for the same parameter."""
+    layer: Any = found
+    while isinstance(layer, BaseTunerLayer):
+        if layer.parameter_name == parameter:
+            return layer
+        layer = layer._modules["base_layer"]
+    return None
+
+
+def _check_same_tokens(chosen: dict[str, list[int]], tied: dict[str, list[str]]) -> None:
+    for path, indices in chosen.items():
+        for other in tied[path]:
+            if other in chosen and chosen[other] != indices:
+                raise ValueError(
+                    f"trainable_token_indices names {path!r} and {other!r}, which share one weight, with different tokens, "
+                    "but ensure_weight_tying=True. Give both the same tokens, or name only the embedding."
+                )

@@ -1,0 +1,400 @@
+"""One walk over a model with one configuration: which modules and parameters its fields select."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..errors import listing
+from . import views
+from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
+from .pattern import Selector, compiled
+from .plan import Plan, Target
+from .tie import innermost
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Mamba's fused kernels read these weights without calling the modules.
+_MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+_MAMBA_FUSED = frozenset({"out_proj", "conv1d"})
+_MAMBA_METHODS = frozenset({"LORA", "ADALORA", "XLORA", "RANDLORA"})
+_kinds: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
+_LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
+
+
+def _kind(cls: Any) -> str:
+    """What a class is to matching: "aux" (trained copy), "tuner" (has adapters), "linear" or "other"."""
+    kind = _kinds.get(cls)
+    if kind is None:
+        kind = _kinds[cls] = _classify(cls)
+    return kind
+
+
+def _classify(cls: Any) -> str:
+    from torch import nn
+
+    if hasattr(cls, "unload_and_optionally_merge_module"):
+        return "aux"
+    if hasattr(cls, "adapter_layer_names"):
+        return "tuner"
+    conv1d = any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in cls.__mro__)
+    return "linear" if conv1d or issubclass(cls, nn.Linear) else "other"
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module, in the order of `named_modules`, each module once, and nothing below a tuner layer."""
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        if module._modules and _kind(type(module)) not in ("aux", "tuner"):
+            prefix = path + "." if path else ""
+            children = [
+                (prefix + name, child) for name, child in module._modules.items() if child is not None
+            ]
+            stack.extend(reversed(children))
+
+
+def model_type(model: nn.Module) -> str:
+    """`config.model_type` of the model, whose config may be a dictionary; "custom" if it has none."""
+    config = getattr(model, "config", None)
+    kind = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    return kind if isinstance(kind, str) else "custom"
+
+
+class Search:
+    """One walk over a model with one configuration, and what it has found."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any,
+        supported: Callable[[nn.Module], bool] | None = None,
+        required: bool = True,
+    ) -> None:
+        self.model, self.config, self.required = model, config, required
+        self.supported = supported or views.supported
+        self.modules = list(walk(model))
+        self.model_name = type(model).__name__
+        self.names = [path for path, _ in self.modules]
+        self.model_type = model_type(model)
+        mamba = self.model_type in _MAMBA and config.peft_type in _MAMBA_METHODS
+        self.fused = _MAMBA_FUSED if mamba else None
+        self.targets: list[Target] = []
+        self.skipped: list[tuple[str, str]] = []
+        self.layers_seen: set[int] = set()
+        self.excluded: list[str] = []
+        self.elsewhere: list[str] = []  # selected by name, but outside layers_to_transform
+        self.state_dict_paths: list[str] = []
+        self.all_linear, self.default = False, False
+        self.selection = self._selection()
+        self.selector = Selector(self.selection if self.selection is not None else [], "target_modules")
+        self.exclude = Selector(getattr(config, "exclude_modules", None) or [], "exclude_modules")
+        saved = getattr(config, "modules_to_save", None) or []
+        self.saved = compiled(rf"(?:^|\.)(?:{'|'.join(saved)})(?:\.|$)", "modules_to_save") if saved else None
+        self.parameter_selector = Selector(
+            getattr(config, "target_parameters", None) or [], "target_parameters"
+        )
+        self.layers = self._layers()
+        self.layer_regexes = self._layer_regexes()
+
+    def _selection(self) -> str | set[str] | None:
+        """`target_modules` with shorthand and defaults resolved; None if there is no module to look for."""
+        wanted = getattr(self.config, "target_modules", None)
+        if isinstance(wanted, str) and wanted.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            self.all_linear = True
+            return self._linear_layers()
+        if wanted is None:
+            wanted = self._defaults()
+            self.default = wanted is not None
+        return wanted if wanted is None or isinstance(wanted, str) else set(wanted)
+
+    def _defaults(self) -> Any:
+        from .defaults import targets_by_model_type
+
+        method = str(getattr(self.config.peft_type, "value", self.config.peft_type))
+        kind = self.model_type
+        wanted = targets_by_model_type(method).get(kind)
+        if not wanted and self.required and not getattr(self.config, "target_parameters", None):
+            raise ValueError(
+                f"target_modules is not set, and there is no default for {type(self.model).__name__} "
+                f"(model type {kind!r}). Please specify `target_modules`: module names, a regular "
+                "expression, or "
+                f"'all-linear'; this model has modules called {_leaves(self.modules)}."
+            )
+        return wanted or None
+
+    def _linear_layers(self) -> set[str]:
+        head = self._head()
+        found = set()
+        for path, module in self.modules:
+            kind = _kind(type(module))
+            base = type(innermost(module)) if kind in ("tuner", "aux") else type(module)
+            if _kind(base) != "linear":
+                continue
+            if module is head:
+                self.skipped.append((path, "output head"))
+            else:
+                found.add(path)
+        return found
+
+    def _head(self) -> nn.Module | None:
+        """The module that "all-linear" leaves alone: the output embedding, else the classifier."""
+        if not hasattr(self.model, "get_output_embeddings"):
+            return None
+        try:
+            head = self.model.get_output_embeddings()
+        except (NotImplementedError, AttributeError):
+            head = None
+        if head is None and getattr(self.config, "task_type", None) == "SEQ_CLS":
+            head = next((getattr(self.model, n) for n in SEQ_CLS_HEAD_NAMES if hasattr(self.model, n)), None)
+        return head
+
+    def _layers(self) -> set[int] | None:
+        layers = getattr(self.config, "layers_to_transform", None)
+        if layers is None or layers == []:
+            return None
+        if isinstance(self.selection, str):
+            raise ValueError(
+                f"layers_to_transform={layers!r} cannot restrict the regular expression target_modules="
+                f"{self.selection!r}. Write the layers into the expression, or pass a list of module names."
+            )
+        return {layers} if isinstance(layers, int) else set(layers)
+
+    def _layer_regexes(self) -> list[re.Pattern[str]]:
+        pattern = getattr(self.config, "layers_pattern", None)
+        if not pattern:
+            return [_LAYER_INDEX]
+        patterns = [pattern] if isinstance(pattern, str) else pattern
+        return [compiled(rf"(?:.*?\.)??(?:{p})\.(\d+)\.", "layers_pattern") for p in patterns]
+
+    def _layer(self, path: str) -> int | None:
+        found = next((m for m in (regex.match(path) for regex in self.layer_regexes) if m), None)
+        return int(found.group(found.lastindex or 1)) if found else None
+
+    def by_name(self) -> None:
+        """Fill `targets` with the modules that the names select."""
+        reasons: dict[str, str] = {}
+        for path, module, entry in self.named():
+            if (reason := reasons.get(entry)) is None:
+                reason = reasons[entry] = self._reason(entry)
+            self._add(path, module, reason)
+
+    def named(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Path, module and entry of all modules that the names select, after exclusions."""
+        for path, module in self.modules:
+            entry = self.selector.find(path)
+            hidden = bool(self.exclude.entries) and self.exclude.find(path) is not None
+            if not path:
+                entry = self._root(module, entry)
+            if entry is None:
+                continue
+            if hidden or (self.saved is not None and self.saved.search(path)):
+                self.excluded.append(path)
+            elif self._in_layers(path, entry):
+                yield path, module, entry
+
+    def _root(self, module: nn.Module, entry: str | None) -> str | None:
+        """For a model that is one layer: the entry that selects it, also by the name of its class."""
+        base = innermost(module) if _kind(type(module)) == "tuner" else module
+        if not self._can_adapt(base):
+            return None
+        name = type(base).__name__.lower()
+        entry = (
+            next((e for e in self.selector.entries if e.lower() == name), None) if entry is None else entry
+        )
+        if entry is not None:
+            self.selector.used.add(entry)
+        return entry
+
+    def _in_layers(self, path: str, entry: str) -> bool:
+        if self.layers is None or (entry == path and not self.all_linear):
+            return True
+        index = self._layer(path)
+        if index is not None:
+            self.layers_seen.add(index)
+        if index in self.layers:
+            return True
+        self.elsewhere.append(path)
+        return False
+
+    def _reason(self, entry: str) -> str:
+        if self.all_linear:
+            return INCLUDE_LINEAR_LAYERS_SHORTHAND
+        if self.default:
+            return f"default of {self.model_type}: {entry!r}"
+        return f"regex {entry!r}" if isinstance(self.selection, str) else repr(entry)
+
+    def _can_adapt(self, base: nn.Module) -> bool:
+        custom = getattr(self.config, "_custom_modules", None) or {}
+        return any(isinstance(base, cls) for cls in custom) or self.supported(base)
+
+    def _add(self, path: str, module: nn.Module, reason: str) -> None:
+        last = self.targets[-1] if self.targets else None
+        if last is not None and last.module._modules and (path.startswith(last.path + ".") or not last.path):
+            self.skipped.append((path, f"part of the target {last.path!r}"))
+            return
+        problem = self._problem(path, module)
+        if problem is None:
+            self.targets.append(Target(path, module, None, reason))
+        elif self.all_linear:
+            self.skipped.append((path, problem))
+        else:
+            raise ValueError(f"target_modules ({reason}) selects '{path}', but {problem}.")
+
+    def _problem(self, path: str, module: nn.Module) -> str | None:
+        """Why this module cannot be adapted, or None."""
+        kind = _kind(type(module))
+        if kind == "linear" and self.fused is None and self.supported is views.supported:
+            return None
+        if kind == "aux":
+            return "another adapter trains a copy of this module; adapt it or save it, not both"
+        if kind == "tuner" and getattr(module, "parameter_name", None) is not None:
+            return (
+                f"another adapter adapts its parameter {module.parameter_name!r}; "
+                "a module is adapted as a whole or by parameters"
+            )
+        base = innermost(module) if kind == "tuner" else module
+        if not self._can_adapt(base):
+            return (
+                f"{type(base).__name__} is not supported; supported layer types are {views.SUPPORTED}. "
+                "Target the layers inside it, or use exclude_modules"
+            )
+        if self.fused is not None and path.rpartition(".")[2] in self.fused:
+            return (
+                f"the kernels of model type {self.model_type!r} read its weight without calling it, so an "
+                "adapter would have no effect; leave out 'out_proj' and 'conv1d'"
+            )
+        return None
+
+    def parameters(self) -> None:
+        """Add the parameters that `target_parameters` selects."""
+        if not self.parameter_selector.entries:
+            return
+        modules = {t.path for t in self.targets}
+        known: set[str] = set()
+        found: list[Target] = []
+        for path, module in self.modules:
+            kind = _kind(type(module))
+            if kind == "aux":
+                continue
+            known.update(f"{path}.{name}" for name in _adapted_parameters(module))
+            base = innermost(module) if kind == "tuner" else module
+            for name, parameter in base._parameters.items():
+                entry = self.parameter_selector.find(f"{path}.{name}" if path else name)
+                if entry is None or parameter is None:
+                    continue
+                _check_parameter(path, name, parameter.dim(), base, path in modules)
+                found.append(Target(path, module, name, f"parameter {entry!r}"))
+        names = {t.name for t in found}
+        if known and names and known != names:
+            raise ValueError(
+                f"target_parameters selects {sorted(names)}, but an adapter of this model adapts "
+                f"{sorted(known)}: all "
+                "adapters with target_parameters must adapt the same parameters. Use the same "
+                "target_parameters."
+            )
+        self.targets = in_order(self.modules, self.targets, found)
+
+    def by_state_dict(self, keys: Iterable[str], prefix: str) -> None:
+        """Fill `targets` with exactly the modules that have keys."""
+        if self.parameter_selector.entries:
+            raise ValueError(
+                "target_parameters cannot be combined with injection from a state_dict, whose keys do not "
+                "name "
+                "parameters. Inject without `state_dict` and load the weights afterwards."
+            )
+        wanted = {_module_of(key, prefix, self.model) for key in keys}
+        wanted.discard(None)
+        for path, module in self.modules:
+            if path in wanted:
+                self._add(path, module, "state_dict")
+        present = set(self.names)
+        self.state_dict_paths = sorted(str(p) for p in wanted if p not in present)
+
+    def by_configuration(self) -> set[str]:
+        """The paths that the configuration selects, whether or not they can be adapted."""
+        return {path for path, _, _ in self.named()}
+
+    def plan(self) -> Plan:
+        """The plan of what has been found so far."""
+        saved = getattr(self.config, "modules_to_save", None)
+        return Plan(
+            self.config,
+            self.targets,
+            self.skipped,
+            names=self.names,
+            selection=self.selection,
+            modules_to_save=list(saved) if saved is not None else None,
+        )
+
+    def parameter_names(self) -> list[str]:
+        """The names of all parameters that could be adapted."""
+        return [f"{path}.{name}" for path, m in self.modules for name in innermost(m)._parameters if path]
+
+
+def in_order(modules: list[tuple[str, nn.Module]], one: list[Target], two: list[Target]) -> list[Target]:
+    """Both lists in the order of the model."""
+    if not one or not two:
+        return one or two
+    place = {path: i for i, (path, _) in enumerate(modules)}
+    return sorted([*one, *two], key=lambda target: place[target.path])
+
+
+def _adapted_parameters(module: nn.Module) -> Iterator[str]:
+    """Names of the parameters that adapters at this place adapt already."""
+    layer: Any = module
+    while layer is not None and _kind(type(layer)) == "tuner":
+        if getattr(layer, "parameter_name", None) is not None:
+            yield layer.parameter_name
+        layer = layer._modules.get("base_layer")
+
+
+def _check_parameter(path: str, name: str, dim: int, owner: nn.Module, targeted: bool) -> None:
+    """Raise ValueError if the parameter cannot be adapted."""
+    if not path:
+        raise ValueError(
+            f"target_parameters selects {name!r}, which lies directly on the model ({type(owner).__name__}). "
+            "Only "
+            "parameters of its sub-modules can be adapted: wrap the model in a module, or target another "
+            "parameter."
+        )
+    if targeted:
+        raise ValueError(
+            f"'{path}' is selected by target_modules and its parameter {name!r} by target_parameters. Choose "
+            "one: "
+            "leave the module out of target_modules (target_modules=[] switches the defaults off), or the "
+            "parameter "
+            "out of target_parameters."
+        )
+    if dim not in (2, 3):
+        raise ValueError(
+            f"target_parameters selects '{path}.{name}' with {dim} dimension(s). Only matrices (2 "
+            "dimensions) and "
+            "stacks of matrices (3 dimensions, experts first) can be adapted."
+        )
+
+
+def _module_of(key: str, prefix: str, model: nn.Module) -> str | None:
+    """The path of the module that a key of an adapter's state dict belongs to, None for other keys."""
+    key = key.removeprefix("_orig_mod.")
+    if "base_model" not in model._modules:
+        key = key.removeprefix("base_model.model.")
+    end = f".{key}".rfind(f".{prefix}")
+    if end < 0:
+        return None
+    path = key[: max(end - 1, 0)]
+    return (
+        ".".join(part for part in path.split(".") if part != "base_layer") if "base_layer" in path else path
+    )
+
+
+def _leaves(modules: list[tuple[str, nn.Module]]) -> str:
+    return listing(dict.fromkeys(path.rpartition(".")[2] for path, m in modules if path and not m._modules))

@@ -1,0 +1,195 @@
+"""Trainable tokens: new values for some rows of an embedding, the other rows frozen.
+
+    W' = W with the rows of the chosen tokens replaced by delta (n, d), which starts as those rows
+
+Works on an embedding, and on the output layer that is tied to it, which then shares delta. The tensor is called a delta
+in files, but holds the rows themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .call import Call
+from .layer import Adapter, BaseTunerLayer, Slot, Stack
+from .method import Method, Site
+from .views import embed_scale
+from .wrappers import AuxiliaryTrainingWrapper
+
+
+class TokenRows(Method):
+    """W' = W with rows replaced."""
+
+    def __init__(self, indices: Sequence[int], share: nn.Parameter | None = None):
+        self.indices, self.share = list(indices), share
+
+    def build(self, site: Site) -> dict[str, Any]:
+        raw = site.module.weight
+        count, width = raw.shape  # type: ignore[union-attr, misc]
+        bad = [i for i in self.indices if not -count <= i < count]
+        if bad:
+            raise ValueError(
+                f"trainable_token_indices has {bad}, but {site.path!r} has only {count} tokens (0 to {count - 1})."
+            )
+        dtype = raw.dtype  # type: ignore[union-attr]
+        held = self.share
+        if held is None:
+            held = nn.Parameter(torch.empty(len(self.indices), width, dtype=dtype, device=site.device))  # type: ignore[arg-type]
+        index = torch.tensor(
+            [i % count for i in self.indices], device=None if site.device.type == "meta" else site.device
+        )
+        return {"trainable_tokens_delta": held, "token_indices": index}
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        if self.share is None:
+            p.trainable_tokens_delta.copy_(inner.base.weight[p.held_buffer("token_indices")])  # type: ignore[index]
+
+    def _rows(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        return p.held_buffer("token_indices"), p.held("trainable_tokens_delta")
+
+    def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        index, new = self._rows(p)
+        if p.layer.view.infix:  # an embedding: W is (d, V)
+            return W.index_copy(-1, index, new.mT[rows].to(W.dtype))
+        start = rows.start or 0
+        stop = start + W.shape[-2]
+        inside = (index >= start) & (index < stop)
+        return W.index_copy(-2, index[inside] - start, new[inside].to(W.dtype))
+
+    def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
+        index, new = self._rows(p)
+        y = inner(x)
+        if not p.layer.view.infix:  # an output layer: the tokens are out-features
+            b = inner.bias()
+            part = inner.linear(x.to(new.dtype), new)
+            part = part if b is None else part + b[index]
+            return y.index_copy(-1, index, part.to(y.dtype))
+        match = x.unsqueeze(-1) == index
+        found = new[match.to(torch.uint8).argmax(-1)]
+        scale = embed_scale(inner.base)
+        found = found if scale is None else found * scale
+        return torch.where(match.any(-1, keepdim=True), found.to(y.dtype), y)
+
+
+class TrainableTokensLayer(BaseTunerLayer):
+    """An embedding, or the output layer tied to it, with some rows of its own."""
+
+    adapter_layer_names = ("trainable_tokens_delta",)
+    other_param_names = ()
+    _home_order = ("trainable_tokens_delta",)
+    _parameter_homes = frozenset({"trainable_tokens_delta"})
+
+
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
+    """Stands where the embedding stood; its `token_adapter` is the layer."""
+
+    _below: ClassVar[tuple[str, ...]] = ("token_adapter",)
+
+    def __init__(self, module_to_save: nn.Module, adapter_name: str = "default", call: Call | None = None):
+        super().__init__()
+        self.token_adapter = TrainableTokensLayer(module_to_save, call)
+        self.training = module_to_save.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(*args, **kwargs)
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The user's module."""
+        return self.token_adapter.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with the active adapters' rows in place."""
+        layer = self.token_adapter
+        if layer._run is None:
+            return layer.weight
+        stack = layer.stack(layer._live_names())
+        return layer.view.raw(stack.base, stack.weight())
+
+    # the layer below is met by every walk of its own; the wrapper has nothing to add
+    adapters: ClassVar[dict[str, Any]] = {}
+    merged_adapters: ClassVar[tuple[str, ...]] = ()
+    merged = False
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.token_adapter.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self.token_adapter.disable_adapters
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.token_adapter.active_adapters
+
+    def _get_available_adapters(self) -> set[str]:
+        return set()
+
+    def slots(self, name: str) -> list[Slot]:
+        """None: the layer's own are met when the walk comes to it."""
+        return []
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        return {
+            f"token_adapter.{slot.key}": f"token_adapter.{slot.live}"
+            for slot in self.token_adapter.slots(adapter_name)
+        }
+
+    def adapter_parameters(self, name: str) -> Sequence[nn.Parameter]:
+        return ()
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        self.token_adapter.set_adapter(adapter_names, inference_mode)
+
+    def activate(self, names: tuple[str, ...], inference_mode: bool = False) -> None:
+        """Nothing: the layer is activated itself."""
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self.token_adapter.set_requires_grad(adapter_names, requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.token_adapter.enable_adapters(enabled)
+
+    def _set_disabled(self, disabled: bool) -> None:
+        self.token_adapter._set_disabled(disabled)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+        self.token_adapter.delete_adapter(adapter_name)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        inner = self._modules["token_adapter"]
+        return self.original_module if isinstance(inner, BaseTunerLayer) else inner  # type: ignore[return-value]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if (
+                "_modules" not in self.__dict__
+                or "token_adapter" not in self._modules
+                or name.startswith("_")
+            ):
+                raise
+        return getattr(self.token_adapter, name)
+
+
+def check_disjoint(layer: TrainableTokensLayer, names: Sequence[str]) -> None:
+    """Raise ValueError if two of these adapters claim the same token."""
+    seen: dict[int, str] = {}
+    for name in names:
+        if name not in layer.adapters:
+            continue
+        for token in layer.adapters[name].method.indices:  # type: ignore[attr-defined]
+            if token in seen:
+                raise ValueError(
+                    f"The adapters {seen[token]!r} and {name!r} both train token {token}; they cannot be active together."
+                )
+            seen[token] = name

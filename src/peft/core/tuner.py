@@ -1,0 +1,380 @@
+"""The tuner: finds targets, places layers, and speaks for all of them. It holds loops over layers and no maths."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..errors import PeftWarning, nearest
+from . import unload as unloading
+from .call import Call
+from .layer import AdapterHost, BaseTunerLayer, tuner_layers
+from .place import Injection
+from .targets import match
+from .wrappers import AuxiliaryTrainingWrapper
+
+BIASES = ("none", "all")
+
+
+class BaseTuner(nn.Module):
+    """Adapters on a model: its child `model` is the user's own, with tuner layers in place of the targets.
+
+    Arguments:
+        model: the user's model; it is changed in place.
+        peft_config: the configuration of `adapter_name`, or {name: configuration}.
+        adapter_name: the adapter to inject first; it becomes active.
+        low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
+        state_dict: if given, exactly the modules that have keys in it are adapted.
+        autocast_adapter_dtype: adapters beside half-precision weights are float32.
+    """
+
+    prefix: str = ""
+    uses_shared_state: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: Any,
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        known = getattr(model, "peft_config", None)
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        self.__dict__["peft_config"] = {**known, **configs} if isinstance(known, dict) else configs
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        self.active_adapter: str | list[str] = adapter_name
+        self.__dict__["call"] = (
+            next((m.call for _, m in tuner_layers(model) if isinstance(m, BaseTunerLayer)), None) or Call()
+        )
+        self.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        self.set_adapter(adapter_name, inference_mode=bool(self.peft_config[adapter_name].inference_mode))
+        model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    # ---- what a method's tuner states --------------------------------------------------------------------------
+
+    def method_of(self, settings: Any) -> Any:
+        """The method of one target, from its configuration."""
+        raise NotImplementedError
+
+    def out_projection_method_of(self, settings: Any) -> Any:
+        """The method of the out-projection inside a targeted attention module with packed weights."""
+        return self.method_of(settings)
+
+    def layer_class(self, label: str) -> type[BaseTunerLayer]:
+        """The layer's class for a view's label."""
+        return BaseTunerLayer
+
+    # ---- injection ---------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add the adapter whose configuration is `peft_config[adapter_name]`; it is not activated.
+
+        The whole plan is made before anything changes, and an error half-way leaves the model as it was.
+        """
+        config = self.peft_config[adapter_name]
+        self._check_new_adapter(model, adapter_name, config)
+        was_collecting = gc.isenabled()
+        gc.disable()  # injection makes many small objects and no garbage; the collector would walk them again and again
+        undo: list[Callable[[], Any]] = []
+        try:
+            Injection(
+                self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, undo
+            ).run(state_dict)
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            raise
+        finally:
+            if was_collecting:
+                gc.enable()
+
+    def match(self, model: nn.Module, config: Any, adapter_name: str, state_dict: Any = None) -> Any:
+        """The plan of a configuration on this model."""
+        keys = None if state_dict is None else list(state_dict)
+        return match(model, config, keys, prefix=self.prefix, adapter_name=adapter_name)
+
+    def _check_new_adapter(self, model: nn.Module, name: str, config: Any) -> None:
+        if hasattr(config, "refuse_unsupported"):
+            config.refuse_unsupported()
+        layers = list(tuner_layers(model))
+        if any(name in layer._get_available_adapters() for _, layer in layers):
+            raise ValueError(
+                f"The model has an adapter {name!r} already. Delete it first, or choose another name."
+            )
+        bias = getattr(config, "bias", "none")
+        if bias not in (*BIASES, f"{self.prefix}only"):
+            raise NotImplementedError(
+                f"bias={bias!r} is not known.{nearest(str(bias), (*BIASES, f'{self.prefix}only'))} "
+                f"Use 'none', 'all' or '{self.prefix}only'."
+            )
+        others = [
+            n for n, c in self.peft_config.items() if n != name and getattr(c, "bias", "none") != "none"
+        ]
+        if bias != "none" and others:
+            raise ValueError(
+                f"The adapters {others} and {name!r} both train biases of the base model (bias={bias!r}). Only one adapter "
+                "of a model can. Use bias='none' for the others."
+            )
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in order."""
+        return [self.active_adapter] if isinstance(self.active_adapter, str) else list(self.active_adapter)
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """(path, layer) of every tuner layer and wrapper."""
+        return tuner_layers(self.model)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters active, and trainable unless `inference_mode`.
+
+        A merged model is unmerged first, with a warning. Raises ValueError for unknown names and for adapters that
+        cannot be active together; the model is then unchanged.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        unknown = [n for n in names if n not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"There is no adapter {unknown[0]!r}.{nearest(unknown[0], self.peft_config)} "
+                f"The model has {sorted(self.peft_config)}."
+            )
+        layers = [layer for _, layer in self.layers()]
+        for layer in layers:
+            unloading.check_together(layer, names)
+        if any(layer.merged for layer in layers):
+            warnings.warn(
+                "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3
+            )
+            self._unmerge(layers)
+        for layer in layers:
+            layer.activate(names, inference_mode)
+        self.active_adapter = adapter_name if isinstance(adapter_name, str) else list(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make these adapters trainable or frozen, whether active or not.
+
+        Raises ValueError for a name that the model does not have.
+        """
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        unknown = [n for n in names if n not in self.peft_config]
+        if unknown:
+            raise ValueError(f"There is no adapter {unknown[0]!r}.{nearest(unknown[0], self.peft_config)}")
+        for _, layer in self.layers():
+            layer.set_requires_grad(names, requires_grad)
+
+    def disable_adapter_layers(self) -> None:
+        """Run as the base model, with nothing trainable, until `enable_adapter_layers`."""
+        self._warn_of_bias()
+        for _, layer in self.layers():
+            layer.enable_adapters(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Run with the active adapters again; what was trainable and merged before is so again."""
+        for _, layer in self.layers():
+            layer.enable_adapters(True)
+
+    def _warn_of_bias(self) -> None:
+        trained = [
+            n for n in self.active_adapters if getattr(self.peft_config.get(n), "bias", "none") != "none"
+        ]
+        if trained:
+            warnings.warn(
+                f"The adapter {trained[0]!r} trained biases of the base model (bias={self.peft_config[trained[0]].bias!r}), "
+                "which stay in force: the disabled model does not give the base model's output.",
+                PeftWarning,
+                stacklevel=4,
+            )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter everywhere. If it was the only active one, the first remaining one becomes active.
+
+        Raises ValueError for an unknown name, or while the adapter is merged.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(
+                f"Adapter {adapter_name!r} does not exist.{nearest(adapter_name, self.peft_config)} "
+                f"The model has {sorted(self.peft_config)}."
+            )
+        layers = [layer for _, layer in self.layers()]
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(
+                f"Cannot delete the adapter {adapter_name!r} while it is merged. Call unmerge_adapter() first."
+            )
+        remaining = [n for n in self.active_adapters if n != adapter_name]
+        others = sorted(n for n in self.peft_config if n != adapter_name)
+        if not remaining and others and adapter_name in self.active_adapters:
+            remaining = others[:1]
+            warnings.warn(
+                f"Adapter {adapter_name!r} was active and is deleted. Setting active adapter to {remaining[0]!r}."
+            )
+        for layer in layers:
+            layer.delete_adapter(adapter_name)
+            active = tuple(n for n in remaining if n in self.peft_config)
+            if tuple(layer.active_adapters) != active:
+                layer.activate(active)
+        del self.peft_config[adapter_name]
+        self.active_adapter = remaining[0] if len(remaining) == 1 else remaining
+
+    # ---- merge -------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write adapters into the base weights; `unmerge_adapter` restores every bit.
+
+        Arguments:
+            adapter_names: which; None means the active ones.
+            safe_merge: kept for compatibility: every merge is checked.
+
+        Raises ValueError for an unknown name, for weights that are not finite, and where the output would change; the
+        model is then unchanged. Extra memory: one copy of the adapted weights while merged.
+        """
+        self._check_merge_names(adapter_names)
+        layers = [layer for _, layer in self.layers() if isinstance(layer, BaseTunerLayer)]
+        before = [list(layer.merged_adapters) for layer in layers]
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        unloading.untie(layers, chosen, unloading.shared(self.model))
+        try:
+            with _one_warning_each():
+                for layer in layers:
+                    layer.merge(safe_merge, adapter_names)
+        except BaseException:
+            for layer, names in zip(layers, before, strict=True):
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    layer._merge(tuple(names))
+            raise
+
+    def _check_merge_names(self, names: list[str] | None) -> None:
+        if isinstance(names, str):
+            raise TypeError(
+                f"adapter_names must be a list of names, got the string {names!r}. Use [{names!r}]."
+            )
+        unknown = [n for n in names or () if n not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"There is no adapter {unknown[0]!r} to merge.{nearest(unknown[0], self.peft_config)} "
+                f"The model has {sorted(self.peft_config)}."
+            )
+
+    def unmerge_adapter(self) -> None:
+        """Give back the base weights as they were before the first merge, bit for bit."""
+        layers = [layer for _, layer in self.layers()]
+        if not any(layer.merged for layer in layers):
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._unmerge(layers)
+
+    def _unmerge(self, layers: list[Any]) -> None:
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Write adapters into the base weights for good and return the base model, without any trace of adapters.
+
+        Arguments:
+            progressbar: show progress.
+            safe_merge: kept for compatibility: every merge is checked, and nothing is written before all checks hold.
+            adapter_names: which; None means the active ones.
+        """
+        self._check_merge_names(adapter_names)
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return unloading.unload(self, progressbar, names)
+
+    def unload(self) -> nn.Module:
+        """Return the base model without any trace of adapters, and without merging them."""
+        return unloading.unload(self, False, None)
+
+    # ---- python ------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "_modules" not in self.__dict__ or "model" not in self._modules:
+                raise
+            return getattr(self.model, name)
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's configuration as a dictionary; {"model_type": "custom"} if it has none."""
+        config = getattr(model, "config", None)
+        if config is None:
+            return {"model_type": "custom"}
+        return config.to_dict() if hasattr(config, "to_dict") else dict(getattr(config, "__dict__", config))
+
+
+@contextmanager
+def _one_warning_each() -> Iterator[None]:
+    """The same warning from many layers is shown once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    seen = set()
+    for w in caught:
+        if (w.category, str(w.message)) not in seen:
+            seen.add((w.category, str(w.message)))
+            warnings.warn(w.message, w.category, stacklevel=4)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model's output while the context is open. Nests, and restores every layer as it was, also after errors."""
+    before = [(layer, layer.disable_adapters) for _, layer in tuner_layers(model)]
+    try:
+        for layer, _ in before:
+            layer._set_disabled(True)
+        yield
+    finally:
+        for layer, was in before:
+            layer._set_disabled(was)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """{name in the model: parameter} of one adapter.
+
+    Arguments:
+        model: a PeftModel, a tuner, or a model with injected layers.
+        name: the adapter's name.
+
+    Raises ValueError if no layer has it.
+    """
+    found: dict[str, nn.Parameter] = {}
+    known: set[str] = set()
+    for path, layer in tuner_layers(model):
+        known |= layer._get_available_adapters()
+        for slot in layer.slots(name):
+            if isinstance(slot.tensor, nn.Parameter):
+                found[f"{path}.{slot.live}" if path else slot.live] = slot.tensor
+    if not found:
+        raise ValueError(
+            f"There is no adapter {name!r}.{nearest(name, known)} The model has {sorted(known)}."
+        )
+    return found
+
+
+__all__ = ["AdapterHost", "AuxiliaryTrainingWrapper", "BaseTuner", "adapter_parameters", "disabled"]

@@ -1,0 +1,211 @@
+"""Whole modules trained beside a method: one copy of the module per adapter, the original untouched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .call import BASE, Call
+from .layer import AdapterHost, BaseTunerLayer, Slot, join_parts, rows_of, tensors_below
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+_BY_ROWS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class AuxiliaryTrainingWrapper(AdapterHost):
+    """What stands in place of a module that is trained beside a method."""
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The plain module to put back."""
+        raise NotImplementedError
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """{key in files: name in the live module} of an adapter, both relative to this wrapper."""
+        return {slot.key: slot.live for slot in self.slots(adapter_name)}
+
+    def slots(self, name: str) -> list[Slot]:
+        """Every saved tensor of adapter `name`."""
+        raise NotImplementedError
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """Holds `original_module` (frozen) and `modules_to_save`, a copy for each adapter; runs the active adapter's copy.
+
+    Raises TypeError for containers, which have no forward, and for tuner layers.
+    """
+
+    _below: ClassVar[tuple[str, ...]] = ("original_module",)
+
+    def __init__(
+        self, module_to_save: nn.Module, adapter_name: str, call: Call | None = None, path: str = ""
+    ):
+        super().__init__()
+        if isinstance(module_to_save, (*_CONTAINERS, BaseTunerLayer)):
+            raise TypeError(
+                f"modules_to_save selects {path!r}, a {type(module_to_save).__name__}, which cannot be copied as a whole. "
+                "Name the modules inside it, or exclude it from target_modules if it is an adapted layer."
+            )
+        self.original_module = module_to_save
+        self.modules_to_save = nn.ModuleDict({})
+        self.__dict__.update(call=call or Call(), path=path, _active=(), _disabled=False, tied={})
+        self.update(adapter_name)
+        self.training = module_to_save.training
+
+    def update(self, adapter_name: str, module: nn.Module | None = None) -> None:
+        """Add a copy for an adapter; `module` instead of a copy of the original."""
+        if adapter_name in self.modules_to_save:
+            return
+        new = copy.deepcopy(self.original_module) if module is None else module
+        if module is None:
+            new.requires_grad_(True)
+        self.modules_to_save[adapter_name] = new
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> dict[str, nn.Module]:
+        """The copies by adapter name."""
+        return self.modules_to_save._modules  # type: ignore[return-value]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters that have a copy here."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """Same as `active_adapters`."""
+        return list(self._active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the original runs."""
+        return self._disabled
+
+    merged_adapters: tuple[str, ...] = ()
+    merged = False
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapters)
+
+    def check_active(self, names: Sequence[str]) -> None:
+        """Raise ValueError if several of these adapters have a copy here: only one can run."""
+        mine = [n for n in names if n in self.adapters]
+        if len(mine) > 1:
+            raise ValueError(
+                f"Only one adapter can be active for {self.path!r}, which is in modules_to_save, but {mine} all have a copy "
+                "of it. Activate one of them."
+            )
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Run and train the copy of one adapter.
+
+        Raises ValueError for several names, or for one that has no copy here.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) != 1 or names[0] not in self.adapters:
+            raise ValueError(
+                f"{self.path!r} holds copies for {sorted(self.adapters)} and runs one of them; got {adapter_names!r}."
+            )
+        self.activate(tuple(names), inference_mode)
+
+    def activate(self, names: tuple[str, ...], inference_mode: bool = False) -> None:
+        """Run the one of `names` that has a copy here, or the original if none has."""
+        self.check_active(names)
+        for name in self.adapters:
+            self.set_requires_grad(name, name in names and not inference_mode)
+        self.__dict__["_active"] = tuple(n for n in names if n in self.adapters)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make copies trainable or frozen; unknown names are ignored."""
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(requires_grad)
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters of an adapter's copy."""
+        if name in self.adapters:
+            yield from self.adapters[name].parameters()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Run the active copy, or the original."""
+        self._set_disabled(not enabled)
+        for name in self.adapters:
+            self.set_requires_grad(name, enabled and name in self._active)
+
+    def _set_disabled(self, disabled: bool) -> None:
+        self.__dict__["_disabled"] = disabled
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+        """Remove an adapter's copy; `new_active_adapters` are active afterwards."""
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+        keep = self._active if new_active_adapters is None else tuple(new_active_adapters)
+        self.__dict__["_active"] = tuple(n for n in keep if n in self.adapters)
+
+    def slots(self, name: str) -> list[Slot]:
+        """Every saved tensor of adapter `name`; in files the wrapper leaves no trace."""
+        if name not in self.adapters:
+            return []
+        return [
+            Slot(leaf, f"modules_to_save.{name}.{leaf}", owner, attr)
+            for owner, leaf, attr in tensors_below(self.adapters[name])
+        ]
+
+    # ---- forward -----------------------------------------------------------------------------------------------
+
+    def _module(self) -> nn.Module:
+        name = None if self._disabled or not self._active else self._active[0]
+        return self.original_module if name is None else self.adapters[name]
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        names = kwargs.pop("adapter_names", None) or self.call.names
+        if names is None or self._disabled:
+            return self._module()(x, *args, **kwargs)
+        return self._mixed(tuple(names), x, args, kwargs)
+
+    def _mixed(self, names: tuple[str, ...], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not isinstance(self.original_module, _BY_ROWS):
+            raise TypeError(
+                f"adapter_names cannot be used with {self.path!r} in modules_to_save: a {type(self.original_module).__name__} "
+                "may mix the samples of a batch. Linear, embedding and convolution layers work."
+            )
+        groups = self.call.groups(x.shape[0], x.device, self.path, names)
+        lacking = [n for n in groups if n != BASE and n not in self.adapters]
+        if lacking:
+            raise KeyError(
+                f"{self.path!r} has no copy for {lacking}; it has {sorted(self.adapters)} and '{BASE}'."
+            )
+        parts = []
+        for name, index in groups.items():
+            take = rows_of(index, x.shape[0], 0)
+            module = self.original_module if name == BASE else self.adapters[name]
+            parts.append(module(take(x), *map(take, args), **{k: take(v) for k, v in kwargs.items()}))
+        return join_parts(parts, torch.cat(list(groups.values())).argsort(), 0)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The active adapter's copy, or the original if none is active."""
+        names = [n for n in (adapter_names or self._active) if n in self.adapters]
+        if len(names) > 1:
+            self.check_active(names)
+        return self.adapters[names[0]] if names else self.original_module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if (
+                "_modules" not in self.__dict__
+                or "modules_to_save" not in self._modules
+                or name.startswith("__")
+            ):
+                raise
+        return getattr(self._module(), name)

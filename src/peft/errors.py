@@ -1,0 +1,91 @@
+"""The exceptions and warnings of the library, and the one rule of strictness.
+
+What cannot be right raises. What may be intended raises a *named* warning that lists every item; `strict` turns
+those warnings into errors, for one call (argument) or for the whole process (`set_strict`, or `PEFT_STRICT=1`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Iterable
+
+
+class PeftError(Exception):
+    """Base class of the library's own errors."""
+
+
+class NoMatchingPeftModuleError(PeftError, ValueError):
+    """The configuration selects nothing of the model."""
+
+
+class PeftStrictError(PeftError, ValueError):
+    """A warning that `strict` has turned into an error."""
+
+
+class PeftWarning(UserWarning):
+    """Base class of the library's own warnings."""
+
+
+class UnmatchedTargetWarning(PeftWarning, RuntimeWarning):
+    """One of several entries of a configuration selects nothing of the model."""
+
+
+class MissingTensorsWarning(PeftWarning):
+    """A checkpoint lacks tensors that the adapter has."""
+
+
+class UnexpectedTensorsWarning(PeftWarning):
+    """A checkpoint holds tensors that the adapter has no place for."""
+
+
+class UnknownFieldWarning(PeftWarning):
+    """A configuration file holds a field that this version does not know."""
+
+
+_strict = os.environ.get("PEFT_STRICT", "") not in ("", "0", "false", "False")
+
+
+def set_strict(strict: bool) -> bool:
+    """Turn doubtful cases into errors for the whole process.
+
+    Arguments:
+        strict: True makes every `report`ed warning an error; False (the default of a process) only warns.
+
+    Returns the previous setting.
+    """
+    global _strict
+    previous, _strict = _strict, bool(strict)
+    return previous
+
+
+def report(category: type[PeftWarning], message: str, strict: bool | None = None, stacklevel: int = 3) -> None:
+    """Warn with `category`, or raise `PeftStrictError` if strictness asks for it.
+
+    Arguments:
+        category: the named warning class.
+        message: what was found, where, and what to do.
+        strict: this call's wish; None follows the process-wide setting.
+        stacklevel: as in `warnings.warn`.
+    """
+    if _strict if strict is None else strict:
+        raise PeftStrictError(message)
+    warnings.warn(message, category, stacklevel=stacklevel)
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A hint " Did you mean 'x'?" with the closest choice, or "" if nothing is close."""
+    pool = list(dict.fromkeys(choices))
+    close = difflib.get_close_matches(word, pool, n=1, cutoff=0.6)
+    if not close:
+        lower = {c.lower(): c for c in pool}
+        close = [lower[m] for m in difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)]
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def listing(items: Iterable[str], most: int = 8) -> str:
+    """'a', 'b' and so on, cut after `most` entries with the number left out."""
+    items = list(items)
+    text = ", ".join(repr(i) for i in items[:most])
+    return text + (f" and {len(items) - most} more" if len(items) > most else "")

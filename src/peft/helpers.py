@@ -1,0 +1,127 @@
+"""Small tools for models with adapters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from functools import update_wrapper
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from . import lazy
+from .config import PeftConfig
+from .core.layer import BaseTunerLayer
+
+_NAMES = {
+    "peft.methods.lora.layer": "LoraLayer",
+    "peft.methods.lora.model": "LoraModel",
+    "peft.model": "PeftModel",
+}
+__getattr__, __dir__, _ = lazy.names(__name__, _NAMES)
+
+METHODS = ("forward", "generate", "all")
+
+
+def check_if_peft_model(model_name_or_path: str) -> bool:
+    """Whether a folder or a repository holds an adapter; False also if that cannot be found out."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except Exception:  # any failure means: no adapter that could be used
+        return False
+    return True
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator[None]:
+    """Inside the block every LoRA update of the model counts `multiplier` times; the old scales come back.
+
+    Arguments:
+        model: a model with LoRA layers.
+        multiplier: a number.
+
+    Raises TypeError if it is no number, ValueError if there is no LoRA layer.
+    """
+    from .methods.lora.layer import LoraLayer
+
+    if not isinstance(multiplier, (int, float)):
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    if not layers:
+        raise ValueError("scaling is only supported for models with `LoraLayer`s; this model has none.")
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer, scales in zip(layers, before, strict=True):
+            for name, scale in scales.items():
+                layer.scaling[name] = scale * multiplier
+        yield
+    finally:
+        for layer, scales in zip(layers, before, strict=True):
+            for name, scale in scales.items():
+                layer.scaling[name] = scale
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Inside the block inputs keep their dtype instead of being cast to the adapter's.
+
+    Arguments:
+        model: a model with adapter layers.
+        active: False does nothing.
+    """
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)] if active else []
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.cast_input_dtype_enabled = enabled
+
+
+def update_forward_signature(model: Any) -> None:
+    """Give `model.forward` the base model's signature and documentation, if it takes *args, **kwargs."""
+    _copy_signature(model, "forward")
+
+
+def update_generate_signature(model: Any) -> None:
+    """Give `model.generate` the base model's signature and documentation, if it takes *args, **kwargs."""
+    _copy_signature(model, "generate")
+
+
+def update_signature(model: Any, method: str = "all") -> None:
+    """Give methods of a PeftModel the signatures of the base model's.
+
+    Arguments:
+        model: the PeftModel.
+        method: "forward", "generate" or "all".
+
+    Raises ValueError for another method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method} is not supported please choose one of {list(METHODS)}")
+    for name in ("forward", "generate") if method == "all" else (method,):
+        _copy_signature(model, name)
+
+
+def _copy_signature(model: Any, name: str) -> None:
+    own = getattr(model, name)
+    kinds = {p.kind for p in inspect.signature(own).parameters.values()}
+    if kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return
+    original = getattr(model.get_base_model(), name)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(type(self), name)(self, *args, **kwargs)
+
+    update_wrapper(
+        call, getattr(type(model), name, original), assigned=("__module__", "__qualname__", "__name__")
+    )
+    call.__doc__ = original.__doc__
+    call.__annotations__ = copy(getattr(original, "__annotations__", {}))
+    call.__signature__ = inspect.signature(original.__func__)  # type: ignore[attr-defined]
+    object.__setattr__(model, name, MethodType(call, model))

@@ -1,0 +1,81 @@
+"""Names that are imported when they are first asked for, and a word about those that do not exist yet."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from .errors import nearest
+
+Hooks = tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]
+
+
+def names(module: str, table: Mapping[str, str]) -> Hooks:
+    """`__getattr__`, `__dir__` and `__all__` of a module whose names live elsewhere.
+
+    Arguments:
+        module: the full name of the module that gets them.
+        table: "module" or "module:original_name" -> the names, separated by blanks.
+    """
+    places = {name: place for place, several in table.items() for name in several.split()}
+
+    def __getattr__(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}.{_reason(name, places)}")
+        place, _, original = places[name].partition(":")
+        value = getattr(import_module(place), original or name)
+        setattr(sys.modules[module], name, value)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*vars(sys.modules[module]), *places})
+
+    return __getattr__, __dir__, sorted(places)
+
+
+def _reason(name: str, exist: Mapping[str, str]) -> str:
+    """Why a name is not there."""
+    from .later import NAMES
+
+    return " It comes with a later release." if name in NAMES else nearest(name, exist)
+
+
+def _alike(name: str, exist: Sequence[str]) -> list[str]:
+    """The names of the same kind (Config, Model, ...), or all of them if there are none."""
+    kind = re.findall(r"[A-Z]?[a-z]+$|$", name)[0]
+    return [e for e in exist if kind and e.endswith(kind)] or list(exist)
+
+
+class Later(MetaPathFinder):
+    """The last finder: it finds nothing, but says of a name or module that it comes later, or what was meant.
+
+    `from peft import Name` asks the finders for `peft.Name` when the package has no such attribute. A plain
+    `hasattr(peft, "Name")` stays False.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Raise ImportError for what is known to come later; None for all else."""
+        if not fullname.startswith("peft."):
+            return None
+        from .later import NAMES, is_later_module
+
+        parent, _, name = fullname.rpartition(".")
+        if name not in NAMES and not is_later_module(fullname):
+            return None
+        exist = _alike(name, getattr(sys.modules.get(parent), "__all__", []))
+        have = f" {parent} has {', '.join(exist)}." if exist else ""
+        raise ImportError(f"{fullname} comes with a later release of this library.{have}", name=fullname)
+
+
+def install() -> None:
+    """Put the finder behind all others, once."""
+    if not any(isinstance(finder, Later) for finder in sys.meta_path):
+        sys.meta_path.append(Later())

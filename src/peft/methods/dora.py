@@ -1,0 +1,147 @@
+"""DoRA: magnitude and direction of a weight, learnt apart, over any additive method.
+
+    W' = m V / |V|,   V = W + delta,   |V| the norm of each row, a constant of the gradient;  m starts at |W|
+
+V is taken over the base weight and this adapter's delta alone, so the gain m / |V| does not depend on other adapters.
+For a low-rank delta the norm is never taken of a dense product:
+
+    |V_o|^2 = |W_o|^2 + 2 s (W A')_o . B_o + s^2 B_o (A A') B_o'
+
+with |W_o|^2 kept between forwards. Source: Liu et al. 2024, arXiv 2402.09353, eq. 5 and section 4.3. Different from the
+peer: with dropout in training, the base term is that of the full input, as in the merged weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.layer import Adapter, Stack
+from ..core.method import Delta, LowRank, Site
+from ..kernels import lowrank
+
+TILE_ELEMENTS = 16 * 2**20
+
+
+class Magnitude(nn.Module):
+    """Holds m under the name that checkpoints have."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+
+class DoRA(Delta):
+    """W' = m V / |V| around the additive method `of`."""
+
+    additive = False
+
+    def __init__(self, of: Delta):
+        self.of = of
+
+    def build(self, site: Site) -> dict[str, Any]:
+        out = site.view.shape(site.module)[:-1]
+        m = torch.empty(out, **site.kwargs)
+        return {
+            **self.of.build(site),
+            "lora_magnitude_vector": Magnitude(
+                nn.Parameter(m if len(out) > 1 else site.view.vector(site.module, m))
+            ),
+        }
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        self.of.init(p, inner)
+
+    def derive(self, p: Adapter, inner: Stack) -> None:
+        self.of.derive(p, inner)
+        m = p.lora_magnitude_vector.weight
+        if m.device.type != "meta":
+            m.copy_(self.norm(p).view(m.shape))
+
+    def checkpoint_key(self, key: str) -> str:
+        return (
+            "lora_magnitude_vector" if key == "lora_magnitude_vector.weight" else self.of.checkpoint_key(key)
+        )
+
+    def magnitude(self, p: Adapter) -> Tensor:
+        """m, (..., O)."""
+        m = p.held("lora_magnitude_vector").weight
+        return m if p.layer.view.label == "ParamWrapper" else m.flatten()
+
+    @torch.no_grad()
+    def norm(self, p: Adapter) -> Tensor:
+        """|V| of each row, (..., O), float32."""
+        W = p.original_weight()
+        if not isinstance(self.of, LowRank):
+            return torch.cat([torch.linalg.vector_norm(V.float(), dim=-1) for V in self._rows(p, W)], -1)
+        A, B = (t.float() for t in self.of.factors(p))
+        s = self.of.scaling(p)
+        base = p.layer.get_base_layer()
+        special = p.layer.view.norm_product(base, A, B)
+        if special is not None:
+            return torch.linalg.vector_norm(base.weight.float().flatten(1) + s * special, dim=-1)  # type: ignore[operator, union-attr]
+        cross = torch.cat([w.float() @ A.mT for w in _tiles(W)], -2)
+        gram = A @ A.mT
+        square = self._base_square(p, W) + (2 * s) * (cross * B).sum(-1) + (s * s) * ((B @ gram) * B).sum(-1)
+        return square.clamp_min(0).sqrt()
+
+    def _rows(self, p: Adapter, W: Tensor) -> list[Tensor]:
+        start, found = 0, []
+        for w in _tiles(W):
+            found.append(self.of.weight(p, w, slice(start, start + w.shape[-2])))
+            start += w.shape[-2]
+        return found
+
+    def _base_square(self, p: Adapter, W: Tensor) -> Tensor:
+        """|W|^2 of each row, (..., O), computed again only when the base weight changes."""
+        if torch.compiler.is_compiling() or W.is_inference():
+            return _square(W)
+        key = (W.data_ptr(), W._version, W.shape, W.device)
+        if p.cache.get("key") != key:
+            p.cache.update(key=key, square=_square(W))
+        return p.cache["square"]
+
+    def gain(self, p: Adapter) -> Tensor:
+        """m / |V|, (..., O); where a row of V is zero its direction does not matter."""
+        return self.magnitude(p) / self.safe_norm(p)
+
+    def safe_norm(self, p: Adapter) -> Tensor:
+        """|V| with 1 in place of 0."""
+        n = self.norm(p)
+        return torch.where(n == 0, torch.ones_like(n), n)
+
+    def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        return self.of.delta(p, W, rows)
+
+    def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        gain = self.gain(p)[..., rows, None]
+        return ((W + self.of.delta(p, W, rows)) * gain).to(W.dtype)
+
+    def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
+        return self.of.bias(p, b)
+
+    def drop_rate(self, p: Adapter) -> float:
+        return self.of.drop_rate(p)
+
+    def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
+        b = inner.bias()
+        if inner.view.dense and isinstance(self.of, LowRank) and not inner.view.infix:
+            A, B = self.of.factors(p)
+            n, scale = self.safe_norm(p), self.of.scaling(p)
+            return lowrank.add_scaled(y, x, A, B, scale, self.drop_rate(p), self.magnitude(p), n, b)
+        gain = inner.spread(self.gain(p))
+        b = None if b is None else inner.spread(b)
+        z = self.of.onto(p, inner, y if b is None else (y - b).to(y.dtype), x) * gain
+        return (z if b is None else z + b).to(y.dtype)
+
+
+def _tiles(W: Tensor) -> tuple[Tensor, ...]:
+    """W in blocks of rows, so that a cast to float32 never holds a second copy of a large weight."""
+    per_row = max(1, W.numel() // W.shape[-2])
+    return W.split(max(1, TILE_ELEMENTS // per_row), dim=-2)
+
+
+def _square(W: Tensor) -> Tensor:
+    return torch.cat([w.float().square().sum(-1) for w in _tiles(W)], -1)

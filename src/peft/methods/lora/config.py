@@ -1,0 +1,408 @@
+"""The configuration of LoRA. What cannot be right is refused here, before any model is touched."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ...config import PeftConfig, describe
+from ...errors import PeftWarning, UnknownFieldWarning, nearest, report
+from ...types import PeftType
+from .options import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+    as_option,
+)
+
+__all__ = [
+    "ArrowConfig",
+    "BdLoraConfig",
+    "CordaConfig",
+    "EvaConfig",
+    "KasaConfig",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "LoraRuntimeConfig",
+    "MontecloraConfig",
+    "VeloraConfig",
+]
+
+BIAS = ("none", "all", "lora_only")
+INIT = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "lora_ga", "mica")
+OPTIONS = {
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+    "runtime_config": LoraRuntimeConfig,
+    "use_bdlora": BdLoraConfig,
+    "arrow_config": ArrowConfig,
+    "kasa_config": KasaConfig,
+}
+
+# Fields that this release reads and writes but does not carry out, and what to use instead.
+NOT_YET = {
+    "alora_invocation_tokens": "Leave it out for plain LoRA.",
+    "arrow_config": "Leave it out, and choose adapters with set_adapter or adapter_names.",
+    "use_bdlora": "Leave it out for plain LoRA.",
+    "velora_config": "Leave it out; gradient checkpointing saves memory too.",
+    "monteclora_config": "Leave it out for plain LoRA.",
+    "kasa_config": "Leave it out; init_lora_weights='pissa' also starts from the base weight.",
+    "use_qalora": "Leave it out for plain LoRA.",
+    "megatron_config": "Leave it out; nn.Linear layers are adapted without it.",
+}
+INIT_NOT_YET = ("eva", "corda", "loftq", "lora_ga", "mica")
+
+
+class UnknownBiasError(ValueError, NotImplementedError):
+    """`bias` has a value that does not exist."""
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """LoRA: W + s B A with factors of rank r, s = lora_alpha / r (Hu et al. 2021, arXiv 2106.09685).
+
+    Raises ValueError for values that cannot be, or not together; TypeError for values of the wrong kind.
+    """
+
+    r: int = field(default=8, metadata=describe("Rank of the factors, at least 1."))
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata=describe(
+            "The modules to adapt. A list: full names, or their last parts. A string: a regular expression "
+            "for the "
+            "full name, or 'all-linear'. None: the usual ones of the architecture."
+        ),
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata=describe("Modules to leave alone, written as `target_modules`.")
+    )
+    lora_alpha: int = field(default=8, metadata=describe("The update is scaled by lora_alpha / r."))
+    lora_dropout: float = field(default=0.0, metadata=describe("Dropout on the input of A, in [0, 1)."))
+    fan_in_fan_out: bool = field(
+        default=False, metadata=describe("The base weight is stored as (in, out), as in GPT-2's Conv1D.")
+    )
+    bias: Literal["none", "all", "lora_only"] = field(
+        default="none",
+        metadata=describe("Which biases of the model are trained: none, all, or those of adapted layers."),
+    )
+    use_rslora: bool = field(
+        default=False,
+        metadata=describe("Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732)."),
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata=describe("Modules that are trained as a whole and saved with the adapter.")
+    )
+    init_lora_weights: (
+        bool
+        | Literal[
+            "gaussian",
+            "eva",
+            "olora",
+            "pissa",
+            "pissa_niter_[number of iters]",
+            "corda",
+            "loftq",
+            "orthogonal",
+            "lora_ga",
+            "mica",
+        ]
+    ) = field(
+        default=True,
+        metadata=describe(
+            "How A and B start. True: A random, B zero, so that the model is unchanged. 'gaussian': A "
+            "normal. False: "
+            "both random, for tests. 'orthogonal': orthogonal factors. 'pissa', 'pissa_niter_<k>', "
+            "'olora', 'corda', "
+            "'lora_ga', 'mica': from a decomposition of the weight. 'eva': from the inputs. 'loftq': from "
+            "the error "
+            "of quantisation."
+        ),
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata=describe("Numbers of the layers to adapt; only with a list of `target_modules`."),
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata=describe("Name of the list of layers, if the numbers are not found without it."),
+    )
+    rank_pattern: dict | None = field(
+        default_factory=dict,
+        metadata=describe("Ranks that differ from r: {regular expression of the name or of its end: rank}."),
+    )
+    alpha_pattern: dict | None = field(
+        default_factory=dict,
+        metadata=describe("Values that differ from lora_alpha, written as `rank_pattern`."),
+    )
+    megatron_config: dict | None = field(
+        default=None, metadata=describe("Arguments of Megatron's parallel layers.")
+    )
+    megatron_core: str | None = field(
+        default="megatron.core", metadata=describe("The module Megatron is taken from.")
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata=describe("Tokens whose embedding is trained: a list, or {name of the embedding: list}."),
+    )
+    loftq_config: LoftQConfig | dict = field(
+        default_factory=dict, metadata=describe("Settings of the init 'loftq'.")
+    )
+    eva_config: EvaConfig | None = field(default=None, metadata=describe("Settings of the init 'eva'."))
+    corda_config: CordaConfig | None = field(default=None, metadata=describe("Settings of the init 'corda'."))
+    lora_ga_config: LoraGAConfig | None = field(
+        default=None, metadata=describe("Settings of the init 'lora_ga'.")
+    )
+    use_dora: bool = field(
+        default=False,
+        metadata=describe(
+            "DoRA: train the norm of each row of the weight by itself (Liu et al. 2024, arXiv 2402.09353)."
+        ),
+    )
+    velora_config: VeloraConfig | dict | None = field(default=None, metadata=describe("Turns VeLoRA on."))
+    alora_invocation_tokens: list[int] | None = field(
+        default=None, metadata=describe("aLoRA: the adapter acts from these tokens on (arXiv 2504.12397).")
+    )
+    use_qalora: bool = field(default=False, metadata=describe("QA-LoRA for GPTQ layers (arXiv 2309.14717)."))
+    qalora_group_size: int = field(default=16, metadata=describe("QA-LoRA: inputs that are pooled together."))
+    monteclora_config: MontecloraConfig | None = field(
+        default=None, metadata=describe("Turns MonteCLoRA on.")
+    )
+    layer_replication: list[tuple[int, int]] | None = field(
+        default=None,
+        metadata=describe("Stack ranges [start, end) of layers into a deeper model that shares weights."),
+    )
+    runtime_config: LoraRuntimeConfig = field(
+        default_factory=LoraRuntimeConfig, metadata=describe("Settings of this run; they are not saved.")
+    )
+    lora_bias: bool = field(default=False, metadata=describe("Give B a bias."))
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata=describe(
+            "Parameters to adapt, by full name or its last parts, such as the stacked weights of experts."
+        ),
+    )
+    use_bdlora: BdLoraConfig | None = field(default=None, metadata=describe("Turns BD-LoRA on."))
+    arrow_config: ArrowConfig | None = field(default=None, metadata=describe("Turns Arrow's routing on."))
+    kasa_config: KasaConfig | None = field(default=None, metadata=describe("Turns KaSA on."))
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata=describe("Adapt tied layers, such as embedding and head, with the same weights."),
+    )
+    module_config: dict[str, dict[str, Any]] | None = field(
+        default=None,
+        metadata=describe(
+            "Fields that differ for some modules: {regular expression of the name or of its end: {field: "
+            "value}}."
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        self._read_options()
+        self._read_names()
+        self._check_numbers()
+        self._check_choices()
+        self._check_layers()
+        self._check_combinations()
+        self._check_module_config()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a dictionary, without `runtime_config`."""
+        values = super().to_dict()
+        values.pop("runtime_config")
+        return values
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """`runtime_config` of a file is ignored: it belongs to the run that wrote it."""
+        if isinstance(kwargs.get("runtime_config"), dict):
+            report(
+                UnknownFieldWarning, "`runtime_config` in a file is ignored; pass it to the loading function."
+            )
+            kwargs.pop("runtime_config")
+        return super().check_kwargs(**kwargs)
+
+    def unsupported(self) -> list[str]:
+        """The fields that this release cannot carry out; empty for a configuration that it can."""
+        names = [name for name in NOT_YET if getattr(self, name) not in (None, False, {})]
+        if self.init_lora_weights in INIT_NOT_YET:
+            names.append("init_lora_weights")
+        if self.loftq_config:
+            names.append("loftq_config")
+        return names
+
+    def refuse_unsupported(self) -> None:
+        """Raise NotImplementedError that names what this release cannot carry out and what to use instead."""
+        names = self.unsupported()
+        if not names:
+            return
+        init = "Use True, 'gaussian', 'orthogonal', 'pissa' or 'olora'."
+        advice = {**NOT_YET, "init_lora_weights": init, "loftq_config": "Leave it out."}
+        lines = [f"{name}={getattr(self, name)!r}. {advice[name]}" for name in names]
+        raise NotImplementedError("This release cannot carry out " + " It cannot carry out ".join(lines))
+
+    def _read_options(self) -> None:
+        """Nested configurations from dictionaries."""
+        for name, kind in OPTIONS.items():
+            setattr(self, name, as_option(kind, name, getattr(self, name)))
+        if self.runtime_config is None:
+            self.runtime_config = LoraRuntimeConfig()
+        if isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = asdict(self.loftq_config)
+        if self.loftq_config is None:
+            self.loftq_config = {}
+        if not isinstance(self.loftq_config, dict):
+            raise TypeError(f"`loftq_config` must be a `LoftQConfig` or a dict; got {self.loftq_config!r}.")
+        as_option(LoftQConfig, "loftq_config", self.loftq_config)
+
+    def _read_names(self) -> None:
+        """Lists of names become sets; strings stay."""
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                setattr(self, name, set(_names(name, value)))
+        for name in ("modules_to_save", "target_parameters"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise TypeError(
+                    f"`{name}` must be a list of names; got the string {value!r}. Use [{value!r}]."
+                )
+            _names(name, value or ())
+        for name in ("rank_pattern", "alpha_pattern"):
+            setattr(self, name, _patterns(name, getattr(self, name)))
+        tokens = self.trainable_token_indices
+        if tokens is not None and not isinstance(tokens, (list, tuple, dict)):
+            raise TypeError(
+                f"`trainable_token_indices` must be a list or a dictionary of lists; got {tokens!r}."
+            )
+
+    def _check_numbers(self) -> None:
+        _rank("r", self.r)
+        for pattern, rank in (self.rank_pattern or {}).items():
+            _rank(f"rank_pattern[{pattern!r}]", rank)
+        if isinstance(self.lora_alpha, str):
+            raise TypeError(f"`lora_alpha` must be a number; got {self.lora_alpha!r}.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"`lora_dropout` must be in [0, 1); got {self.lora_dropout}.")
+
+    def _check_choices(self) -> None:
+        if self.bias not in BIAS:
+            raise UnknownBiasError(
+                f"bias={self.bias!r} is unknown.{nearest(str(self.bias), BIAS)} Use one of {', '.join(BIAS)}."
+            )
+        init = self.init_lora_weights
+        if init is None or isinstance(init, bool) or init in INIT:
+            return
+        if not (isinstance(init, str) and re.fullmatch(r"pissa_niter_\d+", init)):
+            raise ValueError(
+                f"init_lora_weights={init!r} is unknown.{nearest(str(init), INIT)} Use True, False, "
+                f"{', '.join(map(repr, INIT))} or 'pissa_niter_<number>'."
+            )
+
+    def _check_layers(self) -> None:
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` cannot be used when `target_modules` is a str. Give a list of names, or "
+                        "write the "
+                        "layers into the regular expression."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. Give "
+                "the numbers "
+                "of the layers, or leave both out."
+            )
+
+    def _check_combinations(self) -> None:
+        init = self.init_lora_weights
+        if self.use_dora and self.megatron_config:
+            raise ValueError("DoRA does not support megatron_core, please set `use_dora=False`.")
+        if self.lora_bias:
+            if init not in (True, False):
+                raise ValueError(
+                    f"lora_bias=True is only supported with init_lora_weights=True or False, got {init!r}."
+                )
+            if self.use_dora:
+                raise ValueError("lora_bias=True is not supported for DoRA, please pass use_dora=False.")
+            if self.megatron_config:
+                raise ValueError(
+                    "lora_bias=True is not supported with megatron_config; leave one of them out."
+                )
+        self._check_init_options()
+        if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
+            _warn("aLoRA is currently only supported for CAUSAL_LM task.")
+        patterns = self.rank_pattern or self.alpha_pattern
+        if self.use_rslora and patterns and str(init).startswith(("pissa", "olora", "corda", "lora_ga")):
+            _warn(
+                f"use_rslora with rank_pattern or alpha_pattern and init_lora_weights={init!r}: the saved "
+                "adapter "
+                "cannot be converted to one for the original base model."
+            )
+
+    def _check_init_options(self) -> None:
+        """An init and its settings belong together."""
+        init = self.init_lora_weights
+        for name, kind, key in (("eva_config", EvaConfig, "eva"), ("corda_config", CordaConfig, "corda")):
+            if init == key and getattr(self, name) is None:
+                _warn(f"`init_lora_weights` is {key!r} but `{name}` is not specified. Using its defaults.")
+                setattr(self, name, kind())
+        for name, key in (("eva_config", "eva"), ("corda_config", "corda"), ("lora_ga_config", "lora_ga")):
+            if init != key and getattr(self, name) is not None:
+                _warn(f"`{name}` specified but will be ignored when `init_lora_weights` is not {key!r}.")
+        if init == "loftq" and not self.loftq_config:
+            raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+        if init != "loftq" and self.loftq_config:
+            _warn("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.")
+            self.loftq_config = {}
+
+
+def _names(name: str, value: Any) -> list[str]:
+    """A collection of names as a list."""
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise TypeError(f"`{name}` must be a list of names or a string; got {value!r}.")
+    wrong = [v for v in value if not isinstance(v, str)]
+    if wrong:
+        raise TypeError(f"`{name}` must hold names; got {wrong[0]!r} of type {type(wrong[0]).__name__}.")
+    return list(value)
+
+
+def _patterns(name: str, value: Any) -> dict[str, Any]:
+    """A dictionary whose keys are regular expressions."""
+    if not isinstance(value, (dict, type(None))):
+        raise TypeError(f"`{name}` must be a dictionary of patterns; got {value!r}.")
+    for pattern in value or {}:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"`{name}` has the key {pattern!r}, which is no regular expression ({error}). Escape special "
+                "characters with a backslash."
+            ) from error
+    return value or {}
+
+
+def _rank(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"`{name}` must be an integer of at least 1; got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` should be a positive integer value; got {value}. Use at least 1.")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, PeftWarning, stacklevel=6)

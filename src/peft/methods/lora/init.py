@@ -1,0 +1,149 @@
+"""First values of LoRA's factors.
+
+Letters: W (..., O, I) the base weight, r the rank, s the scaling, U S V' a singular value decomposition.
+
+| init_lora_weights | A | B | source |
+|---|---|---|---|
+| True | uniform on +-1/sqrt(I) (Kaiming, a = sqrt 5) | 0 | arXiv 2106.09685 |
+| "gaussian" | normal, std 1/r | 0 | arXiv 2106.09685, section 4.1 |
+| False | as torch draws a linear layer | likewise | |
+| "orthogonal" | two halves of one orthogonal basis: B A = 0, neither is | | |
+| "pissa", "pissa_niter_n" | sqrt(S/s) V' | U sqrt(S/s) | Meng et al. 2024, arXiv 2404.02948, eq. 2-4 |
+| "olora" | R of the QR of W | Q of it | Büyükakyüz 2024, arXiv 2406.01775 |
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ...core.layer import Adapter, Stack
+
+_HALF = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def fill(method: Any, p: Adapter, inner: Stack) -> None:
+    """Draw or compute the first A and B of an adapter, and a zero bias.
+
+    Raises ValueError if the initialisation has no meaning for this layer, TypeError for a base dtype that it cannot read.
+    """
+    kind = p.settings.init_lora_weights
+    A, B = _held(p)
+    bias = getattr(p.lora_B, "bias", None) if p.has("lora_B") else None
+    if bias is not None:
+        bias.zero_()
+    if kind is True or kind is False or str(kind).lower() == "gaussian":
+        _draw(p, A, B, kind, inner.view.infix != "")
+        return
+    if getattr(inner.base, "groups", 1) != 1:
+        raise ValueError(
+            f"init_lora_weights={kind!r} has no meaning for {p.path!r}, a grouped convolution, whose B cannot mix all ranks. "
+            "Use init_lora_weights=True, or exclude the layer."
+        )
+    if kind == "orthogonal":
+        dense = orthogonal(p.r, _in(p, inner), _out(p, inner), A.device)
+    else:
+        dense = principal(p, inner)
+    lead = A.numel() // (p.r * _in(p, inner))
+    A_new, B_new = (t.expand(lead, *t.shape) if lead > 1 and t.dim() == 2 else t for t in dense)
+    A_new, B_new = inner.view.held(inner.base, A_new, B_new)
+    A.copy_(A_new.reshape(A.shape))
+    B.copy_(B_new.reshape(B.shape))
+
+
+def residual(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor] | None:
+    """(A0, B0), whose product the literature takes out of the base weight; None for the other initialisations."""
+    kind = p.settings.init_lora_weights
+    if not isinstance(kind, str) or not (kind.startswith("pissa") or kind == "olora"):
+        return None
+    A, _ = _held(p)
+    A0, B0 = principal(p, inner)
+    return A0.to(A.dtype).contiguous(), B0.to(A.dtype).contiguous()
+
+
+def _held(p: Adapter) -> tuple[Tensor, Tensor]:
+    if p.has("lora_embedding_A"):
+        return p.lora_embedding_A, p.lora_embedding_B
+    return p.lora_A.weight, p.lora_B.weight
+
+
+def _in(p: Adapter, inner: Stack) -> int:
+    return inner.view.shape(inner.base)[-1]
+
+
+def _out(p: Adapter, inner: Stack) -> int:
+    return inner.view.shape(inner.base)[-2]
+
+
+def _draw(p: Adapter, A: Tensor, B: Tensor, kind: Any, embedding: bool) -> None:
+    if embedding:
+        # an embedding starts the other way round: its A is looked up, so zero there saves the first update's rows
+        nn.init.normal_(A) if kind is False else nn.init.zeros_(A)
+        nn.init.normal_(B)
+        return
+    if kind is True or kind is False:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    else:
+        nn.init.normal_(A, std=1 / p.r)
+    if kind is False:
+        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        if p.lora_B.bias is not None:
+            bound = 1 / math.sqrt(B[0].numel())
+            nn.init.uniform_(p.lora_B.bias, -bound, bound)
+    else:
+        nn.init.zeros_(B)
+
+
+def orthogonal(r: int, inp: int, out: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A (r, inp) and B (out, r), not zero, whose product is: they use disjoint halves of one orthogonal basis of R^r.
+
+    Raises ValueError if r is odd.
+    """
+    if r % 2:
+        raise ValueError(f'init_lora_weights="orthogonal" needs an even rank, got r={r}. Use r={r + 1}.')
+    Q = torch.linalg.qr(torch.randn(r, r, device=device))[0]
+    even, odd = Q[0::2], Q[1::2]
+    A = (torch.randn(inp, r // 2, device=device) @ even).mT / 10
+    B = torch.randn(out, r // 2, device=device) @ odd / 10
+    return A, B
+
+
+def principal(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor]:
+    """The factors of PiSSA or OLoRA, (r, I) and (O, r) with leading axes where W has them, in float32."""
+    kind = str(p.settings.init_lora_weights)
+    W = p.original_weight()
+    if W.dtype not in _HALF:
+        raise TypeError(
+            f"init_lora_weights={kind!r} needs a base weight in float32, float16 or bfloat16, but {p.path!r} is stored as "
+            f"{W.dtype}. Use init_lora_weights=True for this layer."
+        )
+    W = W.detach().float()
+    if p.r > min(W.shape[-2:]):
+        raise ValueError(
+            f"init_lora_weights={kind!r} takes r={p.r} components, but {p.path!r} is {tuple(W.shape[-2:])} and has only "
+            f"{min(W.shape[-2:])}. Lower r, or give this layer its own rank with rank_pattern."
+        )
+    if kind == "olora":
+        Q, R = torch.linalg.qr(W)
+        return R[..., : p.r, :], Q[..., :, : p.r]
+    U, S, Vh = _svd(W, p.r, kind)
+    root = (S / p.scaling).sqrt()
+    return root[..., :, None] * Vh, U * root[..., None, :]
+
+
+def _svd(W: Tensor, r: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The r largest singular triplets of W: exact, or by n subspace iterations for "pissa_niter_n"."""
+    if kind == "pissa":
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return U[..., :r], S[..., :r], Vh[..., :r, :]
+    iterations = int(kind.rsplit("_", 1)[1])
+    # the same draw at every load: a saved adapter is a difference to exactly these factors
+    devices = [W.device] if W.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        U, S, V = torch.svd_lowrank(W, q=r, niter=iterations)
+    return U, S, V.mT

@@ -1,0 +1,32 @@
+"""The LoRA tuner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...core.layer import BaseTunerLayer
+from ...core.method import Method
+from ...core.tuner import BaseTuner
+from ..dora import DoRA
+from .layer import layer_class
+from .method import LoRA, OutProjection
+
+_PLAIN, _DORA, _OUT = LoRA(), DoRA(LoRA()), OutProjection()
+
+
+class LoraModel(BaseTuner):
+    """LoRA adapters on a model.
+
+    Source: Hu et al. 2021, arXiv 2106.09685.
+    """
+
+    prefix = "lora_"
+
+    def method_of(self, settings: Any) -> Method:
+        return _DORA if settings.use_dora else _PLAIN
+
+    def out_projection_method_of(self, settings: Any) -> Method:
+        return _DORA if settings.use_dora else _OUT
+
+    def layer_class(self, label: str) -> type[BaseTunerLayer]:
+        return layer_class(label)

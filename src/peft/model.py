@@ -1,0 +1,409 @@
+"""PeftModel: a model with adapters, by name.
+
+The tree is `PeftModel.base_model` (the tuner) `.model` (the user's model, changed in place), so parameter
+names start with `base_model.model.`. Which adapters exist, are active and are trainable is known by the
+tuner alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import PeftConfig
+from .core.call import BASE
+from .core.embeddings import recorded_vocabulary
+from .core.layer import tuner_layers
+from .core.tuner import adapter_parameters, disabled
+from .errors import PeftError, listing, nearest
+from .persist import Persistent
+from .registry import lookup, tuner_class
+from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
+
+CHECKPOINTING = ("gradient_checkpointing_enable", "activation_checkpointing_enable")  # of transformers
+SPECIAL_ARGUMENTS = frozenset({"adapter_names", "alora_offsets"})
+
+
+class PeftModel(Persistent, nn.Module):
+    """A base model with named adapters.
+
+    Arguments:
+        model: the base model; its targeted layers are replaced in place.
+        peft_config: the configuration of the first adapter.
+        adapter_name: its name, without a dot.
+        autocast_adapter_dtype: keep half-precision adapter parameters in float32.
+        low_cpu_mem_usage: make the adapter's parameters on the meta device (weights are loaded next).
+    """
+
+    head_names: tuple[str, ...] = ()  # modules of the task's head, trained and saved with every adapter
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        check_adapter_name(adapter_name)
+        self.peft_type = peft_config.peft_type
+        self.special_peft_forward_args = set(SPECIAL_ARGUMENTS)
+        self._input_gradients = False
+        self._check_model(model)
+        self._add_heads(peft_config)
+        tuner = tuner_class(peft_config.peft_type)  # type: ignore[arg-type]
+        self.base_model = tuner(
+            model,
+            {adapter_name: peft_config},
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+        self.base_model._recorded_vocab = recorded_vocabulary(model, peft_config.base_model_name_or_path)
+        if _checkpoints(model):
+            self.prepare_model_for_gradient_checkpointing(model)
+        if hasattr(getattr(model, "config", None), "pretraining_tp"):
+            model.config.pretraining_tp = 1  # type: ignore[union-attr]
+
+    def _check_model(self, model: nn.Module) -> None:
+        """What a task asks of the model; nothing here."""
+
+    def _add_heads(self, config: PeftConfig) -> None:
+        if not self.head_names or not hasattr(config, "modules_to_save"):
+            return
+        given = list(config.modules_to_save or ())
+        config.modules_to_save = given + [n for n in self.head_names if n not in given]
+
+    # What there is ----------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configurations by adapter name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters."""
+        return list(self.base_model.active_adapters)
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The name of the (first) active adapter; None if there is none."""
+        return next(iter(self.base_model.active_adapters), None)
+
+    @active_adapter.setter
+    def active_adapter(self, adapter_name: str) -> None:
+        self.set_adapter(adapter_name)
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The configuration of the (first) active adapter."""
+        if self.active_adapter is None:
+            raise ValueError(
+                "No adapter is active. Add one with `add_adapter`, or choose one with `set_adapter`."
+            )
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The modules that some adapter trains as a whole, or None."""
+        named = [getattr(c, "modules_to_save", None) for c in self.peft_config.values()]
+        return set().union(*filter(None, named)) or None
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a forward pass uses some adapter now."""
+        names = set(self.base_model.active_adapters)
+        layers = (layer for _, layer in tuner_layers(self.base_model))
+        return any(not layer.disable_adapters and names & set(layer.active_adapters) for layer in layers)
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The dtype of the base model."""
+        return getattr(self.base_model, "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        """The user's model, with its targeted layers replaced."""
+        return self.base_model.model
+
+    def adapter_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter by their names in this model; an optimizer for it takes their
+        values.
+        """
+        self._known(adapter_name)
+        return adapter_parameters(self, adapter_name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether every layer of the adapter can be written as a LoRA."""
+        self._known(adapter_name)
+        asked = [
+            layer.supports_lora_conversion(adapter_name)
+            if hasattr(layer, "supports_lora_conversion")
+            else False
+            for _, layer in tuner_layers(self.base_model)
+            if adapter_name in layer._get_available_adapters() and hasattr(layer, "base_layer")
+        ]
+        return bool(asked) and all(asked)
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of every adapted layer."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of the model: counts, active and merged adapters, irregularities."""
+        return get_model_status(self)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """The numbers of trainable and of all parameters (adapters included, shared ones once)."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers of trainable and of all parameters, and their ratio in per cent."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is asked of the tuner, and through it of the base model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or (name.startswith("__") and name.endswith("__")):
+                raise
+        found = getattr(self.base_model, name)
+        return self._with_input_gradients(found) if name in CHECKPOINTING else found
+
+    # Running ----------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base model. `adapter_names` gives each sample its own adapter ("__base__": none)."""
+        return self._run(self.get_base_model(), args, kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the base model; `adapter_names` as in `forward`."""
+        model = self.get_base_model()
+        beams = kwargs.get("num_beams")
+        for source in (kwargs.get("generation_config"), getattr(model, "generation_config", None)):
+            beams = beams or getattr(source, "num_beams", None)
+        return self._run(model.generate, args, kwargs, beams=beams or 1)
+
+    def _run(self, function: Any, args: tuple, kwargs: dict[str, Any], beams: int | None = None) -> Any:
+        """Call the base model without the arguments that are ours; the call's record is restored in any
+        case.
+        """
+        names = kwargs.get("adapter_names")
+        kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
+        if names is None:
+            return function(*args, **kwargs)
+        first = _first_tensor(args, kwargs)
+        self._check_names(names, first)
+        length = _tokens(first) if beams is None else None
+        with self.base_model.call.mixed(names, beams=beams or 1, length=length):
+            return function(*args, **kwargs)
+
+    def _check_names(self, names: Any, first: torch.Tensor | None) -> None:
+        if not isinstance(names, (list, tuple)):
+            raise TypeError(
+                f"adapter_names must be a list with one name per sample, but is {type(names).__name__}."
+            )
+        if self.training:
+            raise ValueError(
+                "adapter_names is for inference, but the model is in training mode. Call `model.eval()`."
+            )
+        if first is not None and first.shape[0] != len(names):
+            raise ValueError(
+                f"adapter_names has {len(names)} entries, but the batch has {first.shape[0]} samples. Pass "
+                "one name per "
+                f"sample ({BASE!r} for none)."
+            )
+        unknown = [n for n in dict.fromkeys(names) if n not in self.peft_config and n != BASE]
+        if unknown:
+            raise ValueError(
+                "adapter_names holds unknown names: "
+                f"{listing(map(str, unknown))}.{nearest(str(unknown[0]), self.peft_config)} "
+                f"Existing adapters: {listing(self.peft_config)}, and {BASE!r}."
+            )
+        if any(layer.merged_adapters for _, layer in tuner_layers(self.base_model)):
+            raise ValueError(
+                "adapter_names cannot be used while adapters are merged. Call `unmerge_adapter()` first."
+            )
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """A context in which the model is the base model; nests, and restores the state exactly on leaving
+        it.
+        """
+        return self._disabled()
+
+    @contextmanager
+    def _disabled(self) -> Iterator[None]:
+        self.base_model._warn_of_bias()
+        with disabled(self.base_model):
+            yield
+
+    # Changing adapters ------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an adapter, inactive and not trainable; the model is unchanged if that fails.
+
+        Arguments:
+            adapter_name: a new name without a dot.
+            peft_config: its configuration, of the same method as the first.
+            low_cpu_mem_usage: make its parameters on the meta device.
+            autocast_adapter_dtype: keep half-precision adapter parameters in float32.
+        """
+        check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"Adapter with name {adapter_name!r} already exists. Delete it first, or use another name."
+            )
+        if peft_config.peft_type != self.peft_type:
+            raise ValueError(
+                f"Adapter {adapter_name!r} is {_value(peft_config.peft_type)}, but the model's adapters are "
+                f"{_value(self.peft_type)}. All adapters of a PeftModel have one type."
+            )
+        warn_about_name(adapter_name, peft_config)
+        self._add_heads(peft_config)
+        self.base_model.peft_config[adapter_name] = peft_config
+        try:
+            self.base_model.inject_adapter(
+                self.base_model.model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+            )
+        except BaseException:
+            self.base_model.peft_config.pop(adapter_name, None)
+            raise
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make one adapter the active one; its parameters become trainable unless `inference_mode`."""
+        if not isinstance(adapter_name, str):
+            raise TypeError(
+                f"set_adapter takes one name, but got {type(adapter_name).__name__}. "
+                "For several active adapters use `model.base_model.set_adapter([...])`."
+            )
+        self._known(adapter_name)
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable or not, whether or not they are active; unknown names are ignored."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad=requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. After the last one the model behaves as the base model."""
+        self._known(adapter_name)
+        self.base_model.delete_adapter(adapter_name)
+
+    def _known(self, adapter_name: str) -> None:
+        if adapter_name not in self.peft_config:
+            raise ValueError(
+                f"There is no adapter {adapter_name!r}.{nearest(str(adapter_name), self.peft_config)} "
+                f"Existing adapters: {listing(self.peft_config) or 'none'}."
+            )
+
+    # Gradient checkpointing -------------------------------------------------------------------------------
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let gradients flow through checkpointed layers below which everything is frozen.
+
+        Arguments:
+            model: the base model. Quantised models are left to `prepare_model_for_kbit_training`.
+        """
+        flags = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+        if self._input_gradients or any(getattr(model, flag, False) for flag in flags):
+            return model
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()  # type: ignore[operator]
+        elif hasattr(model, "get_input_embeddings"):
+            model.get_input_embeddings().register_forward_hook(_require_gradient)  # type: ignore[operator]
+        self._input_gradients = True
+        return model
+
+    def _with_input_gradients(self, enable: Any) -> Any:
+        """The base model's switch for checkpointing, followed by what frozen inputs need with it."""
+
+        @functools.wraps(enable)
+        def switch(*args: Any, **kwargs: Any) -> Any:
+            result = enable(*args, **kwargs)
+            given = [v for v in (*args, *kwargs.values()) if isinstance(v, dict)]
+            if all(v.get("use_reentrant", True) for v in given):
+                self.prepare_model_for_gradient_checkpointing(self.get_base_model())
+            return result
+
+        return switch
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether the model says that it checkpoints, under the newer or the older name; True if it does not
+    say.
+    """
+    known = hasattr(type(model), "is_activation_checkpointing")
+    return bool(getattr(model, "is_activation_checkpointing" if known else "is_gradient_checkpointing", True))
+
+
+def _require_gradient(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def _first_tensor(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    preferred = [
+        kwargs.get(k) for k in ("input_ids", "inputs_embeds", "inputs", "input_features", "pixel_values")
+    ]
+    values = (*args, *preferred, *kwargs.values())
+    return next((v for v in values if isinstance(v, torch.Tensor) and v.dim()), None)
+
+
+def _tokens(first: torch.Tensor | None) -> int | None:
+    """Tokens per sample: of ids (batch, tokens), or embeddings (batch, tokens, size)."""
+    if first is None:
+        return None
+    ids = first.dim() == 2 and not first.is_floating_point()
+    return first.shape[1] if ids or first.dim() == 3 else None
+
+
+def _value(member: Any) -> Any:
+    return getattr(member, "value", member)
+
+
+class AdapterNameError(PeftError, ValueError, KeyError):
+    """A name that no adapter can have."""
+
+    __str__ = Exception.__str__  # a KeyError would print the quoted text
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuse names that cannot be part of a parameter's name."""
+    if not isinstance(name, str):
+        raise TypeError(f"An adapter's name is a string, but got {type(name).__name__}.")
+    if not name:
+        raise AdapterNameError("An adapter's name may not be empty. Use a name such as 'default'.")
+    if "." in name:
+        raise AdapterNameError(
+            f"The adapter name {name!r} contains a dot. Names become part of parameter names, where a dot "
+            "separates "
+            f"modules: use {name.replace('.', '_')!r}, for example."
+        )
+
+
+def warn_about_name(name: str, config: PeftConfig) -> None:
+    """Warn where a name is part of the method's own prefix, which confuses other programs that read names."""
+    prefix = lookup(config.peft_type).prefix or ""  # type: ignore[arg-type]
+    if name in prefix:
+        text = (
+            f"The adapter name {name!r} should not be contained in the prefix {prefix!r} of the method's "
+            "tensors."
+        )
+        warnings.warn(text, stacklevel=3)

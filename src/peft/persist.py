@@ -1,0 +1,347 @@
+"""Adapters of a PeftModel to and from folders."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from .config import PeftConfig
+from .core.checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from .core.defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .core.files import check_written, staged, write_weights
+from .core.hub import DOWNLOAD_ARGUMENTS
+from .errors import listing, nearest
+from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+if TYPE_CHECKING:
+    from .model import PeftModel
+
+HUB_ARGUMENTS = DOWNLOAD_ARGUMENTS | {"subfolder", "use_auth_token"}
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a download among `kwargs`."""
+    return {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS}
+
+
+class Persistent:
+    """The part of a PeftModel that has to do with files."""
+
+    def save_pretrained(
+        self: Any,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        verify: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save adapters: `default` in the folder itself, each other one in a sub-folder of its name.
+
+        Arguments:
+            save_directory: the folder. A crash while saving leaves the old files.
+            safe_serialization: safetensors; False writes a pickle.
+            selected_adapters: which adapters; None means all.
+            save_embedding_layers: see `get_peft_model_state_dict`.
+            is_main_process: only this process writes files.
+            path_initial_model_for_weight_conversion: folder with the adapter as it was before training;
+                PiSSA, OLoRA and the like are then written as a plain LoRA of twice the rank for the original
+                base model.
+            verify: read the written file's header again and compare.
+            kwargs: `state_dict`: the full state by live name, to be used instead of the live tensors.
+        """
+        folder = prepare_folder(save_directory, sweep=is_main_process)
+        names = selected(self, selected_adapters)
+        for name in names:
+            target = folder if name == "default" else folder / name
+            target.mkdir(parents=True, exist_ok=True)
+            if is_main_process:
+                save_adapter(
+                    self,
+                    name,
+                    target,
+                    kwargs.get("state_dict"),
+                    save_embedding_layers,
+                    safe_serialization,
+                    path_initial_model_for_weight_conversion,
+                    verify,
+                )
+        if is_main_process:
+            self.create_or_update_model_card(str(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Put a saved adapter on a base model. If anything fails the base model is as before.
+
+        Arguments:
+            model: the base model.
+            model_id: folder or repository with the adapter.
+            adapter_name: the name it gets here.
+            is_trainable: for training; otherwise the adapter is frozen and the model set to eval().
+            config: use this configuration instead of the saved one.
+            autocast_adapter_dtype: keep half-precision adapter parameters in float32.
+            ephemeral_gpu_offload: do costly DoRA steps on the GPU.
+            low_cpu_mem_usage: make the adapter on the meta device first.
+            key_mapping: {regular expression: replacement} for the keys of the file.
+            kwargs: `subfolder`, `revision`, `token` ..., `ignore_mismatched_sizes`, `strict`, `torch_device`.
+        """
+        if config is None:
+            config = read_config(model_id, is_trainable, kwargs)
+        elif not isinstance(config, PeftConfig):
+            raise ValueError(f"config must be a PeftConfig, but is {type(config).__name__}.")
+        else:
+            config.inference_mode = not is_trainable
+        set_runtime(config, ephemeral_gpu_offload)
+        state = read_adapter(model, model_id, kwargs.get("torch_device"), key_mapping, kwargs)
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        kind: Any = cls
+        if cls.__name__ == "PeftModel":
+            kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)
+        wrapped = kind(
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+
+        def undo() -> None:
+            wrapped.base_model.delete_adapter(adapter_name)  # trained copies go, originals come back
+            wrapped.base_model.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+        apply_adapter(wrapped, adapter_name, state, is_trainable, low_cpu_mem_usage, undo, kwargs)
+        return wrapped
+
+    def load_adapter(
+        self: Any,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> _IncompatibleKeys:
+        """Load a saved adapter: as a new one (inactive), or over the weights of an existing one (in place).
+
+        Arguments: as for `from_pretrained`; `torch_device` is where the file is read to (None: the CPU).
+
+        Returns torch's (missing_keys, unexpected_keys). If anything fails the model is as before.
+        """
+        state = read_adapter(self.get_base_model(), model_id, torch_device, key_mapping, kwargs)
+        new = adapter_name not in self.peft_config
+        if new:
+            config = read_config(model_id, is_trainable, kwargs)
+            set_runtime(config, ephemeral_gpu_offload)
+            self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+
+        def undo() -> None:
+            if new:
+                self.delete_adapter(adapter_name)
+
+        result = apply_adapter(self, adapter_name, state, is_trainable, low_cpu_mem_usage, undo, kwargs)
+        if is_trainable:
+            self.set_requires_grad(adapter_name, True)
+        return result
+
+    def create_or_update_model_card(self: Any, output_dir: str) -> None:
+        """Write `README.md`, or bring the metadata and the version of an existing one up to date."""
+        from .card import update_card
+
+        update_card(self, output_dir)
+
+    def push_to_hub(self: Any, repo_id: str, **kwargs: Any) -> Any:
+        """Save the adapters and upload them to the Hugging Face Hub.
+
+        Arguments:
+            repo_id: the repository, "user/name".
+            kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message` ...; the rest goes to
+                `save_pretrained`.
+        """
+        from .card import push
+
+        return push(self, repo_id, **kwargs)
+
+
+# Saving ---------------------------------------------------------------------------------------------------
+
+
+def selected(model: PeftModel, names: list[str] | None) -> list[str]:
+    """The adapters to save; raises ValueError naming those that do not exist."""
+    known = list(model.peft_config)
+    if names is None:
+        return known
+    unknown = [n for n in names if n not in known]
+    if unknown:
+        hint = nearest(unknown[0], known)
+        raise ValueError(
+            f"selected_adapters holds {listing(unknown)}, which are no adapters of this model.{hint} It has "
+            f"{listing(known)}."
+        )
+    return [n for n in known if n in names]
+
+
+def save_adapter(
+    model: PeftModel,
+    name: str,
+    folder: Path,
+    state_dict: Mapping[str, Tensor] | None,
+    save_embedding_layers: Any,
+    safe: bool,
+    initial: str | None,
+    verify: bool,
+) -> None:
+    """Write one adapter's weights and configuration, both or neither."""
+    config = model.peft_config[name]
+    state = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=save_embedding_layers)
+    if not state and not _may_be_empty(config):
+        raise ValueError(f"Adapter {name!r} has no tensors, so there is nothing to save.")
+    if initial is not None:
+        state, config = _converted(state, config, initial)
+    config = _for_file(model, config)
+    with staged(folder) as stage:
+        file = write_weights(state, stage, safe)
+        config.save_pretrained(stage)
+        if verify and safe:
+            check_written(file, state)
+    with suppress(FileNotFoundError):  # an older file of the other kind would be read in its place
+        (folder / (WEIGHTS_NAME if safe else SAFETENSORS_WEIGHTS_NAME)).unlink()
+
+
+def _may_be_empty(config: PeftConfig) -> bool:
+    return getattr(config, "target_modules", None) == "dummy-target-modules"
+
+
+def _for_file(model: PeftModel, config: PeftConfig) -> PeftConfig:
+    """The configuration as it is written: for inference, with the base model's name or class."""
+    config = copy.copy(config)
+    base = model.get_base_model()
+    config.inference_mode = True
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = base.__dict__.get("name_or_path", None) or getattr(
+            base, "name_or_path", None
+        )
+    config.auto_mapping = None
+    if config.task_type is None:
+        kind = type(base)
+        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return config
+
+
+def _converted(state: dict[str, Tensor], config: Any, initial: str) -> tuple[dict[str, Tensor], Any]:
+    from .methods.lora.residual import convert
+
+    return convert(state, load_peft_weights(initial), config)
+
+
+def prepare_folder(save_directory: str | os.PathLike[str], sweep: bool) -> Path:
+    """The folder, made if need be; raises ValueError if there is a file of that name.
+
+    Arguments:
+        save_directory: the folder.
+        sweep: remove what a crashed save has left behind.
+    """
+    folder = Path(save_directory)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file. Provide a folder to save adapters in.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for rest in folder.rglob(".saving-*") if sweep else ():
+        shutil.rmtree(rest, ignore_errors=True)
+    return folder
+
+
+# Loading --------------------------------------------------------------------------------------------------
+
+
+def read_config(
+    model_id: str | os.PathLike[str], is_trainable: bool, kwargs: Mapping[str, Any]
+) -> PeftConfig:
+    """The configuration of a saved adapter, set for training or for inference."""
+    arguments = hub_arguments(kwargs)
+    config = PeftConfig.from_pretrained(model_id, subfolder=arguments.pop("subfolder", None), **arguments)
+    if config.is_prompt_learning and is_trainable:
+        raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
+    config.inference_mode = not is_trainable
+    return config
+
+
+def read_adapter(
+    model: nn.Module,
+    model_id: str | os.PathLike[str],
+    device: str | None,
+    mapping: dict | None,
+    kwargs: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, renamed as the model asks for."""
+    renames = mapping if mapping is not None else getattr(model, "_checkpoint_conversion_mapping", None)
+    return load_peft_weights(
+        os.fspath(model_id), device=device, key_mapping=renames or None, **hub_arguments(kwargs)
+    )
+
+
+def apply_adapter(
+    model: PeftModel,
+    name: str,
+    state: Mapping[str, Tensor],
+    is_trainable: bool,
+    low_cpu_mem_usage: bool,
+    undo: Callable[[], None],
+    kwargs: Mapping[str, Any],
+) -> _IncompatibleKeys:
+    """Write tensors into an adapter; if that fails, `undo` puts the model back as it was."""
+    try:
+        result = set_peft_model_state_dict(
+            model,
+            state,
+            adapter_name=name,
+            ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False),
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            strict=kwargs.get("strict"),
+        )
+    except BaseException:
+        undo()
+        raise
+    if not is_trainable:
+        model.eval()
+    return result
+
+
+def set_runtime(config: PeftConfig, ephemeral_gpu_offload: bool) -> None:
+    """Put the one run-time option of loading into the configuration, if it has a place for it."""
+    if not ephemeral_gpu_offload:
+        return
+    import warnings
+
+    runtime = getattr(config, "runtime_config", None)
+    if runtime is None:
+        warnings.warn(
+            "Ephemeral GPU offloading is not supported by this method; it is ignored.", stacklevel=4
+        )
+    else:
+        runtime.ephemeral_gpu_offload = True

@@ -1,0 +1,179 @@
+"""The one table of methods: where the configuration and the tuner of each peft_type are, and its prefix.
+
+Nothing is imported before it is asked for: the mappings below import an entry when it is read. A method is
+added by one line in `METHODS`, or from outside by `register_peft_method`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from .errors import nearest
+from .types import PeftType, TaskType
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table.
+
+    Arguments:
+        config: "module:Class" of the configuration, or the class.
+        tuner: "module:Class" of the tuner, or the class.
+        prefix: what the names of the adapter's tensors start with.
+        mixed: whether it can be mixed with other methods in one model.
+    """
+
+    config: str | type
+    tuner: str | type
+    prefix: str | None
+    mixed: bool = False
+
+
+METHODS: dict[PeftType, Method] = {
+    PeftType.LORA: Method(
+        "peft.methods.lora.config:LoraConfig", "peft.methods.lora.model:LoraModel", "lora_", True
+    ),
+}
+
+MODEL_CLASSES = {
+    TaskType.SEQ_CLS: "peft.heads:PeftModelForSequenceClassification",
+    TaskType.SEQ_2_SEQ_LM: "peft.heads:PeftModelForSeq2SeqLM",
+    TaskType.CAUSAL_LM: "peft.heads:PeftModelForCausalLM",
+    TaskType.TOKEN_CLS: "peft.heads:PeftModelForTokenClassification",
+    TaskType.QUESTION_ANS: "peft.heads:PeftModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "peft.heads:PeftModelForFeatureExtraction",
+}
+
+
+class MissingMethodError(NotImplementedError, ImportError):
+    """The method exists, but not in this release."""
+
+
+def lookup(peft_type: str | PeftType) -> Method:
+    """The method of that name.
+
+    Raises ValueError if there is no such method, `MissingMethodError` if this release lacks it.
+    """
+    names = [t.value for t in PeftType]
+    if peft_type not in names:
+        raise ValueError(
+            f"peft_type is {peft_type!r}, which is no known method.{nearest(str(peft_type), names)} Use "
+            "one of "
+            f"{', '.join(names)}."
+        )
+    kind = PeftType(peft_type)
+    if kind not in METHODS:
+        raise MissingMethodError(
+            f"The method {kind.value} comes with a later release. This one has "
+            f"{', '.join(k.value for k in METHODS)}."
+        )
+    return METHODS[kind]
+
+
+def load(entry: str | type) -> Any:
+    """The class that an entry of the table names."""
+    if not isinstance(entry, str):
+        return entry
+    module, _, name = entry.partition(":")
+    return getattr(import_module(module), name)
+
+
+def config_class(peft_type: str | PeftType) -> Any:
+    """The configuration class of a method."""
+    return load(lookup(peft_type).config)
+
+
+def tuner_class(peft_type: str | PeftType) -> Any:
+    """The tuner class of a method."""
+    return load(lookup(peft_type).tuner)
+
+
+def register_peft_method(
+    *,
+    name: str,
+    config_cls: type,
+    model_cls: type,
+    prefix: str | None = None,
+    is_mixed_compatible: bool = False,
+) -> None:
+    """Add a method from outside.
+
+    Arguments:
+        name: the lower-case name of a member of `PeftType`.
+        config_cls: the configuration's class.
+        model_cls: the tuner's class.
+        prefix: what the names of the adapter's tensors start with; the tuner's own prefix, or `name` + "_".
+        is_mixed_compatible: whether it can be mixed with other methods in one model.
+
+    Raises ValueError for a bad name or prefix, KeyError if the method exists already.
+    """
+    if name != name.lower() or name.endswith("_"):
+        raise ValueError(f"The name of a method is lower case and does not end in '_'; got {name!r}.")
+    names = [t.value for t in PeftType]
+    if name.upper() not in names:
+        raise ValueError(f"{name.upper()!r} is no member of PeftType.{nearest(name.upper(), names)}")
+    kind = PeftType(name.upper())
+    if kind in METHODS:
+        raise KeyError(f"The method {name!r} is registered already.")
+    own = getattr(model_cls, "prefix", None)
+    if prefix and own and prefix != own:
+        raise ValueError(
+            f"prefix={prefix!r} differs from {model_cls.__name__}.prefix={own!r}. Give one of them."
+        )
+    METHODS[kind] = Method(config_cls, model_cls, prefix or own or f"{name}_", is_mixed_compatible)
+
+
+class Lazy(Mapping[Any, Any]):
+    """A read-only view of the table; reading an entry imports that entry only."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def _keys(self) -> list[PeftType]:
+        return [k for k, m in METHODS.items() if m.mixed or self._what != "mixed"]
+
+    def __getitem__(self, key: Any) -> Any:
+        if key not in self._keys():
+            raise KeyError(key)
+        method = METHODS[PeftType(key)]
+        if self._what == "prefix":
+            return method.prefix
+        return load(method.config if self._what == "config" else method.tuner)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys()
+
+    def __iter__(self) -> Iterator[PeftType]:
+        return iter(self._keys())
+
+    def __len__(self) -> int:
+        return len(self._keys())
+
+    def __repr__(self) -> str:
+        return f"<{self._what} of {', '.join(k.value for k in self)}>"
+
+
+class LazyClasses(Mapping[str, Any]):
+    """task type -> class; reading an entry imports it."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return load(MODEL_CLASSES[key])
+
+    def __contains__(self, key: object) -> bool:
+        return key in MODEL_CLASSES
+
+    def __iter__(self) -> Iterator[str]:
+        return (task.value for task in MODEL_CLASSES)
+
+    def __len__(self) -> int:
+        return len(MODEL_CLASSES)
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING = Lazy("config")
+PEFT_TYPE_TO_TUNER_MAPPING = Lazy("tuner")
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING = Lazy("mixed")
+PEFT_TYPE_TO_PREFIX_MAPPING = Lazy("prefix")
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = LazyClasses()

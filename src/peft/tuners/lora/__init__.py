@@ -1,0 +1,15 @@
+"""LoRA under the path that other libraries import."""
+
+from __future__ import annotations
+
+from ... import lazy
+
+_NAMES = {
+    "peft.methods.lora.config": """
+        ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraRuntimeConfig
+        MontecloraConfig VeloraConfig""",
+    "peft.methods.lora.layer": """
+        Conv1d Conv2d Conv3d Embedding Linear LoraLayer MultiheadAttention ParamWrapper""",
+    "peft.methods.lora.model": "LoraModel",
+}
+__getattr__, __dir__, __all__ = lazy.names(__name__, _NAMES)

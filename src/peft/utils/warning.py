@@ -1,0 +1,5 @@
+"""The library's warnings."""
+
+from ..errors import PeftWarning
+
+__all__ = ["PeftWarning"]

@@ -1,0 +1,297 @@
+"""Forward, merge and state of every method on every layout."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.core.layer import tuner_layers
+
+from .layouts import LAYOUTS, SAMPLES
+from .rows import FEW, METHODS, SUBTRACTING, adapted, cells, close, config, expected, forbidden, same, train
+
+HALF = (torch.bfloat16, torch.float16)
+each_cell = pytest.mark.parametrize("method, name", cells())
+each_mergeable = pytest.mark.parametrize("method, name", cells(only=lambda layout: not layout.grouped))
+few_cells = pytest.mark.parametrize("method, name", cells(FEW))
+few_mergeable = pytest.mark.parametrize("method, name", cells(FEW, lambda layout: not layout.grouped))
+half_cells = pytest.mark.parametrize("method, name", cells(("lora", "dora", "pissa")))
+each_half = pytest.mark.parametrize("dtype", HALF, ids=str)
+
+
+def base_state(model):
+    """The base weights by name, without adapters."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+
+
+@each_cell
+def test_forward_is_the_definition(method, name):
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout), layout.x()
+    with torch.no_grad():
+        found = model(x)
+        wanted = expected(model, method, layout, x)
+    close(found, wanted)
+    assert not torch.allclose(found, layout.model()(x), atol=1e-2), "the adapter does nothing"
+
+
+@each_half
+@half_cells
+def test_forward_in_half_precision_is_the_definition(method, name, dtype):
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout, dtype), layout.x(dtype)
+    with torch.no_grad():
+        found = model(x)
+        wanted = expected(adapted(method, layout), method, layout, layout.x())
+    assert found.dtype is dtype
+    # the base weights differ by their rounding, PiSSA's singular vectors by more
+    close(found, wanted.to(dtype), 2e-1 if method == "pissa" else 6e-2 if dtype is torch.bfloat16 else 2e-2)
+
+
+@each_cell
+def test_a_new_adapter_changes_nothing(method, name):
+    layout = LAYOUTS[name]
+    if method == "orthogonal" and layout.kind == "parameter" and "3-D" in name:
+        pytest.skip("experts share one pair of factors")
+    with torch.no_grad():
+        wanted = layout.model()(layout.x())
+        found = get_peft_model(layout.model(), config(method, layout)).eval()(layout.x())
+    close(found, wanted)
+
+
+@each_mergeable
+def test_merged_is_forward(method, name):
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout), layout.x()
+    if method == "lora-bias" and "nobias" in name:
+        with pytest.raises(RuntimeError, match="lora_bias"):
+            model.merge_adapter()
+        return
+    with torch.no_grad():
+        wanted = model(x)
+        before = base_state(model)
+        model.merge_adapter()
+        close(model(x), wanted)
+        model.unmerge_adapter()
+        for key, value in base_state(model).items():
+            same(value, before[key])
+        same(model(x), wanted)
+        plain = model.merge_and_unload()
+        close(plain(x), wanted)
+    assert not list(tuner_layers(plain)) and not any("lora" in n for n, _ in plain.named_parameters())
+    assert plain.state_dict().keys() == layout.model().state_dict().keys()
+
+
+@each_half
+@pytest.mark.parametrize("method, name", cells(("lora", "dora", "pissa"), lambda layout: not layout.grouped))
+def test_merged_in_half_precision_is_forward_and_unmerges_to_the_bit(method, name, dtype):
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout, dtype), layout.x(dtype)
+    before = base_state(model)
+    with torch.no_grad():
+        wanted = model(x)
+        model.merge_adapter()
+        close(model(x), wanted, 6e-2 if dtype is torch.bfloat16 else 2e-2)  # W' is rounded to the base's dtype
+        model.unmerge_adapter()
+        same(model(x), wanted)
+    for key, value in base_state(model).items():
+        same(value, before[key])
+
+
+@few_mergeable
+def test_merging_one_of_two_adapters_keeps_the_answer(method, name):
+    layout = LAYOUTS[name]
+    if method == "lora-bias" and "nobias" in name:
+        pytest.skip("there is no bias to merge into")
+    model, x = adapted(method, layout, names=("default", "other")), layout.x()
+    model.base_model.set_adapter(["default", "other"])
+    before = base_state(model)
+    with torch.no_grad():
+        wanted = model(x)
+        model.merge_adapter(["default"])
+        close(model(x), wanted)
+        model.merge_adapter(["default", "other"]) if False else None
+        model.unmerge_adapter()
+        same(model(x), wanted)
+    for key, value in base_state(model).items():
+        same(value, before[key])
+
+
+@each_cell
+def test_two_active_adapters_are_applied_in_order(method, name):
+    layout = LAYOUTS[name]
+    if method == "dora":
+        pytest.skip("the norm belongs to the base and one adapter; see test_merging_one_of_two_adapters")
+    model, x = adapted(method, layout, names=("default", "other")), layout.x()
+    model.base_model.set_adapter(["default", "other"])
+    with torch.no_grad():
+        close(model(x), expected(model, method, layout, x, ("default", "other")))
+
+
+@pytest.mark.parametrize("method, name", cells(FEW, lambda layout: layout.batched))
+def test_a_mixed_batch_is_separate_runs(method, name):
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout, names=("default", "other")), layout.x()
+    names = ["other", "__base__", "default", "other"]
+    with torch.no_grad():
+        found = model(x, adapter_names=names)
+        parts = []
+        for i, adapter in enumerate(names):
+            if adapter == "__base__":
+                parts.append(layout.model()(x[i : i + 1]))
+            else:
+                model.set_adapter(adapter)
+                parts.append(model(x[i : i + 1]))
+    assert len(names) == SAMPLES
+    close(found, torch.cat(parts))
+
+
+@each_cell
+def test_disabled_is_the_base_to_the_bit(method, name):
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout), layout.x()
+    with torch.no_grad():
+        with_adapter = model(x)
+        with model.disable_adapter():
+            same(model(x), layout.model()(x))
+        same(model(x), with_adapter)
+
+
+@each_half
+@half_cells
+def test_disabled_in_half_precision_is_the_base_to_the_bit(method, name, dtype):
+    layout = LAYOUTS[name]
+    with torch.no_grad():
+        model, x = adapted(method, layout, dtype), layout.x(dtype)
+        with model.disable_adapter():
+            same(model(x), layout.model(dtype)(x))
+
+
+@each_cell
+@pytest.mark.parametrize("meta", [False, True], ids=["", "meta"])
+def test_saved_is_loaded(method, name, meta):
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout), layout.x()
+    saved = get_peft_model_state_dict(model)
+    fresh = get_peft_model(layout.model(), config(method, layout), low_cpu_mem_usage=meta)
+    if meta:
+        assert all(p.is_meta for n, p in fresh.named_parameters() if "lora_" in n)
+    result = set_peft_model_state_dict(fresh, saved, low_cpu_mem_usage=meta)
+    assert not result.unexpected_keys
+    with torch.no_grad():
+        same(fresh.eval()(x), model(x))
+    again = get_peft_model_state_dict(fresh)
+    assert again.keys() == saved.keys() and all(torch.equal(again[k], saved[k]) for k in saved)
+
+
+@each_cell
+def test_a_model_on_the_meta_device_can_be_wrapped(method, name):
+    layout = LAYOUTS[name]
+    with torch.device("meta"):
+        model = get_peft_model(layout.model(), config(method, layout))
+    real = get_peft_model(layout.model(), config(method, layout))
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    assert all(p.is_meta for p in model.parameters())
+
+
+@few_cells
+def test_a_deep_copy_is_independent(method, name):
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout), layout.x()
+    with torch.no_grad():
+        wanted = model(x)
+        twin = copy.deepcopy(model)
+        same(twin(x), wanted)
+        for p in twin.parameters():
+            p.mul_(1.5)
+        same(model(x), wanted)
+        assert not torch.equal(twin(x), wanted)
+        with twin.disable_adapter():
+            twin(x)
+        same(model(x), wanted)
+
+
+@few_cells
+def test_a_pickle_gives_the_same_model(method, name):
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout, names=("default", "other")), layout.x()
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    loaded = torch.load(stream, weights_only=False)
+    with torch.no_grad():
+        for twin in (loaded, pickle.loads(pickle.dumps(model))):
+            twin.set_adapter("other")
+            model.set_adapter("other")
+            same(twin(x), model(x))
+            twin.set_adapter("default")
+            model.set_adapter("default")
+            same(twin(x), model(x))
+
+
+@few_mergeable
+def test_a_merge_that_is_not_finite_is_refused_whole(method, name):
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout), layout.x()
+    if method == "lora-bias" and "nobias" in name:
+        pytest.skip("there is no bias to merge into")
+    *_, (_, last) = tuner_layers(model)
+    slot = last.slots("default")[-1]
+    with torch.no_grad():
+        slot.tensor.flatten()[0] = float("nan")
+    before = base_state(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="not finite") as caught:
+            merge()
+        assert repr(last._where()) in str(caught.value)
+        assert not any(layer.merged for _, layer in tuner_layers(model))
+        for key, value in base_state(model).items():
+            same(value, before[key])
+    with torch.no_grad(), model.disable_adapter():
+        same(model(x), layout.model()(x))
+
+
+@pytest.mark.parametrize(
+    "method, name", [(m, n) for n, layout in LAYOUTS.items() for m in METHODS if forbidden(m, layout)]
+)
+def test_what_cannot_be_is_refused_and_leaves_the_model_alone(method, name):
+    layout = LAYOUTS[name]
+    base, x = layout.model(), layout.x()
+    with pytest.raises(ValueError, match=forbidden(method, layout)):
+        get_peft_model(base, config(method, layout))
+    assert not list(tuner_layers(base)) and all(p.requires_grad for p in base.parameters())
+    with torch.no_grad():
+        same(base(x), layout.model()(x))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "lora-bias"])
+def test_a_grouped_convolution_is_not_merged(method):
+    model = adapted(method, LAYOUTS["conv-2d-grouped"])
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match="groups=2"):
+            merge()
+    assert not any(layer.merged for _, layer in tuner_layers(model))
+
+
+def test_a_rank_that_does_not_fit_the_groups_names_one_that_does():
+    layout = LAYOUTS["conv-2d-grouped"]
+    with pytest.raises(ValueError, match="r=3.*2 groups.*r=4"):
+        get_peft_model(layout.model(), config("lora", layout, r=3))
+
+
+@pytest.mark.parametrize("name", [n for n, layout in LAYOUTS.items() if layout.kind == "parameter"])
+@pytest.mark.parametrize("field, value", [("lora_dropout", 0.1), ("lora_bias", True)])
+def test_fields_without_meaning_for_parameters_are_refused(name, field, value):
+    layout = LAYOUTS[name]
+    with pytest.raises(ValueError, match=field):
+        get_peft_model(layout.model(), config("lora", layout, **{field: value}))
+
+
+def test_no_method_is_left_out_by_accident():
+    assert set(FEW) | set(SUBTRACTING) <= set(METHODS)
+    assert train is not None

@@ -1,0 +1,294 @@
+"""Public names, and the paths under which other libraries import them; all of it lazy."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import peft
+from peft import later, lazy, registry
+from peft.types import PeftType
+
+FACTS = json.loads((Path(__file__).parent / "data" / "interface.json").read_text())
+DEEP = [(module, name) for module, names in FACTS["deep"].items() for name in names]
+INTERNAL = {
+    "_prepare_prompt_learning_config", "_set_trainable", "set_additional_trainable_modules", "TpInfo",
+    "check_target_module_exists", "replicate_layers", "QuantizationBackend", "is_gptqmodel_quant_linear",
+    "warn_msg_weight_tying", "BasePromptEncoder", "BufferDict", "LoraEmbeddingATPHolder", "LoraVariant",
+    "VARIANT_KWARG_KEYS", "dispatch_default", "loftq_init", "skip_init_on_device", "dtensor_from_local_like",
+    "get_layer_device_map", "dequantize_bnb_weight", "create_attention_mask", "get_quantization_config",
+    "get_alora_offsets_for_forward", "get_alora_offsets_for_generate", "get_embedding_layer_name",
+    "has_valid_embedding_base_layer", "starcoder_model_postprocess_past_key_value",
+    "is_transformers_dtensor_tp", "is_transformers_le_4_53",
+    "get_quantization_kwargs", "quantization_extra_repr", "resolve_quantization_backend",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(peft.__all__))
+def test_every_public_name_can_be_imported(name):
+    assert getattr(peft, name) is not None
+
+
+def test_every_known_name_exists_or_is_announced():
+    missing = set(FACTS["peft"]) - set(peft.__all__)
+    assert missing <= later.NAMES
+    assert not set(peft.__all__) & later.NAMES
+
+
+@pytest.mark.parametrize("name", sorted(set(FACTS["peft"]) - set(peft.__all__)))
+def test_a_later_name_is_an_import_error_that_says_so(name):
+    assert not hasattr(peft, name)
+    with pytest.raises(ImportError, match=f"{name} comes with a later release"):
+        exec(f"from peft import {name}", {})
+
+
+@pytest.mark.parametrize(("module", "name"), DEEP)
+def test_deep_names_exist_or_are_known_to_be_missing(module, name):
+    found = hasattr(importlib.import_module(module), name)
+    assert found or name in later.NAMES or name in INTERNAL
+
+
+@pytest.mark.parametrize("module", FACTS["modules"])
+def test_a_deep_module_exists_or_is_announced(module):
+    if later.is_later_module(module) or module == "peft.tuners._buffer_dict":
+        with pytest.raises(ImportError):
+            importlib.import_module(module)
+    else:
+        importlib.import_module(module)
+
+
+def test_the_names_that_clients_import_are_the_same_objects():
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import LoraLayer as deep
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    assert LoraLayer is deep
+    assert issubclass(LoraLayer, BaseTunerLayer)
+    assert issubclass(ModulesToSaveWrapper, AuxiliaryTrainingWrapper)
+
+
+def test_import_star_brings_every_name():
+    namespace: dict = {}
+    exec("from peft import *", namespace)
+    assert set(peft.__all__) <= set(namespace)
+
+
+def test_the_stub_for_editors_has_the_same_names():
+    tree = ast.parse(Path(peft.__file__).with_suffix(".pyi").read_text())
+    imported = {a.name for node in tree.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    listed = next(node.value for node in tree.body if isinstance(node, ast.Assign))
+    assert sorted(ast.literal_eval(listed)) == sorted(peft.__all__)
+    assert imported == set(peft.__all__)
+
+
+def test_dir_shows_the_lazy_names():
+    assert {"LoraConfig", "get_peft_model", "plan"} <= set(dir(peft))
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(AttributeError, match="Did you mean 'LoraConfig'"):
+        peft.LoraConfg  # noqa: B018
+    with pytest.raises(ImportError):
+        exec("from peft.tuners.lora import LoraLayre", {})
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("peft.nonsense")
+
+
+def test_the_finder_is_installed_once_and_last():
+    lazy.install()
+    assert [type(f) for f in sys.meta_path].count(lazy.Later) == 1
+
+
+def test_import_costs_next_to_nothing():
+    code = (
+        "import sys, torch; before = set(sys.modules); import peft; peft.LoraConfig();"
+        "new = set(sys.modules) - before; assert len(new) < 60, len(new);"
+        "assert not {'transformers', 'accelerate', 'huggingface_hub'} & new, new"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, peft; peft.LoraConfig(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_registry_is_a_mapping_that_answers_strings_and_members():
+    mapping = registry.PEFT_TYPE_TO_CONFIG_MAPPING
+    assert isinstance(mapping, Mapping)
+    assert mapping["LORA"] is mapping[PeftType.LORA] is peft.LoraConfig
+    assert "IA3" not in mapping
+    assert registry.PEFT_TYPE_TO_PREFIX_MAPPING["LORA"] == "lora_"
+    assert registry.MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"] is peft.PeftModelForCausalLM
+
+
+def test_a_method_can_be_registered_from_outside():
+    class Tuner:
+        prefix = "ia3_"
+
+    register = registry.register_peft_method
+    try:
+        register(name="ia3", config_cls=peft.LoraConfig, model_cls=Tuner)
+        assert registry.PEFT_TYPE_TO_PREFIX_MAPPING["IA3"] == "ia3_"
+        assert "IA3" not in registry.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+        with pytest.raises(KeyError):
+            register(name="ia3", config_cls=peft.LoraConfig, model_cls=Tuner)
+    finally:
+        registry.METHODS.pop(PeftType.IA3, None)
+    for bad in ("IA3", "ia3_", "nonsense"):
+        with pytest.raises(ValueError):
+            register(name=bad, config_cls=peft.LoraConfig, model_cls=Tuner)
+    with pytest.raises(ValueError, match="prefix"):
+        register(name="ia3", config_cls=peft.LoraConfig, model_cls=Tuner, prefix="other_")
+
+
+# ---- helpers
+
+
+def test_small_helpers():
+    from peft import utils
+    from peft.utils import other
+
+    weight = nn.Parameter(torch.ones(2, 3))
+    assert utils.transpose(weight, True).shape == (3, 2)
+    assert isinstance(utils.transpose(weight, True), nn.Parameter)
+    assert utils.transpose(weight, False) is weight
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    assert utils._get_submodules(model, "1.0") == (model[1], model[1][0], "0")
+    assert other.get_pattern_key(["a.*", "q"], "x.q") == "q"
+    assert other.get_pattern_key(["a"], "x.q") == "x.q"
+    labels = torch.tensor([[1, 2, -100], [-100, 3, 4]])
+    assert utils.shift_tokens_right(labels, 0, 9).tolist() == [[9, 1, 2], [9, 0, 3]]
+    with pytest.raises(ValueError, match="pad_token_id"):
+        utils.shift_tokens_right(labels, None, 9)
+    shared = torch.ones(4)
+    assert utils.id_tensor_storage(shared[:2]) == utils.id_tensor_storage(shared[2:])
+
+
+def test_mixed_precision_keeps_what_is_trained_in_float32():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).half()
+    model[0].requires_grad_(False)
+    peft.cast_mixed_precision_params(model, torch.bfloat16)
+    assert (model[0].weight.dtype, model[1].weight.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_kbit_preparation_freezes_and_lifts():
+    model = nn.Sequential(nn.Linear(2, 2)).half()
+    assert peft.prepare_model_for_kbit_training(model) is model
+    assert model[0].weight.dtype == torch.float32
+    assert not model[0].weight.requires_grad
+
+
+def test_empty_weights_are_on_the_meta_device():
+    from peft.utils.integrations import init_empty_weights
+
+    with init_empty_weights():
+        layer = nn.Linear(2, 2)
+    assert layer.weight.is_meta
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_a_clone_may_share_its_weights():
+    from peft.utils.layers import clone_module
+
+    layer = nn.Linear(2, 2)
+    assert clone_module(layer, share_weights=True).weight is layer.weight
+    assert clone_module(layer).weight is not layer.weight
+
+
+def adapted() -> peft.PeftModel:
+    return peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"], r=2))
+
+
+def test_scales_are_multiplied_inside_the_block_only():
+    from peft.helpers import rescale_adapter_scale
+
+    model = adapted()
+    layer = model.base_model.model[0]
+    before = dict(layer.scaling)
+    with pytest.raises(RuntimeError, match="stop"), rescale_adapter_scale(model, 0.5):
+        assert layer.scaling["default"] == before["default"] / 2
+        raise RuntimeError("stop")
+    assert dict(layer.scaling) == before
+    with pytest.raises(TypeError), rescale_adapter_scale(model, "2"):
+        pass
+    with pytest.raises(ValueError), rescale_adapter_scale(nn.Linear(1, 1), 2):
+        pass
+
+
+def test_the_cast_of_inputs_can_be_switched_off():
+    from peft.helpers import disable_input_dtype_casting
+
+    model = adapted()
+    layer = model.base_model.model[0]
+    with disable_input_dtype_casting(model):
+        assert layer.cast_input_dtype_enabled is False
+    assert layer.cast_input_dtype_enabled is True
+
+
+def test_signatures_follow_the_base_model():
+    import inspect
+
+    from peft.helpers import update_signature
+
+    model = adapted()
+    x = torch.ones(1, 2)
+    expected = model(x)
+    update_signature(model, "forward")
+    assert "input" in inspect.signature(model.forward).parameters
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError):
+        update_signature(model, "backward")
+
+
+def test_a_folder_with_an_adapter_is_recognised(tmp_path):
+    from peft.helpers import check_if_peft_model
+
+    assert not check_if_peft_model(str(tmp_path))
+    peft.LoraConfig().save_pretrained(tmp_path)
+    assert check_if_peft_model(str(tmp_path))
+
+
+def test_adapters_can_be_handled_without_a_peft_model():
+    from peft import functional
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    config = peft.LoraConfig(target_modules=["0"], r=2)
+    functional.inject_adapter_in_model(config, model, "a")
+    functional.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"], r=2), model, "b")
+    functional.set_adapter(model, ["a", "b"])
+    assert model[0].active_adapters == ["a", "b"]
+    functional.set_requires_grad(model, "a", False)
+    assert not model[0].lora_A["a"].weight.requires_grad
+    model[0].lora_A["a"].weight.data = model[0].lora_A["a"].weight.data.half()
+    functional.cast_adapter_dtype(model, "a")
+    assert model[0].lora_A["a"].weight.dtype == torch.float32
+    assert functional.delete_adapter(model, "a", "lora_") == ["b"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}]
+)
+def test_transformers_loads_an_adapter_by_itself(arguments, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 20}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    lora = peft.LoraConfig(init_lora_weights=False, **arguments)
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)
+    model.save_pretrained(tmp_path)
+    bare = transformers.LlamaForCausalLM(config)
+    bare.load_adapter(str(tmp_path), "other")
+    loaded = bare.state_dict()
+    own = {k: v for k, v in model.state_dict().items() if ".default" in k}
+    assert own
+    for key, value in own.items():
+        name = key.removeprefix("base_model.model.").replace(".default", ".other")
+        assert torch.equal(loaded[name], value), name
