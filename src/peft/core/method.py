@@ -16,7 +16,7 @@ from ..kernels import lowrank
 from .views import LinearView
 
 if TYPE_CHECKING:
-    from .layer import Adapter, Stack
+    from .stack import Adapter, Stack
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class Plan:
 
     def _total(self) -> str:
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
-        found = f"{len(self.targets)} targets{skipped}"
+        found = f"{len(self.targets)} target{'' if len(self.targets) == 1 else 's'}{skipped}"
         trainable = self.trainable
         if not self.rows or trainable is None or self.base_parameters is None:
             return found

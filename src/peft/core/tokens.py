@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .call import Call
-from .layer import Adapter, BaseTunerLayer, Slot, Stack
+from .layer import BaseTunerLayer
 from .method import Method, Site
+from .stack import Adapter, Slot, Stack
 from .views import embed_scale
 from .wrappers import AuxiliaryTrainingWrapper
 

@@ -95,9 +95,9 @@ class BaseTuner(nn.Module):
         gc.disable()  # injection makes many small objects and no garbage; the collector would walk them again and again
         undo: list[Callable[[], Any]] = []
         try:
-            Injection(
-                self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, undo
-            ).run(state_dict)
+            Injection(self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, undo).run(
+                state_dict
+            )
         except BaseException:
             for step in reversed(undo):
                 step()

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .batch import join_parts, rows_of
 from .call import BASE, Call
-from .layer import AdapterHost, BaseTunerLayer, Slot, join_parts, rows_of, tensors_below
+from .layer import AdapterHost, BaseTunerLayer
+from .stack import Slot, tensors_below
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 _BY_ROWS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.layer import Adapter, Stack
 from ..core.method import Delta, LowRank, Site
+from ..core.stack import Adapter, Stack
 from ..kernels import lowrank
 
 TILE_ELEMENTS = 16 * 2**20

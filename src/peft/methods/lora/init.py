@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ...core.layer import Adapter, Stack
+    from ...core.stack import Adapter, Stack
 
 _HALF = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.layer import Adapter, Stack
 from ...core.method import LowRank, Method, Site
+from ...core.stack import Adapter, Stack
 from . import init as starts
 
 

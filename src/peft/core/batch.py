@@ -1,0 +1,103 @@
+"""A batch whose samples are each under an adapter of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .call import BASE, Call
+from .method import Delta
+from .stack import Adapter
+from .views import LinearView
+
+
+class MixedBatch(nn.Module):
+    """The part of a tuner layer that runs a mixed batch; `stack`, `_runner` and `_general` are the layer's."""
+
+    view: LinearView
+    call: Call
+    adapters: dict[str, Adapter]
+    _merged: list[str]
+
+    def _mixed(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Each sample under its own adapter."""
+        if self._merged:
+            raise ValueError(
+                f"adapter_names cannot be used while adapters are merged (here {self._merged}). Call unmerge_adapter()."
+            )
+        base, rest = self._modules["base_layer"], dict(kwargs)
+        axis = 0 if getattr(base, "batch_first", True) else 1
+        x = args[0] if args else next(iter(rest.values()))
+        groups = self.call.groups(x.shape[axis], x.device, self._where(), names)
+        present = {n: index for n, index in groups.items() if n != BASE and n in self.adapters}
+        if self.view.activations and not rest and len(args) == 1:
+            return self._mixed_rows(x, present)
+        return self._mixed_parts(groups, axis, args, rest)
+
+    def _mixed_rows(self, x: Tensor, present: dict[str, Tensor]) -> Tensor:
+        """The base once for all rows, then each adapter on its own; other methods run on their rows whole."""
+        root = self.stack(())
+        y = root(x)
+        out = y
+        for name, index in present.items():
+            p = self.adapters[name]
+            rows = x.index_select(0, index)
+            part = (
+                p.method.onto(p, root, y.index_select(0, index), rows)
+                if isinstance(p.method, Delta)
+                else p.method.forward(p, root, rows)
+            )
+            out = out.index_copy(0, index, part)
+        return self.view.finish(root.base, out)
+
+    def _mixed_parts(
+        self, groups: dict[str, Tensor], axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a whole module once per adapter on its rows, and put the results back in order."""
+        rows = sum(len(i) for i in groups.values())
+        order = torch.cat(list(groups.values())).argsort()
+        parts, before = [], self.call.only
+        try:
+            for name, index in groups.items():
+                self.call.only = name
+                take = rows_of(index, rows, axis)
+                parts.append(self._alone(tuple(map(take, args)), {k: take(v) for k, v in kwargs.items()}))
+        finally:
+            self.call.only = before
+        return join_parts(parts, order, axis)
+
+    def _alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer under the one adapter that the call names."""
+        stack = self.stack(self._names_now())
+        return self._general(self._runner(stack) if stack.adapters else None, args, kwargs)
+
+    def _names_now(self) -> tuple[str, ...]:
+        only = self.call.only
+        return self._live_names() if only is None else (only,)
+
+
+def rows_of(index: Tensor, rows: int, axis: int) -> Any:
+    def take(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() > axis and value.shape[axis] == rows:
+            return value.index_select(axis, index)
+        return value.index_select(0, index) if value.dim() and value.shape[0] == rows else value
+
+    return take
+
+
+def join_parts(parts: list[Any], order: Tensor, axis: int) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts, axis).index_select(axis, order)
+    if isinstance(first, tuple):
+        return tuple(
+            None if column[0] is None else join_parts(list(column), order, axis if i == 0 else 0)
+            for i, column in enumerate(zip(*parts, strict=True))
+        )
+    raise TypeError(
+        f"Cannot assemble the output of a mixed batch from values of type {type(first).__name__}."
+    )

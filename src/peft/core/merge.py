@@ -1,0 +1,193 @@
+"""Merging: W' written into the base weight block by block, and the old payload given back bit for bit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import storage
+from .method import Delta
+from .stack import Adapter
+from .views import LinearView
+
+TILE_BYTES = 64 * 2**20  # what a merge may allocate beyond the weights themselves
+
+
+class Mergeable(nn.Module):
+    """The part of a tuner layer that merges; `stack`, `get_base_layer` and `_replan` are the layer's."""
+
+    view: LinearView
+    adapters: dict[str, Adapter]
+    tied: nn.Parameter | None
+    _active: tuple[str, ...]
+    _merged: list[str]
+    _saved: dict[str, Any] | None
+
+    def original_weight(self) -> Tensor:
+        """The base weight without any merged adapter, (..., O, I)."""
+        base = self.get_base_layer()
+        if self._saved is None:
+            return self.view.read(base)
+        return self.view.matrix(base, storage.of(base, self.view.name).original(self._saved[self.view.name]))
+
+    def original_weight_device(self) -> torch.device:
+        """Where the base weight lies."""
+        return getattr(self.get_base_layer(), self.view.name).device
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write W' and b' into the base layer; the old payload is kept, so that `unmerge` restores every bit.
+
+        Arguments:
+            safe_merge: kept for compatibility; every merge is checked and leaves the layer unchanged when it fails.
+            adapter_names: which adapters; None means the active ones. Names that the layer lacks are skipped.
+
+        Raises TypeError for a string, ValueError if the result is not finite or if the answer would change.
+        Extra memory: one copy of the weight while merged, and at most 64 MiB during the call.
+        """
+        names = adapters_to_merge(self, adapter_names)
+        self._merge(tuple(n for n in names if n in self.adapters))
+
+    def _merge(self, names: tuple[str, ...], keep: bool = True) -> None:
+        if not names:
+            return
+        self.check_merge(names)
+        if keep and self._saved is None:
+            self.__dict__["_saved"] = self._payload()
+        before = list(self._merged)
+        try:
+            self._write(names)
+        except BaseException:
+            if self._saved is not None:
+                self._restore()
+                if before:
+                    self._write(tuple(before))
+                else:
+                    self.__dict__["_saved"] = None
+            raise
+        self._merged = before + list(names)
+        self._replan()
+
+    def check_merge(self, names: tuple[str, ...]) -> None:
+        """Raise if merging these adapters is impossible or would change the output."""
+        base = self.get_base_layer()
+        self.view.refuse_merge(base)
+        live = [n for n in self._active if n in self.adapters and n not in self._merged]
+        rest = [n for n in live if n not in names]
+        for name in (*names, *rest):
+            if name in names and not self.adapters[name].method.mergeable:
+                raise ValueError(
+                    f"The adapter {name!r} at {self._where()!r} depends on its input and cannot be merged."
+                )
+        prefix = tuple(live[: len(names)]) == names
+        if rest and not prefix and not all(self.adapters[n].method.additive for n in (*names, *rest)):
+            raise ValueError(
+                f"Merging {list(names)} at {self._where()!r} while {rest} stay active would change the output, because "
+                f"these methods do not commute. Merge the first of {live} first, or all of them."
+            )
+        if self.view.bias(base) is None and any(
+            self.adapters[n].method.bias(self.adapters[n], None) is not None for n in names
+        ):
+            raise RuntimeError(
+                f"The adapter has a bias (lora_bias=True) but the layer {self._where()!r} has none to merge it into. "
+                "Keep the adapter unmerged, or train with lora_bias=False."
+            )
+
+    def _payload(self) -> dict[str, Any]:
+        base = self.get_base_layer()
+        names = [self.view.name] + ([self.view.bias_name] if self.view.bias(base) is not None else [])
+        return {n: storage.of(base, n).save(base, n) for n in names}
+
+    def _restore(self) -> None:
+        base = self.get_base_layer()
+        for name, payload in (self._saved or {}).items():
+            storage.of(base, name).restore(base, name, payload)
+
+    @torch.no_grad()
+    def tiles(self, names: tuple[str, ...]) -> Iterator[tuple[int, Tensor]]:
+        """W' in blocks of rows, (start, (..., rows, I)), each checked to be finite.
+
+        Raises ValueError naming the layer if a block holds a value that is not finite.
+        """
+        stack, base = self.stack(names), self.get_base_layer()
+        *lead, out, inp = self.view.shape(base)
+        step = max(1, TILE_BYTES // (12 * inp * (lead[0] if lead else 1)))
+        dense = type(storage.of(base, self.view.name)) is storage.Storage
+        for start in range(0, out, step if dense else out):
+            W = stack.weight(slice(start, start + step) if dense else slice(None))
+            if not torch.isfinite(W).all():
+                raise ValueError(
+                    f"Merging {list(names)} into {self._where()!r} gives weights that are not finite. The adapter or the "
+                    "base weight holds NaN or infinity, or the sum leaves the range of the dtype. Nothing was merged."
+                )
+            yield start, W
+
+    @torch.no_grad()
+    def _write(self, names: tuple[str, ...]) -> None:
+        base = self.get_base_layer()
+        kind = storage.of(base, self.view.name)
+        b = self.stack(names).bias()
+        for start, W in self.tiles(names):
+            if type(kind) is storage.Storage:
+                self.view.write_rows(base, start, W)
+            else:
+                kind.write(base, self.view.name, self.view.raw(base, W))
+        if b is not None and b is not self.view.bias(base):
+            if not torch.isfinite(b).all():
+                raise ValueError(
+                    f"Merging {list(names)} into {self._where()!r} gives a bias that is not finite."
+                )
+            storage.of(base, self.view.bias_name).write(base, self.view.bias_name, b)
+
+    def unmerge(self) -> None:
+        """Give back the base layer's payload as it was before the first merge, bit for bit."""
+        if not self._merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore()
+        if self.tied is not None:
+            self.get_base_layer()._parameters[self.view.name] = self.tied
+            self.__dict__["tied"] = None
+        self.__dict__["_saved"] = None
+        self._merged = []
+        self._replan()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What adapter `adapter` adds to the weight, in the stored layout."""
+        p = self.adapters[adapter]
+        base = self.get_base_layer()
+        W = self.original_weight()
+        with torch.no_grad():
+            if isinstance(p.method, Delta):
+                return self.view.raw(base, p.method.delta(p, W))
+            return self.view.raw(base, p.method.weight(p, W) - W)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter's update can be written as a LoRA."""
+        p = self.adapters.get(adapter_name)
+        return p is not None and isinstance(p.method, Delta)
+
+
+def adapters_to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
+    """The adapters that a merge of `adapter_names` concerns: those not merged yet, with a warning about the others.
+
+    Raises TypeError for a string.
+    """
+    if isinstance(adapter_names, str):
+        raise TypeError(
+            f"adapter_names must be a list of names, got the string {adapter_names!r}. Use [{adapter_names!r}]."
+        )
+    names = list(layer.active_adapters if adapter_names is None else adapter_names)
+    if layer.merged:
+        fresh = [n for n in names if n not in layer.merged_adapters]
+        if fresh:
+            warnings.warn(
+                f"Already merged: {layer.merged_adapters}. Now additionally merging {fresh}.", stacklevel=3
+            )
+        else:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+        names = fresh
+    return names

@@ -1,0 +1,207 @@
+"""One adapter's share of a layer, and the base layer under some adapters as one affine map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .method import Method
+
+
+class Slot(NamedTuple):
+    """One tensor of an adapter: where it stands in files, in the model, and who holds it."""
+
+    key: str  # relative to the layer's path, without the adapter's name
+    live: str  # relative to the layer's path, as in the model's state_dict
+    owner: nn.Module
+    attr: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor as it is now."""
+        held = self.owner._parameters.get(self.attr)
+        return self.owner._buffers[self.attr] if held is None else held  # type: ignore[return-value]
+
+
+class Adapter:
+    """`p`: one adapter's share of one layer. `p.lora_A` is `layer.lora_A[name]`, `p.scaling` a plain value."""
+
+    def __init__(self, layer: Any, name: str, method: Method, settings: Any, path: str):
+        self.layer, self.name, self.method, self.settings, self.path = layer, name, method, settings, path
+        self.direct: dict[
+            str, Any
+        ] = {}  # under compile tensors are found by reference, so that names are not guarded
+        self.cache: dict[str, Any] = {}
+
+    def __getattr__(self, key: str) -> Any:
+        if key.startswith("__") or "layer" not in self.__dict__:
+            raise AttributeError(key)
+        if torch.compiler.is_compiling():
+            return self.direct[key]
+        home = self.layer._modules.get(key)
+        if home is None or self.name not in home:  # type: ignore[operator]
+            raise AttributeError(f"The adapter {self.name!r} has no {key!r}.")
+        return home[self.name]  # type: ignore[index]
+
+    def has(self, key: str) -> bool:
+        """Whether the adapter owns a tensor or module `key`."""
+        home = self.layer._modules.get(key)
+        return home is not None and self.name in home  # type: ignore[operator]
+
+    def held(self, key: str) -> Any:
+        """The module or parameter `key`, found by the shortest way."""
+        if torch.compiler.is_compiling():
+            return self.direct[key]
+        home = self.layer._modules[key]
+        found = home._modules.get(self.name)  # type: ignore[union-attr]
+        return home._parameters[self.name] if found is None else found  # type: ignore[union-attr]
+
+    def held_buffer(self, key: str) -> Tensor:
+        """A derived tensor."""
+        if torch.compiler.is_compiling():
+            return self.direct[key]
+        return self.layer._modules[key]._buffers[self.name]  # type: ignore[return-value, union-attr]
+
+    def original_weight(self) -> Tensor:
+        """The base weight without any merged adapter, (..., O, I)."""
+        return self.layer.original_weight()
+
+
+class Stack:
+    """The base layer under its first adapters, still an affine map: call it, or ask its weight and bias."""
+
+    def __init__(self, layer: Any, adapters: tuple[Adapter, ...], extra: Any = None):
+        self.layer, self.view, self.adapters, self.extra = layer, layer.view, adapters, extra
+        self.last = adapters[-1] if adapters else None
+        self.inner = Stack(layer, adapters[:-1], extra) if adapters else None
+
+    @property
+    def base(self) -> nn.Module:
+        return self.layer.get_base_layer()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        last = self.last
+        if last is not None:
+            return last.method.forward(last, self.inner, x)  # type: ignore[arg-type]
+        base = self.layer._modules["base_layer"]
+        if self.extra is not None:
+            return base(x, *self.extra[0], **self.extra[1])  # type: ignore[misc]
+        return self.view.base(base, x)  # type: ignore[arg-type]
+
+    def weight(self, rows: slice = slice(None)) -> Tensor:
+        """W' of the stack, (..., rows, I)."""
+        W = self.view.read(self.base)[..., rows, :]
+        for a in self.adapters:
+            W = a.method.weight(a, W, rows)
+        return W
+
+    def bias(self) -> Tensor | None:
+        """b' of the stack, (O,), or None."""
+        b = self.view.bias(self.base)
+        for a in self.adapters:
+            b = a.method.bias(a, b)
+        return b
+
+    def linear(self, x: Tensor, W: Tensor) -> Tensor:
+        """W x without bias, in W's dtype."""
+        return self.view.linear(self.base, x.to(W.dtype) if x.is_floating_point() else x, W)
+
+    def spread(self, v: Tensor) -> Tensor:
+        """(O,) shaped to broadcast over an output."""
+        return self.view.spread(self.base, v)
+
+    def drop(self, x: Tensor, rate: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Dropout of an input: (x to use, factor for W x or None)."""
+        x = x.to(dtype) if x.is_floating_point() else x
+        return self.view.drop(x, rate) if rate else (x, None)
+
+    def affine(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """W x + b."""
+        y = self.linear(x, W)
+        return y if b is None else y + self.spread(b)
+
+
+class InPlace:
+    """Runs a module that cannot be split into W x + b, with W' and b' put in place."""
+
+    def __init__(self, stack: Stack, depth: int):
+        self.stack, self.path = stack, ".".join(["base_layer"] * depth)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        view: Any = self.stack.view
+        values = {view.name: self.stack.weight()}
+        b = self.stack.bias()
+        if b is not None and view.bias_name:
+            values[view.bias_name] = b
+        return view.run(self.stack.layer._modules["base_layer"], self.path, values, args, kwargs)
+
+
+class Finish:
+    """A stack whose module does something after the affine map (an embedding with max_norm)."""
+
+    def __init__(self, stack: Stack):
+        self.stack = stack
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.stack.view.finish(self.stack.base, self.stack(x))
+
+
+class Values(MutableMapping[str, Any]):
+    """A plain value of every adapter of a layer, by adapter name: `layer.scaling["default"]`."""
+
+    def __init__(self, layer: Any, key: str):
+        self._layer, self._key = layer, key
+
+    def __getitem__(self, name: str) -> Any:
+        return self._layer.adapters[name].__dict__[self._key]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._layer.adapters[name].__dict__[self._key] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._layer.adapters[name].__dict__[self._key]
+
+    def __iter__(self) -> Iterator[str]:
+        return (n for n, a in self._layer.adapters.items() if self._key in a.__dict__)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class BufferDict(nn.Module):
+    """Tensors by adapter name that move with the module and are not saved."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._buffers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._buffers[name]  # type: ignore[return-value]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    def __delitem__(self, name: str) -> None:
+        del self._buffers[name]
+        self._non_persistent_buffers_set.discard(name)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+
+def tensors_below(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:
+    """(owner, dotted name, attribute) of every parameter and persistent buffer below a module."""
+    for name, value in module._parameters.items():
+        if value is not None:
+            yield module, prefix + name, name
+    for name, value in module._buffers.items():
+        if value is not None and name not in module._non_persistent_buffers_set:
+            yield module, prefix + name, name
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from tensors_below(child, f"{prefix}{name}.")
