@@ -40,9 +40,7 @@ class Measure:
 MEASURES: dict[str, Measure] = {}
 
 
-def measure(
-    title: str, **options: Any
-) -> Callable[[Callable[[], Iterator[Numbers]]], Callable[[], Iterator[Numbers]]]:
+def measure(title: str, **options: Any) -> Callable[[Callable[[], Iterator[Numbers]]], Callable[[], Iterator[Numbers]]]:
     """Register a generator function under its own name."""
 
     def register(steps: Callable[[], Iterator[Numbers]]) -> Callable[[], Iterator[Numbers]]:

@@ -52,9 +52,7 @@ def shown(value: float | None, unit: str) -> str:
         return ""
     if unit == "s":
         return next(
-            f"{value * k:.3g} {u}"
-            for k, u in ((1, "s"), (1e3, "ms"), (1e6, "µs"))
-            if abs(value * k) >= 1 or u == "µs"
+            f"{value * k:.3g} {u}" for k, u in ((1, "s"), (1e3, "ms"), (1e6, "µs")) if abs(value * k) >= 1 or u == "µs"
         )
     return f"{value:,.0f}" if not unit and value == int(value) else f"{value:.3g}{' ' * bool(unit)}{unit}"
 
@@ -115,10 +113,7 @@ def text(result: Result) -> str:
     widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
     lines = [f"{result.subject.title}  [{result.subject.name}]"]
     lines += [
-        "  "
-        + "  ".join(
-            c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
+        "  " + "  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in table
     ]
     lines += [f"  {side} failed: {error}" for side, error in result.errors.items()]

@@ -84,17 +84,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--ours", default=sys.executable, help="interpreter with this peft (default: the running one)"
-    )
+    parser.add_argument("--ours", default=sys.executable, help="interpreter with this peft (default: the running one)")
     parser.add_argument("--peer", help="interpreter with the peft to compare with")
-    parser.add_argument(
-        "--ours-path", default=str(ROOT / "src"), help="where ours lies, if it is not installed"
-    )
+    parser.add_argument("--ours-path", default=str(ROOT / "src"), help="where ours lies, if it is not installed")
     parser.add_argument("--peer-path", help="where the peer lies, if it is not installed")
-    parser.add_argument(
-        "--only", nargs="+", choices=list(MEASURES), metavar="NAME", help=f"of {', '.join(MEASURES)}"
-    )
+    parser.add_argument("--only", nargs="+", choices=list(MEASURES), metavar="NAME", help=f"of {', '.join(MEASURES)}")
     parser.add_argument("--repeats", type=float, default=1.0, help="factor on every measure's repetitions")
     parser.add_argument("--no-noise", action="store_true", help="leave out the third process")
     parser.add_argument("--json", type=Path, help="write every repetition's numbers here")

@@ -47,12 +47,8 @@ Row = dict[str, str]
 
 def main() -> int:
     """Run the whole job; the exit code is 0 when complete, 130 when interrupted."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
     parser.add_argument("--steps", type=int, default=30, help="of 8 examples; default: 30")
     parser.add_argument("--overwrite", action="store_true", help="train again where a run is complete")
     arguments = parser.parse_args()
@@ -147,9 +143,7 @@ def show(log: Log, told: list[Row]) -> None:
         for row in told[:SHOWN]
     ]
     report.table("Answers", ["request", "before", "after", "tldr-pages"], sides, text_columns=4)
-    report.say(
-        f"{len(log.steps)} steps in {log.seconds:.0f} s; {log.trainable_parameters:,} parameters trained"
-    )
+    report.say(f"{len(log.steps)} steps in {log.seconds:.0f} s; {log.trainable_parameters:,} parameters trained")
 
 
 def well_formed(row: Row, answer: str) -> bool:
@@ -170,9 +164,7 @@ def check_live(session: Any, rows: list[Row]) -> None:
     fresh, _ = load_adapter(session.options.output, None, session.options.dtype, base_only=False)
     live = logits(session.plain.eval(), session, rows)
     if not (live == logits(fresh, session, rows)).all():
-        raise UsageError(
-            f"{session.options.output}: the reloaded adapter answers differently from the trained one."
-        )
+        raise UsageError(f"{session.options.output}: the reloaded adapter answers differently from the trained one.")
     report.say("Reloaded on a fresh base: equal logits, bit for bit.")
 
 
@@ -185,9 +177,7 @@ def check_saved(output: Path, rows: list[Row]) -> None:
     from peft.cli.model import load_adapter
 
     model, tokenizer = load_adapter(output, None, "fp32", base_only=False)
-    tools = SimpleNamespace(
-        encoder=Encoder(tokenizer, TEMPLATE, 128), layout=Layout.of(base_of(model), tokenizer)
-    )
+    tools = SimpleNamespace(encoder=Encoder(tokenizer, TEMPLATE, 128), layout=Layout.of(base_of(model), tokenizer))
     apart = logits(model, tools, rows)
     merged = logits(model.merge_and_unload(), tools, rows)  # type: ignore[operator]
     off = ((merged - apart).abs().max() / apart.abs().max()).item()
@@ -259,9 +249,7 @@ def commands(longest: int = 60, longest_prompt: int = 120) -> Iterator[Row]:
     for tool, page in {**pages["linux"], **pages["common"]}.items():
         summary = page["s"].split(". ")[0].rstrip(".")
         for wish, command in page["e"]:
-            command = re.sub(
-                r"\{\{\[[^|\]]*\|([^\]]*)\]\}\}", r"\1", command
-            )  # {{[-q|--quiet]}}: the long form
+            command = re.sub(r"\{\{\[[^|\]]*\|([^\]]*)\]\}\}", r"\1", command)  # {{[-q|--quiet]}}: the long form
             command = re.sub(r"\{\{(.*?)\}\}", r"<\1>", command)
             request = re.sub(r"\[(\w)\]", r"\1", wish).rstrip(":.")  # E[x]tract
             if "\n" in command or len(command) > longest or len(summary) + len(request) > longest_prompt:

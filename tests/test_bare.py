@@ -135,7 +135,5 @@ def test_every_module_imports() -> None:
 def test_all_of_it_holds_with_optional_packages_hidden() -> None:
     pytest.importorskip("transformers", reason="the environment is bare already")
     program = HIDE.format(hidden=set(OPTIONAL), file=repr(__file__))
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -112,9 +112,7 @@ def test_the_magnitude_of_dora_is_saved_without_weight():
     assert "base_model.model.fc1.lora_magnitude_vector" in state
 
 
-@pytest.mark.parametrize(
-    "name", ["foo", "foobar", "lora_A", "weight", "fc1", "default", "other", "base_layer", "a"]
-)
+@pytest.mark.parametrize("name", ["foo", "foobar", "lora_A", "weight", "fc1", "default", "other", "base_layer", "a"])
 def test_no_adapter_is_mistaken_for_another(name):
     names = [name, *[n for n in ("foo", "foobar", "fc1", "fc2") if n != name]]
     with warnings.catch_warnings():
@@ -122,9 +120,7 @@ def test_no_adapter_is_mistaken_for_another(name):
         model = get_peft_model(mlp(), lora(modules_to_save=["head"]), adapter_name=names[0])
         for other in names[1:]:
             model.add_adapter(other, lora(modules_to_save=["head"]))
-    before = {
-        n: {k: v.clone() for k, v in get_peft_model_state_dict(model, adapter_name=n).items()} for n in names
-    }
+    before = {n: {k: v.clone() for k, v in get_peft_model_state_dict(model, adapter_name=n).items()} for n in names}
     assert all(len(s) == len(KEYS) + 2 for s in before.values())
     new = {k: torch.randn_like(v) for k, v in before[name].items()}
     set_peft_model_state_dict(model, new, adapter_name=name)
@@ -229,9 +225,7 @@ def test_missing_and_unexpected_tensors_are_listed_with_the_nearest():
     state = get_peft_model_state_dict(model)
     state["base_model.model.fc3.lora_A.weight"] = state.pop("base_model.model.fc2.lora_A.weight")
     with (
-        pytest.warns(
-            MissingTensorsWarning, match=r"fc2\.lora_A\.weight.*Did you mean '.*fc3\.lora_A\.weight'"
-        ),
+        pytest.warns(MissingTensorsWarning, match=r"fc2\.lora_A\.weight.*Did you mean '.*fc3\.lora_A\.weight'"),
         pytest.warns(UnexpectedTensorsWarning, match=r"fc3\.lora_A\.weight Did you mean"),
     ):
         result = set_peft_model_state_dict(model, state)
@@ -399,9 +393,7 @@ def test_loading_over_an_existing_adapter_serves_the_optimizer(tmp_path):
     assert same(get_peft_model_state_dict(model), saved)
     model.load_adapter(tmp_path, "default")
     assert not model.training
-    assert all(
-        p.requires_grad for p in model.adapter_parameters("default").values()
-    )  # resumed training goes on
+    assert all(p.requires_grad for p in model.adapter_parameters("default").values())  # resumed training goes on
 
 
 def test_the_class_follows_the_task(tmp_path):
@@ -485,9 +477,7 @@ def test_nan_weights_are_named(tmp_path):
     with torch.no_grad():
         model.base_model.model.fc1.lora_A["default"].weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path)
-    with pytest.warns(
-        PeftWarning, match=r"NaN or infinite values in 'base_model\.model\.fc1\.lora_A\.weight'"
-    ):
+    with pytest.warns(PeftWarning, match=r"NaN or infinite values in 'base_model\.model\.fc1\.lora_A\.weight'"):
         load_peft_weights(str(tmp_path))
 
 
@@ -657,11 +647,7 @@ def test_edits_of_the_card_survive(tmp_path):
     card.write_text(card.read_text() + "\nWritten by hand.\n")
     model.save_pretrained(tmp_path)
     text = card.read_text()
-    assert (
-        "Written by hand." in text
-        and text.count("### Framework versions") == 1
-        and text.count("- PEFT ") == 1
-    )
+    assert "Written by hand." in text and text.count("### Framework versions") == 1 and text.count("- PEFT ") == 1
 
 
 def test_the_card_without_huggingface_hub(tmp_path, monkeypatch):

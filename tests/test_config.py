@@ -33,11 +33,7 @@ def write(folder: Path, content: object) -> str:
 def plain(values: dict) -> dict:
     """What must survive a round trip: all but the version, and the order of sets."""
     sets = ("target_modules", "exclude_modules")
-    return {
-        k: sorted(v) if k in sets and isinstance(v, list) else v
-        for k, v in values.items()
-        if k != "peft_version"
-    }
+    return {k: sorted(v) if k in sets and isinstance(v, list) else v for k, v in values.items() if k != "peft_version"}
 
 
 # ---- fields
@@ -62,9 +58,7 @@ def test_the_shared_configurations_have_the_known_fields(cls):
     assert [[f.name, f.default] for f in dataclasses.fields(cls)] == FACTS["shared"][cls.__name__]
 
 
-@pytest.mark.parametrize(
-    "cls", [LoraConfig, PromptLearningConfig, *(getattr(lora, n) for n in FACTS["options"])]
-)
+@pytest.mark.parametrize("cls", [LoraConfig, PromptLearningConfig, *(getattr(lora, n) for n in FACTS["options"])])
 def test_every_field_is_documented(cls):
     assert [f.name for f in dataclasses.fields(cls) if not f.metadata.get("help")] == []
 

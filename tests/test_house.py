@@ -108,9 +108,7 @@ def test_imports_point_downward(file: Path) -> None:
     room = room_of(module_of(file))
     assert room in FLOOR, f"'{room}' has no floor yet: give it one in FLOORS"
     upward = [
-        f"line {line}: {module}"
-        for line, module in imported(file)
-        if FLOOR.get(room_of(module), -1) > FLOOR[room]
+        f"line {line}: {module}" for line, module in imported(file) if FLOOR.get(room_of(module), -1) > FLOOR[room]
     ]
     assert not upward
 
@@ -142,9 +140,7 @@ def length_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 @each_file
 def test_a_function_does_one_thing(file: Path) -> None:
     functions = (n for n in ast.walk(tree(file)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
-    assert not {
-        f"{f.name}, line {f.lineno}": length_of(f) for f in functions if length_of(f) > FUNCTION_LINES
-    }
+    assert not {f"{f.name}, line {f.lineno}": length_of(f) for f in functions if length_of(f) > FUNCTION_LINES}
 
 
 @each_file
@@ -154,9 +150,7 @@ def test_layer_types_are_told_apart_only_where_views_are(file: Path) -> None:
     tests = (
         n
         for n in ast.walk(tree(file))
-        if isinstance(n, ast.Call)
-        and isinstance(n.func, ast.Name)
-        and n.func.id in ("isinstance", "issubclass")
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in ("isinstance", "issubclass")
     )
     named = {
         f"line {test.lineno}: {name}"
@@ -167,9 +161,7 @@ def test_layer_types_are_told_apart_only_where_views_are(file: Path) -> None:
     assert not named
 
 
-CORE = [
-    f for f in FILES if path_of(f).startswith(("core/", "kernels/")) and path_of(f) not in MAY_NAME_METHODS
-]
+CORE = [f for f in FILES if path_of(f).startswith(("core/", "kernels/")) and path_of(f) not in MAY_NAME_METHODS]
 
 
 @pytest.mark.parametrize("file", CORE, ids=path_of)
@@ -180,9 +172,7 @@ def test_the_core_names_no_method(file: Path) -> None:
         for name in (getattr(node, "id", None), getattr(node, "attr", None), getattr(node, "name", None))
         if isinstance(name, str) and hasattr(node, "lineno")
     )
-    assert not sorted(
-        {f"line {line}: {name}" for line, name in names if METHODS.search(name) and name not in PUBLIC}
-    )
+    assert not sorted({f"line {line}: {name}" for line, name in names if METHODS.search(name) and name not in PUBLIC})
 
 
 def is_listing(node: ast.AST) -> bool:
@@ -195,10 +185,7 @@ def is_listing(node: ast.AST) -> bool:
 def lines_of(file: Path) -> list[tuple[int, str]]:
     """(line number, text) of the lines that say something: no blanks, comments, listings, punctuation."""
     skipped = {
-        line
-        for node in ast.walk(tree(file))
-        if is_listing(node)
-        for line in range(node.lineno, node.end_lineno + 1)
+        line for node in ast.walk(tree(file)) if is_listing(node) for line in range(node.lineno, node.end_lineno + 1)
     }
     numbered = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
     texts = ((number, " ".join(text.split())) for number, text in numbered if number not in skipped)
@@ -214,9 +201,7 @@ def test_no_six_lines_are_written_twice() -> None:
             window = lines[i : i + REPEATED_LINES]
             other, line = seen.setdefault(tuple(text for _, text in window), (file, i))
             if (other, line) != (file, i) and not (other == file and i - line < REPEATED_LINES):
-                repeated.append(
-                    f"{path_of(file)}:{window[0][0]} repeats {path_of(other)}:{lines_of(other)[line][0]}"
-                )
+                repeated.append(f"{path_of(file)}:{window[0][0]} repeats {path_of(other)}:{lines_of(other)[line][0]}")
     assert not repeated
 
 
@@ -231,9 +216,7 @@ print(json.dumps([spent, sorted(set(sys.modules) - before)]))
 
 def cost(statement: str) -> tuple[float, list[str]]:
     """Seconds and modules that a statement adds to a fresh process that has torch."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE.format(statement=statement)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", PROBE.format(statement=statement)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     spent, modules = json.loads(done.stdout)
     return spent, modules

@@ -125,10 +125,7 @@ def test_print_trainable_parameters(capsys):
     assert trainable == 2 * (6 + 8) + 2 * (8 + 8)
     assert total == trainable + sum(p.numel() for p in mlp().parameters())
     model.print_trainable_parameters()
-    want = (
-        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: "
-        f"{100 * trainable / total:.4f}\n"
-    )
+    want = f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}\n"
     assert capsys.readouterr().out == want
 
 
@@ -181,9 +178,7 @@ def test_set_adapter_takes_one_known_name():
     model.add_adapter("other", lora())
     model.set_adapter("other")
     assert model.active_adapter == "other"
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(
-        model.adapter_parameters("other")
-    )
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(model.adapter_parameters("other"))
     with pytest.raises(TypeError, match="one name"):
         model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="Did you mean 'other'"):
@@ -191,9 +186,7 @@ def test_set_adapter_takes_one_known_name():
     model.set_adapter("default", inference_mode=True)
     assert not any(p.requires_grad for p in model.parameters())
     model.set_requires_grad("other")
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(
-        model.adapter_parameters("other")
-    )
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(model.adapter_parameters("other"))
 
 
 def test_disable_adapter_gives_the_base_and_restores_everything():

@@ -274,9 +274,7 @@ def test_adapters_can_be_handled_without_a_peft_model():
     assert functional.delete_adapter(model, "a", "lora_") == ["b"]
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}]
-)
+@pytest.mark.parametrize("arguments", [{}, {"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}])
 def test_transformers_loads_an_adapter_by_itself(arguments, tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 20}

@@ -33,9 +33,7 @@ def growth(numbers: Numbers) -> Numbers:
     return {"20th over 2nd|x": numbers["20th"] / numbers["2nd"]}
 
 
-@measure(
-    "load adapters from disk, 28 targets, r=8", repeats=3, derive=growth, ceilings={"20th over 2nd|x": 1.2}
-)
+@measure("load adapters from disk, 28 targets, r=8", repeats=3, derive=growth, ceilings={"20th over 2nd|x": 1.2})
 def load() -> Iterator[Numbers]:
     """save_pretrained, from_pretrained, then load_adapter up to the twentieth."""
     from peft import PeftModel
@@ -48,8 +46,7 @@ def load() -> Iterator[Numbers]:
             base = small()
             first = seconds(lambda keep=keep, base=base: keep.append(PeftModel.from_pretrained(base, folder)))
             times = [
-                seconds(lambda i=i, keep=keep: keep[0].load_adapter(folder, adapter_name=f"a{i}"))
-                for i in range(2, 22)
+                seconds(lambda i=i, keep=keep: keep[0].load_adapter(folder, adapter_name=f"a{i}")) for i in range(2, 22)
             ]
             yield {
                 "save_pretrained": saving,

@@ -54,8 +54,7 @@ def changed(model: nn.Module, before: dict[str, Tensor]) -> float:
     """Per cent of the base weights whose bits differ from before."""
     pairs = [(p.detach(), before[n]) for n, p in model.named_parameters() if n in before]
     differ = sum(
-        int((a.view(torch.uint8) != b.view(torch.uint8)).view(-1, a.element_size()).any(-1).sum())
-        for a, b in pairs
+        int((a.view(torch.uint8) != b.view(torch.uint8)).view(-1, a.element_size()).any(-1).sum()) for a, b in pairs
     )
     return 100.0 * differ / sum(a.numel() for a, _ in pairs)
 

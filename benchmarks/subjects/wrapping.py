@@ -76,13 +76,9 @@ def wrap_meta() -> Iterator[Numbers]:
         with torch.device("meta"):
             model = Llama(32, 4096, 11008, 32, 32000)
         keep: list[nn.Module] = []
-        first = seconds(
-            lambda model=model, keep=keep: keep.append(wrapped_meta(model, target_modules=ALL_LINEAR))
-        )
+        first = seconds(lambda model=model, keep=keep: keep.append(wrapped_meta(model, target_modules=ALL_LINEAR)))
         second = seconds(
-            lambda keep=keep: keep[0].add_adapter(
-                "b", config(target_modules=ALL_LINEAR), low_cpu_mem_usage=True
-            )
+            lambda keep=keep: keep[0].add_adapter("b", config(target_modules=ALL_LINEAR), low_cpu_mem_usage=True)
         )
         targets = sum(hasattr(m, "base_layer") for m in keep[0].modules())
         yield {"wrap": first, "second adapter": second, "targets|": targets}

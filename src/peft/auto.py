@@ -53,15 +53,12 @@ class _BaseAutoPeftModel:
         """
         hub = hub_arguments({**kwargs, "revision": revision} if revision else kwargs)
         place = {k: v for k, v in hub.items() if k != "subfolder"}
-        saved = PeftConfig.from_pretrained(
-            pretrained_model_name_or_path, subfolder=hub.get("subfolder"), **place
-        )
+        saved = PeftConfig.from_pretrained(pretrained_model_name_or_path, subfolder=hub.get("subfolder"), **place)
         auto = cls._class(saved, ALLOWED if import_allowlist is None else tuple(import_allowlist))
         for_base = {k: v for k, v in kwargs.items() if k not in ("subfolder", *OPTIONS)}
         if saved.base_model_name_or_path is None:
             raise ValueError(
-                f"The adapter at {pretrained_model_name_or_path} does not name its base model. Load it "
-                "yourself."
+                f"The adapter at {pretrained_model_name_or_path} does not name its base model. Load it yourself."
             )
         base = auto.from_pretrained(saved.base_model_name_or_path, revision=saved.revision, **for_base)
         _resize(base, pretrained_model_name_or_path, hub, kwargs.get("trust_remote_code", False))

@@ -85,17 +85,12 @@ def _metadata(model: PeftModel, tags: list[str] | str | None, pipeline: str | No
 
 def _name(model: PeftModel, base: nn.Module) -> str | None:
     config = getattr(base, "config", None)
-    named = (
-        config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
-    )
+    named = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
     return named if isinstance(named, str) else None
 
 
 def _from_transformers(base: nn.Module) -> bool:
-    return any(
-        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.")
-        for c in type(base).__mro__
-    )
+    return any(c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(base).__mro__)
 
 
 def _with_version(text: str) -> str:
@@ -128,9 +123,7 @@ def push(model: PeftModel, repo_id: str, **kwargs: Any) -> Any:
         ) from error
     private, token = kwargs.pop("private", None), kwargs.pop("token", None)
     commit = {
-        k: kwargs.pop(k)
-        for k in ("revision", "create_pr", "commit_message", "commit_description")
-        if k in kwargs
+        k: kwargs.pop(k) for k in ("revision", "create_pr", "commit_message", "commit_description") if k in kwargs
     }
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)

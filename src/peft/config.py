@@ -65,9 +65,7 @@ class PeftConfigMixin:
     auto_mapping: dict | None = field(
         default=None, metadata=describe("Class and library of the base model, if no task is set.")
     )
-    peft_version: str | None = field(
-        default=None, metadata=describe("The version that made the configuration.")
-    )
+    peft_version: str | None = field(default=None, metadata=describe("The version that made the configuration."))
 
     def __post_init__(self) -> None:
         tasks = [task.value for task in TaskType]
@@ -166,8 +164,7 @@ class PeftConfigMixin:
                 values = json.load(file)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise ValueError(
-                    f"'{path_json_file}' is not valid JSON: {error}. Restore the file, or save the adapter "
-                    "again."
+                    f"'{path_json_file}' is not valid JSON: {error}. Restore the file, or save the adapter again."
                 ) from error
         if not isinstance(values, dict):
             raise ValueError(
@@ -262,9 +259,7 @@ class PeftConfig(PeftConfigMixin):
 class PromptLearningConfig(PeftConfig):
     """The fields that the methods with virtual tokens share."""
 
-    num_virtual_tokens: int | None = field(
-        default=None, metadata=describe("How many virtual tokens there are.")
-    )
+    num_virtual_tokens: int | None = field(default=None, metadata=describe("How many virtual tokens there are."))
     token_dim: int | None = field(default=None, metadata=describe("Size of one token's embedding."))
     num_transformer_submodules: int | None = field(
         default=None, metadata=describe("1 for a decoder or an encoder, 2 for an encoder with a decoder.")

@@ -80,9 +80,7 @@ def inject_adapter_in_model(
     Raises ValueError for methods that need a PeftModel.
     """
     if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
-        raise ValueError(
-            "Prompt learning and adaption prompts are no layers to inject. Use `get_peft_model`."
-        )
+        raise ValueError("Prompt learning and adaption prompts are no layers to inject. Use `get_peft_model`.")
     check_adapter_name(adapter_name)
     tuner = tuner_class(_method(peft_config))
     if tuner.uses_shared_state:
@@ -104,9 +102,7 @@ def _note_origin(model: nn.Module, config: PeftConfig, revision: str | None) -> 
     if revision is None:
         return
     if config.revision is not None and config.revision != revision:
-        warnings.warn(
-            f"revision was {config.revision!r} in the configuration and is now {revision!r}.", stacklevel=3
-        )
+        warnings.warn(f"revision was {config.revision!r} in the configuration and is now {revision!r}.", stacklevel=3)
     config.revision = revision
 
 

@@ -52,9 +52,7 @@ def set_adapter(
             layer.set_adapter(adapter_name, inference_mode=inference_mode)
 
 
-def set_requires_grad(
-    model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True
-) -> None:
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Make the parameters of adapters trainable, or freeze them; whether they are active does not change."""
     for _, layer in tuner_layers(model):
         layer.set_requires_grad(adapter_names, requires_grad)

@@ -57,9 +57,7 @@ class _Generating(PeftModel):
                 "Leave `task_type` out of the configuration for models that do not generate."
             )
 
-    def prepare_inputs_for_generation(
-        self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any
-    ) -> Any:
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's own preparation of a generation step."""
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
 

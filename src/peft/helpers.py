@@ -118,9 +118,7 @@ def _copy_signature(model: Any, name: str) -> None:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(type(self), name)(self, *args, **kwargs)
 
-    update_wrapper(
-        call, getattr(type(model), name, original), assigned=("__module__", "__qualname__", "__name__")
-    )
+    update_wrapper(call, getattr(type(model), name, original), assigned=("__module__", "__qualname__", "__name__"))
     call.__doc__ = original.__doc__
     call.__annotations__ = copy(getattr(original, "__annotations__", {}))
     call.__signature__ = inspect.signature(original.__func__)  # type: ignore[attr-defined]

@@ -106,9 +106,7 @@ class PeftModel(Persistent, nn.Module):
     def active_peft_config(self) -> PeftConfig:
         """The configuration of the (first) active adapter."""
         if self.active_adapter is None:
-            raise ValueError(
-                "No adapter is active. Add one with `add_adapter`, or choose one with `set_adapter`."
-            )
+            raise ValueError("No adapter is active. Add one with `add_adapter`, or choose one with `set_adapter`.")
         return self.peft_config[self.active_adapter]
 
     @property
@@ -144,9 +142,7 @@ class PeftModel(Persistent, nn.Module):
         """Whether every layer of the adapter can be written as a LoRA."""
         self._known(adapter_name)
         asked = [
-            layer.supports_lora_conversion(adapter_name)
-            if hasattr(layer, "supports_lora_conversion")
-            else False
+            layer.supports_lora_conversion(adapter_name) if hasattr(layer, "supports_lora_conversion") else False
             for _, layer in tuner_layers(self.base_model)
             if adapter_name in layer._get_available_adapters() and hasattr(layer, "base_layer")
         ]
@@ -210,13 +206,9 @@ class PeftModel(Persistent, nn.Module):
 
     def _check_names(self, names: Any, first: torch.Tensor | None) -> None:
         if not isinstance(names, (list, tuple)):
-            raise TypeError(
-                f"adapter_names must be a list with one name per sample, but is {type(names).__name__}."
-            )
+            raise TypeError(f"adapter_names must be a list with one name per sample, but is {type(names).__name__}.")
         if self.training:
-            raise ValueError(
-                "adapter_names is for inference, but the model is in training mode. Call `model.eval()`."
-            )
+            raise ValueError("adapter_names is for inference, but the model is in training mode. Call `model.eval()`.")
         if first is not None and first.shape[0] != len(names):
             raise ValueError(
                 f"adapter_names has {len(names)} entries, but the batch has {first.shape[0]} samples. Pass "
@@ -231,9 +223,7 @@ class PeftModel(Persistent, nn.Module):
                 f"Existing adapters: {listing(self.peft_config)}, and {BASE!r}."
             )
         if any(layer.merged_adapters for _, layer in tuner_layers(self.base_model)):
-            raise ValueError(
-                "adapter_names cannot be used while adapters are merged. Call `unmerge_adapter()` first."
-            )
+            raise ValueError("adapter_names cannot be used while adapters are merged. Call `unmerge_adapter()` first.")
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """A context in which the model is the base model; nests, and restores the state exactly on leaving
@@ -359,9 +349,7 @@ def _require_gradient(module: nn.Module, inputs: Any, output: torch.Tensor) -> N
 
 
 def _first_tensor(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    preferred = [
-        kwargs.get(k) for k in ("input_ids", "inputs_embeds", "inputs", "input_features", "pixel_values")
-    ]
+    preferred = [kwargs.get(k) for k in ("input_ids", "inputs_embeds", "inputs", "input_features", "pixel_values")]
     values = (*args, *preferred, *kwargs.values())
     return next((v for v in values if isinstance(v, torch.Tensor) and v.dim()), None)
 
@@ -402,8 +390,5 @@ def warn_about_name(name: str, config: PeftConfig) -> None:
     """Warn where a name is part of the method's own prefix, which confuses other programs that read names."""
     prefix = lookup(config.peft_type).prefix or ""  # type: ignore[arg-type]
     if name in prefix:
-        text = (
-            f"The adapter name {name!r} should not be contained in the prefix {prefix!r} of the method's "
-            "tensors."
-        )
+        text = f"The adapter name {name!r} should not be contained in the prefix {prefix!r} of the method's tensors."
         warnings.warn(text, stacklevel=3)

@@ -244,9 +244,7 @@ def _for_file(model: PeftModel, config: PeftConfig) -> PeftConfig:
     base = model.get_base_model()
     config.inference_mode = True
     if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = base.__dict__.get("name_or_path", None) or getattr(
-            base, "name_or_path", None
-        )
+        config.base_model_name_or_path = base.__dict__.get("name_or_path", None) or getattr(base, "name_or_path", None)
     config.auto_mapping = None
     if config.task_type is None:
         kind = type(base)
@@ -279,9 +277,7 @@ def prepare_folder(save_directory: str | os.PathLike[str], sweep: bool) -> Path:
 # Loading --------------------------------------------------------------------------------------------------
 
 
-def read_config(
-    model_id: str | os.PathLike[str], is_trainable: bool, kwargs: Mapping[str, Any]
-) -> PeftConfig:
+def read_config(model_id: str | os.PathLike[str], is_trainable: bool, kwargs: Mapping[str, Any]) -> PeftConfig:
     """The configuration of a saved adapter, set for training or for inference."""
     arguments = hub_arguments(kwargs)
     config = PeftConfig.from_pretrained(model_id, subfolder=arguments.pop("subfolder", None), **arguments)
@@ -300,9 +296,7 @@ def read_adapter(
 ) -> dict[str, Tensor]:
     """The tensors of a saved adapter, renamed as the model asks for."""
     renames = mapping if mapping is not None else getattr(model, "_checkpoint_conversion_mapping", None)
-    return load_peft_weights(
-        os.fspath(model_id), device=device, key_mapping=renames or None, **hub_arguments(kwargs)
-    )
+    return load_peft_weights(os.fspath(model_id), device=device, key_mapping=renames or None, **hub_arguments(kwargs))
 
 
 def apply_adapter(
@@ -340,8 +334,6 @@ def set_runtime(config: PeftConfig, ephemeral_gpu_offload: bool) -> None:
 
     runtime = getattr(config, "runtime_config", None)
     if runtime is None:
-        warnings.warn(
-            "Ephemeral GPU offloading is not supported by this method; it is ignored.", stacklevel=4
-        )
+        warnings.warn("Ephemeral GPU offloading is not supported by this method; it is ignored.", stacklevel=4)
     else:
         runtime.ephemeral_gpu_offload = True

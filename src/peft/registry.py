@@ -33,9 +33,7 @@ class Method:
 
 
 METHODS: dict[PeftType, Method] = {
-    PeftType.LORA: Method(
-        "peft.methods.lora.config:LoraConfig", "peft.methods.lora.model:LoraModel", "lora_", True
-    ),
+    PeftType.LORA: Method("peft.methods.lora.config:LoraConfig", "peft.methods.lora.model:LoraModel", "lora_", True),
 }
 
 MODEL_CLASSES = {
@@ -67,8 +65,7 @@ def lookup(peft_type: str | PeftType) -> Method:
     kind = PeftType(peft_type)
     if kind not in METHODS:
         raise MissingMethodError(
-            f"The method {kind.value} comes with a later release. This one has "
-            f"{', '.join(k.value for k in METHODS)}."
+            f"The method {kind.value} comes with a later release. This one has {', '.join(k.value for k in METHODS)}."
         )
     return METHODS[kind]
 
@@ -120,9 +117,7 @@ def register_peft_method(
         raise KeyError(f"The method {name!r} is registered already.")
     own = getattr(model_cls, "prefix", None)
     if prefix and own and prefix != own:
-        raise ValueError(
-            f"prefix={prefix!r} differs from {model_cls.__name__}.prefix={own!r}. Give one of them."
-        )
+        raise ValueError(f"prefix={prefix!r} differs from {model_cls.__name__}.prefix={own!r}. Give one of them.")
     METHODS[kind] = Method(config_cls, model_cls, prefix or own or f"{name}_", is_mixed_compatible)
 
 

@@ -59,9 +59,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     root = _root(model)
     layers = [(p, m) for p, m in tuner_layers(root) if not isinstance(m, TrainableTokensWrapper)]
     if not layers:
-        raise ValueError(
-            f"No adapter layers found in {type(model).__name__}. Expected a model with adapters."
-        )
+        raise ValueError(f"No adapter layers found in {type(model).__name__}. Expected a model with adapters.")
     return [_layer_status(path, layer) for path, layer in layers]
 
 
@@ -113,9 +111,7 @@ def _count(parameter: nn.Parameter) -> int:
 def _layer_status(path: str, layer: Any) -> TunerLayerStatus:
     names = sorted(layer._get_available_adapters())
     tensors = {n: [(s.owner, s.attr) for s in layer.slots(n)] for n in names}
-    parameters = {
-        n: [o._parameters[a] for o, a in found if a in o._parameters] for n, found in tensors.items()
-    }
+    parameters = {n: [o._parameters[a] for o, a in found if a in o._parameters] for n, found in tensors.items()}
     return TunerLayerStatus(
         name=path,
         module_type=repr(layer).partition("(")[0],
@@ -166,9 +162,7 @@ def _tuner(model: nn.Module) -> nn.Module | None:
 def _root(model: nn.Module) -> nn.Module:
     prompts = [c for c in _configs(model).values() if c.is_prompt_learning or c.is_adaption_prompt]
     if prompts:
-        raise TypeError(
-            f"{_value(prompts[0].peft_type)} has no adapter layers, so there is no status of layers."
-        )
+        raise TypeError(f"{_value(prompts[0].peft_type)} has no adapter layers, so there is no status of layers.")
     tuner = _tuner(model)
     return model if tuner is None else tuner
 
@@ -177,8 +171,7 @@ def _base_type(model: nn.Module) -> str:
     if _tuner(model) is not None:
         return type(model.get_base_model()).__name__  # type: ignore[operator]
     known = any(
-        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.")
-        for c in type(model).__mro__
+        c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(model).__mro__
     )
     return type(model).__name__ if known else "other"
 

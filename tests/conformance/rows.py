@@ -180,9 +180,7 @@ def product(layer: BaseTunerLayer, A: Tensor, B: Tensor) -> Tensor:
     if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         g, flat = base.groups, B.flatten(1)
         out, rank = flat.shape[0] // g, flat.shape[1]
-        parts = [
-            flat[i * out : (i + 1) * out] @ A[i * rank : (i + 1) * rank].flatten(1) for i in range(g)
-        ]
+        parts = [flat[i * out : (i + 1) * out] @ A[i * rank : (i + 1) * rank].flatten(1) for i in range(g)]
         return torch.cat(parts).unflatten(1, A.shape[1:])
     if isinstance(base, nn.Embedding) or type(base).__name__ == "Conv1D":
         return (B @ A).mT

@@ -89,12 +89,10 @@ def _signature(kind: type) -> inspect.Signature:
 
     types = typing.get_type_hints(kind)
     parameters = []
-    for f in sorted(
-        fields(kind), key=lambda f: (GROUPS.index(f.metadata["group"]), f.default is not MISSING)
-    ):
+    for f in sorted(fields(kind), key=lambda f: (GROUPS.index(f.metadata["group"]), f.default is not MISSING)):
         meta = f.metadata
-        flag = meta["flag"] or "--" + f.name.replace("_", "-")
-        declared = typer.Option(flag, help=meta["help"], rich_help_panel=meta["group"])
+        flags = meta["flags"] or ("--" + f.name.replace("_", "-"),)
+        declared = typer.Option(*flags, help=meta["help"], rich_help_panel=meta["group"])
         default = inspect.Parameter.empty if f.default is MISSING else f.default
         annotation = typing.Annotated[types[f.name], declared]  # type: ignore[valid-type,name-defined]
         parameters.append(

@@ -64,9 +64,7 @@ class Encoder:
 
     def _chat(self, messages: list[dict[str, str]], open_answer: bool) -> str:
         if not getattr(self.tokenizer, "chat_template", None):
-            raise UsageError(
-                "The tokenizer has no chat template. Give --template with {prompt}, and plain columns."
-            )
+            raise UsageError("The tokenizer has no chat template. Give --template with {prompt}, and plain columns.")
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer)
 
     def _tokens(self, text: str, first: bool = True) -> list[int]:
@@ -154,9 +152,7 @@ def order(lengths: Sequence[int], batch: int, seed: int) -> Iterator[list[int]]:
     """
     rng = random.Random(seed)
     count = min(WINDOW, max(1, len(lengths) // batch))  # a window longer than the data would repeat examples
-    stream = itertools.chain.from_iterable(
-        rng.sample(range(len(lengths)), len(lengths)) for _ in itertools.count()
-    )
+    stream = itertools.chain.from_iterable(rng.sample(range(len(lengths)), len(lengths)) for _ in itertools.count())
     while True:
         window = sorted(itertools.islice(stream, batch * count), key=lengths.__getitem__)
         batches = [window[i : i + batch] for i in range(0, len(window), batch)]

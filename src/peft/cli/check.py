@@ -70,16 +70,12 @@ def check_source(flag: str, source: str) -> None:
     path = Path(source)
     if not is_file_name(source):
         name = source.partition(":")[0]
-        _demand(
-            flag, source, HUB_ID.fullmatch(name) is not None, "a file, or a hub data set ORG/NAME[:split]"
-        )
+        _demand(flag, source, HUB_ID.fullmatch(name) is not None, "a file, or a hub data set ORG/NAME[:split]")
         return
     if not path.is_file():
         near = nearest(path.name, (p.name for p in path.parent.glob("*"))) if path.parent.is_dir() else ""
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UsageError(
-            f"{flag} {source}: {what}.{near} Give a {', '.join(SUFFIXES)} file or a hub data set."
-        )
+        raise UsageError(f"{flag} {source}: {what}.{near} Give a {', '.join(SUFFIXES)} file or a hub data set.")
     _choose(f"{flag} {source}: suffix", path.suffix, SUFFIXES)
 
 
@@ -89,9 +85,7 @@ def _check_data_options(options: DataOptions) -> None:
     _choose("--dtype", options.dtype, DTYPES)
     _check_template(options.template)
     if options.text_column and (options.prompt_column or options.answer_column):
-        raise UsageError(
-            "--text-column stands instead of --prompt-column and --answer-column: give one kind."
-        )
+        raise UsageError("--text-column stands instead of --prompt-column and --answer-column: give one kind.")
     check_source("--data", options.data)
 
 
@@ -109,9 +103,7 @@ def _check_model(model: str) -> None:
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UsageError(
-                f"--model {model}: the folder has no config.json. Give a saved transformers model."
-            )
+            raise UsageError(f"--model {model}: the folder has no config.json. Give a saved transformers model.")
     elif path.exists() or not HUB_ID.fullmatch(model):
         raise UsageError(f"--model {model}: no such folder, and not a hub id (ORG/NAME). Check the path.")
 
@@ -122,18 +114,14 @@ def _check_method(options: TrainOptions) -> None:
     if options.alpha is not None:
         _demand("--alpha", options.alpha, options.alpha > 0, "above 0")
     _demand("--dropout", options.dropout, 0 <= options.dropout < 1, "from 0 to below 1")
-    _demand(
-        "--target", options.target, all(t.strip() for t in options.target.split(",")), "all-linear or names"
-    )
+    _demand("--target", options.target, all(t.strip() for t in options.target.split(",")), "all-linear or names")
     if not re.fullmatch(r"pissa_niter_\d+", options.init):
         _choose("--init", options.init, INITS)
 
 
 def _check_schedule(options: TrainOptions) -> None:
     if options.steps is not None and options.epochs is not None:
-        raise UsageError(
-            f"--steps {options.steps} and --epochs {options.epochs} exclude each other: give one."
-        )
+        raise UsageError(f"--steps {options.steps} and --epochs {options.epochs} exclude each other: give one.")
     if options.steps is not None:
         _demand("--steps", options.steps, options.steps >= 1, "at least 1")
     if options.epochs is not None:
@@ -141,9 +129,7 @@ def _check_schedule(options: TrainOptions) -> None:
     _demand("--grad-accum", options.grad_accum, options.grad_accum >= 1, "at least 1")
     _demand("--lr", options.lr, 0 < options.lr < float("inf"), "above 0")
     whole = options.warmup < 1 or options.warmup == int(options.warmup)
-    _demand(
-        "--warmup", options.warmup, options.warmup >= 0 and whole, "a fraction below 1, or a number of steps"
-    )
+    _demand("--warmup", options.warmup, options.warmup >= 0 and whole, "a fraction below 1, or a number of steps")
 
 
 def _check_held_out(options: TrainOptions) -> None:
@@ -155,9 +141,7 @@ def _check_held_out(options: TrainOptions) -> None:
     if fraction is not None:
         _demand("--eval-split", options.eval_split, 0 < fraction < 1, "a fraction between 0 and 1")
     elif options.eval_split and is_file_name(options.data):
-        raise UsageError(
-            f"--eval-split {options.eval_split}: a file has no named splits. Give a fraction like 0.1."
-        )
+        raise UsageError(f"--eval-split {options.eval_split}: a file has no named splits. Give a fraction like 0.1.")
 
 
 def as_fraction(text: str | None) -> float | None:

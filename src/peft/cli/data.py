@@ -59,9 +59,7 @@ class Columns:
         return Example(_text(row, self.prompt, where), _text(row, self.answer, where))
 
 
-def load_examples(
-    options: DataOptions, source: str, split: str = "train", limit: int | None = None
-) -> list[Example]:
+def load_examples(options: DataOptions, source: str, split: str = "train", limit: int | None = None) -> list[Example]:
     """All examples of a file or hub data set.
 
     Arguments:
@@ -110,9 +108,7 @@ def find_columns(names: list[str], options: DataOptions, source: str) -> Columns
     for flag, name in (("--prompt-column", options.prompt_column), ("--answer-column", options.answer_column),
                        ("--text-column", options.text_column)):  # fmt: skip
         if name is not None and name not in names:
-            raise UsageError(
-                f"{flag} {name}: {source} has the columns {', '.join(names)}.{nearest(name, names)}"
-            )
+            raise UsageError(f"{flag} {name}: {source} has the columns {', '.join(names)}.{nearest(name, names)}")
     if options.text_column:
         return Columns(text=options.text_column)
     prompt = options.prompt_column or _first(PROMPTS, names)
@@ -135,21 +131,16 @@ def _first(wanted: tuple[str, ...], names: list[str]) -> str | None:
 def _text(row: Row, column: str, where: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
-        raise UsageError(
-            f"{where}, column {column!r}: found {value!r}, expected text. Mend or remove this row."
-        )
+        raise UsageError(f"{where}, column {column!r}: found {value!r}, expected text. Mend or remove this row.")
     return value
 
 
 def _messages(value: Any, where: str) -> tuple[dict[str, str], ...]:
     fits = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in value
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
     )
     if not fits or not value or value[-1]["role"] != "assistant":
-        raise UsageError(
-            f"{where}: expected a list of {{role, content}} that ends with the assistant's answer."
-        )
+        raise UsageError(f"{where}: expected a list of {{role, content}} that ends with the assistant's answer.")
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
 
 
@@ -173,13 +164,9 @@ def _jsonl(path: Path) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as problem:
-                raise UsageError(
-                    f"{path}, line {number}: not JSON ({problem.msg}). Mend this line."
-                ) from None
+                raise UsageError(f"{path}, line {number}: not JSON ({problem.msg}). Mend this line.") from None
             if not isinstance(row, dict):
-                raise UsageError(
-                    f"{path}, line {number}: expected an object like {{...}}, found {line[:40]!r}."
-                )
+                raise UsageError(f"{path}, line {number}: expected an object like {{...}}, found {line[:40]!r}.")
             yield row
 
 
@@ -205,6 +192,4 @@ def _hub(source: str, split: str) -> Iterator[Row]:
     try:
         yield from datasets.load_dataset(name, split=named_split or split)
     except (OSError, ValueError) as problem:
-        raise UsageError(
-            f"{source}: cannot be loaded from the hub ({str(problem).splitlines()[0]})."
-        ) from problem
+        raise UsageError(f"{source}: cannot be loaded from the hub ({str(problem).splitlines()[0]}).") from problem

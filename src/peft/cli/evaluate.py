@@ -100,21 +100,17 @@ def evaluate(
 def run(options: EvalOptions) -> int:
     """`peft eval`: measure a saved adapter and print the result."""
     examples = load_examples(options, options.data, split="test", limit=options.limit)
-    from accelerate import Accelerator
-
-    from peft.cli.model import load_adapter
+    from peft.cli.model import load_adapter, make_accelerator
     from peft.cli.state import kept_template
 
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     model, tokenizer = load_adapter(options.adapter, options.model, options.dtype, options.base_only)
     template = options.template or kept_template(options.adapter)
     encoder, layout = Encoder(tokenizer, template, options.max_length), Layout.of(base_of(model), tokenizer)
     with progress(disable=not accelerator.is_main_process) as bar:
         task = bar.add_task("evaluate", total=len(examples), loss="")
         model.to(accelerator.device)
-        found = evaluate(
-            model, examples, encoder, layout, accelerator, options.batch, lambda n: bar.advance(task, n)
-        )
+        found = evaluate(model, examples, encoder, layout, accelerator, options.batch, lambda n: bar.advance(task, n))
     if accelerator.is_main_process:
         name = "base model" if options.base_only else str(options.adapter)
         head = ["", "loss", "perplexity", "token accuracy", "answer tokens", "examples"]

@@ -69,9 +69,7 @@ def load_model(model: str, dtype: str) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return _load(
-        "--model", model, lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype))
-    )
+    return _load("--model", model, lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype)))
 
 
 def load_adapter(adapter: Path, model: str | None, dtype: str, base_only: bool) -> tuple[nn.Module, Any]:
@@ -80,9 +78,7 @@ def load_adapter(adapter: Path, model: str | None, dtype: str, base_only: bool) 
 
     name = (
         model
-        or _load(
-            "--adapter", str(adapter), lambda: PeftConfig.from_pretrained(str(adapter))
-        ).base_model_name_or_path
+        or _load("--adapter", str(adapter), lambda: PeftConfig.from_pretrained(str(adapter))).base_model_name_or_path
     )
     if not name:
         raise UsageError(f"--adapter {adapter}: does not name its base model. Give it with --model.")
@@ -90,6 +86,13 @@ def load_adapter(adapter: Path, model: str | None, dtype: str, base_only: bool) 
     if not base_only:
         base = _load("--adapter", str(adapter), lambda: PeftModel.from_pretrained(base, str(adapter)))
     return base.eval(), tokenizer
+
+
+def make_accelerator() -> Any:
+    """accelerate's view of the devices; without any, processes started by torchrun work together on the CPU."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.accelerator.is_available())
 
 
 def torch_dtype(name: str) -> torch.dtype:

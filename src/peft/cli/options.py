@@ -12,18 +12,16 @@ from typing import Any
 GROUPS = DATA, METHOD, TRAINING, RUN = "Model and data", "Method", "Training", "Run"
 
 
-def option(help: str, group: str, default: Any = MISSING, flag: str | None = None) -> Any:
-    """A dataclass field with its help text; without `default` the option is required."""
-    return field(default=default, metadata={"help": help, "group": group, "flag": flag})
+def option(help: str, group: str, default: Any = MISSING, *flags: str) -> Any:
+    """A dataclass field with its help text; required without `default`; `flags` if they differ from the name."""
+    return field(default=default, metadata={"help": help, "group": group, "flags": flags})
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """What every command that reads examples needs."""
 
-    data: str = option(
-        "A .jsonl, .csv or .parquet file, or a hub data set (ORG/NAME or ORG/NAME:split).", DATA
-    )
+    data: str = option("A .jsonl, .csv or .parquet file, or a hub data set (ORG/NAME or ORG/NAME:split).", DATA)
     prompt_column: str | None = option("Column of the prompt. Default: found by name.", DATA, None)
     answer_column: str | None = option("Column of the answer. Default: found by name.", DATA, None)
     text_column: str | None = option("Column of whole texts, instead of prompt and answer.", DATA, None)
@@ -45,37 +43,25 @@ class TrainOptions(DataOptions):
     model: str = option("Folder of a transformers model, or its hub id.", DATA)
     output: Path = option("Folder for the adapter, its log and the loss curve.", RUN)  # noqa: RUF009
     eval_data: str | None = option("Held-out examples, measured before and after.", DATA, None)
-    eval_split: str | None = option(
-        "Hold out a part: a fraction (0.1), or a split of the hub data set.", DATA, None
-    )
+    eval_split: str | None = option("Hold out a part: a fraction (0.1), or a split of the hub data set.", DATA, None)
     method: str = option("Fine-tuning method.", METHOD, "lora")
-    r: int = option("Rank of the update.", METHOD, 8, "--r")
+    r: int = option("Rank of the update.", METHOD, 8, "--r", "--rank")
     alpha: float | None = option("Scale of the update is alpha / r. Default: 2 x r.", METHOD, None)
-    target: str = option(
-        "Layers to adapt: all-linear, or names with commas (q_proj,v_proj).", METHOD, "all-linear"
-    )
+    target: str = option("Layers to adapt: all-linear, or names with commas (q_proj,v_proj).", METHOD, "all-linear")
     dropout: float = option("Dropout before the update.", METHOD, 0.0)
     dora: bool = option("Learn magnitude and direction apart (DoRA).", METHOD, False, "--dora")
     rslora: bool = option("Scale by alpha / sqrt(r) instead of alpha / r.", METHOD, False, "--rslora")
-    init: str = option(
-        "First weights: default, gaussian, orthogonal, pissa, pissa_niter_N, olora.", METHOD, "default"
-    )
-    epochs: float | None = option(
-        "Passes over the data. Default: 1, if --steps is not given.", TRAINING, None
-    )
+    init: str = option("First weights: default, gaussian, orthogonal, pissa, pissa_niter_N, olora.", METHOD, "default")
+    epochs: float | None = option("Passes over the data. Default: 1, if --steps is not given.", TRAINING, None)
     steps: int | None = option("Number of optimizer steps, instead of --epochs.", TRAINING, None)
     grad_accum: int = option("Batches per optimizer step.", TRAINING, 1)
     lr: float = option("Highest learning rate (cosine decay).", TRAINING, 2e-4)
-    warmup: float = option(
-        "Rising part: a fraction of the steps if below 1, else a number of steps.", TRAINING, 0.1
-    )
+    warmup: float = option("Rising part: a fraction of the steps if below 1, else a number of steps.", TRAINING, 0.1)
     seed: int = option("Fixes the order of the examples, the first weights and dropout.", TRAINING, 0)
     gradient_checkpointing: bool = option(
         "Less memory, a third more time.", TRAINING, False, "--gradient-checkpointing"
     )
-    resume: bool = option(
-        "Insist on a saved state (without it, one is used if present).", RUN, False, "--resume"
-    )
+    resume: bool = option("Insist on a saved state (without it, one is used if present).", RUN, False, "--resume")
     overwrite: bool = option("Start again where OUTPUT holds an earlier run.", RUN, False, "--overwrite")
     dry_run: bool = option("Print the plan and the trainable parameters, then stop.", RUN, False, "--dry-run")
 

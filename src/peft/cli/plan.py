@@ -17,11 +17,11 @@ from peft.errors import PeftError
 
 
 def checked_plan(model: nn.Module, config: Any) -> Any:
-    """`peft.plan(model, config)`, with its errors as a UsageError that names the option."""
+    """`peft.plan(model, config)`; a name that matches nothing is a UsageError, not a warning."""
     import peft
 
     try:
-        return peft.plan(model, config)
+        return peft.plan(model, config, strict=True)
     except (PeftError, ValueError) as problem:
         raise UsageError(f"--target: {problem}") from problem
 

@@ -88,9 +88,7 @@ def loss_curve(path: Path, losses: Sequence[float], title: str) -> bool:
     axes = figure.add_subplot()
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="0.7", linewidth=1, label="each step")
-    axes.plot(
-        steps, running_mean(losses, max(2, len(losses) // 15)), color="C0", linewidth=2, label="running mean"
-    )
+    axes.plot(steps, running_mean(losses, max(2, len(losses) // 15)), color="C0", linewidth=2, label="running mean")
     axes.set(xlabel="step", ylabel="answer loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

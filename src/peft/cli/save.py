@@ -60,9 +60,7 @@ def restore(session: Session) -> None:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises many kinds for a damaged file
-        raise UsageError(
-            f"{path}: is damaged ({type(problem).__name__}). Use --overwrite to start again."
-        ) from None
+        raise UsageError(f"{path}: is damaged ({type(problem).__name__}). Use --overwrite to start again.") from None
     adapter: dict[str, Tensor] = state["adapter"]
     set_peft_model_state_dict(session.plain, adapter)
     session.optimizer.load_state_dict(state["optimizer"])

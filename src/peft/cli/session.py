@@ -13,7 +13,15 @@ from torch import nn
 from peft.cli import report
 from peft.cli.batch import Encoder, Layout
 from peft.cli.data import Example, load_train_and_eval
-from peft.cli.model import base_name, load_model, load_tokenizer, meta_model, method_config, torch_dtype
+from peft.cli.model import (
+    base_name,
+    load_model,
+    load_tokenizer,
+    make_accelerator,
+    meta_model,
+    method_config,
+    torch_dtype,
+)
 from peft.cli.options import TrainOptions
 from peft.cli.plan import checked_plan
 from peft.cli.save import restore
@@ -42,6 +50,11 @@ class Session:
         return self.accelerator.is_main_process
 
     @property
+    def step_size(self) -> int:
+        """Examples in one optimizer step, of all processes together."""
+        return self.options.batch * self.options.grad_accum * self.accelerator.num_processes
+
+    @property
     def plain(self) -> Any:
         """The PeftModel without accelerate's wrapper."""
         return self.accelerator.unwrap_model(self.model)
@@ -52,8 +65,6 @@ def prepare(options: TrainOptions) -> Session:
 
     Raises UsageError or a PeftError before weights are loaded if anything does not fit.
     """
-    from accelerate import Accelerator
-
     from peft import get_peft_model
 
     earlier = earlier_run(options)
@@ -61,7 +72,7 @@ def prepare(options: TrainOptions) -> Session:
     tokenizer = load_tokenizer(base_name(options.model))
     config = method_config(options)
     checked_plan(meta_model(base_name(options.model)), config)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     torch.manual_seed(options.seed)
     base = load_model(base_name(options.model), options.dtype)
     layout = Layout.of(base, tokenizer)
@@ -77,9 +88,7 @@ def prepare(options: TrainOptions) -> Session:
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     encoder = Encoder(tokenizer, options.template, options.max_length)
     steps = step_count(options, len(train), accelerator.num_processes)
-    session = Session(
-        options, accelerator, wrapped, optimizer, tokenizer, encoder, layout, train, held_out, steps, log
-    )
+    session = Session(options, accelerator, wrapped, optimizer, tokenizer, encoder, layout, train, held_out, steps, log)
     if earlier:
         restore(session)
     if session.leads:
@@ -107,7 +116,7 @@ def _announce(session: Session) -> None:
     share = 100 * log.trainable_parameters / log.all_parameters
     how = f"resuming after step {done}" if done else "starting"
     report.say(
-        f"{how}: {session.steps} steps of {session.options.batch * session.options.grad_accum} examples, "
+        f"{how}: {session.steps} steps of {session.step_size} examples, "
         f"{session.accelerator.num_processes} x {session.accelerator.device.type}, "
         f"{str(torch_dtype(session.options.dtype)).removeprefix('torch.')}, {log.trainable_parameters:,} of "
         f"{log.all_parameters:,} parameters trainable ({share:.2f} %)"

@@ -97,9 +97,7 @@ def earlier_run(options: TrainOptions) -> Log | None:
 
 def _check_nothing(options: TrainOptions) -> None:
     if options.resume:
-        raise UsageError(
-            f"--resume: {options.output} holds no saved state. Leave --resume out to start a run."
-        )
+        raise UsageError(f"--resume: {options.output} holds no saved state. Leave --resume out to start a run.")
     foreign = options.output.is_dir() and any(p.name != LOG for p in options.output.iterdir())
     if foreign:
         raise UsageError(f"--output {options.output}: is not empty. Give another folder, or --overwrite.")

@@ -37,9 +37,7 @@ def run(options: TrainOptions) -> int:
         return show_plan(options)
     earlier = earlier_run(options)
     if earlier and earlier.status == "complete":
-        report.say(
-            f"The run in {options.output} is complete ({len(earlier.steps)} steps). --overwrite starts again."
-        )
+        report.say(f"The run in {options.output} is complete ({len(earlier.steps)} steps). --overwrite starts again.")
         show_result(earlier)
         return 0
     session = prepare(options)
@@ -61,10 +59,8 @@ def fit(session: Session) -> bool:
     """
     log, done = session.log, len(session.log.steps)
     session.model.train()
-    size = session.options.batch * session.options.grad_accum * session.accelerator.num_processes
-    batches = itertools.islice(
-        order([e.length for e in session.train], size, session.options.seed), done, session.steps
-    )
+    lengths = [e.length for e in session.train]
+    batches = itertools.islice(order(lengths, session.step_size, session.options.seed), done, session.steps)
     with interruptible() as interrupted, _bar(session, done) as show:
         for step, numbers in enumerate(batches, done):
             log.steps.append(_step(session, step, [session.train[i] for i in numbers]))

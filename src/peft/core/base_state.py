@@ -20,9 +20,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state: OrderedDict[str, Tensor] = OrderedDict()
     for original, _, module in _walk(_base(model), "", ""):
-        module._save_to_state_dict(
-            state, original, False
-        )  # one module's own tensors, quantised ones included
+        module._save_to_state_dict(state, original, False)  # one module's own tensors, quantised ones included
     return dict(state)
 
 

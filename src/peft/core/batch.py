@@ -52,9 +52,7 @@ class MixedBatch(nn.Module):
             out = out.index_copy(0, index, part)
         return self.view.finish(root.base, out)
 
-    def _mixed_parts(
-        self, groups: dict[str, Tensor], axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _mixed_parts(self, groups: dict[str, Tensor], axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a whole module once per adapter on its rows, and put the results back in order."""
         rows = sum(len(i) for i in groups.values())
         order = torch.cat(list(groups.values())).argsort()
@@ -98,6 +96,4 @@ def join_parts(parts: list[Any], order: Tensor, axis: int) -> Any:
             None if column[0] is None else join_parts(list(column), order, axis if i == 0 else 0)
             for i, column in enumerate(zip(*parts, strict=True))
         )
-    raise TypeError(
-        f"Cannot assemble the output of a mixed batch from values of type {type(first).__name__}."
-    )
+    raise TypeError(f"Cannot assemble the output of a mixed batch from values of type {type(first).__name__}.")

@@ -40,9 +40,7 @@ class Call:
             self.names, self.beams, self.length = before
             self._groups = {}
 
-    def groups(
-        self, rows: int, device: torch.device, where: str, names: tuple[str, ...]
-    ) -> dict[str, Tensor]:
+    def groups(self, rows: int, device: torch.device, where: str, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Row indices of each adapter, (rows of that adapter,) int64, for an input of `rows` rows.
 
         Raises ValueError if the rows cannot be assigned to the names without guessing.

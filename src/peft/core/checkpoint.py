@@ -298,9 +298,7 @@ def _missing_text(missing: list[Entry], unexpected: list[str], name: str, root: 
 
 def _unexpected_text(unexpected: list[str], entries: list[Entry], name: str) -> str:
     lines = _hints(unexpected, [e.key for e in entries])
-    return f"{len(unexpected)} tensors of the checkpoint have no place in adapter {name!r}:\n" + "\n".join(
-        lines
-    )
+    return f"{len(unexpected)} tensors of the checkpoint have no place in adapter {name!r}:\n" + "\n".join(lines)
 
 
 def _hints(keys: list[str], choices: Iterable[str]) -> list[str]:
@@ -314,9 +312,7 @@ def _hints(keys: list[str], choices: Iterable[str]) -> list[str]:
 def _refuse_merged(root: nn.Module, name: str) -> None:
     for path, layer in tuner_layers(root):
         if name in layer.merged_adapters:
-            raise ValueError(
-                f"Adapter {name!r} is merged in {path!r}. Unmerge it first, then load its weights."
-            )
+            raise ValueError(f"Adapter {name!r} is merged in {path!r}. Unmerge it first, then load its weights.")
 
 
 def _assigned(entry: Entry) -> bool:

@@ -36,9 +36,7 @@ def describe(plan: Plan, model: nn.Module, method_of: Callable[[Any], Method]) -
     return plan
 
 
-def _row(
-    target: Target, config: Any, method_of: Callable[[Any], Method], counts: dict[tuple[Any, ...], int]
-) -> Row:
+def _row(target: Target, config: Any, method_of: Callable[[Any], Method], counts: dict[tuple[Any, ...], int]) -> Row:
     base = innermost(target.module)
     chosen = settings(config, target.name)
     shape = _shape(base, target.parameter)

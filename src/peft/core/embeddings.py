@@ -36,10 +36,7 @@ def embedding_tensors(
     if choice == "auto" and not _wanted(root, config, targeted):
         return []
     if not layers:
-        text = (
-            f"{type(root).__name__} does not say which its embeddings are (`get_input_embeddings`); none "
-            "is saved."
-        )
+        text = f"{type(root).__name__} does not say which its embeddings are (`get_input_embeddings`); none is saved."
         warnings.warn(text, PeftWarning, stacklevel=4)
     picked = targeted or {p: m for p, m in layers.items() if not isinstance(m, ModulesToSaveWrapper)}
     return [e for path, layer in picked.items() for e in _base_entries(path, layer, adapter_name, entry)]
@@ -61,10 +58,7 @@ def _wanted(root: nn.Module, config: Any, targeted: dict[str, nn.Module]) -> boo
         why = "the vocabulary's size has changed"
     else:
         return False
-    text = (
-        f"The embeddings are saved with the adapter because {why}; `save_embedding_layers=False` leaves "
-        "them out."
-    )
+    text = f"The embeddings are saved with the adapter because {why}; `save_embedding_layers=False` leaves them out."
     warnings.warn(text, PeftWarning, stacklevel=5)
     return True
 

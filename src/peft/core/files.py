@@ -98,9 +98,7 @@ def check_written(file: Path, state: Mapping[str, Tensor]) -> None:
     want = {k: tuple(v.shape) for k, v in state.items()}
     if got != want:
         wrong = sorted(k for k in got.keys() | want.keys() if got.get(k) != want.get(k))
-        raise OSError(
-            f"{file} does not hold what was saved: {listing(wrong)} differ. Check the disk and save again."
-        )
+        raise OSError(f"{file} does not hold what was saved: {listing(wrong)} differ. Check the disk and save again.")
 
 
 def read_weights(file: str | os.PathLike[str], device: str | torch.device | None = None) -> dict[str, Tensor]:
@@ -114,15 +112,10 @@ def read_weights(file: str | os.PathLike[str], device: str | torch.device | None
     Raises ValueError naming the file and the cause if it is truncated or no tensor file.
     """
     where = str(device) if device is not None else "cpu"
-    state = (
-        _read_safetensors(file, where) if str(file).endswith(".safetensors") else _read_pickle(file, where)
-    )
+    state = _read_safetensors(file, where) if str(file).endswith(".safetensors") else _read_pickle(file, where)
     bad = [k for k, v in state.items() if v.is_floating_point() and not _finite(v)]
     if bad:
-        text = (
-            f"{file} holds NaN or infinite values in {listing(bad)}. The adapter's outputs will not be "
-            "usable."
-        )
+        text = f"{file} holds NaN or infinite values in {listing(bad)}. The adapter's outputs will not be usable."
         warnings.warn(text, PeftWarning, stacklevel=3)
     return state
 
@@ -148,10 +141,7 @@ def _read_safetensors(file: str | os.PathLike[str], device: str) -> dict[str, Te
 
 
 def _read_pickle(file: str | os.PathLike[str], device: str) -> dict[str, Tensor]:
-    text = (
-        f"{file} is a pickle; only its tensors are read. Save the adapter again to get the safer "
-        "safetensors format."
-    )
+    text = f"{file} is a pickle; only its tensors are read. Save the adapter again to get the safer safetensors format."
     warnings.warn(text, PeftWarning, stacklevel=4)
     try:
         state = torch.load(file, map_location=device, weights_only=True)
@@ -163,7 +153,5 @@ def _read_pickle(file: str | os.PathLike[str], device: str) -> dict[str, Tensor]
             "trust it."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(
-            f"{file} does not hold a dictionary of tensors. Expected what `save_pretrained` writes."
-        )
+        raise ValueError(f"{file} does not hold a dictionary of tensors. Expected what `save_pretrained` writes.")
     return state

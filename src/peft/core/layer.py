@@ -19,17 +19,15 @@ from .call import Call
 from .merge import Mergeable
 from .method import Method, Site
 from .stack import Adapter, BufferDict, Finish, InPlace, Slot, Stack, Values, tensors_below
-from .views import clone, view_of
+from .views import Template, view_of
 
-_MODULES, _PARAMETERS, _BUFFERS = nn.ModuleDict(), nn.ParameterDict(), BufferDict()
+_MODULES, _PARAMETERS, _BUFFERS = Template(nn.ModuleDict()), Template(nn.ParameterDict()), Template(BufferDict())
 
 
 class AdapterHost(nn.Module):
     """A module that holds adapters in place of one of the user's: a tuner layer or a wrapper of a whole module."""
 
-    _below: ClassVar[
-        tuple[str, ...]
-    ] = ()  # the children that are the user's own, where further hosts may stand
+    _below: ClassVar[tuple[str, ...]] = ()  # the children that are the user's own, where further hosts may stand
 
 
 class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
@@ -59,9 +57,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         d = self.__dict__
         d["training"] = base_layer.training
         innermost = self.get_base_layer()
-        d.update(
-            view=view_of(innermost, parameter), parameter_name=parameter, call=call or Call(), _read=read
-        )
+        d.update(view=view_of(innermost, parameter), parameter_name=parameter, call=call or Call(), _read=read)
         d.update(
             adapters={},
             _active=(),
@@ -136,36 +132,34 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         try:
             for key, value in built.items():
                 self._file(key, name, value, p)
-            if init and site.device.type != "meta":
-                with torch.no_grad():
-                    method.init(p, self.stack(()))
-            if self.original_weight_device().type != "meta":
-                with torch.no_grad():
-                    method.derive(p, self.stack(()))
+            root = self.stack(())
+            with torch.no_grad():
+                if init and site.device.type != "meta":
+                    method.init(p, root)
+                if self.original_weight_device().type != "meta":
+                    method.derive(p, root)
         except BaseException:
             self._drop(name)
             raise
         return p
 
     def _file(self, key: str, name: str, value: Any, p: Adapter) -> None:
+        """Put a tensor or module where `p.<key>` finds it; plain values go into p itself."""
         if isinstance(value, nn.Module):
-            template: nn.Module = _MODULES
-        elif isinstance(value, nn.Parameter):
-            template = _PARAMETERS
+            home = self._home(key, _MODULES)
+            value.__dict__["training"] = self.training
+            home._modules[name] = value
         elif isinstance(value, Tensor):
-            template = _BUFFERS
+            self._home(key, _PARAMETERS if isinstance(value, nn.Parameter) else _BUFFERS)[name] = value
         else:
             p.__dict__[key] = value
-            return
+
+    def _home(self, key: str, template: Template) -> Any:
         home = self._modules.get(key)
         if home is None:
-            home = clone(template)
-            self._modules[key] = home
-        if isinstance(value, nn.Module):
-            value.__dict__["training"] = self.training
-            home._modules[name] = value  # type: ignore[union-attr]
-        else:
-            home[name] = value  # type: ignore[index]
+            home = self._modules[key] = template.new()
+            home.__dict__["training"] = self.training
+        return home
 
     def keep(self, p: Adapter, key: str, value: Tensor) -> None:
         """File a derived tensor, which moves with the layer and is not saved."""
@@ -187,9 +181,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         if adapter_name not in self.adapters:
             return
         if adapter_name in self.merged_adapters:
-            raise ValueError(
-                f"Cannot delete the adapter {adapter_name!r} while it is merged. Call unmerge first."
-            )
+            raise ValueError(f"Cannot delete the adapter {adapter_name!r} while it is merged. Call unmerge first.")
         self._drop(adapter_name)
         self._active = tuple(n for n in self._active if n != adapter_name)
         self._replan()
@@ -216,10 +208,15 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of adapter `name`."""
-        for slot in self.slots(name):
-            tensor = slot.tensor
-            if isinstance(tensor, nn.Parameter):
-                yield tensor
+        for key, home in self._modules.items():
+            if key == "base_layer" or name in self.shares:
+                continue
+            child = home._modules.get(name)  # type: ignore[union-attr]
+            held = home._parameters.get(name) if child is None else None  # type: ignore[union-attr]
+            if child is not None:
+                yield from child.parameters() if child._modules else filter(None.__ne__, child._parameters.values())  # type: ignore[arg-type]
+            elif held is not None:
+                yield held
 
     # ---- state -------------------------------------------------------------------------------------------------
 
@@ -264,9 +261,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         """
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         if self._merged:
-            warnings.warn(
-                "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
-            )
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge()
         self.activate(names, inference_mode)
 
@@ -297,9 +292,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
                 self.set_requires_grad(name, flag)
             self._trainable = None
         else:
-            self._trainable = {
-                n: any(q.requires_grad for q in self.adapter_parameters(n)) for n in self.adapters
-            }
+            self._trainable = {n: any(q.requires_grad for q in self.adapter_parameters(n)) for n in self.adapters}
             self.set_requires_grad(list(self.adapters), False)
             self._set_disabled(True)
 
@@ -326,6 +319,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         for name in names:
             p = self.adapters[name]
             p.direct = {k: h[name] for k, h in self._modules.items() if k != "base_layer" and name in h}  # type: ignore
+            p.method.prepare(p)
         self.__dict__["_run"] = self._runner(self.stack(names)) if names else None
 
     def _runner(self, stack: Stack) -> Any:
@@ -379,9 +373,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         children: dict[str, Any] = {"base_layer": self._modules["base_layer"]}
         for name in self._home_order:
             children[name] = self._modules.get(name, getattr(self, name))
-        children.update(
-            {k: v for k, v in self._modules.items() if k not in children and type(v) is not BufferDict}
-        )
+        children.update({k: v for k, v in self._modules.items() if k not in children and type(v) is not BufferDict})
         shown.__dict__.update(self.__dict__, _modules=children)
         text = nn.Module.__repr__(shown)
         return f"{self.family}.{text}" if self.family else text

@@ -137,9 +137,7 @@ class Mergeable(nn.Module):
                 kind.write(base, self.view.name, self.view.raw(base, W))
         if b is not None and b is not self.view.bias(base):
             if not torch.isfinite(b).all():
-                raise ValueError(
-                    f"Merging {list(names)} into {self._where()!r} gives a bias that is not finite."
-                )
+                raise ValueError(f"Merging {list(names)} into {self._where()!r} gives a bias that is not finite.")
             storage.of(base, self.view.bias_name).write(base, self.view.bias_name, b)
 
     def unmerge(self) -> None:
@@ -184,9 +182,7 @@ def adapters_to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[s
     if layer.merged:
         fresh = [n for n in names if n not in layer.merged_adapters]
         if fresh:
-            warnings.warn(
-                f"Already merged: {layer.merged_adapters}. Now additionally merging {fresh}.", stacklevel=3
-            )
+            warnings.warn(f"Already merged: {layer.merged_adapters}. Now additionally merging {fresh}.", stacklevel=3)
         else:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
         names = fresh

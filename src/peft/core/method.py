@@ -55,6 +55,9 @@ class Method:
     def derive(self, p: Adapter, inner: Stack) -> None:
         """What is computed from the base weight and not saved; runs even where `init` is skipped."""
 
+    def prepare(self, p: Adapter) -> None:
+        """Note in `p.hot` what a shortcut needs; called whenever the layer's state has changed."""
+
     def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         """THE DEFINITION: W -> W'. With `rows`, W holds only these out-features."""
         return W
@@ -127,16 +130,6 @@ class LowRank(Delta):
         extra = extra * self.scaling(p)
         return extra if b is None else (b + extra).to(b.dtype)
 
-    def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
-        if inner.last is None and inner.extra is None and x.dim() > 1:
-            base = inner.layer._modules["base_layer"]
-            if plain_linear(base) and not self.drop_rate(p) and self.up_bias(p) is None:
-                A, B = self.factors(p)
-                if A.dtype is x.dtype:
-                    held = base._parameters
-                    return lowrank.linear(x, held["weight"], held["bias"], A, B, self.scaling(p))
-        return self.onto(p, inner, inner(x), x)
-
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         A, B = self.factors(p)
         scale, rate = self.scaling(p), self.drop_rate(p)
@@ -157,9 +150,3 @@ def low_rank(inner: Stack, x: Tensor, A: Tensor, B: Tensor, rate: float = 0.0) -
     h = inner.linear(x, A)
     h = h if factor is None else h * factor.to(h.dtype)
     return inner.view.rows(h, B)
-
-
-def plain_linear(m: nn.Module) -> bool:
-    """Whether m computes exactly F.linear(x, weight, bias): no subclass, no hook, no patched forward."""
-    d = m.__dict__
-    return type(m) is nn.Linear and not (d["_forward_hooks"] or d["_forward_pre_hooks"] or "forward" in d)

@@ -78,8 +78,7 @@ def compiled(pattern: str, field: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"{field}={pattern!r} is not a regular expression: {error}. Mend it, or pass a list of module "
-            "names."
+            f"{field}={pattern!r} is not a regular expression: {error}. Mend it, or pass a list of module names."
         ) from error
 
 
@@ -90,9 +89,7 @@ class Table:
         self.keys = list(keys)
         self._plain = {key: i for i, key in enumerate(self.keys) if _PLAIN.fullmatch(key)}
         self._regex = [
-            (i, compiled(rf"(?:.*\.)?(?:{key})$", field))
-            for i, key in enumerate(self.keys)
-            if key not in self._plain
+            (i, compiled(rf"(?:.*\.)?(?:{key})$", field)) for i, key in enumerate(self.keys) if key not in self._plain
         ]
 
     def matches(self, name: str) -> list[str]:

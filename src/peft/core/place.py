@@ -109,9 +109,7 @@ class Injection:
         layer, fresh = _existing(found, parameter), False
         if layer is None:
             view = views.view_of(innermost(found), parameter)
-            layer = self.tuner.layer_class(view.label)(
-                found, self.tuner.call, parameter, views.reads_weights(parent)
-            )
+            layer = self.tuner.layer_class(view.label)(found, self.tuner.call, parameter, views.reads_weights(parent))
             fresh = True
         full = f"{path}.{parameter}" if parameter else path
         own = settings(self.config, full)
@@ -177,11 +175,7 @@ class Injection:
         entries = plan.modules_to_save or []
         wrapped: list[str] = []
         for path, module in list(walk(self.model)) if entries else []:
-            if (
-                path
-                and any(path.endswith(e) for e in entries)
-                and not any(path.startswith(f"{w}.") for w in wrapped)
-            ):
+            if path and any(path.endswith(e) for e in entries) and not any(path.startswith(f"{w}.") for w in wrapped):
                 wrapped.append(path)
                 self._wrap(path, module)
         for path in plan.modules_to_tie:
@@ -227,9 +221,7 @@ class Injection:
             share = self._place_tokens(path, indices, None)
             done.add(path)
             for other in tied[path]:
-                if chosen.get(other, indices) == indices and not isinstance(
-                    self.get(other)[2], ModulesToSaveWrapper
-                ):
+                if chosen.get(other, indices) == indices and not isinstance(self.get(other)[2], ModulesToSaveWrapper):
                     self._place_tokens(other, indices, share)
                     done.add(other)
 
@@ -238,9 +230,7 @@ class Injection:
         found = [(p, m) for p, m in modules if p == suffix or p.endswith(f".{suffix}")]
         if not found:
             leaves = {p.rpartition(".")[2] for p, _ in modules}
-            raise ValueError(
-                f"trainable_token_indices names {suffix!r}, which is no module.{nearest(suffix, leaves)}"
-            )
+            raise ValueError(f"trainable_token_indices names {suffix!r}, which is no module.{nearest(suffix, leaves)}")
         path, module = found[0]
         saved = getattr(self.config, "modules_to_save", None) or ()
         if isinstance(module, ModulesToSaveWrapper) and any(path.endswith(e) for e in saved):
@@ -275,9 +265,7 @@ class Injection:
         if kind == "all":
             chosen = [p for n, p in self.model.named_parameters() if n == "bias" or n.endswith(".bias")]
         else:
-            chosen = [
-                b for layer in self.placed if (b := layer.view.bias(layer.get_base_layer())) is not None
-            ]
+            chosen = [b for layer in self.placed if (b := layer.view.bias(layer.get_base_layer())) is not None]
         before = [p.requires_grad for p in chosen]
         for p in chosen:
             p.requires_grad_(True)

@@ -76,8 +76,8 @@ class Plan:
 
     @property
     def module_names(self) -> list[str]:
-        """Paths of the adapted modules, as the tuner's `targeted_module_names` lists them."""
-        return [t.path for t in self.targets if t.parameter is None]
+        """Paths of the adapted modules, tied ones last, as the tuner's `targeted_module_names` lists them."""
+        return [*(t.path for t in self.targets if t.parameter is None), *self.target_modules_to_tie]
 
     @property
     def parameter_names(self) -> list[str]:
@@ -99,8 +99,7 @@ class Plan:
 
     def __str__(self) -> str:
         rows = self.rows or [
-            Row(t.name or "(the model)", type(t.module).__name__, (), None, None, t.reason)
-            for t in self.targets
+            Row(t.name or "(the model)", type(t.module).__name__, (), None, None, t.reason) for t in self.targets
         ]
         head = ("path", "type", "shape", "rank", "trainable", "reason")
         lines = [_cells(row) for row in rows]
@@ -109,8 +108,7 @@ class Plan:
         right = {3, 4}
         text = [
             "  ".join(
-                c.rjust(w) if i in right else c.ljust(w)
-                for i, (c, w) in enumerate(zip(line, widths, strict=True))
+                c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
             )
             for line in [head, tuple("-" * w for w in widths), *lines]
         ]

@@ -29,16 +29,16 @@ def replicate(model: nn.Module, ranges: Sequence[Sequence[int]]) -> Callable[[],
     if not ranges:
         return lambda: None
     owner, name = _layer_list(model)
-    layers = owner._modules[name]
-    order = _order(ranges, len(layers))  # type: ignore[arg-type]
-    config = getattr(model, "config", None)
+    layers: Any = owner._modules[name]
+    order = _order(ranges, len(layers))
+    config: Any = getattr(model, "config", None)
     before = getattr(config, "num_hidden_layers", None)
-    fresh = [_share(layers[i]) for i in order]  # type: ignore[index]
+    fresh = [_share(layers[i]) for i in order]
     for index, layer in enumerate(fresh):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index
-    owner._modules[name] = type(layers)(fresh)  # type: ignore[call-arg, misc]
+                setattr(module, "layer_idx", index)  # noqa: B010 - a plain value, not a parameter or module
+    owner._modules[name] = type(layers)(fresh)
     if before is not None:
         config.num_hidden_layers = len(fresh)
 

@@ -56,9 +56,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
         if module._modules and _kind(type(module)) not in ("aux", "tuner"):
             prefix = path + "." if path else ""
-            children = [
-                (prefix + name, child) for name, child in module._modules.items() if child is not None
-            ]
+            children = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
             stack.extend(reversed(children))
 
 
@@ -99,9 +97,7 @@ class Search:
         self.exclude = Selector(getattr(config, "exclude_modules", None) or [], "exclude_modules")
         saved = getattr(config, "modules_to_save", None) or []
         self.saved = compiled(rf"(?:^|\.)(?:{'|'.join(saved)})(?:\.|$)", "modules_to_save") if saved else None
-        self.parameter_selector = Selector(
-            getattr(config, "target_parameters", None) or [], "target_parameters"
-        )
+        self.parameter_selector = Selector(getattr(config, "target_parameters", None) or [], "target_parameters")
         self.layers = self._layers()
         self.layer_regexes = self._layer_regexes()
 
@@ -147,10 +143,11 @@ class Search:
 
     def _head(self) -> nn.Module | None:
         """The module that "all-linear" leaves alone: the output embedding, else the classifier."""
-        if not hasattr(self.model, "get_output_embeddings"):
+        model: Any = self.model
+        if not hasattr(model, "get_output_embeddings"):
             return None
         try:
-            head = self.model.get_output_embeddings()
+            head = model.get_output_embeddings()
         except (NotImplementedError, AttributeError):
             head = None
         if head is None and getattr(self.config, "task_type", None) == "SEQ_CLS":
@@ -207,9 +204,7 @@ class Search:
         if not self._can_adapt(base):
             return None
         name = type(base).__name__.lower()
-        entry = (
-            next((e for e in self.selector.entries if e.lower() == name), None) if entry is None else entry
-        )
+        entry = next((e for e in self.selector.entries if e.lower() == name), None) if entry is None else entry
         if entry is not None:
             self.selector.used.add(entry)
         return entry
@@ -391,9 +386,7 @@ def _module_of(key: str, prefix: str, model: nn.Module) -> str | None:
     if end < 0:
         return None
     path = key[: max(end - 1, 0)]
-    return (
-        ".".join(part for part in path.split(".") if part != "base_layer") if "base_layer" in path else path
-    )
+    return ".".join(part for part in path.split(".") if part != "base_layer") if "base_layer" in path else path
 
 
 def _leaves(modules: list[tuple[str, nn.Module]]) -> str:

@@ -31,10 +31,9 @@ class Adapter:
 
     def __init__(self, layer: Any, name: str, method: Method, settings: Any, path: str):
         self.layer, self.name, self.method, self.settings, self.path = layer, name, method, settings, path
-        self.direct: dict[
-            str, Any
-        ] = {}  # under compile tensors are found by reference, so that names are not guarded
+        self.direct: dict[str, Any] = {}  # under compile tensors are found by reference, so that names are not guarded
         self.cache: dict[str, Any] = {}
+        self.hot: Any = None  # what the method's shortcut needs, noted when the layer's state changes
 
     def __getattr__(self, key: str) -> Any:
         if key.startswith("__") or "layer" not in self.__dict__:

@@ -43,9 +43,7 @@ def hint(entry: str, names: Iterable[str], pattern: bool = False) -> str:
 def no_match(search: Search) -> NoMatchingPeftModuleError:
     """The error for a configuration that selects nothing, with the reason and the way out."""
     config, wanted = search.config, search.selector.entries
-    if search.state_dict_paths or (
-        not wanted and not search.parameter_selector.entries and not search.all_linear
-    ):
+    if search.state_dict_paths or (not wanted and not search.parameter_selector.entries and not search.all_linear):
         if search.state_dict_paths:
             absent = listing(search.state_dict_paths)
             text = f"None of the state_dict's modules is in {search.model_name}: {absent}."
@@ -105,9 +103,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def _leaf_names(names: Iterable[str]) -> str:
-    return listing(
-        dict.fromkeys(leaf for name in names if (leaf := name.rpartition(".")[2]) and not leaf.isdigit())
-    )
+    return listing(dict.fromkeys(leaf for name in names if (leaf := name.rpartition(".")[2]) and not leaf.isdigit()))
 
 
 def _missing(selector: Selector, names: Callable[[], list[str]]) -> list[str]:
@@ -214,9 +210,7 @@ def _complain_of_ties(plan: Plan) -> None:
                 "keep them tied.", stacklevel=5,
             )  # fmt: skip
     elif not plan.tied:
-        warnings.warn(
-            "ensure_weight_tying is set, but no modules of this model share a weight.", stacklevel=5
-        )
+        warnings.warn("ensure_weight_tying is set, but no modules of this model share a weight.", stacklevel=5)
     elif not touched and not getattr(plan.config, "trainable_token_indices", None):
         warnings.warn(
             "ensure_weight_tying is set, but none of the tied modules "

@@ -22,9 +22,7 @@ def innermost(module: Any) -> Any:
         module = inner
 
 
-def input_embedding(
-    model: nn.Module, modules: Iterable[tuple[str, nn.Module]]
-) -> tuple[str, nn.Module] | None:
+def input_embedding(model: Any, modules: Iterable[tuple[str, nn.Module]]) -> tuple[str, nn.Module] | None:
     """Path and module of the input embedding: what the model says, else what is called `embed_tokens`."""
     told = None
     if hasattr(model, "get_input_embeddings"):
@@ -49,9 +47,7 @@ def tied_modules(embedding: tuple[str, nn.Module], modules: Iterable[tuple[str, 
         if path == embedding[0]:
             continue
         other = innermost(module)._parameters.get("weight")
-        if other is not None and (
-            other is weight or (other.shape == weight.shape and storage_key(other) == key)
-        ):
+        if other is not None and (other is weight or (other.shape == weight.shape and storage_key(other) == key)):
             found.append(path)
     return found
 

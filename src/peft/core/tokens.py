@@ -138,8 +138,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         return {
-            f"token_adapter.{slot.key}": f"token_adapter.{slot.live}"
-            for slot in self.token_adapter.slots(adapter_name)
+            f"token_adapter.{slot.key}": f"token_adapter.{slot.live}" for slot in self.token_adapter.slots(adapter_name)
         }
 
     def adapter_parameters(self, name: str) -> Sequence[nn.Parameter]:
@@ -173,11 +172,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if (
-                "_modules" not in self.__dict__
-                or "token_adapter" not in self._modules
-                or name.startswith("_")
-            ):
+            if "_modules" not in self.__dict__ or "token_adapter" not in self._modules or name.startswith("_"):
                 raise
         return getattr(self.token_adapter, name)
 

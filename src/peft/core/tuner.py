@@ -57,8 +57,9 @@ class BaseTuner(nn.Module):
         self.__dict__["call"] = (
             next((m.call for _, m in tuner_layers(model) if isinstance(m, BaseTunerLayer)), None) or Call()
         )
-        self.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        self.set_adapter(adapter_name, inference_mode=bool(self.peft_config[adapter_name].inference_mode))
+        with _no_collection():
+            self.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self.set_adapter(adapter_name, inference_mode=bool(self.peft_config[adapter_name].inference_mode))
         model.peft_config = self.peft_config  # type: ignore[assignment]
 
     # ---- what a method's tuner states --------------------------------------------------------------------------
@@ -91,20 +92,14 @@ class BaseTuner(nn.Module):
         """
         config = self.peft_config[adapter_name]
         self._check_new_adapter(model, adapter_name, config)
-        was_collecting = gc.isenabled()
-        gc.disable()  # injection makes many small objects and no garbage; the collector would walk them again and again
         undo: list[Callable[[], Any]] = []
-        try:
-            Injection(self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, undo).run(
-                state_dict
-            )
-        except BaseException:
-            for step in reversed(undo):
-                step()
-            raise
-        finally:
-            if was_collecting:
-                gc.enable()
+        with _no_collection():
+            try:
+                Injection(self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, undo).run(state_dict)
+            except BaseException:
+                for step in reversed(undo):
+                    step()
+                raise
 
     def match(self, model: nn.Module, config: Any, adapter_name: str, state_dict: Any = None) -> Any:
         """The plan of a configuration on this model."""
@@ -116,18 +111,14 @@ class BaseTuner(nn.Module):
             config.refuse_unsupported()
         layers = list(tuner_layers(model))
         if any(name in layer._get_available_adapters() for _, layer in layers):
-            raise ValueError(
-                f"The model has an adapter {name!r} already. Delete it first, or choose another name."
-            )
+            raise ValueError(f"The model has an adapter {name!r} already. Delete it first, or choose another name.")
         bias = getattr(config, "bias", "none")
         if bias not in (*BIASES, f"{self.prefix}only"):
             raise NotImplementedError(
                 f"bias={bias!r} is not known.{nearest(str(bias), (*BIASES, f'{self.prefix}only'))} "
                 f"Use 'none', 'all' or '{self.prefix}only'."
             )
-        others = [
-            n for n, c in self.peft_config.items() if n != name and getattr(c, "bias", "none") != "none"
-        ]
+        others = [n for n, c in self.peft_config.items() if n != name and getattr(c, "bias", "none") != "none"]
         if bias != "none" and others:
             raise ValueError(
                 f"The adapters {others} and {name!r} both train biases of the base model (bias={bias!r}). Only one adapter "
@@ -162,9 +153,7 @@ class BaseTuner(nn.Module):
         for layer in layers:
             unloading.check_together(layer, names)
         if any(layer.merged for layer in layers):
-            warnings.warn(
-                "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3
-            )
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self._unmerge(layers)
         for layer in layers:
             layer.activate(names, inference_mode)
@@ -194,9 +183,7 @@ class BaseTuner(nn.Module):
             layer.enable_adapters(True)
 
     def _warn_of_bias(self) -> None:
-        trained = [
-            n for n in self.active_adapters if getattr(self.peft_config.get(n), "bias", "none") != "none"
-        ]
+        trained = [n for n in self.active_adapters if getattr(self.peft_config.get(n), "bias", "none") != "none"]
         if trained:
             warnings.warn(
                 f"The adapter {trained[0]!r} trained biases of the base model (bias={self.peft_config[trained[0]].bias!r}), "
@@ -265,9 +252,7 @@ class BaseTuner(nn.Module):
 
     def _check_merge_names(self, names: list[str] | None) -> None:
         if isinstance(names, str):
-            raise TypeError(
-                f"adapter_names must be a list of names, got the string {names!r}. Use [{names!r}]."
-            )
+            raise TypeError(f"adapter_names must be a list of names, got the string {names!r}. Use [{names!r}].")
         unknown = [n for n in names or () if n not in self.peft_config]
         if unknown:
             raise ValueError(
@@ -329,6 +314,18 @@ class BaseTuner(nn.Module):
 
 
 @contextmanager
+def _no_collection() -> Iterator[None]:
+    """Injection makes many small objects and no garbage; the cyclic collector would walk them again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@contextmanager
 def _one_warning_each() -> Iterator[None]:
     """The same warning from many layers is shown once."""
     with warnings.catch_warnings(record=True) as caught:
@@ -371,9 +368,7 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
             if isinstance(slot.tensor, nn.Parameter):
                 found[f"{path}.{slot.live}" if path else slot.live] = slot.tensor
     if not found:
-        raise ValueError(
-            f"There is no adapter {name!r}.{nearest(name, known)} The model has {sorted(known)}."
-        )
+        raise ValueError(f"There is no adapter {name!r}.{nearest(name, known)} The model has {sorted(known)}.")
     return found
 
 

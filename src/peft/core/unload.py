@@ -68,9 +68,7 @@ def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
     return model
 
 
-def _merge_for_good(
-    model: nn.Module, layers: list[BaseTunerLayer], names: list[str], progressbar: bool
-) -> None:
+def _merge_for_good(model: nn.Module, layers: list[BaseTunerLayer], names: list[str], progressbar: bool) -> None:
     """Compute and check every block of every layer first; only then write."""
     work = []
     for layer in layers:

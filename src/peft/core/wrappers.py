@@ -44,9 +44,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     _below: ClassVar[tuple[str, ...]] = ("original_module",)
 
-    def __init__(
-        self, module_to_save: nn.Module, adapter_name: str, call: Call | None = None, path: str = ""
-    ):
+    def __init__(self, module_to_save: nn.Module, adapter_name: str, call: Call | None = None, path: str = ""):
         super().__init__()
         if isinstance(module_to_save, (*_CONTAINERS, BaseTunerLayer)):
             raise TypeError(
@@ -181,9 +179,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         groups = self.call.groups(x.shape[0], x.device, self.path, names)
         lacking = [n for n in groups if n != BASE and n not in self.adapters]
         if lacking:
-            raise KeyError(
-                f"{self.path!r} has no copy for {lacking}; it has {sorted(self.adapters)} and '{BASE}'."
-            )
+            raise KeyError(f"{self.path!r} has no copy for {lacking}; it has {sorted(self.adapters)} and '{BASE}'.")
         parts = []
         for name, index in groups.items():
             take = rows_of(index, x.shape[0], 0)
@@ -204,10 +200,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if (
-                "_modules" not in self.__dict__
-                or "modules_to_save" not in self._modules
-                or name.startswith("__")
-            ):
+            if "_modules" not in self.__dict__ or "modules_to_save" not in self._modules or name.startswith("__"):
                 raise
         return getattr(self._module(), name)

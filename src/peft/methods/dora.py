@@ -46,9 +46,7 @@ class DoRA(Delta):
         m = torch.empty(out, **site.kwargs)
         return {
             **self.of.build(site),
-            "lora_magnitude_vector": Magnitude(
-                nn.Parameter(m if len(out) > 1 else site.view.vector(site.module, m))
-            ),
+            "lora_magnitude_vector": Magnitude(nn.Parameter(m if len(out) > 1 else site.view.vector(site.module, m))),
         }
 
     def init(self, p: Adapter, inner: Stack) -> None:
@@ -60,10 +58,11 @@ class DoRA(Delta):
         if m.device.type != "meta":
             m.copy_(self.norm(p).view(m.shape))
 
+    def prepare(self, p: Adapter) -> None:
+        self.of.prepare(p)
+
     def checkpoint_key(self, key: str) -> str:
-        return (
-            "lora_magnitude_vector" if key == "lora_magnitude_vector.weight" else self.of.checkpoint_key(key)
-        )
+        return "lora_magnitude_vector" if key == "lora_magnitude_vector.weight" else self.of.checkpoint_key(key)
 
     def magnitude(self, p: Adapter) -> Tensor:
         """m, (..., O)."""

@@ -52,18 +52,14 @@ def id_tensor_storage(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
     return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
-def shift_tokens_right(
-    input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int
-) -> torch.Tensor:
+def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
     """Decoder inputs from labels, (batch, length): one to the right behind the start token; -100 becomes
     padding.
 
     Raises ValueError if there is no padding token.
     """
     if pad_token_id is None:
-        raise ValueError(
-            "pad_token_id is None, but it has to stand for ignored labels. Set it in the model's config."
-        )
+        raise ValueError("pad_token_id is None, but it has to stand for ignored labels. Set it in the model's config.")
     start = torch.full_like(input_ids[:, :1], decoder_start_token_id)
     shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == -100, pad_token_id)
@@ -232,7 +228,5 @@ def check_file_exists_on_hf_hub(repo_id: str, filename: str, **kwargs: Any) -> b
 
         return bool(file_exists(repo_id, filename, **kwargs))
     except Exception as error:  # any failure of the network means: unknown
-        warnings.warn(
-            f"Could not ask the Hugging Face Hub for {filename} in {repo_id}: {error}", stacklevel=2
-        )
+        warnings.warn(f"Could not ask the Hugging Face Hub for {filename} in {repo_id}: {error}", stacklevel=2)
         return None

@@ -147,24 +147,16 @@ class LoraConfig(PeftConfig):
         default_factory=dict,
         metadata=describe("Values that differ from lora_alpha, written as `rank_pattern`."),
     )
-    megatron_config: dict | None = field(
-        default=None, metadata=describe("Arguments of Megatron's parallel layers.")
-    )
-    megatron_core: str | None = field(
-        default="megatron.core", metadata=describe("The module Megatron is taken from.")
-    )
+    megatron_config: dict | None = field(default=None, metadata=describe("Arguments of Megatron's parallel layers."))
+    megatron_core: str | None = field(default="megatron.core", metadata=describe("The module Megatron is taken from."))
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None,
         metadata=describe("Tokens whose embedding is trained: a list, or {name of the embedding: list}."),
     )
-    loftq_config: LoftQConfig | dict = field(
-        default_factory=dict, metadata=describe("Settings of the init 'loftq'.")
-    )
+    loftq_config: LoftQConfig | dict = field(default_factory=dict, metadata=describe("Settings of the init 'loftq'."))
     eva_config: EvaConfig | None = field(default=None, metadata=describe("Settings of the init 'eva'."))
     corda_config: CordaConfig | None = field(default=None, metadata=describe("Settings of the init 'corda'."))
-    lora_ga_config: LoraGAConfig | None = field(
-        default=None, metadata=describe("Settings of the init 'lora_ga'.")
-    )
+    lora_ga_config: LoraGAConfig | None = field(default=None, metadata=describe("Settings of the init 'lora_ga'."))
     use_dora: bool = field(
         default=False,
         metadata=describe(
@@ -177,9 +169,7 @@ class LoraConfig(PeftConfig):
     )
     use_qalora: bool = field(default=False, metadata=describe("QA-LoRA for GPTQ layers (arXiv 2309.14717)."))
     qalora_group_size: int = field(default=16, metadata=describe("QA-LoRA: inputs that are pooled together."))
-    monteclora_config: MontecloraConfig | None = field(
-        default=None, metadata=describe("Turns MonteCLoRA on.")
-    )
+    monteclora_config: MontecloraConfig | None = field(default=None, metadata=describe("Turns MonteCLoRA on."))
     layer_replication: list[tuple[int, int]] | None = field(
         default=None,
         metadata=describe("Stack ranges [start, end) of layers into a deeper model that shares weights."),
@@ -204,8 +194,7 @@ class LoraConfig(PeftConfig):
     module_config: dict[str, dict[str, Any]] | None = field(
         default=None,
         metadata=describe(
-            "Fields that differ for some modules: {regular expression of the name or of its end: {field: "
-            "value}}."
+            "Fields that differ for some modules: {regular expression of the name or of its end: {field: value}}."
         ),
     )
 
@@ -230,9 +219,7 @@ class LoraConfig(PeftConfig):
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """`runtime_config` of a file is ignored: it belongs to the run that wrote it."""
         if isinstance(kwargs.get("runtime_config"), dict):
-            report(
-                UnknownFieldWarning, "`runtime_config` in a file is ignored; pass it to the loading function."
-            )
+            report(UnknownFieldWarning, "`runtime_config` in a file is ignored; pass it to the loading function.")
             kwargs.pop("runtime_config")
         return super().check_kwargs(**kwargs)
 
@@ -278,17 +265,13 @@ class LoraConfig(PeftConfig):
         for name in ("modules_to_save", "target_parameters"):
             value = getattr(self, name)
             if isinstance(value, str):
-                raise TypeError(
-                    f"`{name}` must be a list of names; got the string {value!r}. Use [{value!r}]."
-                )
+                raise TypeError(f"`{name}` must be a list of names; got the string {value!r}. Use [{value!r}].")
             _names(name, value or ())
         for name in ("rank_pattern", "alpha_pattern"):
             setattr(self, name, _patterns(name, getattr(self, name)))
         tokens = self.trainable_token_indices
         if tokens is not None and not isinstance(tokens, (list, tuple, dict)):
-            raise TypeError(
-                f"`trainable_token_indices` must be a list or a dictionary of lists; got {tokens!r}."
-            )
+            raise TypeError(f"`trainable_token_indices` must be a list or a dictionary of lists; got {tokens!r}.")
 
     def _check_numbers(self) -> None:
         _rank("r", self.r)
@@ -341,9 +324,7 @@ class LoraConfig(PeftConfig):
             if self.use_dora:
                 raise ValueError("lora_bias=True is not supported for DoRA, please pass use_dora=False.")
             if self.megatron_config:
-                raise ValueError(
-                    "lora_bias=True is not supported with megatron_config; leave one of them out."
-                )
+                raise ValueError("lora_bias=True is not supported with megatron_config; leave one of them out.")
         self._check_init_options()
         if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
             _warn("aLoRA is currently only supported for CAUSAL_LM task.")

@@ -33,10 +33,9 @@ def fill(method: Any, p: Adapter, inner: Stack) -> None:
     """
     kind = p.settings.init_lora_weights
     A, B = _held(p)
-    bias = getattr(p.lora_B, "bias", None) if p.has("lora_B") else None
-    if bias is not None:
-        bias.zero_()
-    if kind is True or kind is False or str(kind).lower() == "gaussian":
+    if p.lora_bias:
+        p.lora_B.bias.zero_()
+    if kind is True or not kind or str(kind).lower() == "gaussian":
         _draw(p, A, B, kind, inner.view.infix != "")
         return
     if getattr(inner.base, "groups", 1) != 1:
@@ -82,20 +81,21 @@ def _out(p: Adapter, inner: Stack) -> int:
 def _draw(p: Adapter, A: Tensor, B: Tensor, kind: Any, embedding: bool) -> None:
     if embedding:
         # an embedding starts the other way round: its A is looked up, so zero there saves the first update's rows
-        nn.init.normal_(A) if kind is False else nn.init.zeros_(A)
+        nn.init.normal_(A) if not kind else nn.init.zeros_(A)
         nn.init.normal_(B)
         return
-    if kind is True or kind is False:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    if kind is True or not kind:
+        bound = 1 / math.sqrt(A[0].numel())  # Kaiming's bound for a = sqrt 5
+        A.uniform_(-bound, bound)
     else:
-        nn.init.normal_(A, std=1 / p.r)
-    if kind is False:
-        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-        if p.lora_B.bias is not None:
-            bound = 1 / math.sqrt(B[0].numel())
-            nn.init.uniform_(p.lora_B.bias, -bound, bound)
-    else:
-        nn.init.zeros_(B)
+        A.normal_(std=1 / p.r)
+    if kind:
+        B.zero_()
+        return
+    bound = 1 / math.sqrt(B[0].numel())
+    B.uniform_(-bound, bound)
+    if p.lora_B.bias is not None:
+        p.lora_B.bias.uniform_(-bound, bound)
 
 
 def orthogonal(r: int, inp: int, out: int, device: torch.device) -> tuple[Tensor, Tensor]:

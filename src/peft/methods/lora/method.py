@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...core.method import LowRank, Method, Site
 from ...core.stack import Adapter, Stack
+from ...kernels import lowrank
 from . import init as starts
 
 
@@ -78,15 +79,33 @@ class LoRA(LowRank):
         drop = p.held("lora_dropout")
         return drop.p if drop.training and type(drop) is not nn.Identity else 0.0
 
+    def prepare(self, p: Adapter) -> None:
+        """Note what the shortest way needs: the modules, if all of them are plain linear layers."""
+        layer = p.layer
+        base = layer._modules["base_layer"]
+        plain = type(base) is nn.Linear and not (p.lora_bias or p.has("lora_residual_A"))
+        if plain and type(p.lora_A) is nn.Linear and type(p.lora_B) is nn.Linear:
+            p.hot = (base, p.lora_A, p.lora_B, p.lora_dropout)
+        else:
+            p.hot = None
+
+    def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
+        hot = p.hot
+        if hot is not None and inner.last is None and inner.extra is None and x.dim() > 1:
+            base, A, B, drop = hot
+            if (torch.compiler.is_compiling() or _unchanged(p, base, A, B, drop)) and not (
+                drop.training and type(drop) is not nn.Identity
+            ):
+                a = A._parameters["weight"]
+                if a.dtype is x.dtype:
+                    held, b = base._parameters, B._parameters["weight"]
+                    return lowrank.linear(x, held["weight"], held["bias"], a, b, p.scaling)
+        return self.onto(p, inner, inner(x), x)
+
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if inner.view.dense and (_hooked(p) or not p.layer.cast_input_dtype_enabled):
             return self.through_modules(p, y, x)
         return super().onto(p, inner, y, x)
-
-    def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
-        if inner.view.dense and (_hooked(p) or not p.layer.cast_input_dtype_enabled):
-            return self.through_modules(p, inner(x), x)
-        return super().forward(p, inner, x)
 
     def through_modules(self, p: Adapter, y: Tensor, x: Tensor) -> Tensor:
         """The same, by calling the modules: they may be wrapped, offloaded or hooked."""
@@ -94,7 +113,12 @@ class LoRA(LowRank):
         if p.layer.cast_input_dtype_enabled:
             weight = getattr(A, "weight", x)
             x = x.to(weight.dtype) if weight.is_floating_point() else x
-        return (y + B(A(F.dropout(x, self.drop_rate(p)))) * p.scaling).to(y.dtype)
+        x = F.dropout(x, self.drop_rate(p))
+        update = B(A(x))
+        if p.has("lora_residual_A"):
+            A0, B0 = p.held_buffer("lora_residual_A"), p.held_buffer("lora_residual_B")
+            update = update - F.linear(F.linear(x, A0.to(x.dtype)), B0.to(x.dtype))
+        return (y + update * p.scaling).to(y.dtype)
 
 
 class OutProjection(LoRA):
@@ -116,10 +140,32 @@ def _hooked(p: Adapter) -> bool:
     """Whether lora_A or lora_B is more than its weight: wrapped, offloaded, hooked or patched."""
     if torch.compiler.is_compiling():
         return False
-    modules, name = p.layer._modules, p.name
-    for home in (modules["lora_A"], modules["lora_B"]):
-        found = home._modules[name]  # type: ignore[union-attr]
-        d = found.__dict__
-        if type(found) is not nn.Linear or d["_forward_pre_hooks"] or d["_forward_hooks"] or "forward" in d:
+    for key in ("lora_A", "lora_B"):
+        found = p.held(key)
+        if type(found) is not nn.Linear or _patched(found.__dict__):
             return True
     return False
+
+
+def _patched(d: dict[str, Any]) -> bool:
+    return bool(d["_forward_pre_hooks"] or d["_forward_hooks"] or "forward" in d)
+
+
+def _unchanged(p: Adapter, base: Any, A: Any, B: Any, drop: Any) -> bool:
+    """Whether the modules noted by `prepare` still stand in their places, without hooks or patches."""
+    m, name = p.layer._modules, p.name
+    return not (
+        m["base_layer"] is not base
+        or m["lora_A"]._modules[name] is not A  # type: ignore[union-attr]
+        or m["lora_B"]._modules[name] is not B  # type: ignore[union-attr]
+        or m["lora_dropout"]._modules[name] is not drop  # type: ignore[union-attr]
+        or base._forward_pre_hooks
+        or base._forward_hooks
+        or A._forward_pre_hooks
+        or A._forward_hooks
+        or B._forward_pre_hooks
+        or B._forward_hooks
+        or "forward" in base.__dict__
+        or "forward" in A.__dict__
+        or "forward" in B.__dict__
+    )

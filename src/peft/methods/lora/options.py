@@ -37,16 +37,10 @@ class EvaConfig:
     """EVA: A from the principal components of the layer's inputs (Paischer et al. 2024, arXiv 2410.07170)."""
 
     rho: float = field(default=2.0, metadata=describe("Ranks may grow up to rho * r, at least 1."))
-    tau: float = field(
-        default=0.99, metadata=describe("Cosine from which on a component has converged, in [0, 1].")
-    )
+    tau: float = field(default=0.99, metadata=describe("Cosine from which on a component has converged, in [0, 1]."))
     use_label_mask: bool = field(default=True, metadata=describe("Count only the tokens that have a label."))
-    label_mask_value: int = field(
-        default=-100, metadata=describe("The label of a token that does not count.")
-    )
-    whiten: bool = field(
-        default=False, metadata=describe("Divide components by the root of their singular value.")
-    )
+    label_mask_value: int = field(default=-100, metadata=describe("The label of a token that does not count."))
+    whiten: bool = field(default=False, metadata=describe("Divide components by the root of their singular value."))
     adjust_scaling_factors: bool = field(
         default=True, metadata=describe("Change alpha with the rank, so that the scaling stays.")
     )
@@ -62,20 +56,14 @@ class EvaConfig:
 class CordaConfig:
     """CorDA: factors oriented by the covariance of the inputs (Yang et al. 2024, arXiv 2406.05223)."""
 
-    cache_file: str | None = field(
-        default=None, metadata=describe("File for the decompositions, read if it exists.")
-    )
-    covariance_file: str | None = field(
-        default=None, metadata=describe("File for the covariances, read if it exists.")
-    )
+    cache_file: str | None = field(default=None, metadata=describe("File for the decompositions, read if it exists."))
+    covariance_file: str | None = field(default=None, metadata=describe("File for the covariances, read if it exists."))
     corda_method: Literal["ipm", "kpm"] = field(
         default="ipm",
         metadata=describe("'ipm' adapts the main directions; 'kpm' keeps them and adapts the least."),
     )
     verbose: bool = field(default=False, metadata=describe("Report progress."))
-    use_float16_for_covariance: bool = field(
-        default=False, metadata=describe("Sum covariances in half precision.")
-    )
+    use_float16_for_covariance: bool = field(default=False, metadata=describe("Sum covariances in half precision."))
     prune_temporary_fields: bool = field(
         default=True, metadata=describe("Delete what preprocessing stored on the modules, once it is used.")
     )
@@ -124,9 +112,7 @@ class MontecloraConfig:
 
     num_samples: int = field(default=8, metadata=describe("Samples of the mixture."))
     use_entropy: bool = field(default=False, metadata=describe("Add the entropy of the mixture to the loss."))
-    dirichlet_prior: float = field(
-        default=0.1, metadata=describe("Concentration of the prior of the mixture.")
-    )
+    dirichlet_prior: float = field(default=0.1, metadata=describe("Concentration of the prior of the mixture."))
     sample_scaler: float = field(default=1e-4, metadata=describe("Size of the samples."))
     kl_loss_weight: float = field(default=1e-5, metadata=describe("Weight of the divergence from the prior."))
     buffer_size: int = field(default=150, metadata=describe("Random samples that are drawn at once."))
@@ -140,16 +126,10 @@ class MontecloraConfig:
 class BdLoraConfig:
     """BD-LoRA: one factor is block diagonal, so that the adapter can be sharded without communication."""
 
-    target_modules_bd_a: list[str] | None = field(
-        default=None, metadata=describe("Modules with a block diagonal A.")
-    )
-    target_modules_bd_b: list[str] | None = field(
-        default=None, metadata=describe("Modules with a block diagonal B.")
-    )
+    target_modules_bd_a: list[str] | None = field(default=None, metadata=describe("Modules with a block diagonal A."))
+    target_modules_bd_b: list[str] | None = field(default=None, metadata=describe("Modules with a block diagonal B."))
     nblocks: int = field(default=1, metadata=describe("Number of blocks."))
-    match_strict: bool = field(
-        default=True, metadata=describe("Every adapted module must be in one of the lists.")
-    )
+    match_strict: bool = field(default=True, metadata=describe("Every adapted module must be in one of the lists."))
 
     def __post_init__(self) -> None:
         _positive("nblocks", self.nblocks)
@@ -161,9 +141,7 @@ class ArrowConfig:
 
     top_k: int = field(default=3, metadata=describe("Adapters per token."))
     router_temperature: float = field(default=1.0, metadata=describe("Temperature of the routing softmax."))
-    use_gks: bool = field(
-        default=False, metadata=describe("Subtract the general adapters' mean from each adapter.")
-    )
+    use_gks: bool = field(default=False, metadata=describe("Subtract the general adapters' mean from each adapter."))
     task_adapter_names: list[str] | None = field(
         default=None, init=False, metadata=describe("The adapters routed to; set when the model is made.")
     )
@@ -204,9 +182,7 @@ def as_option(kind: type, name: str, value: Any) -> Any:
     unknown = [k for k in value if k not in fields]
     if unknown:
         hints = "; ".join(f"{k!r}{nearest(k, fields)}" for k in unknown)
-        report(
-            UnknownFieldWarning, f"`{name}` has fields that {kind.__name__} does not know: {hints}. Ignored."
-        )
+        report(UnknownFieldWarning, f"`{name}` has fields that {kind.__name__} does not know: {hints}. Ignored.")
     option = kind(**{k: v for k, v in value.items() if fields.get(k)})
     for k, v in value.items():
         if fields.get(k) is False:

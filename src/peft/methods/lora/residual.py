@@ -20,9 +20,7 @@ from ...errors import PeftWarning, listing
 RESIDUAL = ("pissa", "olora", "corda", "lora_ga")
 
 
-def convert(
-    state: Mapping[str, Tensor], initial: Mapping[str, Tensor], config: Any
-) -> tuple[dict[str, Tensor], Any]:
+def convert(state: Mapping[str, Tensor], initial: Mapping[str, Tensor], config: Any) -> tuple[dict[str, Tensor], Any]:
     """The adapter's tensors and configuration as a plain LoRA for the original base model.
 
     Arguments:
@@ -34,11 +32,7 @@ def convert(
     shape.
     """
     _check(config)
-    wrong = [
-        k
-        for k, v in state.items()
-        if _axis(k) is not None and getattr(initial.get(k), "shape", None) != v.shape
-    ]
+    wrong = [k for k, v in state.items() if _axis(k) is not None and getattr(initial.get(k), "shape", None) != v.shape]
     if wrong:
         raise ValueError(
             f"The initial adapter does not fit the trained one: {listing(wrong)} are missing or of another "
@@ -51,9 +45,7 @@ def convert(
 def _check(config: Any) -> None:
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "LORA":
-        raise ValueError(
-            f"path_initial_model_for_weight_conversion is for LoRA adapters, but this one is {kind}."
-        )
+        raise ValueError(f"path_initial_model_for_weight_conversion is for LoRA adapters, but this one is {kind}.")
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ValueError(
             "An adapter with use_rslora and rank_pattern or alpha_pattern cannot be written as a plain LoRA: "
