@@ -16,8 +16,7 @@ from .errors import (
     UnmatchedTargetWarning,
     set_strict,
 )
-
-__version__ = "1.0.0.dev0"
+from .version import __version__ as __version__
 
 _NAMES = {
     "peft.types": "PeftType TaskType",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .core.files import staged
+from .version import __version__
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -95,8 +96,6 @@ def _from_transformers(base: nn.Module) -> bool:
 
 def _with_version(text: str) -> str:
     """The text with one section on versions, and in it one line on this library."""
-    from . import __version__
-
     line = f"- PEFT {__version__}"
     if re.search(r"^- PEFT .*$", text, flags=re.MULTILINE):
         return re.sub(r"^- PEFT .*$", line, text, count=1, flags=re.MULTILINE)

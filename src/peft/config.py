@@ -18,6 +18,7 @@ from .core import hub
 from .core.defaults import CONFIG_NAME
 from .errors import UnknownFieldWarning, nearest, report
 from .types import PeftType, TaskType
+from .version import __version__
 
 MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
 Config = TypeVar("Config", bound="PeftConfigMixin")
@@ -75,8 +76,6 @@ class PeftConfigMixin:
                 f"{', '.join(tasks)}.{nearest(str(self.task_type), tasks)}"
             )
         if self.peft_version is None:
-            from . import __version__
-
             self.peft_version = __version__
 
     @property

@@ -116,9 +116,8 @@ class Persistent:
         set_runtime(config, ephemeral_gpu_offload)
         state = read_adapter(model, model_id, kwargs.get("torch_device"), key_mapping, kwargs)
         flags = [(p, p.requires_grad) for p in model.parameters()]
-        kind: Any = cls
-        if cls.__name__ == "PeftModel":
-            kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)
+        by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING if cls.__name__ == "PeftModel" else {}
+        kind: Any = by_task.get(config.task_type or "", cls)
         wrapped = kind(
             model,
             config,

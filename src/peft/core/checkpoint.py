@@ -1,27 +1,25 @@
-"""State dictionaries and adapter files: one walk over the tuner layers, for saving and for loading.
+"""State dictionaries and adapter files: saving collects an adapter's tensors, loading fills them.
 
-`walk` asks every layer what it has filed under an adapter's name. Saving collects the pairs (checkpoint key,
-tensor), loading looks a file's keys up in the same pairs; no name is taken apart, so no adapter or module
-can be mistaken for another. Loading plans everything first and changes nothing until the whole plan holds.
+Both use the same pairs of a checkpoint key and a place in the model (`entries`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..errors import MissingTensorsWarning, PeftWarning, UnexpectedTensorsWarning, listing, nearest, report
-from .base_state import get_base_model_state_dict, saved_tensors, set_base_model_state_dict
+from ..errors import listing, nearest
+from .base_state import get_base_model_state_dict, set_base_model_state_dict
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .embeddings import embedding_tensors
+from .entries import Entry, entries_of, mapped, plain, walk
 from .files import read_weights
+from .fill import fill
 from .hub import fetch
-from .layer import AdapterHost, BaseTunerLayer, tuner_layers
+from .layer import tuner_layers
 
 __all__ = [
     "adapter_config",
@@ -32,38 +30,6 @@ __all__ = [
     "set_peft_model_state_dict",
     "walk",
 ]
-
-PREFIX = "base_model.model."
-WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-
-
-class Entry(NamedTuple):
-    """One tensor of an adapter: its key in a file, its name in the live model, and where it hangs."""
-
-    key: str
-    live: str
-    owner: nn.Module
-    attr: str
-    layer: nn.Module
-
-    @property
-    def tensor(self) -> Tensor:
-        found = self.owner._parameters.get(self.attr)
-        return self.owner._buffers[self.attr] if found is None else found  # type: ignore[return-value]
-
-
-def walk(model: nn.Module, adapter_name: str) -> list[Entry]:
-    """Every tensor that the model's layers have filed under an adapter, in the order of the modules.
-
-    Arguments:
-        model: a PeftModel, a tuner, or a model with injected layers; keys are relative to it.
-        adapter_name: the adapter.
-    """
-    return [
-        Entry(_join(path, slot.key), _join(path, slot.live), slot.owner, slot.attr, layer)
-        for path, layer in tuner_layers(model)
-        for slot in layer.slots(adapter_name)
-    ]
 
 
 def get_peft_model_state_dict(
@@ -88,7 +54,7 @@ def get_peft_model_state_dict(
     """
     root, prefix = _unwrap(model)
     config = adapter_config(root, adapter_name)
-    entries = [*walk(root, adapter_name), *_biases(root, config, adapter_name)]
+    entries = entries_of(root, config, adapter_name)
     entries += embedding_tensors(root, config, adapter_name, save_embedding_layers, Entry)
     tensors = _gathered(entries, state_dict) if state_dict is not None else [e.tensor for e in entries]
     empty = [e.key for e, t in zip(entries, tensors, strict=True) if not t.numel()]
@@ -98,7 +64,7 @@ def get_peft_model_state_dict(
             "shards: gather "
             "the full state on the saving process and pass it as `state_dict`."
         )
-    keys = [_plain(e.key) if unwrap_compiled else prefix + e.key for e in entries]
+    keys = [plain(e.key) if unwrap_compiled else prefix + e.key for e in entries]
     return {k: _whole(t.detach()) for k, t in zip(keys, tensors, strict=True)}
 
 
@@ -124,23 +90,11 @@ def set_peft_model_state_dict(
     Returns torch's (missing_keys, unexpected_keys); missing ones by live name.
     Raises RuntimeError for wrong shapes, ValueError if nothing fits; the model is then unchanged.
     """
-    root, _ = _unwrap(model)
+    root = _unwrap(model)[0]
     config = adapter_config(root, adapter_name)
-    entries = [*walk(root, adapter_name), *_biases(root, config, adapter_name)]
+    entries = entries_of(root, config, adapter_name)
     _refuse_merged(root, adapter_name)
-    found, unexpected = _match(root, entries, peft_model_state_dict)
-    found = _same_shape(found, ignore_mismatched_sizes)
-    missing = [e for e in entries if e.live not in found]
-    if not found and (entries or peft_model_state_dict):
-        raise ValueError(_nothing_fits(entries, list(peft_model_state_dict), adapter_name))
-    if missing:
-        report(MissingTensorsWarning, _missing_text(missing, unexpected, adapter_name, root), strict)
-    if unexpected:
-        report(UnexpectedTensorsWarning, _unexpected_text(unexpected, entries, adapter_name), strict)
-    with torch.no_grad():
-        ready = [(e, v if _assigned(e) else _fitted(v, e.tensor)) for e, v in found.values()]
-        for entry, value in ready:
-            _write(entry, value)
+    missing, unexpected = fill(root, entries, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, strict)
     return _IncompatibleKeys([e.live for e in missing], unexpected)
 
 
@@ -162,7 +116,7 @@ def load_peft_weights(
     """
     file = fetch(model_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), **hf_hub_download_kwargs)
     state = read_weights(file, device)
-    return {_mapped(k, key_mapping): v for k, v in state.items()} if key_mapping else state
+    return {mapped(k, key_mapping): v for k, v in state.items()} if key_mapping else state
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> Any:
@@ -180,199 +134,10 @@ def adapter_config(model: nn.Module, adapter_name: str) -> Any:
     return configs[adapter_name]
 
 
-# The parts of a state dictionary beside the adapter's own tensors ------------------------------------------
-
-
-def _biases(root: nn.Module, config: Any, adapter_name: str) -> list[Entry]:
-    """The base model's biases that `bias="all"` or `bias="<method>_only"` trains and saves."""
-    bias = getattr(config, "bias", "none")
-    if bias == "all":
-        names = base_tensors(root)
-        return [e for e in names if e.attr == "bias" and isinstance(e.tensor, nn.Parameter)]
-    if not str(bias).endswith("_only"):
-        return []
-    return [e for path, layer in tuner_layers(root) for e in _layer_bias(path, layer, adapter_name)]
-
-
-def _layer_bias(path: str, layer: nn.Module, adapter_name: str) -> Iterator[Entry]:
-    if not isinstance(layer, BaseTunerLayer) or adapter_name not in layer._get_available_adapters():
-        return
-    module: nn.Module = layer
-    while isinstance(module, BaseTunerLayer):
-        module, path = module.base_layer, _join(path, "base_layer")
-    if module._parameters.get("bias") is not None:
-        name = _join(path, "bias")
-        yield Entry(name, name, module, "bias", layer)
-
-
-def base_tensors(root: nn.Module) -> list[Entry]:
-    """Every parameter and persistent buffer that belongs to no adapter, under its live name."""
-    owned = _owned(root)
-    entries = []
-    for path, module in root.named_modules():
-        for attr in saved_tensors(module):
-            if (id(module), attr) not in owned:
-                entries.append(Entry(_join(path, attr), _join(path, attr), module, attr, module))
-    return entries
-
-
-def _owned(root: nn.Module) -> set[tuple[int, str]]:
-    layers = list(tuner_layers(root))
-    names = {n for _, layer in layers for n in layer._get_available_adapters()}
-    return {(id(s.owner), s.attr) for _, layer in layers for name in names for s in layer.slots(name)}
-
-
-# Looking a checkpoint's keys up ---------------------------------------------------------------------------
-
-Found = dict[str, tuple[Entry, Tensor]]
-
-
-def _match(root: nn.Module, entries: list[Entry], state: Mapping[str, Tensor]) -> tuple[Found, list[str]]:
-    """Pair each checkpoint key with its place: the adapter's own first, then a tensor of the base by live
-    name.
-    """
-    places = {_plain(e.key): e for e in entries}
-    found: Found = {}
-    left = [k for k, v in state.items() if not _take(places, found, k, v)]
-    if not left:
-        return found, []
-    base = {_plain(e.key): e for e in base_tensors(root)}
-    return found, [k for k in left if not _take(base, found, k, state[k])]
-
-
-def _take(places: Mapping[str, Entry], found: Found, key: str, value: Tensor) -> bool:
-    entry = next((places[k] for k in _spellings(key) if k in places), None)
-    if entry is None or entry.live in found:
-        return False
-    found[entry.live] = (entry, value)
-    return True
-
-
-def _spellings(key: str) -> Iterator[str]:
-    key = _plain(key)
-    yield key
-    yield PREFIX + key
-    if key.startswith(PREFIX):
-        yield key[len(PREFIX) :]
-
-
-def _same_shape(found: Found, ignore: bool) -> Found:
-    wrong = [n for n, (e, v) in found.items() if e.tensor.shape != v.shape]
-    if not wrong:
-        return found
-    lines = [
-        f"  {found[n][0].key}: {tuple(found[n][1].shape)} in the checkpoint, "
-        f"{tuple(found[n][0].tensor.shape)} in the model"
-        for n in wrong
-    ]
-    text = f"{len(wrong)} tensors of the checkpoint have another shape than the model's:\n" + "\n".join(lines)
-    if not ignore:
-        raise RuntimeError(
-            f"size mismatch: {text}\nUse the rank and the base model of the checkpoint, or pass "
-            "`ignore_mismatched_sizes=True` to leave these out."
-        )
-    report(PeftWarning, text + "\nThey are left out.", strict=False, stacklevel=4)
-    return {n: pair for n, pair in found.items() if n not in set(wrong)}
-
-
-def _nothing_fits(entries: list[Entry], keys: list[str], name: str) -> str:
-    example = f", such as {keys[0]!r}.{nearest(keys[0], [e.key for e in entries[:500]])}" if keys else "."
-    want = f"It expects keys such as {entries[0].key!r}." if entries else "It has no tensors."
-    return (
-        f"No tensor of the checkpoint fits adapter {name!r}; nothing was loaded. The checkpoint has "
-        f"{len(keys)} "
-        f"tensors{example} {want} Check the base model and the configuration, or rename keys with "
-        "`key_mapping`."
-    )
-
-
-def _missing_text(missing: list[Entry], unexpected: list[str], name: str, root: nn.Module) -> str:
-    lines = _hints([e.key for e in missing], unexpected)
-    meta = any(e.tensor.device.type == "meta" for e in missing)
-    tail = "They have no values (meta device)." if meta else "They keep the values they had."
-    return (
-        f"Found missing adapter keys while loading the checkpoint: it lacks {len(missing)} tensors of "
-        f"adapter {name!r}:\n" + "\n".join(lines) + f"\n{tail}"
-    )
-
-
-def _unexpected_text(unexpected: list[str], entries: list[Entry], name: str) -> str:
-    lines = _hints(unexpected, [e.key for e in entries])
-    return f"{len(unexpected)} tensors of the checkpoint have no place in adapter {name!r}:\n" + "\n".join(lines)
-
-
-def _hints(keys: list[str], choices: Iterable[str]) -> list[str]:
-    pool = list(choices) if len(keys) <= 64 else []
-    return [f"  {k}{nearest(k, pool)}" for k in keys]
-
-
-# Writing tensors ------------------------------------------------------------------------------------------
-
-
 def _refuse_merged(root: nn.Module, name: str) -> None:
     for path, layer in tuner_layers(root):
         if name in layer.merged_adapters:
             raise ValueError(f"Adapter {name!r} is merged in {path!r}. Unmerge it first, then load its weights.")
-
-
-def _assigned(entry: Entry) -> bool:
-    return entry.tensor.device.type == "meta"
-
-
-def _write(entry: Entry, value: Tensor) -> None:
-    """Copy in place; a meta parameter becomes the value, on its base layer's device, and stays the same
-    object.
-    """
-    here = entry.tensor
-    if not _assigned(entry):
-        here.copy_(value)
-        return
-    new = value.detach().to(device=_home(entry), dtype=here.dtype, copy=True)
-    new = nn.Parameter(new, requires_grad=here.requires_grad) if isinstance(here, nn.Parameter) else new
-    try:
-        torch.utils.swap_tensors(here, new)  # type: ignore[no-untyped-call]
-    except RuntimeError:  # something else holds the tensor
-        setattr(entry.owner, entry.attr, new)
-        if isinstance(entry.layer, BaseTunerLayer):
-            entry.layer._replan()
-
-
-def _home(entry: Entry) -> torch.device:
-    base = entry.layer
-    while isinstance(base, AdapterHost):
-        base = base._modules[base._below[0]]  # type: ignore[assignment]
-    tensors = (t for t in (*base.parameters(), *base.buffers()) if t.device.type != "meta")
-    first = next(tensors, None)
-    return first.device if first is not None else torch.device("cpu")
-
-
-def _fitted(value: Tensor, like: Tensor) -> Tensor:
-    """The value as the parameter's kind of tensor: cast, moved, and sharded if the parameter is."""
-    value = value.detach().to(dtype=like.dtype)
-    mesh = getattr(like, "device_mesh", None)
-    if mesh is None or hasattr(value, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-# Names ----------------------------------------------------------------------------------------------------
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _plain(name: str) -> str:
-    """A name without the segments that torch's wrappers (compile, FSDP, checkpointing) add."""
-    if "_orig_mod" not in name and "_wrapped_module" not in name:
-        return name
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _unwrap(model: nn.Module) -> tuple[nn.Module, str]:
@@ -381,22 +146,16 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def _gathered(entries: list[Entry], state: Mapping[str, Tensor]) -> list[Tensor]:
-    plain = {_plain(k): v for k, v in state.items()}
-    missing = [e.live for e in entries if _plain(e.live) not in plain]
+    by_name = {plain(k): v for k, v in state.items()}
+    missing = [e.live for e in entries if plain(e.live) not in by_name]
     if missing:
         raise ValueError(
             f"`state_dict` lacks {len(missing)} of the adapter's {len(entries)} tensors: {listing(missing)}. "
             "Pass the full "
             "state of the model (names as in `model.state_dict()`), or None to read the live tensors."
         )
-    return [plain[_plain(e.live)] for e in entries]
+    return [by_name[plain(e.live)] for e in entries]
 
 
-def _mapped(key: str, mapping: Mapping[str, str]) -> str:
-    prefix = next((p for p in (PREFIX, "base_model.") if key.startswith(p)), "")
-    rest = key[len(prefix) :]
-    for pattern, replacement in mapping.items():
-        new, count = re.subn(pattern, replacement, rest)
-        if count:
-            return prefix + new
-    return key
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

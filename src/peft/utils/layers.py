@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..core.layer import BaseTunerLayer, adapters_to_merge
+from ..core.layer import BaseTunerLayer
+from ..core.merge import adapters_to_merge
 
 
 def check_adapters_to_merge(module: BaseTunerLayer, adapter_names: list[str] | None = None) -> list[str]:

@@ -1,0 +1,119 @@
+"""Which tensors belong to an adapter, and under which names: in the live model and in a file.
+
+`walk` asks every layer what it has filed under an adapter's name; no name is taken apart, so no adapter or
+module can be mistaken for another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .base_state import saved_tensors
+from .layer import BaseTunerLayer, tuner_layers
+
+PREFIX = "base_model.model."
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+class Entry(NamedTuple):
+    """One tensor of an adapter: its key in a file, its name in the live model, and where it hangs."""
+
+    key: str
+    live: str
+    owner: nn.Module
+    attr: str
+    layer: nn.Module
+
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter or buffer as it is now."""
+        found = self.owner._parameters.get(self.attr)
+        return self.owner._buffers[self.attr] if found is None else found  # type: ignore[return-value]
+
+
+def walk(model: nn.Module, adapter_name: str) -> list[Entry]:
+    """Every tensor that the model's layers have filed under an adapter, in the order of the modules.
+
+    Arguments:
+        model: a PeftModel, a tuner, or a model with injected layers; keys are relative to it.
+        adapter_name: the adapter.
+    """
+    return [
+        Entry(join(path, slot.key), join(path, slot.live), slot.owner, slot.attr, layer)
+        for path, layer in tuner_layers(model)
+        for slot in layer.slots(adapter_name)
+    ]
+
+
+def entries_of(root: nn.Module, config: Any, adapter_name: str) -> list[Entry]:
+    """All that an adapter trains: its own tensors, then the base model's biases that go with it."""
+    return [*walk(root, adapter_name), *_biases(root, config, adapter_name)]
+
+
+def _biases(root: nn.Module, config: Any, adapter_name: str) -> list[Entry]:
+    """The base model's biases that `bias="all"` or `bias="<method>_only"` trains and saves."""
+    bias = getattr(config, "bias", "none")
+    if bias == "all":
+        names = base_tensors(root)
+        return [e for e in names if e.attr == "bias" and isinstance(e.tensor, nn.Parameter)]
+    if not str(bias).endswith("_only"):
+        return []
+    return [e for path, layer in tuner_layers(root) for e in _layer_bias(path, layer, adapter_name)]
+
+
+def _layer_bias(path: str, layer: nn.Module, adapter_name: str) -> Iterator[Entry]:
+    if not isinstance(layer, BaseTunerLayer) or adapter_name not in layer._get_available_adapters():
+        return
+    module: nn.Module = layer
+    while isinstance(module, BaseTunerLayer):
+        module, path = module.base_layer, join(path, "base_layer")
+    if module._parameters.get("bias") is not None:
+        name = join(path, "bias")
+        yield Entry(name, name, module, "bias", layer)
+
+
+def base_tensors(root: nn.Module) -> list[Entry]:
+    """Every parameter and persistent buffer that belongs to no adapter, under its live name."""
+    owned = _owned(root)
+    entries = []
+    for path, module in root.named_modules():
+        for attr in saved_tensors(module):
+            if (id(module), attr) not in owned:
+                entries.append(Entry(join(path, attr), join(path, attr), module, attr, module))
+    return entries
+
+
+def _owned(root: nn.Module) -> set[tuple[int, str]]:
+    layers = list(tuner_layers(root))
+    names = {n for _, layer in layers for n in layer._get_available_adapters()}
+    return {(id(s.owner), s.attr) for _, layer in layers for name in names for s in layer.slots(name)}
+
+
+# Names ----------------------------------------------------------------------------------------------------
+
+
+def join(path: str, name: str) -> str:
+    """path.name, or the name alone at the top."""
+    return f"{path}.{name}" if path else name
+
+
+def plain(name: str) -> str:
+    """A name without the segments that torch's wrappers (compile, FSDP, checkpointing) add."""
+    if "_orig_mod" not in name and "_wrapped_module" not in name:
+        return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def mapped(key: str, mapping: Mapping[str, str]) -> str:
+    """A key renamed by the first regular expression that is found in it; the prefix stays out of that."""
+    prefix = next((p for p in (PREFIX, "base_model.") if key.startswith(p)), "")
+    rest = key[len(prefix) :]
+    for pattern, replacement in mapping.items():
+        new, count = re.subn(pattern, replacement, rest)
+        if count:
+            return prefix + new
+    return key

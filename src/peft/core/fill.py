@@ -1,0 +1,177 @@
+"""Writing a checkpoint's tensors into the places that an adapter has for them: match first, then write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MissingTensorsWarning, PeftWarning, UnexpectedTensorsWarning, nearest, report
+from .entries import PREFIX, Entry, base_tensors, plain
+from .layer import AdapterHost, BaseTunerLayer
+
+Found = dict[str, tuple[Entry, Tensor]]
+
+
+def fill(
+    root: nn.Module,
+    entries: list[Entry],
+    state: Mapping[str, Tensor],
+    adapter_name: str,
+    ignore_mismatched_sizes: bool,
+    strict: bool | None,
+) -> tuple[list[Entry], list[str]]:
+    """Write a checkpoint into the tensors of an adapter; nothing is written before all of it is known to fit.
+
+    Arguments:
+        root: the model that the entries' names are relative to.
+        entries: the places; those on the meta device become the checkpoint's tensors.
+        state: checkpoint key -> tensor.
+        adapter_name: for messages.
+        ignore_mismatched_sizes: leave tensors of another shape out, with a warning.
+        strict: turn missing and unexpected tensors into errors; None follows the process-wide setting.
+
+    Returns the places without a tensor and the keys without a place.
+    """
+    found, unexpected = _match(root, entries, state)
+    found = _same_shape(found, ignore_mismatched_sizes)
+    missing = [e for e in entries if e.live not in found]
+    if not found and (entries or state):
+        raise ValueError(_nothing_fits(entries, list(state), adapter_name))
+    if missing:
+        report(MissingTensorsWarning, _missing_text(missing, unexpected, adapter_name), strict, stacklevel=4)
+    if unexpected:
+        report(UnexpectedTensorsWarning, _unexpected_text(unexpected, entries, adapter_name), strict, stacklevel=4)
+    with torch.no_grad():
+        ready = [(e, v if _assigned(e) else _fitted(v, e.tensor)) for e, v in found.values()]
+        for entry, value in ready:
+            _write(entry, value)
+    return missing, unexpected
+
+
+# Looking the checkpoint's keys up -------------------------------------------------------------------------
+
+
+def _match(root: nn.Module, entries: list[Entry], state: Mapping[str, Tensor]) -> tuple[Found, list[str]]:
+    """Pair each checkpoint key with its place: the adapter's own first, then a tensor of the base by live
+    name.
+    """
+    places = {plain(e.key): e for e in entries}
+    found: Found = {}
+    left = [k for k, v in state.items() if not _take(places, found, k, v)]
+    if not left:
+        return found, []
+    base = {plain(e.key): e for e in base_tensors(root)}
+    return found, [k for k in left if not _take(base, found, k, state[k])]
+
+
+def _take(places: Mapping[str, Entry], found: Found, key: str, value: Tensor) -> bool:
+    entry = next((places[k] for k in _spellings(key) if k in places), None)
+    if entry is None or entry.live in found:
+        return False
+    found[entry.live] = (entry, value)
+    return True
+
+
+def _spellings(key: str) -> Iterator[str]:
+    key = plain(key)
+    yield key
+    yield PREFIX + key
+    if key.startswith(PREFIX):
+        yield key[len(PREFIX) :]
+
+
+def _same_shape(found: Found, ignore: bool) -> Found:
+    wrong = [n for n, (e, v) in found.items() if e.tensor.shape != v.shape]
+    if not wrong:
+        return found
+    lines = [
+        f"  {found[n][0].key}: {tuple(found[n][1].shape)} in the checkpoint, "
+        f"{tuple(found[n][0].tensor.shape)} in the model"
+        for n in wrong
+    ]
+    text = f"{len(wrong)} tensors of the checkpoint have another shape than the model's:\n" + "\n".join(lines)
+    if not ignore:
+        raise RuntimeError(
+            f"size mismatch: {text}\nUse the rank and the base model of the checkpoint, or pass "
+            "`ignore_mismatched_sizes=True` to leave these out."
+        )
+    report(PeftWarning, text + "\nThey are left out.", strict=False, stacklevel=5)
+    return {n: pair for n, pair in found.items() if n not in set(wrong)}
+
+
+def _nothing_fits(entries: list[Entry], keys: list[str], name: str) -> str:
+    example = f", such as {keys[0]!r}.{nearest(keys[0], [e.key for e in entries[:500]])}" if keys else "."
+    want = f"It expects keys such as {entries[0].key!r}." if entries else "It has no tensors."
+    return (
+        f"No tensor of the checkpoint fits adapter {name!r}; nothing was loaded. The checkpoint has "
+        f"{len(keys)} "
+        f"tensors{example} {want} Check the base model and the configuration, or rename keys with "
+        "`key_mapping`."
+    )
+
+
+def _missing_text(missing: list[Entry], unexpected: list[str], name: str) -> str:
+    lines = _hints([e.key for e in missing], unexpected)
+    meta = any(e.tensor.device.type == "meta" for e in missing)
+    tail = "They have no values (meta device)." if meta else "They keep the values they had."
+    return (
+        f"Found missing adapter keys while loading the checkpoint: it lacks {len(missing)} tensors of "
+        f"adapter {name!r}:\n" + "\n".join(lines) + f"\n{tail}"
+    )
+
+
+def _unexpected_text(unexpected: list[str], entries: list[Entry], name: str) -> str:
+    lines = _hints(unexpected, [e.key for e in entries])
+    return f"{len(unexpected)} tensors of the checkpoint have no place in adapter {name!r}:\n" + "\n".join(lines)
+
+
+def _hints(keys: list[str], choices: Iterable[str]) -> list[str]:
+    pool = list(choices) if len(keys) <= 64 else []
+    return [f"  {k}{nearest(k, pool)}" for k in keys]
+
+
+# Writing tensors ------------------------------------------------------------------------------------------
+
+
+def _assigned(entry: Entry) -> bool:
+    return entry.tensor.device.type == "meta"
+
+
+def _write(entry: Entry, value: Tensor) -> None:
+    """Copy in place; a meta parameter becomes the value, on its base layer's device, and stays the same
+    object.
+    """
+    here = entry.tensor
+    if not _assigned(entry):
+        here.copy_(value)
+        return
+    new = value.detach().to(device=_home(entry), dtype=here.dtype, copy=True)
+    new = nn.Parameter(new, requires_grad=here.requires_grad) if isinstance(here, nn.Parameter) else new
+    try:
+        torch.utils.swap_tensors(here, new)
+    except RuntimeError:  # something else holds the tensor
+        setattr(entry.owner, entry.attr, new)
+        if isinstance(entry.layer, BaseTunerLayer):
+            entry.layer._replan()
+
+
+def _home(entry: Entry) -> torch.device:
+    base = entry.layer
+    while isinstance(base, AdapterHost):
+        base = base._modules[base._below[0]]  # type: ignore[assignment]
+    tensors = (t for t in (*base.parameters(), *base.buffers()) if t.device.type != "meta")
+    first = next(tensors, None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def _fitted(value: Tensor, like: Tensor) -> Tensor:
+    """The value as the parameter's kind of tensor: cast, moved, and sharded if the parameter is."""
+    value = value.detach().to(dtype=like.dtype)
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None or hasattr(value, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]
