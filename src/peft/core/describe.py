@@ -49,13 +49,16 @@ def _row(target: Target, config: Any, method_of: Callable[[Any], Method], counts
 
 
 def _count(method: Method, base: nn.Module, chosen: Any, target: Target) -> int:
-    """Numbers in all tensors that the method builds on this target."""
+    """Numbers in all tensors that the method builds on this target, and on what a target module consists of."""
     view = views.view_of(base, target.parameter)
-    site = Site(base, view, chosen, target.path, torch.float32, torch.device("meta"))
-    built = sum(_numel(value) for value in method.build(site).values())
-    if isinstance(base, nn.MultiheadAttention) and target.parameter is None:
-        built += _count(method, base.out_proj, chosen, target)
-    return built
+    whole = target.parameter is None
+    parts = view.parts(base) if whole else ()
+    places = [(base, views.view_of(base, part)) for part in parts] or [(base, view)]
+    for name in view.read_children if whole else ():
+        child = innermost(base.get_submodule(name))
+        places.append((child, views.view_of(child)))
+    sites = [Site(m, v, chosen, target.path, torch.float32, torch.device("meta")) for m, v in places]
+    return sum(_numel(value) for site in sites for value in method.build(site).values())
 
 
 def _numel(value: Any) -> int:
