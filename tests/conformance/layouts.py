@@ -104,6 +104,7 @@ class Layout:
     tokens: int = 0  # integers below this instead of numbers
     grouped: bool = False
     batched: bool = True
+    bias: bool = True
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The base model, always of the same numbers."""
@@ -116,6 +117,10 @@ class Layout:
         if self.tokens:
             return torch.randint(0, self.tokens, self.shape, generator=generator)
         return torch.randn(self.shape, generator=generator).to(dtype)
+
+    def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The base model, frozen: torch chooses its attention kernel by `requires_grad`."""
+        return self.model(dtype).requires_grad_(False)
 
     @property
     def kind(self) -> str:
@@ -133,7 +138,7 @@ def attention(name: str, **options: Any) -> Layout:
         torch.manual_seed(7)
         return Attention(nn.MultiheadAttention(8, 2, **options))
 
-    return Layout(f"attention-{name}", build, (SAMPLES, 3, 8))
+    return Layout(f"attention-{name}", build, (SAMPLES, 3, 8), bias=options.get("bias", True))
 
 
 def parameters(name: str, names: list[str], shape: tuple[int, ...], down: tuple[int, ...], **more: Any) -> Layout:
@@ -150,7 +155,7 @@ LAYOUTS = {
     layout.name: layout
     for layout in (
         layer("linear", lambda: nn.Linear(6, 8), N, 6),
-        layer("linear-nobias", lambda: nn.Linear(6, 8, bias=False), N, 6),
+        layer("linear-nobias", lambda: nn.Linear(6, 8, bias=False), N, 6, bias=False),
         layer("linear-1-D", lambda: nn.Linear(6, 8), 6, batched=False),
         layer("linear-3-D", lambda: nn.Linear(6, 8), N, 3, 6),
         layer("linear-4-D", lambda: nn.Linear(6, 8), N, 2, 3, 6),
@@ -158,7 +163,7 @@ LAYOUTS = {
         layer("linear-Conv1D", lambda: Conv1D(8, 6), N, 3, 6),
         Layout("linear-alone", lambda: nn.Linear(6, 8), (N, 6), {"target_modules": ["linear"]}),
         layer("conv-1d", lambda: nn.Conv1d(4, 8, 3, stride=2, padding=1), N, 4, 9),
-        layer("conv-1d-dilated", lambda: nn.Conv1d(4, 8, 3, dilation=2, bias=False), N, 4, 9),
+        layer("conv-1d-dilated", lambda: nn.Conv1d(4, 8, 3, dilation=2, bias=False), N, 4, 9, bias=False),
         layer("conv-2d", lambda: nn.Conv2d(4, 8, 3, padding=1), N, 4, 5, 5),
         layer("conv-2d-1x1", lambda: nn.Conv2d(4, 8, 1), N, 4, 5, 5),
         layer(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.core.layer import BaseTunerLayer, tuner_layers
+from peft.methods.lora.method import OutProjection
 
 from .layouts import LAYOUTS, Layout
 
@@ -89,94 +90,108 @@ def train(model: nn.Module, name: str = "default", seed: int = 0) -> None:
 # ---- what should come out ------------------------------------------------------------------------------------
 
 
-def expected(model: PeftModel, method: str, layout: Layout, x: Tensor, names: tuple[str, ...] = ("default",)) -> Tensor:
-    """The output by the formulas, differentiable in the adapters' tensors."""
-    plain = layout.model(x.dtype if x.is_floating_point() else torch.float32)
-    return on_plain(plain, model, method, layout, x, names)
-
-
-def on_plain(
-    plain: nn.Module, model: PeftModel, method: str, layout: Layout, x: Tensor, names: tuple[str, ...]
+def expected(
+    model: PeftModel,
+    method: str,
+    layout: Layout,
+    x: Tensor,
+    names: tuple[str, ...] = ("default",),
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
+    """The output by the formulas in double precision, differentiable in the adapters' tensors and in x."""
+    plain = layout.plain(dtype).double()
     values: dict[str, Tensor] = {}
     for path, layer in tuner_layers(model.base_model.model):
         where = path.replace("base_layer.", "").removesuffix("base_layer").rstrip(".")
-        module = plain.get_submodule(where)
-        attr = weight_name(layer)
-        prefix = f"{where}." if where else ""
-        W = ungrouped(module) if layout.grouped else getattr(module, attr).detach()
-        b = getattr(module, "in_proj_bias" if attr == "in_proj_weight" else "bias", None)
-        b_name = "in_proj_bias" if attr == "in_proj_weight" else "bias"
+        module, prefix = plain.get_submodule(where), f"{where}." if where else ""
+        attr, b_name = names_of(layer)
+        W, b = getattr(module, attr), getattr(module, b_name, None)
         for name in names:
-            W = weight(layer, name, method, W, layer.original_weight() if method == "dora" else None)
+            W = weight(layer, name, method, W)
             if method == "lora-bias":
-                b = (0 if b is None else b) + scaling(layer, name) * layer.lora_B[name].bias
-        values[prefix + attr] = W.to(getattr(module, attr).dtype)
+                b = (0 if b is None else b) + scaling(layer, name) * layer.lora_B[name].bias.double()
+        values[prefix + attr] = W
+        if layout.grouped:
+            module.groups, module.weight = 1, nn.Parameter(W.detach())
         if method == "lora-bias" and b is not None:
             if getattr(module, b_name, None) is None:
                 setattr(module, b_name, nn.Parameter(torch.zeros_like(b)))
             values[prefix + b_name] = b
-        if layout.grouped:
-            module.groups, module.weight = 1, nn.Parameter(W.detach())
-    limit, plain_layer = None, getattr(plain, "layer", None)
-    if isinstance(plain_layer, nn.Embedding) and plain_layer.max_norm is not None:
-        limit, plain_layer.max_norm = plain_layer.max_norm, None  # torch would write into the weight
-    y = torch.func.functional_call(plain, values, (x,))
+    return within_norm(plain, values, x if layout.tokens else x.double()).to(
+        torch.float32 if layout.tokens else x.dtype
+    )
+
+
+def within_norm(plain: nn.Module, values: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The plain model under these weights; torch's `max_norm` would write into them, so it is applied here."""
+    layer = getattr(plain, "layer", None)
+    limit = layer.max_norm if isinstance(layer, nn.Embedding) else None
     if limit is not None:
-        size = y.detach().norm(dim=-1, keepdim=True)
-        y = y * torch.where(size > limit, limit / (size + 1e-7), 1.0)
-    return y
+        layer.max_norm = None
+    y = torch.func.functional_call(plain, values, (x,))
+    if limit is None:
+        return y
+    size = y.detach().norm(dim=-1, keepdim=True)
+    return y * torch.where(size > limit, limit / (size + 1e-7), 1.0)
 
 
-def weight_name(layer: BaseTunerLayer) -> str:
+def names_of(layer: BaseTunerLayer) -> tuple[str, str]:
+    """The attributes that hold the adapted weight and its bias."""
     if layer.parameter_name is not None:
-        return layer.parameter_name
-    return "in_proj_weight" if isinstance(layer.get_base_layer(), nn.MultiheadAttention) else "weight"
+        return layer.parameter_name, "bias"
+    attention = isinstance(layer.get_base_layer(), nn.MultiheadAttention)
+    return ("in_proj_weight", "in_proj_bias") if attention else ("weight", "bias")
 
 
 def scaling(layer: BaseTunerLayer, name: str) -> float:
     return 6 / math.sqrt(4) if layer.use_rslora[name] else 6 / 4
 
 
-def weight(layer: BaseTunerLayer, name: str, method: str, W: Tensor, original: Any) -> Tensor:
-    """W' from W, both in the stored layout."""
-    homes = layer.lora_embedding_A if "lora_embedding_A" in layer._modules else None
-    held = {
-        key: home[name] if homes is not None else home[name].weight
-        for key, home in layer._modules.items()
-        if key in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-    }
-    A, B = (next(v for k, v in held.items() if k.endswith(end)) for end in ("A", "B"))
+def factors(layer: BaseTunerLayer, name: str) -> tuple[Tensor, Tensor]:
+    """A and B as the layer holds them."""
+    if "lora_embedding_A" in layer._modules:
+        return layer.lora_embedding_A[name].double(), layer.lora_embedding_B[name].double()
+    return layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+
+
+def weight(layer: BaseTunerLayer, name: str, method: str, W: Tensor) -> Tensor:
+    """W' from W, both in the stored layout; a grouped kernel is made into the equal one without groups."""
+    A, B = factors(layer, name)
     D = product(layer, A, B)
     if method in SUBTRACTING:
-        first = layer.first[name]
-        A0, B0 = (next(v for k, v in first.items() if f"{end}.{name}" in k) for end in ("A", "B"))
+        A0, B0 = (next(v for k, v in layer.first[name].items() if f"{e}.{name}" in k).double() for e in ("A", "B"))
         D = D - product(layer, A0, B0)
     D = scaling(layer, name) * D
-    return W + D if method != "dora" else dora(layer, name, W, D)
+    if isinstance(layer.adapters[name].method, OutProjection):
+        D = D + D.detach()  # the update is added twice, the second time without gradient
+    base: Any = layer.get_base_layer()
+    grouped = getattr(base, "groups", 1) != 1
+    if method != "dora":
+        return (ungrouped(base, W) if grouped else W) + D
+    if not grouped:
+        return directed(layer, name, W + D, W + D)
+    # what adapter files were trained for: B's compact blocks read as a matrix of r columns
+    compact = B.flatten(1).reshape(-1, A.shape[0]) @ A.flatten(1)
+    return directed(layer, name, ungrouped(base, W) + D, W + scaling(layer, name) * compact.reshape(W.shape))
 
 
-def dora(layer: BaseTunerLayer, name: str, W: Tensor, D: Tensor) -> Tensor:
-    """m V / |V| for the first adapter of a layer, rows being out-features; |V| is a constant of the gradient."""
-    m = layer.lora_magnitude_vector[name].weight
-    V = (W + D).float() if W.dtype in (torch.float16, torch.bfloat16) else W + D
-    base = layer.get_base_layer()
-    stored_by_input = isinstance(base, nn.Embedding) or type(base).__name__ == "Conv1D"
-    if layer.parameter_name is not None and base.is_transposed:
-        stored_by_input = True
-    if stored_by_input:
-        V = V.mT
+def directed(layer: BaseTunerLayer, name: str, V: Tensor, of_norm: Tensor) -> Tensor:
+    """m V / |V|, a row per out-feature; |V|, taken of `of_norm`, is a constant of the gradient."""
+    m = layer.lora_magnitude_vector[name].weight.double()
+    base: Any = layer.get_base_layer()
     if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        m = m.flatten()
-        size = V.detach().flatten(1).norm(dim=1)
-        return V * (m / size).view(-1, *[1] * (V.dim() - 1))
-    V = V * (m / V.detach().norm(dim=-1)).unsqueeze(-1)
-    return V.mT if stored_by_input else V
+        size = of_norm.detach().flatten(1).norm(dim=1)
+        return V * (m.flatten() / size).view(-1, *[1] * (V.dim() - 1))
+    by_input = isinstance(base, nn.Embedding) or type(base).__name__ == "Conv1D"
+    by_input = by_input or (layer.parameter_name is not None and getattr(base, "is_transposed", False))
+    V, of_norm = (V.mT, of_norm.mT) if by_input else (V, of_norm)
+    V = V * (m / of_norm.detach().norm(dim=-1)).unsqueeze(-1)
+    return V.mT if by_input else V
 
 
 def product(layer: BaseTunerLayer, A: Tensor, B: Tensor) -> Tensor:
     """B A in the stored layout of the layer's weight."""
-    base = layer.get_base_layer()
+    base: Any = layer.get_base_layer()
     if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         g, flat = base.groups, B.flatten(1)
         out, rank = flat.shape[0] // g, flat.shape[1]
@@ -188,16 +203,16 @@ def product(layer: BaseTunerLayer, A: Tensor, B: Tensor) -> Tensor:
         return B @ A
     E = getattr(base, layer.parameter_name).shape[0]
     r = A.shape[0] // E
-    experts = [B[:, e::E] @ A[e * r : (e + 1) * r] for e in range(E)]
-    D = torch.stack(experts)
+    D = torch.stack([B[:, e::E] @ A[e * r : (e + 1) * r] for e in range(E)])
     return D.mT if base.is_transposed else D
 
 
-def ungrouped(m: nn.Module) -> Tensor:
-    """The kernel without groups that equals a grouped one."""
-    W = m.weight.detach()
+def ungrouped(m: Any, W: Tensor) -> Tensor:
+    """The kernel without groups that equals a grouped one; one without groups already is left as it is."""
+    if W.shape[1] == m.in_channels:
+        return W
     out, inp = W.shape[0] // m.groups, W.shape[1]
-    full = torch.zeros(W.shape[0], m.in_channels, *W.shape[2:], dtype=W.dtype)
+    full = W.new_zeros(W.shape[0], m.in_channels, *W.shape[2:])
     for i in range(m.groups):
         full[i * out : (i + 1) * out, i * inp : (i + 1) * inp] = W[i * out : (i + 1) * out]
     return full

@@ -47,10 +47,8 @@ def test_forward_in_half_precision_is_the_definition(method, name, dtype):
     model, x = adapted(method, layout, dtype), layout.x(dtype)
     with torch.no_grad():
         found = model(x)
-        wanted = expected(adapted(method, layout), method, layout, layout.x())
-    assert found.dtype is dtype
-    # the base weights differ by their rounding, PiSSA's singular vectors by more
-    close(found, wanted.to(dtype), 2e-1 if method == "pissa" else 6e-2 if dtype is torch.bfloat16 else 2e-2)
+        wanted = expected(model, method, layout, x, dtype=dtype)
+    close(found, wanted.to(dtype))
 
 
 @each_cell
@@ -59,7 +57,7 @@ def test_a_new_adapter_changes_nothing(method, name):
     if method == "orthogonal" and layout.kind == "parameter" and "3-D" in name:
         pytest.skip("experts share one pair of factors")
     with torch.no_grad():
-        wanted = layout.model()(layout.x())
+        wanted = layout.plain()(layout.x())
         found = get_peft_model(layout.model(), config(method, layout)).eval()(layout.x())
     close(found, wanted)
 
@@ -68,7 +66,7 @@ def test_a_new_adapter_changes_nothing(method, name):
 def test_merged_is_forward(method, name):
     layout = LAYOUTS[name]
     model, x = adapted(method, layout), layout.x()
-    if method == "lora-bias" and "nobias" in name:
+    if method == "lora-bias" and not layout.bias:
         with pytest.raises(RuntimeError, match="lora_bias"):
             model.merge_adapter()
         return
@@ -106,7 +104,7 @@ def test_merged_in_half_precision_is_forward_and_unmerges_to_the_bit(method, nam
 @few_mergeable
 def test_merging_one_of_two_adapters_keeps_the_answer(method, name):
     layout = LAYOUTS[name]
-    if method == "lora-bias" and "nobias" in name:
+    if method == "lora-bias" and not layout.bias:
         pytest.skip("there is no bias to merge into")
     model, x = adapted(method, layout, names=("default", "other")), layout.x()
     model.base_model.set_adapter(["default", "other"])
@@ -115,7 +113,6 @@ def test_merging_one_of_two_adapters_keeps_the_answer(method, name):
         wanted = model(x)
         model.merge_adapter(["default"])
         close(model(x), wanted)
-        model.merge_adapter(["default", "other"]) if False else None
         model.unmerge_adapter()
         same(model(x), wanted)
     for key, value in base_state(model).items():
@@ -143,7 +140,7 @@ def test_a_mixed_batch_is_separate_runs(method, name):
         parts = []
         for i, adapter in enumerate(names):
             if adapter == "__base__":
-                parts.append(layout.model()(x[i : i + 1]))
+                parts.append(layout.plain()(x[i : i + 1]))
             else:
                 model.set_adapter(adapter)
                 parts.append(model(x[i : i + 1]))
@@ -158,7 +155,9 @@ def test_disabled_is_the_base_to_the_bit(method, name):
     with torch.no_grad():
         with_adapter = model(x)
         with model.disable_adapter():
-            same(model(x), layout.model()(x))
+            same(model(x), layout.plain()(x))
+        if "max-norm" in name:
+            return  # torch shrank the looked-up rows of the base weight itself
         same(model(x), with_adapter)
 
 
@@ -169,7 +168,7 @@ def test_disabled_in_half_precision_is_the_base_to_the_bit(method, name, dtype):
     with torch.no_grad():
         model, x = adapted(method, layout, dtype), layout.x(dtype)
         with model.disable_adapter():
-            same(model(x), layout.model(dtype)(x))
+            same(model(x), layout.plain(dtype)(x))
 
 
 @each_cell
@@ -238,7 +237,7 @@ def test_a_pickle_gives_the_same_model(method, name):
 def test_a_merge_that_is_not_finite_is_refused_whole(method, name):
     layout = LAYOUTS[name]
     model, x = adapted(method, layout), layout.x()
-    if method == "lora-bias" and "nobias" in name:
+    if method == "lora-bias" and not layout.bias:
         pytest.skip("there is no bias to merge into")
     *_, (_, last) = tuner_layers(model)
     slot = last.slots("default")[-1]
@@ -253,7 +252,7 @@ def test_a_merge_that_is_not_finite_is_refused_whole(method, name):
         for key, value in base_state(model).items():
             same(value, before[key])
     with torch.no_grad(), model.disable_adapter():
-        same(model(x), layout.model()(x))
+        same(model(x), layout.plain()(x))
 
 
 @pytest.mark.parametrize(
@@ -262,11 +261,13 @@ def test_a_merge_that_is_not_finite_is_refused_whole(method, name):
 def test_what_cannot_be_is_refused_and_leaves_the_model_alone(method, name):
     layout = LAYOUTS[name]
     base, x = layout.model(), layout.x()
+    with torch.no_grad():
+        wanted = layout.model()(x)
     with pytest.raises(ValueError, match=forbidden(method, layout)):
         get_peft_model(base, config(method, layout))
     assert not list(tuner_layers(base)) and all(p.requires_grad for p in base.parameters())
     with torch.no_grad():
-        same(base(x), layout.model()(x))
+        same(base(x), wanted)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "lora-bias"])
@@ -280,7 +281,7 @@ def test_a_grouped_convolution_is_not_merged(method):
 
 def test_a_rank_that_does_not_fit_the_groups_names_one_that_does():
     layout = LAYOUTS["conv-2d-grouped"]
-    with pytest.raises(ValueError, match="r=3.*2 groups.*r=4"):
+    with pytest.raises(ValueError, match=r"r=3.*2 groups.*r=4"):
         get_peft_model(layout.model(), config("lora", layout, r=3))
 
 

@@ -1,8 +1,8 @@
 """The module that stands in a target's place: the target, every adapter's tensors, and the map they make together.
 
 State of a layer: which adapters are *loaded* (`adapters`), which are *active* (`active_adapters`) and which are
-*trainable* (their parameters' `requires_grad`). The three are independent. What a forward runs is decided when the state
-changes (`_replan`), not on each forward.
+*trainable* (their parameters' `requires_grad`). The three are independent. What a forward runs is decided when the
+state changes (`_replan`), not on each forward.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
             return self.get_base_layer()._qkv_same_embed_dim and self._run is None
         if not name.startswith("_") and name != "weight" and name != "bias":
             found = getattr(self.get_base_layer(), name, None)
-            if found is not None and not callable(found):
+            plain = isinstance(found, nn.Module) or not callable(found) or name in self.view.methods
+            if found is not None and plain:
                 return found
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

@@ -108,11 +108,14 @@ class Mergeable(nn.Module):
 
     @torch.no_grad()
     def tiles(self, names: tuple[str, ...]) -> Iterator[tuple[int, Tensor]]:
-        """W' in blocks of rows, (start, (..., rows, I)), each checked to be finite.
+        """W' in blocks of rows, (start, (..., rows, I)), each checked to be finite; before them b' is checked.
 
         Raises ValueError naming the layer if a block holds a value that is not finite.
         """
         stack, base = self.stack(names), self.get_base_layer()
+        b = stack.bias()
+        if b is not None and not torch.isfinite(b).all():
+            raise ValueError(f"Merging {list(names)} into {self._where()!r} gives a bias that is not finite.")
         *lead, out, inp = self.view.shape(base)
         step = max(1, TILE_BYTES // (12 * inp * (lead[0] if lead else 1)))
         dense = type(storage.of(base, self.view.name)) is storage.Storage
@@ -120,8 +123,9 @@ class Mergeable(nn.Module):
             W = stack.weight(slice(start, start + step) if dense else slice(None))
             if not torch.isfinite(W).all():
                 raise ValueError(
-                    f"Merging {list(names)} into {self._where()!r} gives weights that are not finite. The adapter or the "
-                    "base weight holds NaN or infinity, or the sum leaves the range of the dtype. Nothing was merged."
+                    f"Merging {list(names)} into {self._where()!r} gives weights that are not finite. The adapter or "
+                    "the base weight holds NaN or infinity, or the sum leaves the range of the dtype. Nothing was "
+                    "merged."
                 )
             yield start, W
 
@@ -136,8 +140,6 @@ class Mergeable(nn.Module):
             else:
                 kind.write(base, self.view.name, self.view.raw(base, W))
         if b is not None and b is not self.view.bias(base):
-            if not torch.isfinite(b).all():
-                raise ValueError(f"Merging {list(names)} into {self._where()!r} gives a bias that is not finite.")
             storage.of(base, self.view.bias_name).write(base, self.view.bias_name, b)
 
     def unmerge(self) -> None:

@@ -1,7 +1,7 @@
 """What a method states: what it owns on a target, and what it makes of the target's W and b.
 
-A method states its definition (`weight`, `bias`); it may state a shortcut (`forward`) that gives the same answer without
-building W'. The families below write the shortcut once. The conformance test holds shortcut against definition.
+A method states its definition (`weight`, `bias`); it may state a shortcut (`forward`) that gives the same answer
+without building W'. The families below write the shortcut once. The conformance test holds shortcut against definition.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import PeftWarning, nearest
+from ..errors import nearest
 from . import views
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
@@ -59,8 +58,8 @@ class Injection:
         if first:
             self._freeze()
         for target in plan.targets:
-            if isinstance(innermost(target.module), nn.MultiheadAttention) and target.parameter is None:
-                self._attention(target.path, innermost(target.module))
+            if target.parameter is None:
+                self._module(target.path, innermost(target.module))
             else:
                 self._place(target.path, target.parameter)
         self._tied_adapters(plan)
@@ -134,29 +133,17 @@ class Injection:
         device = torch.device("meta") if self.meta or weight is None else weight.device
         return Site(base, layer.view, own, path, dtype, device)
 
-    def _attention(self, path: str, base: nn.MultiheadAttention) -> None:
-        """An attention module: its in-projection, packed or as three parameters, and its out-projection.
-
-        The out-projection's weight is read and not called, so it becomes a layer of its own that shows W'.
-        """
-        if getattr(settings(self.config, path), "lora_dropout", 0):
-            warnings.warn(
-                f"lora_dropout has no effect on {path!r}: attention reads its weights, so the adapter has no input of its "
-                "own. Set lora_dropout=0 for it with module_config to silence this.",
-                PeftWarning,
-                stacklevel=2,
-            )
-        method = None
-        if base._qkv_same_embed_dim:
-            layer = self._place(path)
-            method = self.tuner.out_projection_method_of
-        else:
-            for parameter in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
-                layer = self._place(path, parameter)
-        outer = self.get(path)[2]
-        depth = outer.depth + 1
-        self._place(".".join([path] * bool(path) + ["base_layer"] * depth + ["out_proj"]), None, method)
-        del layer
+    def _module(self, path: str, base: nn.Module) -> None:
+        """A target module: its matrix or matrices, and the child layers whose weights it reads."""
+        view = views.view_of(base)
+        parts = view.parts(base)
+        for parameter in parts or (None,):
+            self._place(path, parameter)
+        if view.read_children:
+            below = [*path.split(".")] * bool(path) + ["base_layer"] * (self.get(path)[2].depth + 1)
+            method = None if parts else self.tuner.out_projection_method_of
+            for child in view.read_children:
+                self._place(".".join([*below, child]), None, method)
 
     def _tied_adapters(self, plan: Any) -> None:
         """Layers tied to the embedding take its factors, transposed: the same numbers in memory."""
@@ -235,8 +222,8 @@ class Injection:
         saved = getattr(self.config, "modules_to_save", None) or ()
         if isinstance(module, ModulesToSaveWrapper) and any(path.endswith(e) for e in saved):
             raise ValueError(
-                f"{path!r} is named in trainable_token_indices and in modules_to_save. Choose one: modules_to_save trains "
-                "the whole module."
+                f"{path!r} is named in trainable_token_indices and in modules_to_save. Choose one: modules_to_save "
+                "trains the whole module."
             )
         return path
 
@@ -305,6 +292,6 @@ def _check_same_tokens(chosen: dict[str, list[int]], tied: dict[str, list[str]])
         for other in tied[path]:
             if other in chosen and chosen[other] != indices:
                 raise ValueError(
-                    f"trainable_token_indices names {path!r} and {other!r}, which share one weight, with different tokens, "
-                    "but ensure_weight_tying=True. Give both the same tokens, or name only the embedding."
+                    f"trainable_token_indices names {path!r} and {other!r}, which share one weight, with different "
+                    "tokens, but ensure_weight_tying=True. Give both the same tokens, or name only the embedding."
                 )

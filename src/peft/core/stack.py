@@ -131,7 +131,7 @@ class InPlace:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         view: Any = self.stack.view
-        values = {view.name: self.stack.weight()}
+        values = {view.name: view.raw(self.stack.base, self.stack.weight())}
         b = self.stack.bias()
         if b is not None and view.bias_name:
             values[view.bias_name] = b

@@ -186,6 +186,7 @@ def check_disjoint(layer: TrainableTokensLayer, names: Sequence[str]) -> None:
         for token in layer.adapters[name].method.indices:  # type: ignore[attr-defined]
             if token in seen:
                 raise ValueError(
-                    f"The adapters {seen[token]!r} and {name!r} both train token {token}; they cannot be active together."
+                    f"The adapters {seen[token]!r} and {name!r} both train token {token}; they cannot be active "
+                    "together."
                 )
             seen[token] = name

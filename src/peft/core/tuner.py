@@ -121,8 +121,8 @@ class BaseTuner(nn.Module):
         others = [n for n, c in self.peft_config.items() if n != name and getattr(c, "bias", "none") != "none"]
         if bias != "none" and others:
             raise ValueError(
-                f"The adapters {others} and {name!r} both train biases of the base model (bias={bias!r}). Only one adapter "
-                "of a model can. Use bias='none' for the others."
+                f"The adapters {others} and {name!r} both train biases of the base model (bias={bias!r}). Only one "
+                "adapter of a model can. Use bias='none' for the others."
             )
 
     # ---- state -------------------------------------------------------------------------------------------------
@@ -186,8 +186,9 @@ class BaseTuner(nn.Module):
         trained = [n for n in self.active_adapters if getattr(self.peft_config.get(n), "bias", "none") != "none"]
         if trained:
             warnings.warn(
-                f"The adapter {trained[0]!r} trained biases of the base model (bias={self.peft_config[trained[0]].bias!r}), "
-                "which stay in force: the disabled model does not give the base model's output.",
+                f"The adapter {trained[0]!r} trained biases of the base model "
+                f"(bias={self.peft_config[trained[0]].bias!r}), which stay in force: the disabled model does "
+                "not give the base model's output.",
                 PeftWarning,
                 stacklevel=4,
             )
@@ -212,7 +213,8 @@ class BaseTuner(nn.Module):
         if not remaining and others and adapter_name in self.active_adapters:
             remaining = others[:1]
             warnings.warn(
-                f"Adapter {adapter_name!r} was active and is deleted. Setting active adapter to {remaining[0]!r}."
+                f"Adapter {adapter_name!r} was active and is deleted. Setting active adapter to {remaining[0]!r}.",
+                stacklevel=3,
             )
         for layer in layers:
             layer.delete_adapter(adapter_name)
@@ -340,7 +342,7 @@ def _one_warning_each() -> Iterator[None]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The base model's output while the context is open. Nests, and restores every layer as it was, also after errors."""
+    """The base model's output while the context is open. Nests, and restores every layer, also after errors."""
     before = [(layer, layer.disable_adapters) for _, layer in tuner_layers(model)]
     try:
         for layer, _ in before:

@@ -112,8 +112,8 @@ def _note_untied(model: nn.Module) -> None:
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
         text = (
-            "The adapter changed only one of two tied embedding weights, so they are no longer tied in the merged model, "
-            "and config.tie_word_embeddings was set to False. Save the model with this configuration."
+            "The adapter changed only one of two tied embedding weights, so they are no longer tied in the merged "
+            "model, and config.tie_word_embeddings was set to False. Save the model with this configuration."
         )
         report(PeftWarning, text, strict=False)
 

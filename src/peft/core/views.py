@@ -9,6 +9,7 @@ Letters: O out-features, I in-features (for a convolution: channels times kernel
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import PeftWarning
 from . import storage
 
 Pair = tuple[int, ...]
@@ -30,10 +32,19 @@ class LinearView:
     infix = ""  # LoRA files its tensors as lora_{infix}A and lora_{infix}B
     activations = True  # False: the layer cannot be split into W x and b; the whole module runs with W put in place
     dense = True  # the last axis of the input is W's in-axis
+    read_children: tuple[str, ...] = ()  # child layers whose weights the module reads instead of calling them
+    methods: tuple[str, ...] = ()  # what else the module's parent may call
 
     def shape(self, m: nn.Module) -> Pair:
         """(O, I), with leading axes where the module holds several matrices."""
         return (m.out_features, m.in_features)  # type: ignore[return-value]
+
+    def parts(self, m: nn.Module) -> tuple[str, ...]:
+        """The parameters that are adapted one by one where the module is a target but holds no single matrix."""
+        return ()
+
+    def check_dropout(self, path: str, argument: str) -> None:
+        """Raise or warn where dropout of the adapter's input is asked for but the input is out of reach."""
 
     def matrix(self, m: nn.Module, raw: Tensor) -> Tensor:
         """The stored tensor as (..., O, I), without a copy."""
@@ -288,7 +299,7 @@ class ConvView(LinearView):
 
 
 class ParameterView(LinearView):
-    """A parameter of a module that is not a layer: (O, I), or experts (E, O, I), stored (E, I, O) if `is_transposed`."""
+    """A parameter of a module that is no layer: (O, I), or experts (E, O, I), stored (E, I, O) if `is_transposed`."""
 
     label = "ParamWrapper"
     activations = False
@@ -301,10 +312,16 @@ class ParameterView(LinearView):
         raw = getattr(m, self.name)
         if raw.dim() not in (2, 3):
             raise ValueError(
-                f"The parameter {self.name!r} has {raw.dim()} dimensions {tuple(raw.shape)}; only matrices (out, in) and "
-                "stacks of matrices (experts, out, in) can be adapted."
+                f"The parameter {self.name!r} has {raw.dim()} dimensions {tuple(raw.shape)}; only matrices (out, in) "
+                "and stacks of matrices (experts, out, in) can be adapted."
             )
         return tuple(self.matrix(m, raw).shape)
+
+    def check_dropout(self, path: str, argument: str) -> None:
+        raise ValueError(
+            f"{argument} has no meaning for {path!r}, a parameter that its module reads: the adapter has no input of "
+            f"its own. Set {argument}=0, or only for this one: module_config={{{path!r}: {{{argument!r}: 0}}}}."
+        )
 
     def matrix(self, m: nn.Module, raw: Tensor) -> Tensor:
         return raw.mT if self._transposed(m, raw) else raw
@@ -328,6 +345,10 @@ class ParameterView(LinearView):
 
     def up(self, m: nn.Module, r: int, bias: bool = False, **kwargs: Any) -> nn.Module:
         *experts, out, _ = self.shape(m)
+        if bias and not self.bias_name:
+            raise ValueError(
+                f"lora_bias=True has no meaning for {self.name!r}, which has no bias. Set lora_bias=False."
+            )
         return linear_module(r * math.prod(experts), out, bias, **kwargs)
 
     def A(self, m: nn.Module, held: Tensor) -> Tensor:
@@ -359,12 +380,30 @@ class ParameterView(LinearView):
 
 
 class AttentionView(ParameterView):
-    """nn.MultiheadAttention: the packed in-projection (3 E, E); the out-projection is a layer of its own."""
+    """nn.MultiheadAttention: the packed in-projection (3 E, E), or one of the separate ones.
 
-    label = "MultiheadAttention"
+    The out-projection is a layer of its own.
+    """
 
-    def __init__(self) -> None:
-        super().__init__("in_proj_weight", "in_proj_bias")
+    read_children = ("out_proj",)
+    methods = ("merge_masks",)
+
+    def __init__(self, name: str = "in_proj_weight") -> None:
+        packed = name == "in_proj_weight"
+        super().__init__(name, "in_proj_bias" if packed else None)
+        self.label = "MultiheadAttention" if packed else "ParamWrapper"
+
+    def parts(self, m: nn.Module) -> tuple[str, ...]:
+        return () if m._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+    def check_dropout(self, path: str, argument: str) -> None:
+        path = path.removesuffix(f".{self.name}")
+        warnings.warn(
+            f"{argument} has no effect on {path!r}: attention reads its weights, so the adapter has no input of its "
+            f"own. Set {argument}=0 for it with module_config to silence this.",
+            PeftWarning,
+            stacklevel=2,
+        )
 
 
 def embed_scale(m: nn.Module) -> Any:
@@ -415,7 +454,7 @@ def view_of(m: nn.Module, parameter: str | None = None) -> LinearView:
     Raises ValueError if the module has no weight matrix that the library knows how to read.
     """
     if parameter is not None:
-        return ParameterView(parameter)
+        return (AttentionView if isinstance(m, nn.MultiheadAttention) else ParameterView)(parameter)
     view = _BY_TYPE.get(type(m))
     if view is None:
         view = _BY_TYPE[type(m)] = _find(m)

@@ -48,8 +48,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         super().__init__()
         if isinstance(module_to_save, (*_CONTAINERS, BaseTunerLayer)):
             raise TypeError(
-                f"modules_to_save selects {path!r}, a {type(module_to_save).__name__}, which cannot be copied as a whole. "
-                "Name the modules inside it, or exclude it from target_modules if it is an adapted layer."
+                f"modules_to_save selects {path!r}, a {type(module_to_save).__name__}, which cannot be copied as a "
+                "whole. Name the modules inside it, or exclude it from target_modules if it is an adapted layer."
             )
         self.original_module = module_to_save
         self.modules_to_save = nn.ModuleDict({})
@@ -99,8 +99,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         mine = [n for n in names if n in self.adapters]
         if len(mine) > 1:
             raise ValueError(
-                f"Only one adapter can be active for {self.path!r}, which is in modules_to_save, but {mine} all have a copy "
-                "of it. Activate one of them."
+                f"Only one adapter can be active for {self.path!r}, which is in modules_to_save, but {mine} all have a "
+                "copy of it. Activate one of them."
             )
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -173,8 +173,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def _mixed(self, names: tuple[str, ...], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(self.original_module, _BY_ROWS):
             raise TypeError(
-                f"adapter_names cannot be used with {self.path!r} in modules_to_save: a {type(self.original_module).__name__} "
-                "may mix the samples of a batch. Linear, embedding and convolution layers work."
+                f"adapter_names cannot be used with {self.path!r} in modules_to_save: a "
+                f"{type(self.original_module).__name__} may mix the samples of a batch. "
+                "Linear, embedding and convolution layers work."
             )
         groups = self.call.groups(x.shape[0], x.device, self.path, names)
         lacking = [n for n in groups if n != BASE and n not in self.adapters]

@@ -2,7 +2,7 @@
 
 Letters: N tokens, d in-features, k out-features, r rank. x is (..., d), y is (..., k), A is (r, d), B is (k, r).
 
-The plain forms are ordinary torch operations: they are the reference, and what runs under `torch.compile`, `torch.func`,
+The plain forms are ordinary torch operations: the reference, and what runs under `torch.compile`, `torch.func`,
 forward-mode differentiation and autocast. The fused forms give the same numbers and save x in its own dtype plus one
 byte of mask per element where there is dropout, instead of casts and dropped copies of x.
 """

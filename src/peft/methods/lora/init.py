@@ -29,7 +29,8 @@ _HALF = (torch.float16, torch.bfloat16, torch.float32)
 def fill(method: Any, p: Adapter, inner: Stack) -> None:
     """Draw or compute the first A and B of an adapter, and a zero bias.
 
-    Raises ValueError if the initialisation has no meaning for this layer, TypeError for a base dtype that it cannot read.
+    Raises ValueError if the initialisation has no meaning for this layer, TypeError for a base dtype that it cannot
+    read.
     """
     kind = p.settings.init_lora_weights
     A, B = _held(p)
@@ -40,13 +41,10 @@ def fill(method: Any, p: Adapter, inner: Stack) -> None:
         return
     if getattr(inner.base, "groups", 1) != 1:
         raise ValueError(
-            f"init_lora_weights={kind!r} has no meaning for {p.path!r}, a grouped convolution, whose B cannot mix all ranks. "
-            "Use init_lora_weights=True, or exclude the layer."
+            f"init_lora_weights={kind!r} has no meaning for {p.path!r}, a convolution with groups, whose B cannot mix "
+            "all ranks. Use init_lora_weights=True, or exclude the layer."
         )
-    if kind == "orthogonal":
-        dense = orthogonal(p.r, _in(p, inner), _out(p, inner), A.device)
-    else:
-        dense = principal(p, inner)
+    dense = orthogonal(p.r, _in(p, inner), _out(p, inner), A.device) if kind == "orthogonal" else principal(p, inner)
     lead = A.numel() // (p.r * _in(p, inner))
     A_new, B_new = (t.expand(lead, *t.shape) if lead > 1 and t.dim() == 2 else t for t in dense)
     A_new, B_new = inner.view.held(inner.base, A_new, B_new)
@@ -118,14 +116,14 @@ def principal(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor]:
     W = p.original_weight()
     if W.dtype not in _HALF:
         raise TypeError(
-            f"init_lora_weights={kind!r} needs a base weight in float32, float16 or bfloat16, but {p.path!r} is stored as "
-            f"{W.dtype}. Use init_lora_weights=True for this layer."
+            f"init_lora_weights={kind!r} needs a base weight in float32, float16 or bfloat16, but {p.path!r} is stored "
+            f"as {W.dtype}. Use init_lora_weights=True for this layer."
         )
     W = W.detach().float()
     if p.r > min(W.shape[-2:]):
         raise ValueError(
-            f"init_lora_weights={kind!r} takes r={p.r} components, but {p.path!r} is {tuple(W.shape[-2:])} and has only "
-            f"{min(W.shape[-2:])}. Lower r, or give this layer its own rank with rank_pattern."
+            f"init_lora_weights={kind!r} takes r={p.r} components, but {p.path!r} is {tuple(W.shape[-2:])} and has "
+            f"only {min(W.shape[-2:])}. Lower r, or give this layer its own rank with rank_pattern."
         )
     if kind == "olora":
         Q, R = torch.linalg.qr(W)

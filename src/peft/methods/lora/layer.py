@@ -1,4 +1,4 @@
-"""The names under which LoRA's layers are printed and recognised: one class per layout, all of them the core's layer."""
+"""The names under which LoRA's layers are printed and recognised: one class per layout, each the core's layer."""
 
 from __future__ import annotations
 

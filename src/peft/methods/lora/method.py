@@ -28,6 +28,8 @@ class LoRA(LowRank):
     def build(self, site: Site) -> dict[str, Any]:
         c, m, view = site.settings, site.module, site.view
         bias = bool(c.lora_bias)
+        if c.lora_dropout:
+            view.check_dropout(site.path, "lora_dropout")
         root = math.sqrt(c.r) if c.use_rslora else c.r
         return {
             "lora_dropout": nn.Dropout(c.lora_dropout) if c.lora_dropout else nn.Identity(),
