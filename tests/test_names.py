@@ -20,17 +20,6 @@ from peft.types import PeftType
 
 FACTS = json.loads((Path(__file__).parent / "data" / "interface.json").read_text())
 DEEP = [(module, name) for module, names in FACTS["deep"].items() for name in names]
-INTERNAL = {
-    "_prepare_prompt_learning_config", "_set_trainable", "set_additional_trainable_modules", "TpInfo",
-    "check_target_module_exists", "replicate_layers", "QuantizationBackend", "is_gptqmodel_quant_linear",
-    "warn_msg_weight_tying", "BasePromptEncoder", "BufferDict", "LoraEmbeddingATPHolder", "LoraVariant",
-    "VARIANT_KWARG_KEYS", "dispatch_default", "loftq_init", "skip_init_on_device", "dtensor_from_local_like",
-    "get_layer_device_map", "dequantize_bnb_weight", "create_attention_mask", "get_quantization_config",
-    "get_alora_offsets_for_forward", "get_alora_offsets_for_generate", "get_embedding_layer_name",
-    "has_valid_embedding_base_layer", "starcoder_model_postprocess_past_key_value",
-    "is_transformers_dtensor_tp", "is_transformers_le_4_53",
-    "get_quantization_kwargs", "quantization_extra_repr", "resolve_quantization_backend",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(peft.__all__))
@@ -54,7 +43,66 @@ def test_a_later_name_is_an_import_error_that_says_so(name):
 @pytest.mark.parametrize(("module", "name"), DEEP)
 def test_deep_names_exist_or_are_known_to_be_missing(module, name):
     found = hasattr(importlib.import_module(module), name)
-    assert found or name in later.NAMES or name in INTERNAL
+    assert found or name in later.NAMES or name in later.INTERNAL
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("from peft.helpers import DoraCaching", "comes with a later release"),
+        ("from peft.tuners.lokr.layer import factorization", "comes with a later release"),
+        ("from peft.tuners import LoKrConfig", "comes with a later release"),
+        ("from peft.import_utils import is_transformers_dtensor_tp", "internal to the original library"),
+        ("from peft.utils.integrations import TpInfo", "internal to the original library"),
+        ("from peft.utils.constants import is_transformers_dtensor_tp", "internal to the original library"),
+    ],
+)
+def test_a_missing_deep_name_is_an_import_error_that_says_why(statement, reason):
+    with pytest.raises(ImportError, match=reason):
+        exec(statement, {})
+
+
+def test_an_unknown_deep_name_is_an_ordinary_import_error():
+    with pytest.raises(ImportError, match="cannot import name 'nonsense'"):
+        exec("from peft.helpers import nonsense", {})
+
+
+def test_a_later_method_has_the_configuration_that_trainers_ask_about(tmp_path):
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", prefix_projection=True)
+    assert isinstance(config, peft.PromptLearningConfig)
+    assert config.is_prompt_learning
+    config.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (values["num_virtual_tokens"], values["prefix_projection"]) == (3, True)
+    assert values["peft_type"] == PeftType.PREFIX_TUNING
+    with pytest.raises(NotImplementedError, match="PREFIX_TUNING comes with a later release"):
+        peft.PeftConfig.from_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="PREFIX_TUNING comes with a later release"):
+        peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), config)
+    with pytest.raises(ValueError, match="init_weights is 'ones'"):
+        peft.PrefixTuningConfig(init_weights="ones")
+
+
+def test_diffusers_finds_the_tensors_of_adapters_that_it_does_not_cast():
+    from peft.tuners.loha.layer import LoHaLayer
+    from peft.tuners.lokr.layer import LoKrLayer
+    from peft.tuners.lora.layer import LoraLayer
+
+    assert {"hada_w1_a", "hada_t1"} <= set(LoHaLayer.adapter_layer_names)
+    assert {"lokr_w1", "lokr_t2"} <= set(LoKrLayer.adapter_layer_names)
+    assert not set(LoraLayer.adapter_layer_names) & {*LoHaLayer.adapter_layer_names, *LoKrLayer.adapter_layer_names}
+
+
+def test_layers_are_replicated_on_the_same_weights():
+    from peft.tuners.tuners_utils import replicate_layers
+
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    first, second = (layer.weight for layer in model.model.layers)
+    replicate_layers(model, [(0, 2), (0, 1)])
+    assert [layer.weight is first for layer in model.model.layers] == [True, False, True]
+    assert model.model.layers[1].weight is second
 
 
 @pytest.mark.parametrize("module", FACTS["modules"])

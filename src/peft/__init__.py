@@ -25,6 +25,7 @@ _NAMES = {
         ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraRuntimeConfig
         MontecloraConfig VeloraConfig""",
     "peft.methods.lora.model": "LoraModel",
+    "peft.methods.prefix_tuning": "PrefixTuningConfig",
     "peft.registry": """
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING
         PEFT_TYPE_TO_TUNER_MAPPING""",

@@ -64,6 +64,9 @@ from .methods.lora.config import (
 from .methods.lora.model import (
     LoraModel,
 )
+from .methods.prefix_tuning import (
+    PrefixTuningConfig,
+)
 from .mixed_model import (
     PeftMixedModel,
 )
@@ -132,6 +135,7 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
+    "PrefixTuningConfig",
     "PromptLearningConfig",
     "TaskType",
     "UnexpectedTensorsWarning",

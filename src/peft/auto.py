@@ -7,11 +7,20 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from . import lazy
 from .config import PeftConfig
 from .errors import nearest
 from .model import PeftModel
 from .persist import hub_arguments
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+_NAMES = {
+    "peft.core.defaults": "TOKENIZER_CONFIG_NAME",
+    "peft.heads": """
+        PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM
+        PeftModelForSequenceClassification PeftModelForTokenClassification""",
+}
+__getattr__, __dir__, _ = lazy.names(__name__, _NAMES)
 
 ALLOWED = ("diffusers", "lerobot", "megatron-core", "transformers")
 OPTIONS = ("ignore_mismatched_sizes", "strict", "torch_device")  # of the adapter, not of the base model

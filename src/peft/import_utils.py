@@ -10,6 +10,10 @@ from importlib.util import find_spec
 
 from packaging.version import Version
 
+from .lazy import announce
+
+announce(__name__)
+
 
 @lru_cache
 def _has(package: str) -> bool:

@@ -24,6 +24,7 @@ def names(module: str, table: Mapping[str, str]) -> Hooks:
         table: "module" or "module:original_name" -> the names, separated by blanks.
     """
     places = {name: place for place, several in table.items() for name in several.split()}
+    announce(module)
 
     def __getattr__(name: str) -> Any:
         if name not in places:
@@ -37,6 +38,14 @@ def names(module: str, table: Mapping[str, str]) -> Hooks:
         return sorted({*vars(sys.modules[module]), *places})
 
     return __getattr__, __dir__, sorted(places)
+
+
+def announce(module: str) -> None:
+    """Let `from module import name` say why a name is not there.
+
+    Python asks the finders, `Later` among them, about a missing name only if the module looks like a package.
+    """
+    vars(sys.modules[module]).setdefault("__path__", [])
 
 
 def _reason(name: str, exist: Mapping[str, str]) -> str:
@@ -65,9 +74,11 @@ class Later(MetaPathFinder):
         """Raise ImportError for what is known to come later; None for all else."""
         if not fullname.startswith("peft."):
             return None
-        from .later import NAMES, is_later_module
+        from .later import INTERNAL, NAMES, is_later_module
 
         parent, _, name = fullname.rpartition(".")
+        if name in INTERNAL and parent != "peft":
+            raise ImportError(f"{fullname} is internal to the original library and has no counterpart here.", name=name)
         if name not in NAMES and not is_later_module(fullname):
             return None
         exist = _alike(name, getattr(sys.modules.get(parent), "__all__", []))

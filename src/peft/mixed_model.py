@@ -6,6 +6,16 @@ from typing import Any
 
 from torch import nn
 
+from . import lazy
+
+_NAMES = {
+    "peft.config": "PeftConfig",
+    "peft.core.defaults": "DUMMY_MODEL_CONFIG",
+    "peft.model": "PeftModel",
+    "peft.registry": "PEFT_TYPE_TO_CONFIG_MAPPING",
+}
+__getattr__, __dir__, _ = lazy.names(__name__, _NAMES)
+
 
 class PeftMixedModel(nn.Module):
     """A model whose adapters may differ in method. No instance can be made yet."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import import_utils
 from ..core import defaults
 from ..core.defaults import (
     CONFIG_NAME,
@@ -17,6 +18,9 @@ from ..core.defaults import (
     TOKENIZER_CONFIG_NAME,
     WEIGHTS_NAME,
 )
+from ..lazy import announce
+
+announce(__name__)
 
 __all__ = [
     "CONFIG_NAME",
@@ -80,6 +84,8 @@ def __getattr__(name: str) -> Any:
         value: Any = defaults.targets_by_model_type(TARGET_NAMES[name])
     elif name in ("ALLOWED_COMPUTE_DTYPES", "UPCAST_DTYPES"):
         value = _dtypes(getattr(defaults, name.removesuffix("S") + "_NAMES"))
+    elif name == "is_transformers_le_4_53":
+        value = getattr(import_utils, name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -9,6 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..lazy import announce
+
+announce(__name__)
+
 
 def check_deepspeed_zero3_enabled() -> bool:
     """Whether transformers runs under DeepSpeed ZeRO-3, where parameters are spread over the ranks."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core.layer import BaseTunerLayer
 from ..core.merge import adapters_to_merge
+from ..core.replicate import replicate
 
 
 def check_adapters_to_merge(module: BaseTunerLayer, adapter_names: list[str] | None = None) -> list[str]:
@@ -27,6 +28,11 @@ def clone_module(module: nn.Module, share_weights: bool = False) -> nn.Module:
         return copy.deepcopy(module)
     memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, memo)
+
+
+def replicate_layers(model: nn.Module, layer_map: list[tuple[int, int]]) -> None:
+    """Rebuild a model's layer list as the concatenation of ranges [start, end) of it, on the same weights."""
+    replicate(model, layer_map)
 
 
 def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:

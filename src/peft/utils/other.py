@@ -15,6 +15,7 @@ from torch import nn
 
 from ..core.hub import is_local
 from ..lazy import names
+from .constants import TARGET_NAMES
 
 _NAMES = {
     "peft.core.tokens": "TrainableTokensWrapper",
@@ -22,6 +23,7 @@ _NAMES = {
     "peft.core.defaults": """
         CONFIG_NAME EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND SAFETENSORS_WEIGHTS_NAME
         WEIGHTS_NAME""",
+    "peft.utils.constants": " ".join(["TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", *TARGET_NAMES]),
 }
 __getattr__, __dir__, _ = names(__name__, _NAMES)
 
