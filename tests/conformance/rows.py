@@ -107,7 +107,7 @@ def expected(
         attr, b_name = names_of(layer)
         W, b = getattr(module, attr), getattr(module, b_name, None)
         for name in names:
-            W = weight(layer, name, method, W)
+            W = weight(layer, name, method, W, getattr(module, attr))
             if method == "lora-bias":
                 b = (0 if b is None else b) + scaling(layer, name) * layer.lora_B[name].bias.double()
         values[prefix + attr] = W
@@ -154,8 +154,11 @@ def factors(layer: BaseTunerLayer, name: str) -> tuple[Tensor, Tensor]:
     return layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
 
 
-def weight(layer: BaseTunerLayer, name: str, method: str, W: Tensor) -> Tensor:
-    """W' from W, both in the stored layout; a grouped kernel is made into the equal one without groups."""
+def weight(layer: BaseTunerLayer, name: str, method: str, W: Tensor, original: Tensor) -> Tensor:
+    """W' from W, both in the stored layout; a grouped kernel is made into the equal one without groups.
+
+    DoRA's norm is that of the original weight and this one update, whatever other adapters made of W.
+    """
     A, B = factors(layer, name)
     D = product(layer, A, B)
     if method in SUBTRACTING:
@@ -169,10 +172,11 @@ def weight(layer: BaseTunerLayer, name: str, method: str, W: Tensor) -> Tensor:
     if method != "dora":
         return (ungrouped(base, W) if grouped else W) + D
     if not grouped:
-        return directed(layer, name, W + D, W + D)
+        return directed(layer, name, W + D, original + D)
     # what adapter files were trained for: B's compact blocks read as a matrix of r columns
     compact = B.flatten(1).reshape(-1, A.shape[0]) @ A.flatten(1)
-    return directed(layer, name, ungrouped(base, W) + D, W + scaling(layer, name) * compact.reshape(W.shape))
+    norm_of = original + scaling(layer, name) * compact.reshape(original.shape)
+    return directed(layer, name, ungrouped(base, W) + D, norm_of)
 
 
 def directed(layer: BaseTunerLayer, name: str, V: Tensor, of_norm: Tensor) -> Tensor:

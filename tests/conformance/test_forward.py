@@ -122,8 +122,6 @@ def test_merging_one_of_two_adapters_keeps_the_answer(method, name):
 @each_cell
 def test_two_active_adapters_are_applied_in_order(method, name):
     layout = LAYOUTS[name]
-    if method == "dora":
-        pytest.skip("the norm belongs to the base and one adapter; see test_merging_one_of_two_adapters")
     model, x = adapted(method, layout, names=("default", "other")), layout.x()
     model.base_model.set_adapter(["default", "other"])
     with torch.no_grad():

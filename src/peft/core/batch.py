@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from .call import BASE, Call
 from .method import Delta
-from .stack import Adapter
+from .stack import Adapter, Stack
 from .views import LinearView
 
 
@@ -20,6 +21,11 @@ class MixedBatch(nn.Module):
     call: Call
     adapters: dict[str, Adapter]
     _merged: list[str]
+    stack: Callable[..., Stack]
+    _runner: Callable[[Stack], Any]
+    _general: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+    _live_names: Callable[[], tuple[str, ...]]
+    _where: Callable[[], str]
 
     def _mixed(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Each sample under its own adapter."""

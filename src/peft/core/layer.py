@@ -16,18 +16,13 @@ from torch import Tensor, nn
 
 from .batch import MixedBatch
 from .call import Call
+from .host import AdapterHost, tuner_layers
 from .merge import Mergeable
 from .method import Method, Site
 from .stack import Adapter, BufferDict, Finish, InPlace, Slot, Stack, Values, tensors_below
 from .views import Template, view_of
 
 _MODULES, _PARAMETERS, _BUFFERS = Template(nn.ModuleDict()), Template(nn.ParameterDict()), Template(BufferDict())
-
-
-class AdapterHost(nn.Module):
-    """A module that holds adapters in place of one of the user's: a tuner layer or a wrapper of a whole module."""
-
-    _below: ClassVar[tuple[str, ...]] = ()  # the children that are the user's own, where further hosts may stand
 
 
 class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
@@ -44,6 +39,10 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
     other_param_names: tuple[str, ...] = ()
     _home_order: ClassVar[tuple[str, ...]] = ()
     _parameter_homes: ClassVar[frozenset[str]] = frozenset()
+
+    shares: frozenset[str]  # adapters whose tensors belong to another layer
+    _suspended: list[str] | None  # what was merged when the layer was disabled
+    _run: Any  # what a forward calls; None is the base layer
 
     def __init__(
         self,
@@ -91,7 +90,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
     def weight(self) -> Tensor:
         """The base layer's weight; W' where the parent reads weights instead of calling its children."""
         if self._read and not self._disabled and (self._run is not None or self.call.only is not None):
-            stack = self.stack(self._names_now())
+            stack = self._shown()
             return self.view.raw(stack.base, stack.weight())
         base = self.get_base_layer()
         return base.qweight if hasattr(base, "qweight") else base.weight  # type: ignore[return-value]
@@ -100,8 +99,14 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
     def bias(self) -> Tensor | None:
         """The base layer's bias; b' where the parent reads it."""
         if self._read and not self._disabled and (self._run is not None or self.call.only is not None):
-            return self.stack(self._names_now()).bias()
+            return self._shown().bias()
         return self.get_base_layer().bias  # type: ignore[return-value]
+
+    def _shown(self) -> Stack:
+        run = self._run
+        if self.call.only is not None:
+            return self.stack((self.call.only,))
+        return run.stack if isinstance(run, Finish) else run
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -167,24 +172,37 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         self._file(key, p.name, value, p)
 
     def _drop(self, name: str) -> None:
-        for key, home in list(self._modules.items()):
-            if key != "base_layer" and name in home:  # type: ignore[operator]
-                del home[name]  # type: ignore[attr-defined]
-                if not len(home):  # type: ignore[arg-type]
+        homes: list[tuple[str, Any]] = [(k, h) for k, h in self._modules.items() if k != "base_layer"]
+        for key, home in homes:
+            if name in home:
+                del home[name]
+                if not len(home):
                     del self._modules[key]
         self.adapters.pop(name, None)
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
         """Remove an adapter. If it was the only active one, the first remaining one becomes active.
+
+        Arguments:
+            adapter_name: which; nothing happens if the layer neither has nor names it.
+            new_active_adapters: what the caller activates afterwards, so that no choice is made here.
 
         Raises ValueError if it is merged.
         """
-        if adapter_name not in self.adapters:
-            return
         if adapter_name in self.merged_adapters:
             raise ValueError(f"Cannot delete the adapter {adapter_name!r} while it is merged. Call unmerge first.")
+        if adapter_name not in self.adapters and adapter_name not in self._active:
+            return
         self._drop(adapter_name)
-        self._active = tuple(n for n in self._active if n != adapter_name)
+        left = tuple(n for n in self._active if n != adapter_name)
+        if new_active_adapters is None and self._active and not left and self.adapters:
+            left = (next(iter(self.adapters)),)
+            warnings.warn(
+                f"Adapter {adapter_name!r} was active and is deleted. Setting active adapter to {left[0]!r}.",
+                stacklevel=2,
+            )
+            self.activate(left)
+        self._active = left
         self._replan()
 
     def _get_available_adapters(self) -> set[str]:
@@ -215,30 +233,12 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
             child = home._modules.get(name)  # type: ignore[union-attr]
             held = home._parameters.get(name) if child is None else None  # type: ignore[union-attr]
             if child is not None:
-                yield from child.parameters() if child._modules else filter(None.__ne__, child._parameters.values())  # type: ignore[arg-type]
+                own = (q for q in child._parameters.values() if q is not None)
+                yield from child.parameters() if child._modules else own
             elif held is not None:
                 yield held
 
     # ---- state -------------------------------------------------------------------------------------------------
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters, in order."""
-        return list(self._active)
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """Same as `active_adapters`."""
-        return list(self._active)
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the layer runs as the base layer."""
-        return self._disabled
-
-    @property
-    def _disable_adapters(self) -> bool:
-        return self._disabled
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -273,30 +273,6 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         self._active = names
         self._replan()
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make the parameters of these adapters trainable or frozen; unknown names are ignored."""
-        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            for parameter in self.adapter_parameters(name):
-                if parameter.requires_grad != requires_grad:
-                    parameter.requires_grad_(requires_grad)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Run with the active adapters, or as the base layer, with nothing trainable.
-
-        What is merged is taken out while disabled. Enabling gives back what was trainable and merged before.
-        """
-        if enabled == (not self._disabled):
-            return
-        if enabled:
-            self._set_disabled(False)
-            for name, flag in (self._trainable or {}).items():
-                self.set_requires_grad(name, flag)
-            self._trainable = None
-        else:
-            self._trainable = {n: any(q.requires_grad for q in self.adapter_parameters(n)) for n in self.adapters}
-            self.set_requires_grad(list(self.adapters), False)
-            self._set_disabled(True)
-
     def _set_disabled(self, disabled: bool) -> None:
         if disabled == self._disabled:
             return
@@ -325,7 +301,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
 
     def _runner(self, stack: Stack) -> Any:
         if not self.view.activations:
-            return InPlace(stack, self.depth)
+            return InPlace(stack)
         return Finish(stack) if getattr(stack.base, "max_norm", None) is not None else stack
 
     def stack(self, names: Sequence[str], extra: Any = None) -> Stack:
@@ -380,21 +356,4 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         return f"{self.family}.{text}" if self.family else text
 
 
-def tuner_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, layer) of every tuner layer and wrapper below a module; its cost does not depend on how many adapters
-    are loaded, because the walk never enters an adapter's own modules."""
-    stack: list[tuple[str, nn.Module]] = [(prefix, module)]
-    seen: set[int] = set()
-    while stack:
-        path, m = stack.pop()
-        if id(m) in seen:
-            continue
-        seen.add(id(m))
-        children = m._modules
-        if isinstance(m, AdapterHost):
-            yield path, m
-            children = {k: children[k] for k in m._below}
-        for name in reversed(children):
-            child = children[name]
-            if child is not None:
-                stack.append((f"{path}.{name}" if path else name, child))
+__all__ = ["AdapterHost", "BaseTunerLayer", "tuner_layers"]

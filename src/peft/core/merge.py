@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import storage
 from .method import Delta
-from .stack import Adapter
+from .stack import Adapter, Stack
 from .views import LinearView
 
 TILE_BYTES = 64 * 2**20  # what a merge may allocate beyond the weights themselves
@@ -26,6 +26,10 @@ class Mergeable(nn.Module):
     _active: tuple[str, ...]
     _merged: list[str]
     _saved: dict[str, Any] | None
+    get_base_layer: Callable[[], nn.Module]
+    stack: Callable[..., Stack]
+    _replan: Callable[[], None]
+    _where: Callable[[], str]
 
     def original_weight(self) -> Tensor:
         """The base weight without any merged adapter, (..., O, I)."""

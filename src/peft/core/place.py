@@ -51,7 +51,8 @@ class Injection:
     def run(self, state_dict: Any = None) -> None:
         """Everything, in order; `state_dict`'s keys, if given, decide which modules are adapted."""
         config = self.config
-        first = not any(True for _ in tuner_layers(self.model))
+        disabled = [layer.disable_adapters for _, layer in tuner_layers(self.model)]
+        first = not disabled
         if getattr(config, "layer_replication", None) and first:
             self.undo.append(replicate(self.model, config.layer_replication))
         plan = self.tuner.match(self.model, config, self.name, state_dict)
@@ -67,6 +68,9 @@ class Injection:
         self._tokens(plan)
         for layer in self.placed:
             layer.set_requires_grad(self.name, False)
+        if disabled and all(disabled):  # new layers of a disabled model are so too
+            for _, layer in tuner_layers(self.model):
+                layer._set_disabled(True)
         self._biases()
         self._note(plan)
 
@@ -239,9 +243,9 @@ class Injection:
         site = self.site(layer, None, path, autocast=False)
         p = layer.add_adapter(self.name, TokenRows(indices, share), site, init=not self.meta)
         if share is not None:
-            layer.shares = {*layer.shares, self.name}
+            layer.shares = layer.shares | {self.name}
         layer.set_requires_grad(self.name, False)
-        return p.trainable_tokens_delta  # type: ignore[no-any-return]
+        return p.trainable_tokens_delta
 
     # ---- the rest ----------------------------------------------------------------------------------------------
 
@@ -250,7 +254,7 @@ class Injection:
         if kind == "none" or getattr(self.config, "inference_mode", False):
             return
         if kind == "all":
-            chosen = [p for n, p in self.model.named_parameters() if n == "bias" or n.endswith(".bias")]
+            chosen: list[Any] = [p for n, p in self.model.named_parameters() if n == "bias" or n.endswith(".bias")]
         else:
             chosen = [b for layer in self.placed if (b := layer.view.bias(layer.get_base_layer())) is not None]
         before = [p.requires_grad for p in chosen]

@@ -251,7 +251,8 @@ class Search:
             return None
         if kind == "aux":
             return "another adapter trains a copy of this module; adapt it or save it, not both"
-        if kind == "tuner" and module.parameter_name is not None and not module.view.parts(innermost(module)):
+        layer: Any = module
+        if kind == "tuner" and layer.parameter_name is not None and not layer.view.parts(innermost(module)):
             return (
                 f"another adapter adapts its parameter {module.parameter_name!r}; "
                 "a module is adapted as a whole or by parameters"

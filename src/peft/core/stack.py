@@ -41,28 +41,28 @@ class Adapter:
         if torch.compiler.is_compiling():
             return self.direct[key]
         home = self.layer._modules.get(key)
-        if home is None or self.name not in home:  # type: ignore[operator]
+        if home is None or self.name not in home:
             raise AttributeError(f"The adapter {self.name!r} has no {key!r}.")
-        return home[self.name]  # type: ignore[index]
+        return home[self.name]
 
     def has(self, key: str) -> bool:
         """Whether the adapter owns a tensor or module `key`."""
         home = self.layer._modules.get(key)
-        return home is not None and self.name in home  # type: ignore[operator]
+        return home is not None and self.name in home
 
     def held(self, key: str) -> Any:
         """The module or parameter `key`, found by the shortest way."""
         if torch.compiler.is_compiling():
             return self.direct[key]
         home = self.layer._modules[key]
-        found = home._modules.get(self.name)  # type: ignore[union-attr]
-        return home._parameters[self.name] if found is None else found  # type: ignore[union-attr]
+        found = home._modules.get(self.name)
+        return home._parameters[self.name] if found is None else found
 
     def held_buffer(self, key: str) -> Tensor:
         """A derived tensor."""
         if torch.compiler.is_compiling():
             return self.direct[key]
-        return self.layer._modules[key]._buffers[self.name]  # type: ignore[return-value, union-attr]
+        return self.layer._modules[key]._buffers[self.name]
 
     def original_weight(self) -> Tensor:
         """The base weight without any merged adapter, (..., O, I)."""
@@ -87,8 +87,8 @@ class Stack:
             return last.method.forward(last, self.inner, x)  # type: ignore[arg-type]
         base = self.layer._modules["base_layer"]
         if self.extra is not None:
-            return base(x, *self.extra[0], **self.extra[1])  # type: ignore[misc]
-        return self.view.base(base, x)  # type: ignore[arg-type]
+            return base(x, *self.extra[0], **self.extra[1])
+        return self.view.base(base, x)
 
     def weight(self, rows: slice = slice(None)) -> Tensor:
         """W' of the stack, (..., rows, I)."""
@@ -126,16 +126,17 @@ class Stack:
 class InPlace:
     """Runs a module that cannot be split into W x + b, with W' and b' put in place."""
 
-    def __init__(self, stack: Stack, depth: int):
-        self.stack, self.path = stack, ".".join(["base_layer"] * depth)
+    def __init__(self, stack: Stack):
+        self.stack = stack
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        view: Any = self.stack.view
-        values = {view.name: view.raw(self.stack.base, self.stack.weight())}
-        b = self.stack.bias()
+        stack, view = self.stack, self.stack.view
+        base = stack.base
+        values = {view.name: view.raw(base, stack.weight())}
+        b = stack.bias()
         if b is not None and view.bias_name:
             values[view.bias_name] = b
-        return view.run(self.stack.layer._modules["base_layer"], self.path, values, args, kwargs)
+        return view.run(base, values, stack.layer._modules["base_layer"], args, kwargs)
 
 
 class Finish:
@@ -195,11 +196,11 @@ class BufferDict(nn.Module):
 
 def tensors_below(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:
     """(owner, dotted name, attribute) of every parameter and persistent buffer below a module."""
-    for name, value in module._parameters.items():
-        if value is not None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
             yield module, prefix + name, name
-    for name, value in module._buffers.items():
-        if value is not None and name not in module._non_persistent_buffers_set:
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
             yield module, prefix + name, name
     for name, child in module._modules.items():
         if child is not None:

@@ -29,17 +29,17 @@ class TokenRows(Method):
         self.indices, self.share = list(indices), share
 
     def build(self, site: Site) -> dict[str, Any]:
-        raw = site.module.weight
-        count, width = raw.shape  # type: ignore[union-attr, misc]
+        raw: Any = site.module.weight
+        count, width = raw.shape
         bad = [i for i in self.indices if not -count <= i < count]
         if bad:
             raise ValueError(
                 f"trainable_token_indices has {bad}, but {site.path!r} has only {count} tokens (0 to {count - 1})."
             )
-        dtype = raw.dtype  # type: ignore[union-attr]
+        dtype = raw.dtype
         held = self.share
         if held is None:
-            held = nn.Parameter(torch.empty(len(self.indices), width, dtype=dtype, device=site.device))  # type: ignore[arg-type]
+            held = nn.Parameter(torch.empty(len(self.indices), width, dtype=dtype, device=site.device))
         index = torch.tensor(
             [i % count for i in self.indices], device=None if site.device.type == "meta" else site.device
         )
@@ -159,8 +159,8 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def _set_disabled(self, disabled: bool) -> None:
         self.token_adapter._set_disabled(disabled)
 
-    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
-        self.token_adapter.delete_adapter(adapter_name)
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
+        self.token_adapter.delete_adapter(adapter_name, new_active_adapters)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -60,7 +60,7 @@ class BaseTuner(nn.Module):
         with _no_collection():
             self.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self.set_adapter(adapter_name, inference_mode=bool(self.peft_config[adapter_name].inference_mode))
-        model.peft_config = self.peft_config  # type: ignore[assignment]
+        model.peft_config = self.peft_config
 
     # ---- what a method's tuner states --------------------------------------------------------------------------
 
@@ -216,9 +216,9 @@ class BaseTuner(nn.Module):
                 f"Adapter {adapter_name!r} was active and is deleted. Setting active adapter to {remaining[0]!r}.",
                 stacklevel=3,
             )
+        active = tuple(n for n in remaining if n in self.peft_config)
         for layer in layers:
-            layer.delete_adapter(adapter_name)
-            active = tuple(n for n in remaining if n in self.peft_config)
+            layer.delete_adapter(adapter_name, active)
             if tuple(layer.active_adapters) != active:
                 layer.activate(active)
         del self.peft_config[adapter_name]
@@ -342,14 +342,18 @@ def _one_warning_each() -> Iterator[None]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The base model's output while the context is open. Nests, and restores every layer, also after errors."""
-    before = [(layer, layer.disable_adapters) for _, layer in tuner_layers(model)]
+    """The base model's output while the context is open. Nests, and restores every layer as it was, also after errors.
+
+    Layers that are placed meanwhile are left as the others were.
+    """
+    before = {layer: layer.disable_adapters for _, layer in tuner_layers(model)}
     try:
-        for layer, _ in before:
+        for layer in before:
             layer._set_disabled(True)
         yield
     finally:
-        for layer, was in before:
+        now = {layer: all(before.values()) for _, layer in tuner_layers(model)} if before else {}
+        for layer, was in {**now, **before}.items():
             layer._set_disabled(was)
 
 

@@ -71,22 +71,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     @property
     def adapters(self) -> dict[str, nn.Module]:
         """The copies by adapter name."""
-        return self.modules_to_save._modules  # type: ignore[return-value]
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters that have a copy here."""
-        return list(self._active)
-
-    @property
-    def active_adapter(self) -> list[str]:
-        """Same as `active_adapters`."""
-        return list(self._active)
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the original runs."""
-        return self._disabled
+        return self.modules_to_save._modules
 
     merged_adapters: tuple[str, ...] = ()
     merged = False
@@ -122,27 +107,15 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             self.set_requires_grad(name, name in names and not inference_mode)
         self.__dict__["_active"] = tuple(n for n in names if n in self.adapters)
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make copies trainable or frozen; unknown names are ignored."""
-        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            for parameter in self.adapter_parameters(name):
-                parameter.requires_grad_(requires_grad)
-
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of an adapter's copy."""
         if name in self.adapters:
             yield from self.adapters[name].parameters()
 
-    def enable_adapters(self, enabled: bool) -> None:
-        """Run the active copy, or the original."""
-        self._set_disabled(not enabled)
-        for name in self.adapters:
-            self.set_requires_grad(name, enabled and name in self._active)
-
     def _set_disabled(self, disabled: bool) -> None:
         self.__dict__["_disabled"] = disabled
 
-    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
         """Remove an adapter's copy; `new_active_adapters` are active afterwards."""
         if adapter_name in self.modules_to_save:
             del self.modules_to_save[adapter_name]

@@ -141,7 +141,7 @@ class _Add(torch.autograd.Function):
         return torch.add(y, update, alpha=scale, out=torch.empty_like(y))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, A, B, h = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1]).to(A.dtype)
         grads = _low_rank_grads(ctx, g, x, mask, A, B, h)
@@ -178,7 +178,7 @@ class _AddScaled(torch.autograd.Function):
         return (out if b is None else out.add_(b)).to(y.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, A, B, m, z = ctx.saved_tensors
         needs = ctx.needs_input_grad
         g = grad.reshape(-1, grad.shape[-1])

@@ -80,7 +80,7 @@ class DoRA(Delta):
         base = p.layer.get_base_layer()
         special = p.layer.view.norm_product(base, A, B)
         if special is not None:
-            return torch.linalg.vector_norm(base.weight.float().flatten(1) + s * special, dim=-1)  # type: ignore[operator, union-attr]
+            return torch.linalg.vector_norm(base.weight.float().flatten(1) + s * special, dim=-1)
         cross = torch.cat([w.float() @ A.mT for w in _tiles(W)], -2)
         gram = A @ A.mT
         square = self._base_square(p, W) + (2 * s) * (cross * B).sum(-1) + (s * s) * ((B @ gram) * B).sum(-1)

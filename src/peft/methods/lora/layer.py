@@ -54,7 +54,7 @@ class LoraLayer(BaseTunerLayer):
                 self._rescale(name, self._alpha_over_r(name) if scale is None else p.scaling / scale)
 
     def _rescale(self, name: str, value: Any) -> None:
-        p = self.adapters[name]
+        p: Any = self.adapters[name]
         if hasattr(p.scaling, "fill_"):
             p.scaling.fill_(float(value))
         else:

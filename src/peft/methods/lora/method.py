@@ -158,9 +158,9 @@ def _unchanged(p: Adapter, base: Any, A: Any, B: Any, drop: Any) -> bool:
     m, name = p.layer._modules, p.name
     return not (
         m["base_layer"] is not base
-        or m["lora_A"]._modules[name] is not A  # type: ignore[union-attr]
-        or m["lora_B"]._modules[name] is not B  # type: ignore[union-attr]
-        or m["lora_dropout"]._modules[name] is not drop  # type: ignore[union-attr]
+        or m["lora_A"]._modules[name] is not A
+        or m["lora_B"]._modules[name] is not B
+        or m["lora_dropout"]._modules[name] is not drop
         or base._forward_pre_hooks
         or base._forward_hooks
         or A._forward_pre_hooks

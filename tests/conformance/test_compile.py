@@ -1,0 +1,79 @@
+"""Every layout under torch.compile: one graph, the eager answer, and no second compilation for another adapter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from .layouts import LAYOUTS
+from .rows import adapted, cells, close
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model):
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(model, fullgraph=True, backend=counter), counter
+
+
+@pytest.mark.parametrize("method, name", cells(("lora", "dora")))
+def test_one_graph_serves_two_adapters_of_one_shape(method, name):
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout, names=("default", "other")), layout.x()
+    fast, counter = compiled(model)
+    with torch.no_grad():
+        wanted = {}
+        for adapter in ("default", "other"):
+            model.set_adapter(adapter)
+            wanted[adapter] = model(x)
+        for adapter in ("default", "other", "default"):
+            model.set_adapter(adapter)
+            close(fast(x), wanted[adapter])
+            assert counter.frame_count == 1, f"compiled again for {adapter!r}"
+
+
+@pytest.mark.parametrize("method, name", cells(("lora", "dora"), lambda layout: layout.kind in ("linear", "conv")))
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_a_training_step_is_one_graph_with_the_eager_gradients(method, name, rate):
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout, lora_dropout=rate).train(), layout.x()
+    held = [p for p in model.parameters() if p.requires_grad]
+    fast, counter = compiled(model)
+    torch.manual_seed(0)
+    y = fast(x)
+    found = torch.autograd.grad(y.square().sum(), held)
+    assert counter.frame_count == 1
+    assert all(torch.isfinite(g).all() for g in found)
+    if rate == 0:  # dropout draws its numbers in another order
+        wanted = torch.autograd.grad(model(x).square().sum(), held)
+        for one, two in zip(found, wanted, strict=True):
+            close(one, two, 1e-5)
+
+
+def test_the_default_backend_gives_the_eager_answer():
+    layout = LAYOUTS["linear-3-D"]
+    model, x = adapted("lora", layout), layout.x()
+    with torch.no_grad():
+        wanted = model(x)
+        close(torch.compile(model, fullgraph=True)(x), wanted)
+
+
+def test_disabling_and_merging_compile_to_the_base():
+    layout = LAYOUTS["linear"]
+    model, x = adapted("lora", layout), layout.x()
+    fast, _ = compiled(model)
+    with torch.no_grad():
+        wanted, base = model(x), layout.plain()(x)
+        close(fast(x), wanted)
+        with model.disable_adapter():
+            close(fast(x), base)
+        model.merge_adapter()
+        close(fast(x), wanted)
+        model.unmerge_adapter()
+        close(fast(x), wanted)
