@@ -1,0 +1,100 @@
+"""What stands in place of a user's module and holds adapters, the state of those, and the walk that finds all such.
+
+Which adapters are *loaded*, which are *active* and which are *trainable* are three independent states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class AdapterHost(nn.Module):
+    """A module that holds adapters in place of one of the user's: a tuner layer or a wrapper of a whole module."""
+
+    _below: ClassVar[tuple[str, ...]] = ()  # the children that are the user's own, where further hosts may stand
+    _active: tuple[str, ...] = ()
+    _disabled: bool = False
+    _trainable: dict[str, bool] | None = None  # what enabling will make trainable; None while enabled
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in order."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """Same as `active_adapters`."""
+        return list(self._active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether it runs as the user's module."""
+        return self._disabled
+
+    @property
+    def _disable_adapters(self) -> bool:
+        return self._disabled
+
+    def _get_available_adapters(self) -> set[str]:
+        raise NotImplementedError
+
+    def adapter_parameters(self, name: str) -> Iterable[nn.Parameter]:
+        """The parameters of adapter `name`."""
+        raise NotImplementedError
+
+    def _set_disabled(self, disabled: bool) -> None:
+        raise NotImplementedError
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make the parameters of these adapters trainable or frozen; unknown names are ignored.
+
+        What is set while disabled holds after enabling.
+        """
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            if self._trainable is not None:
+                self._trainable[name] = requires_grad
+            for parameter in self.adapter_parameters(name):
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Run with the active adapters, or as the user's module, with nothing trainable.
+
+        What is merged is taken out while disabled. Enabling gives back what was trainable and merged before.
+        """
+        if enabled == (not self._disabled):
+            return
+        if enabled:
+            self._set_disabled(False)
+            flags, self._trainable = self._trainable or {}, None
+            for name, flag in flags.items():
+                self.set_requires_grad(name, flag)
+        else:
+            names = self._get_available_adapters()
+            flags = {n: any(q.requires_grad for q in self.adapter_parameters(n)) for n in names}
+            self.set_requires_grad(list(names), False)
+            self._set_disabled(True)
+            self._trainable = flags
+
+
+def tuner_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, layer) of every tuner layer and wrapper below a module; its cost does not depend on how many adapters
+    are loaded, because the walk never enters an adapter's own modules."""
+    stack: list[tuple[str, nn.Module]] = [(prefix, module)]
+    seen: set[int] = set()
+    while stack:
+        path, m = stack.pop()
+        if id(m) in seen:
+            continue
+        seen.add(id(m))
+        children = m._modules
+        if isinstance(m, AdapterHost):
+            yield path, m
+            children = {k: children[k] for k in m._below}
+        for name in reversed(children):
+            child = children[name]
+            if child is not None:
+                stack.append((f"{path}.{name}" if path else name, child))
