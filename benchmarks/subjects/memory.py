@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import Numbers, measure, seconds
@@ -48,6 +49,57 @@ def saved() -> Iterator[Numbers]:
             model = wrapped(frozen(stack(4, 1024, dtype=torch.bfloat16)), **options).train()
             numbers[name] = kept(model, x)
         yield numbers
+
+
+def plain_layer(layer: nn.Module, x: Tensor, scale: float, p: float) -> Tensor:
+    """The update as the papers write it, in autograd's own operations, from the parameters of an adapted layer."""
+    weights = {name.split(".")[0]: value for name, value in layer.named_parameters() if name.startswith("lora_")}
+    W, A, B = layer.base_layer.weight, weights["lora_A"], weights["lora_B"]
+    y = F.linear(x, W) + F.linear(F.linear(F.dropout(x, p), A), B) * scale
+    if "lora_magnitude_vector" not in weights:
+        return y
+    norm = (W + scale * B @ A).norm(dim=1).detach()
+    return y * (weights["lora_magnitude_vector"] / norm)
+
+
+def gradient_gap(**options: object) -> float:
+    """Largest difference between the gradients of an adapted stack and of its plain form, over the largest gradient."""
+    model = wrapped(frozen(stack(3, 256)), r=16, init_lora_weights=False, **options).train()
+    layers = [m for m in model.modules() if hasattr(m, "base_layer")]
+    x = torch.randn(64, 256, requires_grad=True)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+
+    def plain() -> Tensor:
+        y = x
+        for layer in layers:
+            y = plain_layer(layer, y, layer.scaling["default"], float(options.get("lora_dropout", 0)))  # type: ignore[arg-type]
+        return y
+
+    found = []
+    for forward in (lambda: model(x), plain):
+        torch.manual_seed(1)  # one mask for both
+        found.append(torch.autograd.grad(forward().square().sum(), wanted))
+    gaps = [(a - b).abs().max() / b.abs().max() for a, b in zip(*found, strict=True)]
+    return torch.stack(gaps).max().item()
+
+
+GRADIENTS: dict[str, dict[str, object]] = {
+    "dropout 0": {},
+    "dropout 0.1": {"lora_dropout": 0.1},
+    "DoRA": {"use_dora": True},
+}
+
+
+@measure(
+    "gradients against the plain form, 3 x Linear(256, 256), 64 tokens, r=16, fp32",
+    repeats=1,
+    unit="",
+    ceilings=dict.fromkeys(GRADIENTS, 1e-6),
+)
+def gradients() -> Iterator[Numbers]:
+    """Largest gap over the largest gradient, tensor by tensor; the same dropout mask on both sides."""
+    while True:
+        yield {name: gradient_gap(**options) for name, options in GRADIENTS.items()}
 
 
 def changed(model: nn.Module, before: dict[str, Tensor]) -> float:

@@ -23,11 +23,34 @@ def build_app() -> Any:
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_show_locals=False,
+        epilog="Start with: peft train --model FOLDER_OR_HUB_ID --data examples.jsonl --output my-adapter --dry-run",
     )
+    app.callback()(_root())
     _add(app, "train", TrainOptions, _train, "Fine-tune a causal language model; run it again to resume.")
     _add(app, "eval", EvalOptions, _evaluate, "Loss, perplexity and token accuracy of a saved adapter.")
     _add(app, "generate", GenerateOptions, _generate, "Answer a prompt with a saved adapter.")
     return app
+
+
+def _root() -> Callable[..., None]:
+    """What `peft` itself takes: --version."""
+    import typer
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            import peft
+
+            typer.echo(f"peft {peft.__version__}")
+            raise typer.Exit()
+
+    def root(version: bool = False) -> None:
+        pass
+
+    declared = typer.Option("--version", help="Print the version.", callback=show, is_eager=True)
+    annotation = typing.Annotated[bool, declared]
+    parameter = inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+    root.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
+    return root
 
 
 def _train(options: TrainOptions) -> int:

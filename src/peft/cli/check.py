@@ -161,7 +161,7 @@ def _check_output(options: TrainOptions) -> None:
 
 def _check_adapter(folder: Path, model: str | None) -> None:
     if not (folder / "adapter_config.json").is_file():
-        what = "has no adapter_config.json" if folder.is_dir() else "does not exist"
+        what = "has no adapter_config.json" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise UsageError(f"--adapter {folder}: {what}. Give a folder written by `peft train`.")
     if model is not None:
         _check_model(model)

@@ -73,6 +73,7 @@ class EvalOptions(DataOptions):
     adapter: Path = option("Folder written by `peft train` or `save_pretrained`.", DATA)  # noqa: RUF009
     model: str | None = option("Base model. Default: the one named in the adapter.", DATA, None)
     limit: int | None = option("Use only the first examples.", DATA, None)
+    batch: int = option("Examples at a time on each device.", RUN, 8)
     base_only: bool = option("Measure the base model without the adapter.", RUN, False, "--base-only")
 
 

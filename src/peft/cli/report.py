@@ -42,7 +42,8 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], text_c
     from rich import box
     from rich.table import Table
 
-    t = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    lines = text_columns > 1  # cells of running text fold: lines keep the rows apart
+    t = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", show_lines=lines)
     for i, name in enumerate(head):
         t.add_column(name, justify="left" if i < text_columns else "right", overflow="fold")
     for row in rows:
@@ -68,13 +69,14 @@ def progress(disable: bool = False) -> Any:
     )
 
 
-def loss_curve(path: Path, losses: Sequence[float], title: str) -> bool:
-    """Draw the loss of each step and its running mean as a PNG.
+def loss_curve(path: Path, losses: Sequence[float], title: str, held_out: dict[int, float] | None = None) -> bool:
+    """Draw the loss of each step, its running mean and the held-out loss as a PNG.
 
     Arguments:
         path: of the picture.
         losses: one value for each step (nats per answer token).
         title: above the picture.
+        held_out: step -> loss on held-out examples.
 
     Returns False if matplotlib is not installed.
     """
@@ -88,11 +90,15 @@ def loss_curve(path: Path, losses: Sequence[float], title: str) -> bool:
     axes = figure.add_subplot()
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="0.7", linewidth=1, label="each step")
-    axes.plot(steps, running_mean(losses, max(2, len(losses) // 15)), color="C0", linewidth=2, label="running mean")
+    window = max(2, len(losses) // 6)
+    axes.plot(steps, running_mean(losses, window), color="C0", linewidth=2, label=f"mean of {window} steps")
+    if held_out:
+        axes.plot(list(held_out), list(held_out.values()), "o", color="C3", label="held-out examples")
+    axes.set_ylim(bottom=0)
     axes.set(xlabel="step", ylabel="answer loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, format="png")
     return True
 
 

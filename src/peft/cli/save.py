@@ -25,8 +25,10 @@ def save_adapter(session: Session) -> None:
     session.plain.save_pretrained(str(folder))
     log.peak_memory_gib = report.peak_memory()
     log.save(folder)
-    title = f"{session.options.method} on {Path(session.options.data).name}"
-    if not report.loss_curve(folder / CURVE, log.losses, title):
+    options, measured = session.options, ((0, log.before), (len(log.steps), log.after))
+    title = f"{options.method}, r = {options.r}: {Path(options.model).name} on {Path(options.data).name}"
+    held_out = {step: m["loss"] for step, m in measured if m}
+    if not report.loss_curve(folder / CURVE, log.losses, title, held_out):
         report.say("No loss curve: matplotlib is not installed (pip install matplotlib).")
 
 
