@@ -41,7 +41,6 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
     _parameter_homes: ClassVar[frozenset[str]] = frozenset()
 
     shares: frozenset[str]  # adapters whose tensors belong to another layer
-    _suspended: list[str] | None  # what was merged when the layer was disabled
     _run: Any  # what a forward calls; None is the base layer
 
     def __init__(
@@ -240,28 +239,13 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
 
     # ---- state -------------------------------------------------------------------------------------------------
 
-    @property
-    def merged_adapters(self) -> list[str]:
-        """Names of the merged adapters, in order."""
-        return self._merged
-
-    @merged_adapters.setter
-    def merged_adapters(self, names: list[str]) -> None:
-        self._merged = list(names)
-        self._replan()
-
-    @property
-    def merged(self) -> bool:
-        """Whether any adapter is merged."""
-        return bool(self._merged)
-
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters active, and trainable unless `inference_mode`.
 
         A merged layer is unmerged first, with a warning.
         """
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        if self._merged:
+        if self.merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge()
         self.activate(names, inference_mode)
@@ -278,8 +262,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
             return
         self._disabled = disabled
         if disabled and self._merged:
-            self._suspended = list(self._merged)
-            self.unmerge()
+            self._suspended = self._take_back()
         elif not disabled and self._suspended:
             names, self._suspended = self._suspended, None
             self._merge(tuple(n for n in names if n in self.adapters))

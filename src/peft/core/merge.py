@@ -26,6 +26,24 @@ class Mergeable(nn.Module):
     _active: tuple[str, ...]
     _merged: list[str]
     _saved: dict[str, Any] | None
+    _disabled: bool
+    _suspended: list[str] | None  # what enabling will merge again
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the merged adapters, in order; while disabled, of those that enabling will merge again."""
+        return self._merged if self._suspended is None else self._suspended
+
+    @merged_adapters.setter
+    def merged_adapters(self, names: list[str]) -> None:
+        self._merged = list(names)
+        self._replan()
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged."""
+        return bool(self.merged_adapters)
+
     get_base_layer: Callable[[], nn.Module]
     stack: Callable[..., Stack]
     _replan: Callable[[], None]
@@ -59,6 +77,12 @@ class Mergeable(nn.Module):
         if not names:
             return
         self.check_merge(names)
+        if self._disabled and keep:  # the base stays the base until the layer is enabled
+            wanted = [*self.merged_adapters, *names]
+            for _ in self.tiles(tuple(wanted)):
+                pass
+            self._suspended = wanted
+            return
         if keep and self._saved is None:
             self.__dict__["_saved"] = self._payload()
         before = list(self._merged)
@@ -79,7 +103,7 @@ class Mergeable(nn.Module):
         """Raise if merging these adapters is impossible or would change the output."""
         base = self.get_base_layer()
         self.view.refuse_merge(base)
-        live = [n for n in self._active if n in self.adapters and n not in self._merged]
+        live = [n for n in self._active if n in self.adapters and n not in self.merged_adapters]
         rest = [n for n in live if n not in names]
         for name in (*names, *rest):
             if name in names and not self.adapters[name].method.mergeable:
@@ -148,15 +172,36 @@ class Mergeable(nn.Module):
 
     def unmerge(self) -> None:
         """Give back the base layer's payload as it was before the first merge, bit for bit."""
-        if not self._merged:
+        if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self._suspended = None
+        if self._merged:
+            self._take_back()
+        self._tie()
+        self._replan()
+
+    def _take_back(self) -> list[str]:
+        """Give back the payload and say what was merged; a weight that was untied for the merge stays so."""
+        names, self._merged = self._merged, []
         self._restore()
+        self.__dict__["_saved"] = None
+        return names
+
+    def _tie(self) -> None:
         if self.tied is not None:
             self.get_base_layer()._parameters[self.view.name] = self.tied
             self.__dict__["tied"] = None
-        self.__dict__["_saved"] = None
-        self._merged = []
+
+    def go_back(self, names: list[str]) -> None:
+        """Have these adapters merged as before, after an error in another layer."""
+        if self._suspended is not None:
+            self._suspended = names or None
+        elif self._merged != names:
+            self._take_back()
+            self._merge(tuple(names))
+        if not names:
+            self._tie()
         self._replan()
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -55,6 +55,16 @@ class Method:
     def derive(self, p: Adapter, inner: Stack) -> None:
         """What is computed from the base weight and not saved; runs even where `init` is skipped."""
 
+    def tie(self, p: Adapter, other: Adapter) -> None:
+        """Let p share the tensors of `other`, on the embedding that p's layer is tied to: its update, transposed.
+
+        Raises NotImplementedError where the method cannot.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot adapt an embedding and the layer tied to it as one ({p.path!r}). Set "
+            "ensure_weight_tying=False, or target only one of the two."
+        )
+
     def prepare(self, p: Adapter) -> None:
         """Note in `p.hot` what a shortcut needs; called whenever the layer's state has changed."""
 

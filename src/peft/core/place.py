@@ -156,8 +156,7 @@ class Injection:
         p = self.get(plan.embedding)[2].adapters[self.name]
         for path in plan.target_modules_to_tie:
             mine = self._place(path).adapters[self.name]
-            mine.lora_A._parameters["weight"] = nn.Parameter(p.lora_embedding_B.detach().mT)
-            mine.lora_B._parameters["weight"] = nn.Parameter(p.lora_embedding_A.detach().mT)
+            mine.method.tie(mine, p)
 
     # ---- whole modules -----------------------------------------------------------------------------------------
 

@@ -247,9 +247,7 @@ class BaseTuner(nn.Module):
                     layer.merge(safe_merge, adapter_names)
         except BaseException:
             for layer, names in zip(layers, before, strict=True):
-                if layer.merged_adapters != names:
-                    layer.unmerge()
-                    layer._merge(tuple(names))
+                layer.go_back(names)
             raise
 
     def _check_merge_names(self, names: list[str] | None) -> None:

@@ -56,7 +56,9 @@ def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
     found = list(tuner_layers(tuner.model))
     layers = [layer for _, layer in found if isinstance(layer, BaseTunerLayer)]
     for layer in layers:
-        if layer.merged and (names is None or any(n not in names for n in layer.merged_adapters)):
+        if layer.merged and (
+            layer.disable_adapters or names is None or any(n not in names for n in layer.merged_adapters)
+        ):
             layer.unmerge()
     if names is not None:
         _merge_for_good(tuner.model, layers, names, progressbar)

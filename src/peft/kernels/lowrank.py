@@ -66,20 +66,12 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) 
 
 
 def add_scaled(
-    y: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: Any,
-    p: float,
-    magnitude: Tensor,
-    norm: Tensor,
-    bias: Tensor | None,
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float, m: Tensor, n: Tensor, b: Tensor | None
 ) -> Tensor:
-    """magnitude/norm (y - bias + scale B A dropout(x)) + bias with a constant norm; magnitude and norm are (k,)."""
+    """m / n (y - b + scale B A dropout(x)) + b, the magnitude m and the constant norm n being (k,), the bias b too."""
     if not torch.is_grad_enabled() or _is_autocast(x) or transformed():
-        return plain_scaled(y, x, A, B, scale, p, magnitude / norm, bias)
-    return _AddScaled.apply(y, x, A, B, scale, p, magnitude, norm, bias)
+        return plain_scaled(y, x, A, B, scale, p, m / n, b)
+    return _AddScaled.apply(y, x, A, B, scale, p, m, n, b)
 
 
 def _is_autocast(x: Tensor) -> bool:

@@ -58,6 +58,9 @@ class DoRA(Delta):
         if m.device.type != "meta":
             m.copy_(self.norm(p).view(m.shape))
 
+    def tie(self, p: Adapter, other: Adapter) -> None:
+        self.of.tie(p, other)
+
     def prepare(self, p: Adapter) -> None:
         self.of.prepare(p)
 

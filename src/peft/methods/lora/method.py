@@ -54,6 +54,11 @@ class LoRA(LowRank):
             p.layer.keep(p, "lora_residual_A", A0)
             p.layer.keep(p, "lora_residual_B", B0)
 
+    def tie(self, p: Adapter, other: Adapter) -> None:
+        """(B A)' = A' B': the embedding's factors, transposed, the same numbers in memory."""
+        p.lora_A._parameters["weight"] = nn.Parameter(other.lora_embedding_B.detach().mT)
+        p.lora_B._parameters["weight"] = nn.Parameter(other.lora_embedding_A.detach().mT)
+
     def own_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """(A, B) as trained and saved."""
         view, m = p.layer.view, p.layer.get_base_layer()

@@ -1,0 +1,73 @@
+"""How a module is an affine map x -> W x + b: its shape, reading and writing W, applying some W.
+
+One file per layout; a new layer type is one class and one line in `_find`. Views are stateless and shared. W is always
+(..., out, in): the stored layout is turned by `matrix` (a view of the storage, never a copy) and back by `raw`.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .conv import ConvView
+from .embedding import EmbeddingView, embed_scale
+from .linear import Conv1DView, LinearView
+from .make import Template, linear_module
+from .parameter import AttentionView, ParameterView
+
+__all__ = [
+    "SUPPORTED",
+    "LinearView",
+    "Template",
+    "embed_scale",
+    "linear_module",
+    "reads_weights",
+    "supported",
+    "view_of",
+]
+
+_LINEAR, _CONV1D, _EMBEDDING, _ATTENTION = LinearView(), Conv1DView(), EmbeddingView(), AttentionView()
+_CONVS = {nn.Conv1d: ConvView(1), nn.Conv2d: ConvView(2), nn.Conv3d: ConvView(3)}
+_BY_TYPE: dict[type, LinearView] = {}
+SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention"
+
+
+def view_of(m: nn.Module, parameter: str | None = None) -> LinearView:
+    """The view of a module, or of one of its parameters.
+
+    Raises ValueError if the module has no weight matrix that the library knows how to read.
+    """
+    if parameter is not None:
+        return (AttentionView if isinstance(m, nn.MultiheadAttention) else ParameterView)(parameter)
+    view = _BY_TYPE.get(type(m))
+    if view is None:
+        view = _BY_TYPE[type(m)] = _find(m)
+    return view
+
+
+def _find(m: nn.Module) -> LinearView:
+    for kind, view in _CONVS.items():
+        if isinstance(m, kind) and not isinstance(m, nn.modules.conv._ConvTransposeNd):
+            return view
+    if isinstance(m, nn.Embedding):
+        return _EMBEDDING
+    if isinstance(m, nn.MultiheadAttention):
+        return _ATTENTION
+    if type(m).__name__ == "Conv1D" and hasattr(m, "nf"):
+        return _CONV1D
+    if isinstance(m, nn.Linear) or (hasattr(m, "in_features") and hasattr(m, "out_features")):
+        return _LINEAR
+    raise ValueError(f"{type(m).__name__} cannot be adapted. Supported layers are {SUPPORTED}.")
+
+
+def supported(m: nn.Module) -> bool:
+    """Whether `view_of` knows the module."""
+    try:
+        view_of(m)
+    except ValueError:
+        return False
+    return True
+
+
+def reads_weights(parent: nn.Module | None) -> bool:
+    """Whether a parent reads the weights of its children instead of calling them, so that they must show W'."""
+    return isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))

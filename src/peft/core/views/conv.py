@@ -1,0 +1,120 @@
+"""nn.Conv1d, nn.Conv2d and nn.Conv3d."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear import Layer, LinearView, Pair
+
+
+class ConvView(LinearView):
+    """nn.Conv1d to nn.Conv3d as a linear map of patches; features on axis 1.
+
+    On a grouped convolution checkpoints hold an ungrouped A (r, all channels, kernel) and a B (O, r / groups) that
+    mixes r / groups rows per group. That update is no grouped kernel, so W is read as the equal ungrouped kernel, and
+    the layer cannot be merged into its grouped weight.
+    """
+
+    dense = False
+
+    def __init__(self, dims: int):
+        self.dims, self.label = dims, f"Conv{dims}d"
+        self.function: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+        self.module: type[nn.Module] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+
+    def shape(self, m: Layer) -> Pair:
+        return (m.out_channels, m.in_channels * math.prod(m.kernel_size))
+
+    def matrix(self, m: Layer, raw: Tensor) -> Tensor:
+        if m.groups == 1:
+            return raw.flatten(1)
+        g, per_out, per_in = m.groups, raw.shape[0] // m.groups, raw.shape[1]
+        full = raw.new_zeros(g, per_out, g, per_in, *raw.shape[2:])
+        index = torch.arange(g, device=raw.device)
+        full = full.index_put(
+            (index, torch.arange(per_out, device=raw.device)[:, None], index),
+            raw.unflatten(0, (g, per_out)).movedim(1, 0),
+        )
+        return full.flatten(0, 1).flatten(1)
+
+    def raw(self, m: Layer, W: Tensor) -> Tensor:
+        return W.unflatten(-1, (m.in_channels, *m.kernel_size))
+
+    def refuse_merge(self, m: Layer) -> None:
+        if m.groups != 1:
+            raise NotImplementedError(
+                f"A low-rank update of a {type(m).__name__} with groups={m.groups} mixes all input channels and is no "
+                "grouped kernel, so it cannot be merged. Keep it unmerged, or exclude the layer (`exclude_modules`)."
+            )
+
+    def linear(self, m: Layer, x: Tensor, W: Tensor) -> Tensor:
+        padding = m.padding
+        if m.padding_mode != "zeros":
+            x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
+            padding = 0
+        return self.function(x, self.raw(m, W), None, m.stride, padding, m.dilation)
+
+    def rows(self, h: Tensor, B: Tensor) -> Tensor:
+        return self.function(h, B.view(*B.shape, *[1] * self.dims))
+
+    def spread(self, m: Layer, v: Tensor) -> Tensor:
+        return v.view(-1, *[1] * self.dims)
+
+    def down(self, m: Layer, r: int, **kwargs: Any) -> nn.Module:
+        self._check(m, r)
+        return self.module(
+            m.in_channels,
+            r,
+            m.kernel_size,
+            m.stride,
+            m.padding,
+            m.dilation,
+            bias=False,
+            padding_mode=m.padding_mode,
+            **kwargs,
+        )
+
+    def up(self, m: Layer, r: int, bias: bool = False, **kwargs: Any) -> nn.Module:
+        self._check(m, r)
+        return self.module(r, m.out_channels, 1, groups=m.groups, bias=bias, **kwargs)
+
+    def _check(self, m: Layer, r: int) -> None:
+        if r % m.groups:
+            raise ValueError(
+                f"r={r} is not a multiple of the {m.groups} groups of this {type(m).__name__}. "
+                f"Use r={max(1, round(r / m.groups)) * m.groups}."
+            )
+
+    def A(self, m: Layer, held: Tensor) -> Tensor:
+        return held.flatten(1)
+
+    def B(self, m: Layer, held: Tensor) -> Tensor:
+        held, g = held.flatten(1), m.groups
+        if g == 1:
+            return held
+        blocks = held.unflatten(0, (g, -1))  # (g, O/g, r/g)
+        eye = torch.eye(g, dtype=held.dtype, device=held.device)
+        return (blocks[:, :, None, :] * eye[:, None, :, None]).flatten(0, 1).flatten(1)
+
+    def held(self, m: Layer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        ones = [1] * self.dims
+        return A.unflatten(1, (m.in_channels, *m.kernel_size)), B.view(*B.shape, *ones)
+
+    def vector(self, m: Layer, v: Tensor) -> Tensor:
+        return v.view(1, -1, *[1] * self.dims)
+
+    def norm_product(self, m: Layer, A: Tensor, B: Tensor) -> Tensor | None:
+        # checkpoints of grouped convolutions hold magnitudes for this product: B's compact blocks, (O, r/g), are read
+        # as (O/g, r), and the result as (O, I/g); it is no norm of the update, but every magnitude is relative to it
+        g = m.groups
+        if g == 1:
+            return None
+        blocks = B.unflatten(0, (g, -1)).unflatten(-1, (g, -1))
+        compact = torch.stack([blocks[i, :, i] for i in range(g)])
+        return (compact.reshape(-1, A.shape[0]) @ A).reshape(B.shape[0], -1)

@@ -1,0 +1,56 @@
+"""nn.Embedding, with its scale and its norm limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear import Layer, Pair, TransposedView
+
+
+class EmbeddingView(TransposedView):
+    """nn.Embedding as a linear map of one-hot tokens: weight stored as (V, O), so W is (O, V)."""
+
+    label = "Embedding"
+    infix = "embedding_"
+    dense = False
+
+    def shape(self, m: Layer) -> Pair:
+        return (m.embedding_dim, m.num_embeddings)
+
+    def linear(self, m: Layer, x: Tensor, W: Tensor) -> Tensor:
+        y = F.embedding(x, W.mT, m.padding_idx, None, 2.0, m.scale_grad_by_freq, m.sparse)
+        scale = embed_scale(m)
+        return y if scale is None else y * scale
+
+    def drop(self, x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+        # dropout of a one-hot vector keeps or drops a token's whole contribution
+        return x, F.dropout(torch.ones(x.shape, device=x.device), p).unsqueeze(-1)
+
+    def base(self, m: Layer, x: Tensor) -> Tensor:
+        return m(x) if m.max_norm is None else self.linear(m, x, self.read(m))
+
+    def finish(self, m: Layer, y: Tensor) -> Tensor:
+        if m.max_norm is None:
+            return y
+        size = torch.linalg.vector_norm(y.detach(), ord=m.norm_type, dim=-1, keepdim=True)
+        return y * torch.where(size > m.max_norm, m.max_norm / (size + 1e-7), 1.0).to(y.dtype)
+
+    def down(self, m: Layer, r: int, **kwargs: Any) -> nn.Parameter:
+        return nn.Parameter(torch.empty(r, self.shape(m)[1], **kwargs))
+
+    def up(self, m: Layer, r: int, bias: bool = False, **kwargs: Any) -> nn.Parameter:
+        if bias:
+            raise ValueError("lora_bias=True has no meaning for an embedding, which has no bias. Set lora_bias=False.")
+        return nn.Parameter(torch.empty(self.shape(m)[0], r, **kwargs))
+
+
+def embed_scale(m: Layer) -> Any:
+    """The factor by which an embedding multiplies its rows (Gemma), or None; it must be one number."""
+    scale = getattr(m, "embed_scale", None)
+    if scale is None or isinstance(scale, (int, float)):
+        return scale
+    return scale if isinstance(scale, Tensor) and scale.numel() == 1 else None

@@ -1,0 +1,141 @@
+"""The contract of a view, written for nn.Linear; transformers' Conv1D.
+
+Letters: O out-features, I in-features (for a convolution: channels times kernel), r rank, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import storage
+from .make import linear_module
+
+Pair = tuple[int, ...]
+Layer = Any  # a module of the view's layout: its attributes are known to the view, not to a type checker
+
+
+class LinearView:
+    """nn.Linear and whatever keeps its contract: weight (O, I), features on the last axis."""
+
+    label = "Linear"
+    name = "weight"
+    bias_name = "bias"
+    infix = ""  # LoRA files its tensors as lora_{infix}A and lora_{infix}B
+    activations = True  # False: the layer cannot be split into W x and b; the whole module runs with W put in place
+    dense = True  # the last axis of the input is W's in-axis
+    read_children: tuple[str, ...] = ()  # child layers whose weights the module reads instead of calling them
+    methods: tuple[str, ...] = ()  # what else the module's parent may call
+
+    def shape(self, m: Layer) -> Pair:
+        """(O, I), with leading axes where the module holds several matrices."""
+        return (m.out_features, m.in_features)
+
+    def parts(self, m: Layer) -> tuple[str, ...]:
+        """The parameters that are adapted one by one where the module is a target but holds no single matrix."""
+        return ()
+
+    def check_dropout(self, path: str, argument: str) -> None:
+        """Raise or warn where dropout of the adapter's input is asked for but the input is out of reach."""
+
+    def matrix(self, m: Layer, raw: Tensor) -> Tensor:
+        """The stored tensor as (..., O, I), without a copy."""
+        return raw
+
+    def raw(self, m: Layer, W: Tensor) -> Tensor:
+        """(..., rows, I) in the stored layout; rows may differ from O."""
+        return W
+
+    def read(self, m: Layer) -> Tensor:
+        """W as numbers, (..., O, I)."""
+        return self.matrix(m, storage.of(m, self.name).read(m, self.name))
+
+    def out_axis(self, m: Layer) -> int:
+        """The axis of the stored tensor that counts out-features."""
+        return 0
+
+    def write_rows(self, m: Layer, start: int, W: Tensor) -> None:
+        """Put (..., rows, I) in place of the rows from `start` on; for a dense storage."""
+        stored = getattr(m, self.name).data
+        stored.narrow(self.out_axis(m), start, W.shape[-2]).copy_(self.raw(m, W))
+
+    def refuse_merge(self, m: Layer) -> None:
+        """Raise NotImplementedError where W' cannot be held by the module."""
+
+    def bias(self, m: Layer) -> Tensor | None:
+        """b, (O,), or None."""
+        return getattr(m, self.bias_name, None)
+
+    def linear(self, m: Layer, x: Tensor, W: Tensor) -> Tensor:
+        """W x without bias; W may have any number of rows."""
+        return F.linear(x, W)
+
+    def rows(self, h: Tensor, B: Tensor) -> Tensor:
+        """B on the feature axis of an output h, (..., r) -> (..., O)."""
+        return F.linear(h, B)
+
+    def spread(self, m: Layer, v: Tensor) -> Tensor:
+        """(O,) shaped to broadcast over an output."""
+        return v
+
+    def drop(self, x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+        """Dropout of the input: (x to use, factor for W x or None)."""
+        return F.dropout(x, p), None
+
+    def finish(self, m: Layer, y: Tensor) -> Tensor:
+        """What the module does after the affine map."""
+        return y
+
+    def base(self, m: Layer, x: Tensor) -> Tensor:
+        """The module's own affine map; m's forward unless `finish` undoes the split."""
+        return m(x)
+
+    def down(self, m: Layer, r: int, **kwargs: Any) -> nn.Module | nn.Parameter:
+        """Holder of A, I -> r, in the shape that checkpoints have for this layout."""
+        return linear_module(self.shape(m)[-1], r, **kwargs)
+
+    def up(self, m: Layer, r: int, bias: bool = False, **kwargs: Any) -> nn.Module | nn.Parameter:
+        """Holder of B, r -> O."""
+        return linear_module(r, self.shape(m)[-2], bias, **kwargs)
+
+    def A(self, m: Layer, held: Tensor) -> Tensor:
+        """(..., r, I) from what `down` holds."""
+        return held
+
+    def B(self, m: Layer, held: Tensor) -> Tensor:
+        """(..., O, r) from what `up` holds."""
+        return held
+
+    def held(self, m: Layer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `A` and `B`: factors in the shape of their holders."""
+        return A, B
+
+    def vector(self, m: Layer, v: Tensor) -> Tensor:
+        """(O,) in the shape that checkpoints have for one number per out-feature."""
+        return v
+
+    def norm_product(self, m: Layer, A: Tensor, B: Tensor) -> Tensor | None:
+        """What stands for B A beside the stored weight when a row's norm is taken; None: B A itself."""
+        return None
+
+
+class TransposedView(LinearView):
+    """A weight stored as (I, O)."""
+
+    def matrix(self, m: Layer, raw: Tensor) -> Tensor:
+        return raw.mT
+
+    def raw(self, m: Layer, W: Tensor) -> Tensor:
+        return W.mT
+
+    def out_axis(self, m: Layer) -> int:
+        return 1
+
+
+class Conv1DView(TransposedView):
+    """transformers' Conv1D: weight stored as (I, O)."""
+
+    def shape(self, m: Layer) -> Pair:
+        return (m.nf, m.weight.shape[0])

@@ -1,0 +1,122 @@
+"""Weights that their module reads instead of calling a layer: single parameters, fused experts, attention."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import PeftWarning
+from .linear import Layer, LinearView, Pair
+from .make import linear_module
+
+
+class ParameterView(LinearView):
+    """A parameter of a module that is no layer: (O, I), or experts (E, O, I), stored (E, I, O) if `is_transposed`."""
+
+    label = "ParamWrapper"
+    activations = False
+    dense = False
+
+    def __init__(self, name: str, bias_name: str | None = None):
+        self.name, self.bias_name = name, bias_name or ""
+
+    def shape(self, m: Layer) -> Pair:
+        raw = getattr(m, self.name)
+        if raw.dim() not in (2, 3):
+            raise ValueError(
+                f"The parameter {self.name!r} has {raw.dim()} dimensions {tuple(raw.shape)}; only matrices (out, in) "
+                "and stacks of matrices (experts, out, in) can be adapted."
+            )
+        return tuple(self.matrix(m, raw).shape)
+
+    def check_dropout(self, path: str, argument: str) -> None:
+        raise ValueError(
+            f"{argument} has no meaning for {path!r}, a parameter that its module reads: the adapter has no input of "
+            f"its own. Set {argument}=0, or only for this one: module_config={{{path!r}: {{{argument!r}: 0}}}}."
+        )
+
+    def matrix(self, m: Layer, raw: Tensor) -> Tensor:
+        return raw.mT if self._transposed(m, raw) else raw
+
+    def raw(self, m: Layer, W: Tensor) -> Tensor:
+        return W.mT if self._transposed(m, W) else W
+
+    def _transposed(self, m: Layer, raw: Tensor) -> bool:
+        return raw.dim() == 3 and bool(getattr(m, "is_transposed", False))
+
+    def out_axis(self, m: Layer) -> int:
+        raw = getattr(m, self.name)
+        return raw.dim() - (1 if self._transposed(m, raw) else 2)
+
+    def bias(self, m: Layer) -> Tensor | None:
+        return getattr(m, self.bias_name) if self.bias_name else None
+
+    def down(self, m: Layer, r: int, **kwargs: Any) -> nn.Module:
+        *experts, _, inp = self.shape(m)
+        return linear_module(inp, r * math.prod(experts), **kwargs)
+
+    def up(self, m: Layer, r: int, bias: bool = False, **kwargs: Any) -> nn.Module:
+        *experts, out, _ = self.shape(m)
+        if bias and not self.bias_name:
+            raise ValueError(
+                f"lora_bias=True has no meaning for {self.name!r}, which has no bias. Set lora_bias=False."
+            )
+        return linear_module(r * math.prod(experts), out, bias, **kwargs)
+
+    def A(self, m: Layer, held: Tensor) -> Tensor:
+        # checkpoints pack A as (E r, I) and B as (O, r E)
+        raw = getattr(m, self.name)
+        return held.unflatten(0, (raw.shape[0], -1)) if raw.dim() == 3 else held
+
+    def B(self, m: Layer, held: Tensor) -> Tensor:
+        raw = getattr(m, self.name)
+        return held.unflatten(1, (-1, raw.shape[0])).permute(2, 0, 1) if raw.dim() == 3 else held
+
+    def held(self, m: Layer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        return (A, B) if A.dim() == 2 else (A.flatten(0, 1), B.permute(1, 2, 0).flatten(1))
+
+    def linear(self, m: Layer, x: Tensor, W: Tensor) -> Tensor:
+        raise AssertionError("a parameter is put in place, it is not applied")
+
+    def run(
+        self, m: Layer, values: Mapping[str, Tensor], outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run `outer`, which is m or stands around it, with tensors in place of m's parameters."""
+        held = m._parameters
+        before = {name: held[name] for name in values}
+        try:
+            held.update(values)
+            return outer(*args, **kwargs)
+        finally:
+            held.update(before)
+
+
+class AttentionView(ParameterView):
+    """nn.MultiheadAttention: the packed in-projection (3 E, E), or one of the separate ones.
+
+    The out-projection is a layer of its own.
+    """
+
+    read_children = ("out_proj",)
+    methods = ("merge_masks",)
+
+    def __init__(self, name: str = "in_proj_weight") -> None:
+        packed = name == "in_proj_weight"
+        super().__init__(name, "in_proj_bias" if packed else None)
+        self.label = "MultiheadAttention" if packed else "ParamWrapper"
+
+    def parts(self, m: Layer) -> tuple[str, ...]:
+        return () if m._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+    def check_dropout(self, path: str, argument: str) -> None:
+        path = path.removesuffix(f".{self.name}")
+        warnings.warn(
+            f"{argument} has no effect on {path!r}: attention reads its weights, so the adapter has no input of its "
+            f"own. Set {argument}=0 for it with module_config to silence this.",
+            PeftWarning,
+            stacklevel=2,
+        )
