@@ -34,14 +34,11 @@ def _kind(cls: Any) -> str:
 
 
 def _classify(cls: Any) -> str:
-    from torch import nn
-
     if hasattr(cls, "unload_and_optionally_merge_module"):
         return "aux"
     if hasattr(cls, "adapter_layer_names"):
         return "tuner"
-    conv1d = any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in cls.__mro__)
-    return "linear" if conv1d or issubclass(cls, nn.Linear) else "other"
+    return "linear" if views.is_linear(cls) else "other"
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -19,6 +19,7 @@ __all__ = [
     "LinearView",
     "Template",
     "embed_scale",
+    "is_linear",
     "linear_module",
     "reads_weights",
     "supported",
@@ -66,6 +67,12 @@ def supported(m: nn.Module) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_linear(kind: type) -> bool:
+    """Whether layers of this class are what `target_modules="all-linear"` means."""
+    conv1d = any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in kind.__mro__)
+    return conv1d or issubclass(kind, nn.Linear)
 
 
 def reads_weights(parent: nn.Module | None) -> bool:
