@@ -11,7 +11,9 @@ from torch import nn
 
 from peft import (
     LoraConfig,
+    LoraRuntimeConfig,
     PeftModel,
+    PeftWarning,
     get_layer_status,
     get_model_status,
     get_peft_model,
@@ -444,6 +446,15 @@ def test_gradients_flow_through_checkpointed_layers(reentrant, when):
         if p.requires_grad:
             torch.testing.assert_close(p.grad, q.grad, msg=name)
             assert p.grad.abs().sum() > 0, name
+
+
+def test_an_option_without_effect_says_so(tmp_path):
+    runtime = LoraRuntimeConfig(ephemeral_gpu_offload=True)
+    with pytest.warns(PeftWarning, match="ephemeral_gpu_offload=True has no effect"):
+        model = get_peft_model(mlp(), lora(runtime_config=runtime))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(PeftWarning, match="ephemeral_gpu_offload=True has no effect"):
+        PeftModel.from_pretrained(mlp(), tmp_path, ephemeral_gpu_offload=True)
 
 
 def test_methods_of_later_releases_are_refused_before_any_change():

@@ -18,7 +18,7 @@ from .core.checkpoint import get_peft_model_state_dict, load_peft_weights, set_p
 from .core.defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .core.files import check_written, staged, write_weights
 from .core.hub import DOWNLOAD_ARGUMENTS
-from .errors import listing, nearest
+from .errors import PeftWarning, listing, nearest, report
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Persistent:
             is_trainable: for training; otherwise the adapter is frozen and the model set to eval().
             config: use this configuration instead of the saved one.
             autocast_adapter_dtype: keep half-precision adapter parameters in float32.
-            ephemeral_gpu_offload: do costly DoRA steps on the GPU.
+            ephemeral_gpu_offload: has no effect here, and warns so: no step is costly enough to be moved to the GPU.
             low_cpu_mem_usage: make the adapter on the meta device first.
             key_mapping: {regular expression: replacement} for the keys of the file.
             kwargs: `subfolder`, `revision`, `token` ..., `ignore_mismatched_sizes`, `strict`, `torch_device`.
@@ -329,10 +329,9 @@ def set_runtime(config: PeftConfig, ephemeral_gpu_offload: bool) -> None:
     """Put the one run-time option of loading into the configuration, if it has a place for it."""
     if not ephemeral_gpu_offload:
         return
-    import warnings
-
     runtime = getattr(config, "runtime_config", None)
     if runtime is None:
-        warnings.warn("Ephemeral GPU offloading is not supported by this method; it is ignored.", stacklevel=4)
+        text = f"ephemeral_gpu_offload=True has no effect on the method {config.peft_type}, which has no place for it."
+        report(PeftWarning, text, strict=False, stacklevel=4)
     else:
         runtime.ephemeral_gpu_offload = True

@@ -81,8 +81,7 @@ class LoraConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None,
         metadata=describe(
-            "The modules to adapt. A list: full names, or their last parts. A string: a regular expression "
-            "for the "
+            "The modules to adapt. A list: full names, or their last parts. A string: a regular expression for the "
             "full name, or 'all-linear'. None: the usual ones of the architecture."
         ),
     )
@@ -122,13 +121,10 @@ class LoraConfig(PeftConfig):
     ) = field(
         default=True,
         metadata=describe(
-            "How A and B start. True: A random, B zero, so that the model is unchanged. 'gaussian': A "
-            "normal. False: "
-            "both random, for tests. 'orthogonal': orthogonal factors. 'pissa', 'pissa_niter_<k>', "
-            "'olora', 'corda', "
-            "'lora_ga', 'mica': from a decomposition of the weight. 'eva': from the inputs. 'loftq': from "
-            "the error "
-            "of quantisation."
+            "How A and B start. True: A random, B zero, so that the model is unchanged. 'gaussian': A normal. False: "
+            "both random, for tests. 'orthogonal': orthogonal factors. 'pissa', 'pissa_niter_<k>', 'olora', 'corda', "
+            "'lora_ga', 'mica': from a decomposition of the weight. 'eva': from the inputs. 'loftq': from the error of "
+            "quantisation."
         ),
     )
     layers_to_transform: list[int] | int | None = field(
@@ -234,6 +230,12 @@ class LoraConfig(PeftConfig):
 
     def refuse_unsupported(self) -> None:
         """Raise NotImplementedError that names what this release cannot carry out and what to use instead."""
+        if getattr(self.runtime_config, "ephemeral_gpu_offload", False):
+            text = (
+                "ephemeral_gpu_offload=True has no effect: norms are taken from the factors, where the weights lie, "
+                "without the dense product that it was made for. Leave it out."
+            )
+            report(PeftWarning, text, strict=False, stacklevel=5)
         names = self.unsupported()
         if not names:
             return
@@ -301,15 +303,13 @@ class LoraConfig(PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"`{name}` cannot be used when `target_modules` is a str. Give a list of names, or "
-                        "write the "
+                        f"`{name}` cannot be used when `target_modules` is a str. Give a list of names, or write the "
                         "layers into the regular expression."
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. Give "
-                "the numbers "
-                "of the layers, or leave both out."
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. Give the numbers of "
+                "the layers, or leave both out."
             )
 
     def _check_combinations(self) -> None:
@@ -331,8 +331,7 @@ class LoraConfig(PeftConfig):
         patterns = self.rank_pattern or self.alpha_pattern
         if self.use_rslora and patterns and str(init).startswith(("pissa", "olora", "corda", "lora_ga")):
             _warn(
-                f"use_rslora with rank_pattern or alpha_pattern and init_lora_weights={init!r}: the saved "
-                "adapter "
+                f"use_rslora with rank_pattern or alpha_pattern and init_lora_weights={init!r}: the saved adapter "
                 "cannot be converted to one for the original base model."
             )
 

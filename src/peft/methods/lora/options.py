@@ -16,7 +16,7 @@ class LoraRuntimeConfig:
 
     ephemeral_gpu_offload: bool = field(
         default=False,
-        metadata=describe("Move weights to the accelerator for single steps, such as a norm, and back."),
+        metadata=describe("Has no effect here, and warns so: no step is costly enough to be moved."),
     )
 
 
