@@ -236,7 +236,7 @@ def test_a_model_without_defaults_needs_target_modules():
 @pytest.mark.parametrize(
     ("fields", "error", "text"),
     [
-        ({"target_modules": ["q_prj"]}, NoMatchingPeftModuleError, "'q_prj' Did you mean 'q_proj'"),
+        ({"target_modules": ["q_prj"]}, NoMatchingPeftModuleError, "'q_prj' .Did you mean 'q_proj'"),
         ({"target_modules": ["attn.q_prj"]}, NoMatchingPeftModuleError, "Did you mean 'attn.q_proj'"),
         ({"target_modules": "q_proj"}, NoMatchingPeftModuleError, r"whole name.*\['q_proj'\]"),
         ({"target_modules": [".*q_proj"]}, NoMatchingPeftModuleError, "not regular expressions"),
@@ -267,7 +267,7 @@ def test_what_cannot_be_right_raises_and_says_why(fields, error, text):
         ({"exclude_modules": ["k_prj"]}, "exclude_modules.*Did you mean 'k_proj'"),
         ({"exclude_modules": "nothing.*"}, "exclude_modules.*'nothing.*'"),
         ({"modules_to_save": ["lm_haed"]}, "modules_to_save.*Did you mean 'lm_head'"),
-        ({"rank_pattern": {"q_prj": 4, "q_proj": 2}}, "rank_pattern.*'q_prj' Did you mean 'q_proj'"),
+        ({"rank_pattern": {"q_prj": 4, "q_proj": 2}}, "rank_pattern.*'q_prj' .Did you mean 'q_proj'"),
         ({"alpha_pattern": {"up": 4}}, "alpha_pattern.*'up'"),
         ({"module_config": {"up": {"r": 4}}}, "module_config.*'up'"),
         ({"layers_to_transform": [0, 9]}, r"layers_to_transform.*\[9\].*0-2"),

@@ -95,8 +95,7 @@ class _BaseAutoPeftModel:
         mapping = config.auto_mapping
         if not mapping:
             raise ValueError(
-                "The adapter names neither a task nor the class of its base model. Load the base model and "
-                "use "
+                "The adapter names neither a task nor the class of its base model. Load the base model and use "
                 "`PeftModel.from_pretrained`."
             )
         return _imported(mapping["parent_library"], mapping["base_model_class"], allowed)
@@ -108,8 +107,7 @@ def _imported(library: str, name: str, allowed: tuple[str, ...]) -> Any:
     if not any(library == p or library.startswith(p + ".") for p in packages):
         raise ValueError(
             f"The adapter's base model is {library}.{name}, and {library!r} is not in an allowed package "
-            f"({', '.join(allowed)}). "
-            f"If you trust it, pass `import_allowlist=[{library.partition('.')[0]!r}]`."
+            f"({', '.join(allowed)}). If you trust it, pass `import_allowlist=[{library.partition('.')[0]!r}]`."
         )
     return getattr(importlib.import_module(library), name)
 

@@ -167,8 +167,7 @@ class PeftConfigMixin:
                 ) from error
         if not isinstance(values, dict):
             raise ValueError(
-                f"'{path_json_file}' holds a {type(values).__name__} where the fields of a configuration "
-                "(a JSON "
+                f"'{path_json_file}' holds a {type(values).__name__} where the fields of a configuration (a JSON "
                 "object) are expected."
             )
         return values
@@ -199,8 +198,7 @@ class PeftConfigMixin:
             return registry.config_class(peft_type)
         if cls in (PeftConfigMixin, PeftConfig, PromptLearningConfig):
             raise TypeError(
-                f"The {cls.__name__} config that is trying to be loaded is missing required keys: "
-                f"'peft_type'{where}. "
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: 'peft_type'{where}. "
                 "Call from_pretrained of the method's own class, such as LoraConfig."
             )
         return cls
@@ -214,8 +212,7 @@ class PeftConfigMixin:
             hints = "; ".join(f"{k!r}{nearest(k, known)}" for k in sorted(unknown))
             report(
                 UnknownFieldWarning,
-                f"Unexpected keyword arguments for {cls.__name__} in {origin}: {hints}. They are ignored; "
-                "the file "
+                f"Unexpected keyword arguments for {cls.__name__} in {origin}: {hints}. They are ignored; the file "
                 "may come from another version, or a name may be misspelt.",
                 stacklevel=4,
             )
@@ -239,8 +236,7 @@ class PeftConfig(PeftConfigMixin):
             return
         if not isinstance(patterns, dict) or not all(isinstance(v, dict) for v in patterns.values()):
             raise TypeError(
-                f"module_config is {patterns!r}; expected a dictionary from patterns of module names to "
-                "dictionaries "
+                f"module_config is {patterns!r}; expected a dictionary from patterns of module names to dictionaries "
                 "of fields, such as {'q_proj': {'use_dora': True}}."
             )
         allowed = [name for name in self._known() if name not in NOT_PER_MODULE]
@@ -249,8 +245,7 @@ class PeftConfig(PeftConfigMixin):
                 if name not in allowed:
                     raise ValueError(
                         f"module_config[{pattern!r}] sets {name!r}, which is no field that one module can "
-                        "have."
-                        f"{nearest(name, allowed)} Use some of {', '.join(allowed)}."
+                        f"have.{nearest(name, allowed)} Use some of {', '.join(allowed)}."
                     )
 
 

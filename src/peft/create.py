@@ -45,9 +45,8 @@ def get_peft_model(
     _note_origin(model, peft_config, revision)
     if next(iter(tuner_layers(model)), None) is not None:
         warnings.warn(
-            "The model has adapter layers already; a second PeftModel is put around them. Use `add_adapter` "
-            "for a second "
-            "adapter, or `unload()` first to get the base model back.",
+            "The model has adapter layers already; a second PeftModel is put around them. Use `add_adapter` for a "
+            "second adapter, or `unload()` first to get the base model back.",
             stacklevel=2,
         )
     warn_about_name(adapter_name, peft_config)

@@ -52,8 +52,7 @@ class _Generating(PeftModel):
     def _check_model(self, model: nn.Module) -> None:
         if not hasattr(model, "prepare_inputs_for_generation"):
             raise AttributeError(
-                f"{type(model).__name__} has no `prepare_inputs_for_generation`, which {type(self).__name__} "
-                "needs. "
+                f"{type(model).__name__} has no `prepare_inputs_for_generation`, which {type(self).__name__} needs. "
                 "Leave `task_type` out of the configuration for models that do not generate."
             )
 

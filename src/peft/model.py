@@ -211,16 +211,15 @@ class PeftModel(Persistent, nn.Module):
             raise ValueError("adapter_names is for inference, but the model is in training mode. Call `model.eval()`.")
         if first is not None and first.shape[0] != len(names):
             raise ValueError(
-                f"adapter_names has {len(names)} entries, but the batch has {first.shape[0]} samples. Pass "
-                "one name per "
-                f"sample ({BASE!r} for none)."
+                f"adapter_names has {len(names)} entries, but the batch has {first.shape[0]} samples. Pass one name "
+                f"per sample ({BASE!r} for none)."
             )
         unknown = [n for n in dict.fromkeys(names) if n not in self.peft_config and n != BASE]
         if unknown:
             raise ValueError(
                 "adapter_names holds unknown names: "
-                f"{listing(map(str, unknown))}.{nearest(str(unknown[0]), self.peft_config)} "
-                f"Existing adapters: {listing(self.peft_config)}, and {BASE!r}."
+                f"{listing(map(str, unknown))}.{nearest(str(unknown[0]), self.peft_config)} Existing adapters: "
+                f"{listing(self.peft_config)}, and {BASE!r}."
             )
         if any(layer.merged_adapters for _, layer in tuner_layers(self.base_model)):
             raise ValueError("adapter_names cannot be used while adapters are merged. Call `unmerge_adapter()` first.")
@@ -282,8 +281,8 @@ class PeftModel(Persistent, nn.Module):
         """Make one adapter the active one; its parameters become trainable unless `inference_mode`."""
         if not isinstance(adapter_name, str):
             raise TypeError(
-                f"set_adapter takes one name, but got {type(adapter_name).__name__}. "
-                "For several active adapters use `model.base_model.set_adapter([...])`."
+                f"set_adapter takes one name, but got {type(adapter_name).__name__}. For several active adapters use "
+                "`model.base_model.set_adapter([...])`."
             )
         self._known(adapter_name)
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
@@ -380,8 +379,7 @@ def check_adapter_name(name: str) -> None:
         raise AdapterNameError("An adapter's name may not be empty. Use a name such as 'default'.")
     if "." in name:
         raise AdapterNameError(
-            f"The adapter name {name!r} contains a dot. Names become part of parameter names, where a dot "
-            "separates "
+            f"The adapter name {name!r} contains a dot. Names become part of parameter names, where a dot separates "
             f"modules: use {name.replace('.', '_')!r}, for example."
         )
 

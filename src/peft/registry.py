@@ -58,8 +58,7 @@ def lookup(peft_type: str | PeftType) -> Method:
     names = [t.value for t in PeftType]
     if peft_type not in names:
         raise ValueError(
-            f"peft_type is {peft_type!r}, which is no known method.{nearest(str(peft_type), names)} Use "
-            "one of "
+            f"peft_type is {peft_type!r}, which is no known method.{nearest(str(peft_type), names)} Use one of "
             f"{', '.join(names)}."
         )
     kind = PeftType(peft_type)

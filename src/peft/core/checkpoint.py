@@ -60,9 +60,8 @@ def get_peft_model_state_dict(
     empty = [e.key for e, t in zip(entries, tensors, strict=True) if not t.numel()]
     if empty:
         raise ValueError(
-            f"Adapter {adapter_name!r} has tensors without elements: {listing(empty)}. They are probably "
-            "shards: gather "
-            "the full state on the saving process and pass it as `state_dict`."
+            f"Adapter {adapter_name!r} has tensors without elements: {listing(empty)}. They are probably shards: "
+            "gather the full state on the saving process and pass it as `state_dict`."
         )
     keys = [plain(e.key) if unwrap_compiled else prefix + e.key for e in entries]
     return {k: _whole(t.detach()) for k, t in zip(keys, tensors, strict=True)}
@@ -128,8 +127,8 @@ def adapter_config(model: nn.Module, adapter_name: str) -> Any:
         )
     if adapter_name not in configs:
         raise ValueError(
-            f"There is no adapter {adapter_name!r}.{nearest(adapter_name, configs)} "
-            f"Existing adapters: {listing(configs) or 'none'}."
+            f"There is no adapter {adapter_name!r}.{nearest(adapter_name, configs)} Existing adapters: "
+            f"{listing(configs) or 'none'}."
         )
     return configs[adapter_name]
 
@@ -150,9 +149,8 @@ def _gathered(entries: list[Entry], state: Mapping[str, Tensor]) -> list[Tensor]
     missing = [e.live for e in entries if plain(e.live) not in by_name]
     if missing:
         raise ValueError(
-            f"`state_dict` lacks {len(missing)} of the adapter's {len(entries)} tensors: {listing(missing)}. "
-            "Pass the full "
-            "state of the model (names as in `model.state_dict()`), or None to read the live tensors."
+            f"`state_dict` lacks {len(missing)} of the adapter's {len(entries)} tensors: {listing(missing)}. Pass the "
+            "full state of the model (names as in `model.state_dict()`), or None to read the live tensors."
         )
     return [by_name[plain(e.live)] for e in entries]
 

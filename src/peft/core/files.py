@@ -147,10 +147,8 @@ def _read_pickle(file: str | os.PathLike[str], device: str) -> dict[str, Tensor]
         state = torch.load(file, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{file} could not be read as a file of tensors ({error}). It may be truncated, or hold other "
-            "objects "
-            "than tensors, which are refused: download it again, or convert it to safetensors where you "
-            "trust it."
+            f"{file} could not be read as a file of tensors ({error}). It may be truncated, or hold other objects than "
+            "tensors, which are refused: download it again, or convert it to safetensors where you trust it."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{file} does not hold a dictionary of tensors. Expected what `save_pretrained` writes.")

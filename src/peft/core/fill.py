@@ -87,8 +87,8 @@ def _same_shape(found: Found, ignore: bool) -> Found:
     if not wrong:
         return found
     lines = [
-        f"  {found[n][0].key}: {tuple(found[n][1].shape)} in the checkpoint, "
-        f"{tuple(found[n][0].tensor.shape)} in the model"
+        f"  {found[n][0].key}: {tuple(found[n][1].shape)} in the checkpoint, {tuple(found[n][0].tensor.shape)} in the "
+        "model"
         for n in wrong
     ]
     text = f"{len(wrong)} tensors of the checkpoint have another shape than the model's:\n" + "\n".join(lines)
@@ -105,10 +105,8 @@ def _nothing_fits(entries: list[Entry], keys: list[str], name: str) -> str:
     example = f", such as {keys[0]!r}.{nearest(keys[0], [e.key for e in entries[:500]])}" if keys else "."
     want = f"It expects keys such as {entries[0].key!r}." if entries else "It has no tensors."
     return (
-        f"No tensor of the checkpoint fits adapter {name!r}; nothing was loaded. The checkpoint has "
-        f"{len(keys)} "
-        f"tensors{example} {want} Check the base model and the configuration, or rename keys with "
-        "`key_mapping`."
+        f"No tensor of the checkpoint fits adapter {name!r}; nothing was loaded. The checkpoint has {len(keys)} "
+        f"tensors{example} {want} Check the base model and the configuration, or rename keys with `key_mapping`."
     )
 
 

@@ -85,8 +85,8 @@ def _download(repo: str, names: list[str], subfolder: str | None, download: dict
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise ImportError(
-            f"'{repo}' is no local folder, and downloading it needs huggingface_hub. "
-            "Install huggingface_hub, or give the path of a folder."
+            f"'{repo}' is no local folder, and downloading it needs huggingface_hub. Install huggingface_hub, or give "
+            "the path of a folder."
         ) from error
     arguments = {k: v for k, v in download.items() if k in DOWNLOAD_ARGUMENTS}
     if "token" not in arguments and download.get("use_auth_token") is not None:
@@ -99,7 +99,6 @@ def _download(repo: str, names: list[str], subfolder: str | None, download: dict
             failure = failure or error
     place = f"'{repo}'" + (f", subfolder '{subfolder}'" if subfolder else "")
     raise ValueError(
-        f"Can't find {' or '.join(map(repr, names))} at {place}: there is no such local folder, and the "
-        "Hugging "
-        f"Face Hub answered {type(failure).__name__}: {failure}"
+        f"Can't find {' or '.join(map(repr, names))} at {place}: there is no such local folder, and the Hugging Face "
+        f"Hub answered {type(failure).__name__}: {failure}"
     ) from failure

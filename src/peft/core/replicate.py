@@ -65,9 +65,8 @@ def _layer_list(model: Any) -> tuple[Any, str]:
             return owner, name
     raise ValueError(
         f"layer_replication needs a list of layers, but {type(model).__name__} has none at "
-        f"{', '.join(repr(p) for p in _LISTS)} (below 'model', 'bert' or 'transformer'). Leave "
-        "layer_replication out, or build the "
-        "deeper model yourself."
+        f"{', '.join(repr(p) for p in _LISTS)} (below 'model', 'bert' or 'transformer'). Leave layer_replication out, "
+        "or build the deeper model yourself."
     )
 
 
@@ -77,8 +76,7 @@ def _order(ranges: Sequence[Sequence[int]], count: int) -> list[int]:
     for pair in ranges:
         if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= count:
             raise ValueError(
-                f"layer_replication has the range {list(pair)!r}; expected [start, end] with 0 <= start < "
-                "end <= "
+                f"layer_replication has the range {list(pair)!r}; expected [start, end] with 0 <= start < end <= "
                 f"{count}, the number of layers."
             )
         order += range(pair[0], pair[1])

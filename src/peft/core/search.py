@@ -117,10 +117,9 @@ class Search:
         wanted = targets_by_model_type(method).get(kind)
         if not wanted and self.required and not getattr(self.config, "target_parameters", None):
             raise ValueError(
-                f"target_modules is not set, and there is no default for {type(self.model).__name__} "
-                f"(model type {kind!r}). Please specify `target_modules`: module names, a regular "
-                "expression, or "
-                f"'all-linear'; this model has modules called {_leaves(self.modules)}."
+                f"target_modules is not set, and there is no default for {type(self.model).__name__} (model type "
+                f"{kind!r}). Please specify `target_modules`: module names, a regular expression, or 'all-linear'; "
+                f"this model has modules called {_leaves(self.modules)}."
             )
         return wanted or None
 
@@ -251,8 +250,8 @@ class Search:
         layer: Any = module
         if kind == "tuner" and layer.parameter_name is not None and not layer.view.parts(innermost(module)):
             return (
-                f"another adapter adapts its parameter {module.parameter_name!r}; "
-                "a module is adapted as a whole or by parameters"
+                f"another adapter adapts its parameter {module.parameter_name!r}; a module is adapted as a whole or by "
+                "parameters"
             )
         base = innermost(module) if kind == "tuner" else module
         if not self._can_adapt(base):
@@ -289,10 +288,8 @@ class Search:
         names = {t.name for t in found}
         if known and names and known != names:
             raise ValueError(
-                f"target_parameters selects {sorted(names)}, but an adapter of this model adapts "
-                f"{sorted(known)}: all "
-                "adapters with target_parameters must adapt the same parameters. Use the same "
-                "target_parameters."
+                f"target_parameters selects {sorted(names)}, but an adapter of this model adapts {sorted(known)}: all "
+                "adapters with target_parameters must adapt the same parameters. Use the same target_parameters."
             )
         self.targets = in_order(self.modules, self.targets, found)
 
@@ -300,8 +297,7 @@ class Search:
         """Fill `targets` with exactly the modules that have keys."""
         if self.parameter_selector.entries:
             raise ValueError(
-                "target_parameters cannot be combined with injection from a state_dict, whose keys do not "
-                "name "
+                "target_parameters cannot be combined with injection from a state_dict, whose keys do not name "
                 "parameters. Inject without `state_dict` and load the weights afterwards."
             )
         wanted = {_module_of(key, prefix, self.model) for key in keys}
@@ -354,23 +350,18 @@ def _check_parameter(path: str, name: str, dim: int, owner: nn.Module, targeted:
     """Raise ValueError if the parameter cannot be adapted."""
     if not path:
         raise ValueError(
-            f"target_parameters selects {name!r}, which lies directly on the model ({type(owner).__name__}). "
-            "Only "
-            "parameters of its sub-modules can be adapted: wrap the model in a module, or target another "
-            "parameter."
+            f"target_parameters selects {name!r}, which lies directly on the model ({type(owner).__name__}). Only "
+            "parameters of its sub-modules can be adapted: wrap the model in a module, or target another parameter."
         )
     if targeted:
         raise ValueError(
-            f"'{path}' is selected by target_modules and its parameter {name!r} by target_parameters. Choose "
-            "one: "
-            "leave the module out of target_modules (target_modules=[] switches the defaults off), or the "
-            "parameter "
+            f"'{path}' is selected by target_modules and its parameter {name!r} by target_parameters. Choose one: "
+            "leave the module out of target_modules (target_modules=[] switches the defaults off), or the parameter "
             "out of target_parameters."
         )
     if dim not in (2, 3):
         raise ValueError(
-            f"target_parameters selects '{path}.{name}' with {dim} dimension(s). Only matrices (2 "
-            "dimensions) and "
+            f"target_parameters selects '{path}.{name}' with {dim} dimension(s). Only matrices (2 dimensions) and "
             "stacks of matrices (3 dimensions, experts first) can be adapted."
         )
 

@@ -53,8 +53,7 @@ def no_match(search: Search) -> NoMatchingPeftModuleError:
     if search.excluded and not search.elsewhere:
         return NoMatchingPeftModuleError(
             f"All {len(search.excluded)} modules that target_modules selects in {search.model_name} are "
-            "excluded by "
-            f"exclude_modules={getattr(config, 'exclude_modules', None)!r} and modules_to_save="
+            f"excluded by exclude_modules={getattr(config, 'exclude_modules', None)!r} and modules_to_save="
             f"{getattr(config, 'modules_to_save', None)!r}: {listing(search.excluded)}. Exclude fewer."
         )
     if search.elsewhere:
@@ -62,17 +61,15 @@ def no_match(search: Search) -> NoMatchingPeftModuleError:
     if search.all_linear:
         left = f" Left out: {listing(f'{p} ({why})' for p, why in search.skipped)}." if search.skipped else ""
         return NoMatchingPeftModuleError(
-            f"target_modules='all-linear' found no linear layer to adapt in {search.model_name}.{left} Name "
-            "the modules: "
-            f"it has {_leaf_names(search.names)}."
+            f"target_modules='all-linear' found no linear layer to adapt in {search.model_name}.{left} "
+            f"Name the modules: it has {_leaf_names(search.names)}."
         )
     missing = _missing(search.selector, lambda: search.names) + _missing(
         search.parameter_selector, search.parameter_names
     )
     return NoMatchingPeftModuleError(
-        f"Target modules {'; '.join(missing)} not found in the base model ({search.model_name}). Please "
-        "check the target "
-        f"modules and try again; the model has modules called {_leaf_names(search.names)}."
+        f"Target modules {', '.join(missing)} not found in the base model ({search.model_name}). Please "
+        f"check the target modules and try again; the model has modules called {_leaf_names(search.names)}."
     )
 
 
@@ -103,34 +100,38 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def _leaf_names(names: Iterable[str]) -> str:
-    return listing(dict.fromkeys(leaf for name in names if (leaf := name.rpartition(".")[2]) and not leaf.isdigit()))
+    names = list(names)
+    called = dict.fromkeys(leaf for name in names if (leaf := name.rpartition(".")[2]) and not leaf.isdigit())
+    return listing(called or [n for n in names if n])
 
 
 def _missing(selector: Selector, names: Callable[[], list[str]]) -> list[str]:
     unused = selector.unused()[:_MOST_LISTED]
-    return [repr(e) + hint(e, names(), selector.regex is not None) for e in unused]
+    return [_shown(e, names(), selector.regex is not None) for e in unused]
+
+
+def _shown(entry: str, names: Iterable[str], pattern: bool) -> str:
+    found = hint(entry, names, pattern).strip()
+    return f"{entry!r} ({found})" if found else repr(entry)
 
 
 def complain(plan: Plan, search: Search, adapter_name: str, strict: bool | None) -> None:
     """Report every entry of the configuration that selects nothing, once per field; then doubtful ties."""
     for field, missing in _unmatched(plan, search).items():
-        shown = [repr(e) + hint(e, names, pattern) for e, names, pattern in missing[:_MOST_LISTED]]
-        more = f"; and {len(missing) - _MOST_LISTED} more" if len(missing) > _MOST_LISTED else ""
+        shown = [_shown(*entry) for entry in missing[:_MOST_LISTED]]
+        more = f" and {len(missing) - _MOST_LISTED} more" if len(missing) > _MOST_LISTED else ""
         report(
             UnmatchedTargetWarning,
-            f"Entries of {field} that select nothing in {search.model_name} for the adapter "
-            f"{adapter_name!r}: "
-            f"{'; '.join(shown)}{more}{'' if shown[-1].endswith('.') and not more else '.'} Correct or "
-            "remove them.",
+            f"Entries of {field} that select nothing in {search.model_name} for the adapter {adapter_name!r}: "
+            f"{', '.join(shown)}{more}. Correct or remove them.",
             strict, stacklevel=5,
         )  # fmt: skip
     if search.layers is not None and (empty := search.layers - search.layers_seen) and search.layers_seen:
         report(
             UnmatchedTargetWarning,
             f"Entries of layers_to_transform that select nothing in {search.model_name} for the adapter "
-            f"{adapter_name!r}: "
-            f"{sorted(empty)}. The targets lie in layers {_ranges(search.layers_seen)}. Correct or remove "
-            "them.",
+            f"{adapter_name!r}: {sorted(empty)}. The targets lie in layers {_ranges(search.layers_seen)}. Correct or "
+            "remove them.",
             strict, stacklevel=5,
         )  # fmt: skip
     _complain_of_ties(plan)
@@ -149,8 +150,7 @@ def compare(plan: Plan, search: Search, configured: set[str], strict: bool | Non
     if parts:
         report(
             UnmatchedTargetWarning,
-            f"The targets of the state_dict and of the configuration differ: {'; '.join(parts)}. The "
-            "state_dict "
+            f"The targets of the state_dict and of the configuration differ: {'; '.join(parts)}. The state_dict "
             "decides. Correct target_modules if this is not intended.",
             strict,
             stacklevel=5,
@@ -203,17 +203,15 @@ def _complain_of_ties(plan: Plan) -> None:
     if not getattr(plan.config, "ensure_weight_tying", False):
         if plan.tied and touched:
             warnings.warn(
-                f"The weight of {touched[0]!r} is shared by {listing(sorted(str(p) for p in group))}, and "
-                "this adapter "
-                "changes it in one place only. Merging the adapter would untie them. Set "
-                "ensure_weight_tying=True to "
+                f"The weight of {touched[0]!r} is shared by {listing(sorted(str(p) for p in group))}, and this adapter "
+                "changes it in one place only. Merging the adapter would untie them. Set ensure_weight_tying=True to "
                 "keep them tied.", stacklevel=5,
             )  # fmt: skip
     elif not plan.tied:
         warnings.warn("ensure_weight_tying is set, but no modules of this model share a weight.", stacklevel=5)
     elif not touched and not getattr(plan.config, "trainable_token_indices", None):
         warnings.warn(
-            "ensure_weight_tying is set, but none of the tied modules "
-            f"({listing(sorted(str(p) for p in group))}) is in "
+            f"ensure_weight_tying is set, but none of the tied modules ({listing(sorted(str(p) for p in group))}) is "
+            "in "
             "target_modules or modules_to_save.", stacklevel=5,
         )  # fmt: skip

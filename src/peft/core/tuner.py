@@ -146,8 +146,8 @@ class BaseTuner(nn.Module):
         unknown = [n for n in names if n not in self.peft_config]
         if unknown:
             raise ValueError(
-                f"There is no adapter {unknown[0]!r}.{nearest(unknown[0], self.peft_config)} "
-                f"The model has {sorted(self.peft_config)}."
+                f"There is no adapter {unknown[0]!r}.{nearest(unknown[0], self.peft_config)} The model has "
+                f"{sorted(self.peft_config)}."
             )
         layers = [layer for _, layer in self.layers()]
         for layer in layers:
@@ -187,8 +187,8 @@ class BaseTuner(nn.Module):
         if trained:
             warnings.warn(
                 f"The adapter {trained[0]!r} trained biases of the base model "
-                f"(bias={self.peft_config[trained[0]].bias!r}), which stay in force: the disabled model does "
-                "not give the base model's output.",
+                f"(bias={self.peft_config[trained[0]].bias!r}), which stay in force: the disabled model does not give "
+                "the base model's output.",
                 PeftWarning,
                 stacklevel=4,
             )

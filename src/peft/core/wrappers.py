@@ -147,8 +147,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if not isinstance(self.original_module, _BY_ROWS):
             raise TypeError(
                 f"adapter_names cannot be used with {self.path!r} in modules_to_save: a "
-                f"{type(self.original_module).__name__} may mix the samples of a batch. "
-                "Linear, embedding and convolution layers work."
+                f"{type(self.original_module).__name__} may mix the samples of a batch. Linear, embedding and "
+                "convolution layers work."
             )
         groups = self.call.groups(x.shape[0], x.device, self.path, names)
         lacking = [n for n in groups if n != BASE and n not in self.adapters]

@@ -50,7 +50,6 @@ def convert_peft_config_for_transformers(peft_config: Any, model: Any, conversio
     gone = sorted((experts & set(targets)) - last)
     if fused and gone:
         raise NotImplementedError(
-            f"target_modules has {gone}, but the model holds its experts as one parameter ('{fused[0]}'). "
-            "Name "
+            f"target_modules has {gone}, but the model holds its experts as one parameter ('{fused[0]}'). Name "
             "parameters instead: target_parameters=['experts.gate_up_proj', 'experts.down_proj']."
         )

@@ -35,9 +35,8 @@ def convert(state: Mapping[str, Tensor], initial: Mapping[str, Tensor], config: 
     wrong = [k for k, v in state.items() if _axis(k) is not None and getattr(initial.get(k), "shape", None) != v.shape]
     if wrong:
         raise ValueError(
-            f"The initial adapter does not fit the trained one: {listing(wrong)} are missing or of another "
-            "shape. Give the "
-            "folder where this adapter was saved before its training."
+            f"The initial adapter does not fit the trained one: {listing(wrong)} are missing or of another shape. Give "
+            "the folder where this adapter was saved before its training."
         )
     return {k: _joined(k, v, initial) for k, v in state.items()}, _plain_config(config)
 
@@ -48,9 +47,8 @@ def _check(config: Any) -> None:
         raise ValueError(f"path_initial_model_for_weight_conversion is for LoRA adapters, but this one is {kind}.")
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ValueError(
-            "An adapter with use_rslora and rank_pattern or alpha_pattern cannot be written as a plain LoRA: "
-            "its scalings "
-            "would change. Save it without path_initial_model_for_weight_conversion."
+            "An adapter with use_rslora and rank_pattern or alpha_pattern cannot be written as a plain LoRA: its "
+            "scalings would change. Save it without path_initial_model_for_weight_conversion."
         )
     if getattr(config, "target_parameters", None):
         raise ValueError("Adapters with target_parameters cannot be converted. Save without the conversion.")
