@@ -262,7 +262,7 @@ def test_what_cannot_be_right_raises_and_says_why(fields, error, text):
     [
         (
             {"target_modules": ["q_proj", "v_prj", "qq"]},
-            "target_modules.*'qq'.*'v_prj' Did you mean 'v_proj'",
+            "target_modules.*'qq'.*'v_prj' .Did you mean 'v_proj'",
         ),
         ({"exclude_modules": ["k_prj"]}, "exclude_modules.*Did you mean 'k_proj'"),
         ({"exclude_modules": "nothing.*"}, "exclude_modules.*'nothing.*'"),
@@ -271,7 +271,7 @@ def test_what_cannot_be_right_raises_and_says_why(fields, error, text):
         ({"alpha_pattern": {"up": 4}}, "alpha_pattern.*'up'"),
         ({"module_config": {"up": {"r": 4}}}, "module_config.*'up'"),
         ({"layers_to_transform": [0, 9]}, r"layers_to_transform.*\[9\].*0-2"),
-        ({"target_parameters": ["up.wait"]}, "target_parameters.*'up.wait' Did you mean"),
+        ({"target_parameters": ["up.wait"]}, "target_parameters.*'up.wait' .Did you mean"),
     ],
 )
 def test_an_entry_that_selects_nothing_warns_or_raises_if_strict(fields, text):
