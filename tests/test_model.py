@@ -448,6 +448,19 @@ def test_gradients_flow_through_checkpointed_layers(reentrant, when):
             assert p.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("stated", [True, False])
+def test_the_stored_layout_is_read_from_the_layer_and_the_field_follows_with_a_warning(stated):
+    transformers = pytest.importorskip("transformers")
+    layer = nn.Linear(4, 6) if stated else transformers.pytorch_utils.Conv1D(6, 4)
+    config = LoraConfig(target_modules=["0"], fan_in_fan_out=stated)
+    with pytest.warns(PeftWarning, match=f"fan_in_fan_out is set to {stated} but the target module is"):
+        model = get_peft_model(nn.Sequential(layer), config)
+    assert model.peft_config["default"].fan_in_fan_out is not stated
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(nn.Sequential(copy.deepcopy(layer)), LoraConfig(target_modules=["0"], fan_in_fan_out=not stated))
+
+
 def test_an_option_without_effect_says_so(tmp_path):
     runtime = LoraRuntimeConfig(ephemeral_gpu_offload=True)
     with pytest.warns(PeftWarning, match="ephemeral_gpu_offload=True has no effect"):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import nearest
+from ..errors import PeftWarning, nearest, report
 from . import views
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
@@ -72,6 +72,7 @@ class Injection:
             for _, layer in tuner_layers(self.model):
                 layer._set_disabled(True)
         self._biases()
+        self._stored_layout()
         self._note(plan)
 
     # ---- places ------------------------------------------------------------------------------------------------
@@ -260,6 +261,22 @@ class Injection:
         for p in chosen:
             p.requires_grad_(True)
         self.undo.append(lambda: [p.requires_grad_(f) for p, f in zip(chosen, before, strict=True)])
+
+    def _stored_layout(self) -> None:
+        """`fan_in_fan_out` as the layers have it: files say so, and other programs read them."""
+        stated = getattr(self.config, "fan_in_fan_out", None)
+        layers = [layer for layer in self.placed if layer.view.label == "Linear"]
+        found = {layer.view.out_axis(layer.get_base_layer()) == 1: type(layer.get_base_layer()) for layer in layers}
+        if stated is None or not found or stated in found:
+            return
+        text = (
+            f"fan_in_fan_out is set to {stated} but the target module is {found[not stated].__name__}. "
+            f"Setting fan_in_fan_out to {not stated}."
+        )
+        report(PeftWarning, text, strict=False, stacklevel=7)
+        config = self.config
+        config.fan_in_fan_out = not stated
+        self.undo.append(lambda: setattr(config, "fan_in_fan_out", stated))
 
     def _note(self, plan: Any) -> None:
         """What is stored once everything holds."""
