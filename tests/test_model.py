@@ -461,6 +461,28 @@ def test_the_stored_layout_is_read_from_the_layer_and_the_field_follows_with_a_w
         get_peft_model(nn.Sequential(copy.deepcopy(layer)), LoraConfig(target_modules=["0"], fan_in_fan_out=not stated))
 
 
+def test_tied_adapters_leave_tied_weights_tied_after_the_merge():
+    base = tiny("LlamaForCausalLM", tie_word_embeddings=True)
+    config = lora(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(base, config).eval()
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert merged.config.tie_word_embeddings
+    torch.testing.assert_close(logits(merged), expected)
+
+
+def test_an_adapter_of_one_tied_weight_unties_it_in_the_merge_and_in_the_configuration():
+    base = tiny("LlamaForCausalLM", tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="is shared by 'lm_head'"):
+        model = get_peft_model(base, lora(target_modules=["embed_tokens"]))
+    expected = logits(model.eval())
+    with pytest.warns(PeftWarning, match="no longer tied"):
+        merged = model.merge_and_unload()
+    assert not merged.config.tie_word_embeddings
+    torch.testing.assert_close(logits(merged), expected)
+
+
 def test_an_option_without_effect_says_so(tmp_path):
     runtime = LoraRuntimeConfig(ephemeral_gpu_offload=True)
     with pytest.warns(PeftWarning, match="ephemeral_gpu_offload=True has no effect"):

@@ -84,7 +84,7 @@ def _merge_for_good(model: nn.Module, layers: list[BaseTunerLayer], names: list[
     untie(layers, names, groups)
     for layer, own in _progress(work, progressbar):
         layer._merge(own, keep=False)
-    _retie(model, list(groups.values()))
+    _retie(model, list(groups.values()), {id(layer.get_base_layer()): _update(layer, own) for layer, own in work})
 
 
 def _progress(items: list[Any], show: bool) -> Iterator[Any]:
@@ -95,15 +95,24 @@ def _progress(items: list[Any], show: bool) -> Iterator[Any]:
     yield from tqdm(items, desc="Merging") if show else items
 
 
-def _retie(model: nn.Module, groups: list[list[Holder]]) -> None:
-    """Share again what is still equal; say so in the model's configuration where it is not."""
+def _update(layer: BaseTunerLayer, names: Sequence[str]) -> frozenset[Any]:
+    """The memory of what adapters add to a layer: layers whose adapters are tied have the same."""
+    return frozenset(storage_key(getattr(slot.owner, slot.attr)) for name in names for slot in layer.slots(name))
+
+
+def _retie(model: nn.Module, groups: list[list[Holder]], updates: dict[int, frozenset[Any]]) -> None:
+    """Share again what is still equal; say so in the model's configuration where it is not.
+
+    Tied adapters make equal weights up to the order of a sum, so their memory is compared and not their result.
+    """
     for (first, attr), *rest in groups:
         source = first._parameters[attr]
         for module, name in rest:
             other = module._parameters[name]
-            if other is source or source is None or other is None:
+            if other is source or source is None or other is None or other.shape != source.shape:
                 continue
-            if other.shape == source.shape and torch.equal(other, source):
+            tied = bool(updates.get(id(module))) and updates[id(module)] == updates.get(id(first))
+            if tied or torch.equal(other, source):
                 module._parameters[name] = source
             else:
                 _note_untied(model)
