@@ -345,6 +345,45 @@ def test_unusable_data_is_named_with_its_place(text: str, message: str, tmp_path
         data.load_examples(options(data=str(path)), str(path))
 
 
+DAMAGED = [
+    ("data.csv", "prompt,answer\ncafé,x\n".encode("latin-1"), r"data.csv: is not UTF-8 \(byte \d+\)"),
+    ("data.jsonl", '{"prompt": "é"}\n'.encode("latin-1"), r"data.jsonl: is not UTF-8"),
+    ("data.csv", b'prompt,answer\n"' + b"x" * 200_000 + b'",y\n', r"data.csv: cannot be read as csv \(field larger"),
+    ("data.parquet", b"PAR1 cut off", r"data.parquet: cannot be read as parquet"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGED)
+def test_a_damaged_data_file_is_named(name: str, content: bytes, message: str, tmp_path: Path, options: Any) -> None:
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        data.load_examples(options(data=str(path)), str(path))
+
+
+@pytest.mark.parametrize(
+    ("package", "more"), [("accelerate", []), ("transformers", []), ("jinja2", ["--template", "chat"])]
+)
+def test_a_missing_package_is_named_with_its_install_command(
+    package: str, more: list[str], model: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    result = train_with(model, examples, tmp_path / "out", *more)
+    assert result.exit_code == 2, result.output
+    assert f"Install with: pip install {package}" in result.stderr
+
+
+def test_a_refusal_of_the_system_is_one_line(
+    model: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "fit", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device", "x.pt")))
+    result = train_with(model, examples, tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr.strip() == "Error: [Errno 28] No space left on device: 'x.pt'"
+
+
 def test_csv_parquet_and_jsonl_give_the_same_examples(tmp_path: Path, options: Any, examples: Path) -> None:
     expected = data.load_examples(options(), str(examples))
     rows = list(data.read_rows(str(examples)))

@@ -93,7 +93,7 @@ def _add(app: Any, name: str, kind: type, run: Callable[[Any], int], help: str) 
 
 
 def _guarded(run: Callable[[Any], int], options: Any) -> int:
-    """The exit code: 0 done, 2 wrong option, 130 interrupted."""
+    """The exit code: 0 done, 1 the system refused, 2 wrong option, 130 interrupted."""
     from peft.cli.report import error
 
     try:
@@ -101,6 +101,9 @@ def _guarded(run: Callable[[Any], int], options: Any) -> int:
     except PeftError as problem:
         error(str(problem))
         return 2
+    except OSError as problem:  # a full disk, a folder without permission
+        error(str(problem))
+        return 1
     except KeyboardInterrupt:
         error("Interrupted. The same command goes on from the last saved state, if there is one.")
         return 130

@@ -15,7 +15,12 @@ DTYPES = ("auto", "fp32", "bf16")
 INITS = ("default", "gaussian", "orthogonal", "pissa", "olora")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
-PACKAGES = {"accelerate": "training", "transformers": "language models", "torch": "everything"}
+PACKAGES = {
+    "accelerate": "training",
+    "transformers": "language models",
+    "torch": "everything",
+    "jinja2": "chat templates",
+}
 
 
 class UsageError(PeftError, ValueError):
@@ -97,6 +102,8 @@ def _check_template(template: str | None) -> None:
             template == "chat" or "{prompt}" in template,
             "'chat' or text with {prompt}",
         )
+    if template == "chat":
+        require("jinja2")
 
 
 def _check_model(model: str) -> None:

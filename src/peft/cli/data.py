@@ -153,7 +153,22 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
         ".csv": _csv,
         ".parquet": _parquet,
     }
-    return readers[Path(source).suffix](Path(source))
+    return _readable(Path(source), readers[Path(source).suffix])
+
+
+def _readable(path: Path, read: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:
+    """The rows of a file, with the errors of a damaged or unreadable one as a UsageError."""
+    try:
+        yield from read(path)
+    except UsageError:
+        raise
+    except UnicodeDecodeError as problem:
+        raise UsageError(f"{path}: is not UTF-8 (byte {problem.start}). Save it as UTF-8 text.") from None
+    except (OSError, ValueError, csv.Error) as problem:  # pyarrow's errors are ValueErrors
+        reason = str(problem).splitlines()[0]
+        raise UsageError(
+            f"{path}: cannot be read as {path.suffix[1:]} ({reason}). Check or make the file again."
+        ) from None
 
 
 def _jsonl(path: Path) -> Iterator[Row]:

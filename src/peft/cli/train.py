@@ -155,7 +155,7 @@ def show_result(log: Log) -> None:
     recent = report.running_mean(log.losses, 10)[-1]
     report.say(
         f"{len(log.steps)} steps in {log.seconds:.0f} s, training loss {log.losses[0]:.3f} -> {recent:.3f} "
-        f"(mean of the last 10), {log.trainable_parameters:,} trainable parameters, "
+        f"(mean of the last {min(10, len(log.steps))}), {log.trainable_parameters:,} trainable parameters, "
         f"peak {log.peak_memory_gib:.1f} GiB"
     )
 
