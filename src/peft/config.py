@@ -298,3 +298,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def check_config(peft_config: PeftConfig) -> None:
+    """Raise TypeError for what is no configuration."""
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config must be a PeftConfig such as LoraConfig(r=8), but is {type(peft_config).__name__}. "
+            "`get_peft_config` makes one from a dictionary."
+        )

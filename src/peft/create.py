@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config import PeftConfig
+from .config import PeftConfig, check_config
 from .core.layer import tuner_layers
 from .model import PeftModel, check_adapter_name, warn_about_name
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, config_class, tuner_class
@@ -38,6 +38,8 @@ def get_peft_model(
         revision: the revision of the base model, noted in the configuration.
         low_cpu_mem_usage: make the adapter on the meta device (its weights are loaded next).
     """
+    _check_model(model)
+    check_config(peft_config)
     check_adapter_name(adapter_name)
     if mixed:
         raise NotImplementedError("mixed=True comes with a later release. Use adapters of one method.")
@@ -78,6 +80,8 @@ def inject_adapter_in_model(
 
     Raises ValueError for methods that need a PeftModel.
     """
+    _check_model(model)
+    check_config(peft_config)
     if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
         raise ValueError("Prompt learning and adaption prompts are no layers to inject. Use `get_peft_model`.")
     check_adapter_name(adapter_name)
@@ -86,6 +90,11 @@ def inject_adapter_in_model(
         raise ValueError(f"{tuner.__name__} shares tensors between layers, which only a PeftModel can hold.")
     tuner(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
     return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, but is {type(model).__name__}. Load the base model first.")
 
 
 def _method(config: PeftConfig) -> str:

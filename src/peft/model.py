@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import PeftConfig
+from .config import PeftConfig, check_config
 from .core.call import BASE
 from .core.embeddings import recorded_vocabulary
 from .core.layer import tuner_layers
@@ -253,7 +253,12 @@ class PeftModel(Persistent, nn.Module):
             low_cpu_mem_usage: make its parameters on the meta device.
             autocast_adapter_dtype: keep half-precision adapter parameters in float32.
         """
+        self._add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, [])
+
+    def _add_adapter(self, adapter_name: str, peft_config: PeftConfig, meta: bool, autocast: bool, undo: list) -> None:
+        """`add_adapter`; `undo` receives the steps that take it back."""
         check_adapter_name(adapter_name)
+        check_config(peft_config)
         if adapter_name in self.peft_config:
             raise ValueError(
                 f"Adapter with name {adapter_name!r} already exists. Delete it first, or use another name."
@@ -270,12 +275,14 @@ class PeftModel(Persistent, nn.Module):
             self.base_model.inject_adapter(
                 self.base_model.model,
                 adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast,
+                low_cpu_mem_usage=meta,
+                undo=undo,
             )
         except BaseException:
             self.base_model.peft_config.pop(adapter_name, None)
             raise
+        undo.append(lambda: self.base_model.peft_config.pop(adapter_name))
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make one adapter the active one; its parameters become trainable unless `inference_mode`."""
@@ -288,7 +295,7 @@ class PeftModel(Persistent, nn.Module):
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make adapters trainable or not, whether or not they are active; unknown names are ignored."""
+        """Make adapters trainable or not, whether or not they are active."""
         self.base_model.set_requires_grad(adapter_names, requires_grad=requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -155,14 +155,15 @@ class Persistent:
         """
         state = read_adapter(self.get_base_model(), model_id, torch_device, key_mapping, kwargs)
         new = adapter_name not in self.peft_config
+        steps: list[Callable[[], Any]] = []
         if new:
             config = read_config(model_id, is_trainable, kwargs)
             set_runtime(config, ephemeral_gpu_offload)
-            self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+            self._add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, steps)
 
         def undo() -> None:
-            if new:
-                self.delete_adapter(adapter_name)
+            for step in reversed(steps):
+                step()
 
         result = apply_adapter(self, adapter_name, state, is_trainable, low_cpu_mem_usage, undo, kwargs)
         if is_trainable:
@@ -194,6 +195,8 @@ class Persistent:
 def selected(model: PeftModel, names: list[str] | None) -> list[str]:
     """The adapters to save; raises ValueError naming those that do not exist."""
     known = list(model.peft_config)
+    if isinstance(names, str):
+        raise TypeError(f"selected_adapters must be a list of names, got the string {names!r}. Use [{names!r}].")
     if names is None:
         return known
     unknown = [n for n in names if n not in known]

@@ -160,7 +160,12 @@ LAYOUTS = {
         layer("linear-3-D", lambda: nn.Linear(6, 8), N, 3, 6),
         layer("linear-4-D", lambda: nn.Linear(6, 8), N, 2, 3, 6),
         layer("linear-subclass", lambda: Subclass(6, 8), N, 6),
-        layer("linear-Conv1D", lambda: Conv1D(8, 6), N, 3, 6),
+        Layout(
+            "linear-Conv1D",
+            lambda: Around(Conv1D(8, 6)),
+            (N, 3, 6),
+            {"target_modules": ["layer"], "fan_in_fan_out": True},
+        ),
         Layout("linear-alone", lambda: nn.Linear(6, 8), (N, 6), {"target_modules": ["linear"]}),
         layer("conv-1d", lambda: nn.Conv1d(4, 8, 3, stride=2, padding=1), N, 4, 9),
         layer("conv-1d-dilated", lambda: nn.Conv1d(4, 8, 3, dilation=2, bias=False), N, 4, 9, bias=False),

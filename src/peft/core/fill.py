@@ -35,6 +35,7 @@ def fill(
     Returns the places without a tensor and the keys without a place.
     """
     found, unexpected = _match(root, entries, state)
+    _same_kind(found)
     found = _same_shape(found, ignore_mismatched_sizes)
     missing = [e for e in entries if e.live not in found]
     if not found and (entries or state):
@@ -80,6 +81,15 @@ def _spellings(key: str) -> Iterator[str]:
     yield PREFIX + key
     if key.startswith(PREFIX):
         yield key[len(PREFIX) :]
+
+
+def _same_kind(found: Found) -> None:
+    for entry, value in found.values():
+        if value.is_complex() or value.is_floating_point() != entry.tensor.is_floating_point():
+            raise TypeError(
+                f"{entry.key} is {value.dtype} in the checkpoint and {entry.tensor.dtype} in the model; numbers of "
+                "another kind are not converted. Nothing was loaded."
+            )
 
 
 def _same_shape(found: Found, ignore: bool) -> Found:

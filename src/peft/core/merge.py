@@ -102,14 +102,10 @@ class Mergeable(nn.Module):
     def check_merge(self, names: tuple[str, ...]) -> None:
         """Raise if merging these adapters is impossible or would change the output."""
         base = self.get_base_layer()
-        self.view.refuse_merge(base)
         live = [n for n in self._active if n in self.adapters and n not in self.merged_adapters]
         rest = [n for n in live if n not in names]
-        for name in (*names, *rest):
-            if name in names and not self.adapters[name].method.mergeable:
-                raise ValueError(
-                    f"The adapter {name!r} at {self._where()!r} depends on its input and cannot be merged."
-                )
+        for name in names:
+            self.adapters[name].method.refuse_merge(self.adapters[name])
         prefix = tuple(live[: len(names)]) == names
         if rest and not prefix and not all(self.adapters[n].method.additive for n in (*names, *rest)):
             raise ValueError(
@@ -147,8 +143,9 @@ class Mergeable(nn.Module):
         *lead, out, inp = self.view.shape(base)
         step = max(1, TILE_BYTES // (12 * inp * (lead[0] if lead else 1)))
         dense = type(storage.of(base, self.view.name)) is storage.Storage
-        for start in range(0, out, step if dense else out):
-            W = stack.weight(slice(start, start + step) if dense else slice(None))
+        by_rows = dense and all(a.method.by_rows for a in stack.adapters)
+        for start in range(0, out, step if by_rows else out):
+            W = stack.weight(slice(start, start + step) if by_rows else slice(None))
             if not torch.isfinite(W).all():
                 raise ValueError(
                     f"Merging {list(names)} into {self._where()!r} gives weights that are not finite. The adapter or "

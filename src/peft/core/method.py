@@ -41,6 +41,7 @@ class Method:
 
     additive = False  # W' - W does not depend on the other adapters: any order gives the same weight
     mergeable = True
+    by_rows = True  # some out-features of W' can be computed from the same ones of W
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Method:
         return self
@@ -79,6 +80,11 @@ class Method:
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         """W' x + b'. A shortcut may replace this, never change it."""
         return inner.affine(x, self.weight(p, inner.weight()), self.bias(p, inner.bias()))
+
+    def refuse_merge(self, p: Adapter) -> None:
+        """Raise ValueError where there is no W', NotImplementedError where the layer cannot hold it."""
+        if not self.mergeable:
+            raise ValueError(f"The adapter {p.name!r} at {p.path!r} depends on its input and cannot be merged.")
 
     def checkpoint_key(self, key: str) -> str:
         """The key of a tensor in files, from its name in the layer ('lora_A.weight')."""
@@ -124,10 +130,14 @@ class LowRank(Delta):
         return 1.0
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        p.layer.view.refuse_low_rank(p.layer.get_base_layer())
         A, B = self.factors(p)
         if A.dtype in (torch.float16, torch.bfloat16) and not A.is_cuda:
             A, B = A.float(), B.float()  # half products on the CPU lose accuracy, and time
         return (B[..., rows, :] @ A) * self.scaling(p)
+
+    def refuse_merge(self, p: Adapter) -> None:
+        p.layer.view.refuse_low_rank(p.layer.get_base_layer())
 
     def up_bias(self, p: Adapter) -> Tensor | None:
         """A bias of B, (O,), which the scaling multiplies too."""

@@ -85,14 +85,16 @@ class BaseTuner(nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
+        undo: list[Callable[[], Any]] | None = None,
     ) -> None:
         """Add the adapter whose configuration is `peft_config[adapter_name]`; it is not activated.
 
-        The whole plan is made before anything changes, and an error half-way leaves the model as it was.
+        The whole plan is made before anything changes, and an error half-way leaves the model as it was. `undo`
+        receives the steps that take everything back, for a caller that may fail afterwards.
         """
         config = self.peft_config[adapter_name]
         self._check_new_adapter(model, adapter_name, config)
-        undo: list[Callable[[], Any]] = []
+        undo = [] if undo is None else undo
         with _no_collection():
             try:
                 Injection(self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, undo).run(state_dict)
@@ -143,6 +145,7 @@ class BaseTuner(nn.Module):
         cannot be active together; the model is then unchanged.
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        _check_once(names)
         unknown = [n for n in names if n not in self.peft_config]
         if unknown:
             raise ValueError(
@@ -253,6 +256,7 @@ class BaseTuner(nn.Module):
     def _check_merge_names(self, names: list[str] | None) -> None:
         if isinstance(names, str):
             raise TypeError(f"adapter_names must be a list of names, got the string {names!r}. Use [{names!r}].")
+        _check_once(names or ())
         unknown = [n for n in names or () if n not in self.peft_config]
         if unknown:
             raise ValueError(
@@ -311,6 +315,12 @@ class BaseTuner(nn.Module):
         if config is None:
             return {"model_type": "custom"}
         return config.to_dict() if hasattr(config, "to_dict") else dict(getattr(config, "__dict__", config))
+
+
+def _check_once(names: Sequence[str]) -> None:
+    twice = [n for i, n in enumerate(names) if n in names[:i]]
+    if twice:
+        raise ValueError(f"The adapter {twice[0]!r} is listed twice in {list(names)}; it would be applied twice.")
 
 
 @contextmanager

@@ -61,6 +61,9 @@ class DoRA(Delta):
     def tie(self, p: Adapter, other: Adapter) -> None:
         self.of.tie(p, other)
 
+    def refuse_merge(self, p: Adapter) -> None:
+        self.of.refuse_merge(p)
+
     def prepare(self, p: Adapter) -> None:
         self.of.prepare(p)
 

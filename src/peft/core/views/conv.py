@@ -16,9 +16,9 @@ from .linear import Layer, LinearView, Pair
 class ConvView(LinearView):
     """nn.Conv1d to nn.Conv3d as a linear map of patches; features on axis 1.
 
-    On a grouped convolution checkpoints hold an ungrouped A (r, all channels, kernel) and a B (O, r / groups) that
-    mixes r / groups rows per group. That update is no grouped kernel, so W is read as the equal ungrouped kernel, and
-    the layer cannot be merged into its grouped weight.
+    A grouped convolution's W is (O, channels of one group times kernel). On it checkpoints hold an ungrouped A
+    (r, all channels, kernel) and a B (O, r / groups) that mixes r / groups rows per group. That update is no grouped
+    kernel: it runs beside the base layer, and cannot be merged.
     """
 
     dense = False
@@ -29,24 +29,15 @@ class ConvView(LinearView):
         self.module: type[nn.Module] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
 
     def shape(self, m: Layer) -> Pair:
-        return (m.out_channels, m.in_channels * math.prod(m.kernel_size))
+        return (m.out_channels, m.in_channels // m.groups * math.prod(m.kernel_size))
 
     def matrix(self, m: Layer, raw: Tensor) -> Tensor:
-        if m.groups == 1:
-            return raw.flatten(1)
-        g, per_out, per_in = m.groups, raw.shape[0] // m.groups, raw.shape[1]
-        full = raw.new_zeros(g, per_out, g, per_in, *raw.shape[2:])
-        index = torch.arange(g, device=raw.device)
-        full = full.index_put(
-            (index, torch.arange(per_out, device=raw.device)[:, None], index),
-            raw.unflatten(0, (g, per_out)).movedim(1, 0),
-        )
-        return full.flatten(0, 1).flatten(1)
+        return raw.flatten(1)
 
     def raw(self, m: Layer, W: Tensor) -> Tensor:
-        return W.unflatten(-1, (m.in_channels, *m.kernel_size))
+        return W.unflatten(-1, (-1, *m.kernel_size))
 
-    def refuse_merge(self, m: Layer) -> None:
+    def refuse_low_rank(self, m: Layer) -> None:
         if m.groups != 1:
             raise NotImplementedError(
                 f"A low-rank update of a {type(m).__name__} with groups={m.groups} mixes all input channels and is no "
@@ -58,7 +49,8 @@ class ConvView(LinearView):
         if m.padding_mode != "zeros":
             x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
             padding = 0
-        return self.function(x, self.raw(m, W), None, m.stride, padding, m.dilation)
+        kernel = self.raw(m, W)
+        return self.function(x, kernel, None, m.stride, padding, m.dilation, m.in_channels // kernel.shape[1])
 
     def rows(self, h: Tensor, B: Tensor) -> Tensor:
         return self.function(h, B.view(*B.shape, *[1] * self.dims))

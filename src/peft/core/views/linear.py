@@ -61,8 +61,8 @@ class LinearView:
         stored = getattr(m, self.name).data
         stored.narrow(self.out_axis(m), start, W.shape[-2]).copy_(self.raw(m, W))
 
-    def refuse_merge(self, m: Layer) -> None:
-        """Raise NotImplementedError where W' cannot be held by the module."""
+    def refuse_low_rank(self, m: Layer) -> None:
+        """Raise NotImplementedError where the product of the factors is not of W's shape."""
 
     def bias(self, m: Layer) -> Tensor | None:
         """b, (O,), or None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -63,6 +64,7 @@ NOT_YET = {
     "use_qalora": "Leave it out for plain LoRA.",
     "megatron_config": "Leave it out; nn.Linear layers are adapted without it.",
 }
+FLAGS = ("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying", "inference_mode")
 INIT_NOT_YET = ("eva", "corda", "loftq", "lora_ga", "mica")
 
 
@@ -279,12 +281,17 @@ class LoraConfig(PeftConfig):
         _rank("r", self.r)
         for pattern, rank in (self.rank_pattern or {}).items():
             _rank(f"rank_pattern[{pattern!r}]", rank)
-        if isinstance(self.lora_alpha, str):
-            raise TypeError(f"`lora_alpha` must be a number; got {self.lora_alpha!r}.")
+        _number("lora_alpha", self.lora_alpha)
+        for pattern, alpha in (self.alpha_pattern or {}).items():
+            _number(f"alpha_pattern[{pattern!r}]", alpha)
+        _number("lora_dropout", self.lora_dropout)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"`lora_dropout` must be in [0, 1); got {self.lora_dropout}.")
 
     def _check_choices(self) -> None:
+        for name in FLAGS:
+            if getattr(self, name) not in (True, False, None):
+                raise TypeError(f"`{name}` must be True or False; got {getattr(self, name)!r}.")
         if self.bias not in BIAS:
             raise UnknownBiasError(
                 f"bias={self.bias!r} is unknown.{nearest(str(self.bias), BIAS)} Use one of {', '.join(BIAS)}."
@@ -382,6 +389,13 @@ def _rank(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be an integer of at least 1; got {value!r}.")
     if value < 1:
         raise ValueError(f"`{name}` should be a positive integer value; got {value}. Use at least 1.")
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"`{name}` must be a number; got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number; got {value}.")
 
 
 def _warn(message: str) -> None:

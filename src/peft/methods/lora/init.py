@@ -120,6 +120,11 @@ def principal(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor]:
             f"as {W.dtype}. Use init_lora_weights=True for this layer."
         )
     W = W.detach().float()
+    if not torch.isfinite(W).all():
+        raise ValueError(
+            f"init_lora_weights={kind!r} starts from the base weight, but that of {p.path!r} holds NaN or infinity. "
+            "Mend the base model, or use init_lora_weights=True."
+        )
     if p.r > min(W.shape[-2:]):
         raise ValueError(
             f"init_lora_weights={kind!r} takes r={p.r} components, but {p.path!r} is {tuple(W.shape[-2:])} and has "
