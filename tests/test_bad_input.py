@@ -308,6 +308,44 @@ def test_after_a_mistake_the_right_call_gives_what_it_gives_at_once(mistake, tmp
     assert torch.equal(spoilt(TOKENS), fresh(TOKENS))
 
 
+class Int8(nn.Linear):
+    """A layer that keeps its weight as integers and a scale, as a quantiser that the library does not know would."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer.in_features, layer.out_features)
+        self.scale = layer.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter((layer.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+def integers() -> nn.Module:
+    model = base()
+    model.body.layers[0].up = Int8(model.body.layers[0].up)
+    return model
+
+
+def test_integers_are_not_taken_for_the_weights_they_stand_for():
+    """LoRA needs the layer's forward alone; DoRA and merging need the numbers."""
+    plain = integers()
+    want = plain(TOKENS)
+    model = get_peft_model(plain, lora())
+    with model.disable_adapter():
+        assert torch.equal(model(TOKENS), want)
+    before = snapshot(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match=r"'weight' of Int8 is stored as torch\.int8"):
+            merge()
+        assert_unchanged(dict(before), model)
+    fresh = integers()
+    before = snapshot(fresh)
+    with pytest.raises(NotImplementedError, match=r"torch\.int8"):
+        get_peft_model(fresh, lora(use_dora=True))
+    assert_unchanged(before, fresh)
+
+
 DOUBTS: list[tuple[str, Callable[[], Any], Callable[[Any], Any], str]] = [
     ("merge again", merged, lambda m: m.merge_adapter(), "already merged"),
     ("unmerge what is not merged", two, lambda m: m.unmerge_adapter(), "Already unmerged"),

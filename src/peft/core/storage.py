@@ -53,18 +53,23 @@ class Foreign(Storage):
         value = getattr(module, name)
         if type(value).dequantize is not Tensor.dequantize:
             return value.dequantize()
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise NotImplementedError(
-            f"The weight {name!r} of {type(module).__name__} is stored as {kind}, which cannot be read as numbers. "
-            "Methods that only need the layer's forward work; this one needs the values."
+            f"The weight {name!r} of {type(module).__name__} is stored as {_kind(value)}, which cannot be read as "
+            "numbers. Methods that only need the layer's forward work; this one needs the values."
         )
 
     def write(self, module: nn.Module, name: str, value: Tensor) -> None:
-        kind = f"{type(getattr(module, name)).__module__}.{type(getattr(module, name)).__qualname__}"
         raise NotImplementedError(
-            f"Cannot merge into {name!r} of {type(module).__name__}: it is stored as {kind}, which cannot be written. "
-            "Keep the adapter unmerged, or load the base model in a floating-point dtype and merge there."
+            f"Cannot merge into {name!r} of {type(module).__name__}: it is stored as "
+            f"{_kind(getattr(module, name))}, which cannot be written. Keep the adapter unmerged, or load the base "
+            "model in a floating-point dtype and merge there."
         )
+
+
+def _kind(value: Tensor) -> str:
+    """What a tensor is, beyond a plain one: its dtype or its class."""
+    plain = type(value) in _PLAIN
+    return str(value.dtype) if plain else f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 _DENSE, _FOREIGN = Storage(), Foreign()
