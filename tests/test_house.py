@@ -22,7 +22,7 @@ FILES = sorted((SRC / "peft").rglob("*.py"))
 FLOORS = (
     "errors types lazy later version",
     "core.defaults core.files core.hub",
-    "registry config import_utils",
+    "registry config import_utils target_config",
     "kernels",
     "core",
     "methods",

@@ -20,7 +20,7 @@ from .host import AdapterHost, tuner_layers
 from .merge import Mergeable
 from .method import Method, Site
 from .stack import Adapter, BufferDict, Finish, InPlace, Slot, Stack, Values, tensors_below
-from .views import Template, view_of
+from .views import LABELS, Template, view_of
 
 _MODULES, _PARAMETERS, _BUFFERS = Template(nn.ModuleDict()), Template(nn.ParameterDict()), Template(BufferDict())
 
@@ -328,6 +328,10 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         super().__setstate__(state)
         self.__dict__.setdefault("_run", None)
 
+    def extra_repr(self) -> str:
+        """The name of the adapted parameter, if it is one of a module that is no layer."""
+        return f"parameter_name={self.parameter_name!r}" if self.view.label == "ParamWrapper" else ""
+
     def __repr__(self) -> str:
         shown = self.__class__.__new__(self.__class__)
         children: dict[str, Any] = {"base_layer": self._modules["base_layer"]}
@@ -339,4 +343,17 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         return f"{self.family}.{text}" if self.family else text
 
 
-__all__ = ["AdapterHost", "BaseTunerLayer", "tuner_layers"]
+def name_layers(kind: type[BaseTunerLayer], namespace: dict[str, Any]) -> dict[str, type[BaseTunerLayer]]:
+    """The classes under which a method's layers are printed and recognised: one per label of a view.
+
+    Arguments:
+        kind: the method's own layer class, which they all are.
+        namespace: the globals of the method's file, where pickle will look for them.
+    """
+    for label in LABELS:
+        attributes = {"__module__": namespace["__name__"], "__doc__": f"{label} under {kind.family}."}
+        namespace[label] = type(label, (kind,), attributes)
+    return {label: namespace[label] for label in LABELS}
+
+
+__all__ = ["AdapterHost", "BaseTunerLayer", "name_layers", "tuner_layers"]

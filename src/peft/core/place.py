@@ -113,7 +113,7 @@ class Injection:
         layer, fresh = _existing(found, parameter), False
         if layer is None:
             view = views.view_of(innermost(found), parameter)
-            layer = self.tuner.layer_class(view.label)(found, self.tuner.call, parameter, views.reads_weights(parent))
+            layer = self.tuner.layer_classes[view.label](found, self.tuner.call, parameter, views.reads_weights(parent))
             fresh = True
         full = f"{path}.{parameter}" if parameter else path
         own = settings(self.config, full)

@@ -97,8 +97,7 @@ def _method_of(config: Any) -> Callable[[Any], Any]:
     """What makes a target's method from its settings; a tuner states it without looking at a model."""
     from ..registry import tuner_class
 
-    tuner = tuner_class(config.peft_type)
-    return lambda chosen: tuner.method_of(tuner, chosen)
+    return tuner_class(config.peft_type).method_of
 
 
 def _tie(plan: Plan, model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:

@@ -34,7 +34,8 @@ class BaseTuner(nn.Module):
         autocast_adapter_dtype: adapters beside half-precision weights are float32.
     """
 
-    prefix: str = ""
+    prefix: ClassVar[str] = ""
+    layer_classes: ClassVar[dict[str, type[BaseTunerLayer]]] = {}  # by the label of a view
     uses_shared_state: ClassVar[bool] = False
 
     def __init__(
@@ -64,17 +65,15 @@ class BaseTuner(nn.Module):
 
     # ---- what a method's tuner states --------------------------------------------------------------------------
 
-    def method_of(self, settings: Any) -> Any:
+    @classmethod
+    def method_of(cls, settings: Any) -> Any:
         """The method of one target, from its configuration."""
         raise NotImplementedError
 
-    def out_projection_method_of(self, settings: Any) -> Any:
+    @classmethod
+    def out_projection_method_of(cls, settings: Any) -> Any:
         """The method of the out-projection inside a targeted attention module with packed weights."""
-        return self.method_of(settings)
-
-    def layer_class(self, label: str) -> type[BaseTunerLayer]:
-        """The layer's class for a view's label."""
-        return BaseTunerLayer
+        return cls.method_of(settings)
 
     # ---- injection ---------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from .make import Template, linear_module
 from .parameter import AttentionView, ParameterView
 
 __all__ = [
+    "LABELS",
     "SUPPORTED",
     "LinearView",
     "Template",
@@ -28,6 +29,7 @@ __all__ = [
 
 _LINEAR, _CONV1D, _EMBEDDING, _ATTENTION = LinearView(), Conv1DView(), EmbeddingView(), AttentionView()
 _CONVS = {nn.Conv1d: ConvView(1), nn.Conv2d: ConvView(2), nn.Conv3d: ConvView(3)}
+LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper")
 _BY_TYPE: dict[type, LinearView] = {}
 SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from ...config import PeftConfig, describe
 from ...errors import PeftWarning, UnknownFieldWarning, nearest, report
+from ...target_config import MODULE_CONFIG, check_bias, check_layers, number, rank, read_names
 from ...types import PeftType
 from .options import (
     ArrowConfig,
@@ -39,7 +39,6 @@ __all__ = [
     "VeloraConfig",
 ]
 
-BIAS = ("none", "all", "lora_only")
 INIT = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "lora_ga", "mica")
 OPTIONS = {
     "eva_config": EvaConfig,
@@ -66,10 +65,6 @@ NOT_YET = {
 }
 FLAGS = ("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying", "inference_mode")
 INIT_NOT_YET = ("eva", "corda", "loftq", "lora_ga", "mica")
-
-
-class UnknownBiasError(ValueError, NotImplementedError):
-    """`bias` has a value that does not exist."""
 
 
 @dataclass
@@ -189,12 +184,7 @@ class LoraConfig(PeftConfig):
         default=False,
         metadata=describe("Adapt tied layers, such as embedding and head, with the same weights."),
     )
-    module_config: dict[str, dict[str, Any]] | None = field(
-        default=None,
-        metadata=describe(
-            "Fields that differ for some modules: {regular expression of the name or of its end: {field: value}}."
-        ),
-    )
+    module_config: dict[str, dict[str, Any]] | None = field(default=None, metadata=MODULE_CONFIG)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,7 +193,7 @@ class LoraConfig(PeftConfig):
         self._read_names()
         self._check_numbers()
         self._check_choices()
-        self._check_layers()
+        check_layers(self)
         self._check_combinations()
         self._check_module_config()
 
@@ -261,30 +251,19 @@ class LoraConfig(PeftConfig):
         as_option(LoftQConfig, "loftq_config", self.loftq_config)
 
     def _read_names(self) -> None:
-        """Lists of names become sets; strings stay."""
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                setattr(self, name, set(_names(name, value)))
-        for name in ("modules_to_save", "target_parameters"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise TypeError(f"`{name}` must be a list of names; got the string {value!r}. Use [{value!r}].")
-            _names(name, value or ())
-        for name in ("rank_pattern", "alpha_pattern"):
-            setattr(self, name, _patterns(name, getattr(self, name)))
+        read_names(self)
         tokens = self.trainable_token_indices
         if tokens is not None and not isinstance(tokens, (list, tuple, dict)):
             raise TypeError(f"`trainable_token_indices` must be a list or a dictionary of lists; got {tokens!r}.")
 
     def _check_numbers(self) -> None:
-        _rank("r", self.r)
-        for pattern, rank in (self.rank_pattern or {}).items():
-            _rank(f"rank_pattern[{pattern!r}]", rank)
-        _number("lora_alpha", self.lora_alpha)
+        rank("r", self.r)
+        for pattern, r in (self.rank_pattern or {}).items():
+            rank(f"rank_pattern[{pattern!r}]", r)
+        number("lora_alpha", self.lora_alpha)
         for pattern, alpha in (self.alpha_pattern or {}).items():
-            _number(f"alpha_pattern[{pattern!r}]", alpha)
-        _number("lora_dropout", self.lora_dropout)
+            number(f"alpha_pattern[{pattern!r}]", alpha)
+        number("lora_dropout", self.lora_dropout)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"`lora_dropout` must be in [0, 1); got {self.lora_dropout}.")
 
@@ -292,10 +271,7 @@ class LoraConfig(PeftConfig):
         for name in FLAGS:
             if getattr(self, name) not in (True, False, None):
                 raise TypeError(f"`{name}` must be True or False; got {getattr(self, name)!r}.")
-        if self.bias not in BIAS:
-            raise UnknownBiasError(
-                f"bias={self.bias!r} is unknown.{nearest(str(self.bias), BIAS)} Use one of {', '.join(BIAS)}."
-            )
+        check_bias(self, "lora_only")
         init = self.init_lora_weights
         if init is None or isinstance(init, bool) or init in INIT:
             return
@@ -303,20 +279,6 @@ class LoraConfig(PeftConfig):
             raise ValueError(
                 f"init_lora_weights={init!r} is unknown.{nearest(str(init), INIT)} Use True, False, "
                 f"{', '.join(map(repr, INIT))} or 'pissa_niter_<number>'."
-            )
-
-    def _check_layers(self) -> None:
-        if isinstance(self.target_modules, str):
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"`{name}` cannot be used when `target_modules` is a str. Give a list of names, or write the "
-                        "layers into the regular expression."
-                    )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. Give the numbers of "
-                "the layers, or leave both out."
             )
 
     def _check_combinations(self) -> None:
@@ -357,45 +319,6 @@ class LoraConfig(PeftConfig):
         if init != "loftq" and self.loftq_config:
             _warn("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.")
             self.loftq_config = {}
-
-
-def _names(name: str, value: Any) -> list[str]:
-    """A collection of names as a list."""
-    if not isinstance(value, (list, tuple, set, frozenset)):
-        raise TypeError(f"`{name}` must be a list of names or a string; got {value!r}.")
-    wrong = [v for v in value if not isinstance(v, str)]
-    if wrong:
-        raise TypeError(f"`{name}` must hold names; got {wrong[0]!r} of type {type(wrong[0]).__name__}.")
-    return list(value)
-
-
-def _patterns(name: str, value: Any) -> dict[str, Any]:
-    """A dictionary whose keys are regular expressions."""
-    if not isinstance(value, (dict, type(None))):
-        raise TypeError(f"`{name}` must be a dictionary of patterns; got {value!r}.")
-    for pattern in value or {}:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"`{name}` has the key {pattern!r}, which is no regular expression ({error}). Escape special "
-                "characters with a backslash."
-            ) from error
-    return value or {}
-
-
-def _rank(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"`{name}` must be an integer of at least 1; got {value!r}.")
-    if value < 1:
-        raise ValueError(f"`{name}` should be a positive integer value; got {value}. Use at least 1.")
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        raise TypeError(f"`{name}` must be a number; got {value!r}.")
-    if not math.isfinite(value):
-        raise ValueError(f"`{name}` must be a finite number; got {value}.")
 
 
 def _warn(message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ...core.layer import BaseTunerLayer
+from ...core.layer import BaseTunerLayer, name_layers
 
 
 class LoraLayer(BaseTunerLayer):
@@ -66,45 +66,6 @@ class LoraLayer(BaseTunerLayer):
         return {n: a.method for n, a in self.adapters.items() if getattr(a, "use_dora", False)}
 
 
-class Linear(LoraLayer):
-    """nn.Linear or transformers' Conv1D under LoRA."""
+NAMES = name_layers(LoraLayer, globals())
 
-
-class Conv1d(LoraLayer):
-    """nn.Conv1d under LoRA."""
-
-
-class Conv2d(LoraLayer):
-    """nn.Conv2d under LoRA."""
-
-
-class Conv3d(LoraLayer):
-    """nn.Conv3d under LoRA."""
-
-
-class Embedding(LoraLayer):
-    """nn.Embedding under LoRA."""
-
-
-class MultiheadAttention(LoraLayer):
-    """nn.MultiheadAttention under LoRA: its packed in-projection; the out-projection is a `Linear` of its own."""
-
-
-class ParamWrapper(LoraLayer):
-    """A module under LoRA on one of its parameters."""
-
-    def extra_repr(self) -> str:
-        return f"parameter_name={self.parameter_name!r}"
-
-
-NAMES: dict[str, type[LoraLayer]] = {
-    c.__name__: c for c in (Linear, Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper)
-}
-
-
-def layer_class(label: str) -> type[LoraLayer]:
-    """The class for a view's label."""
-    return NAMES[label]
-
-
-__all__ = ["NAMES", "LoraLayer", "layer_class", *NAMES]
+__all__ = ["NAMES", "LoraLayer", *NAMES]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...core.layer import BaseTunerLayer
 from ...core.method import Method
 from ...core.tuner import BaseTuner
 from ..dora import DoRA
-from .layer import layer_class
+from .layer import NAMES
 from .method import LoRA, OutProjection
 
 _PLAIN, _DORA, _OUT = LoRA(), DoRA(LoRA()), OutProjection()
@@ -21,12 +20,12 @@ class LoraModel(BaseTuner):
     """
 
     prefix = "lora_"
+    layer_classes = NAMES
 
-    def method_of(self, settings: Any) -> Method:
+    @classmethod
+    def method_of(cls, settings: Any) -> Method:
         return _DORA if settings.use_dora else _PLAIN
 
-    def out_projection_method_of(self, settings: Any) -> Method:
+    @classmethod
+    def out_projection_method_of(cls, settings: Any) -> Method:
         return _DORA if settings.use_dora else _OUT
-
-    def layer_class(self, label: str) -> type[BaseTunerLayer]:
-        return layer_class(label)

@@ -1,0 +1,175 @@
+"""What the configurations of methods that adapt modules share: the fields that choose the modules, and their checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .config import PeftConfig, describe
+from .errors import nearest
+
+MODULE_CONFIG = describe(
+    "Fields that differ for some modules: {regular expression of the name or of its end: {field: value}}."
+)
+
+
+class UnknownBiasError(NotImplementedError, ValueError):
+    """`bias` names no rule."""
+
+
+@dataclass
+class TargetConfig(PeftConfig):
+    """The fields that choose modules. A subclass sets `kind`, and adds its own fields and checks (`check`)."""
+
+    kind: ClassVar[str] = ""  # its peft_type
+    added: ClassVar[frozenset[str]] = frozenset()  # fields that the original lacks; not in files while at their default
+    ranks: ClassVar[tuple[str, ...]] = ("r",)  # fields that must be at least 1
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata=describe(
+            "Names of the modules to adapt (or their last parts), a regular expression, or 'all-linear'."
+        ),
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata=describe("Names, or a regular expression, of modules to leave out.")
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata=describe("Modules that are trained as a whole and saved with the adapter.")
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata=describe("Numbers of the layers to adapt; all layers if not set.")
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata=describe("Name of the list of layers that `layers_to_transform` counts.")
+    )
+    bias: str = field(
+        default="none", metadata=describe("Biases of the base model to train: 'none', 'all' or one's own.")
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata=describe("Parameters to adapt, by full name or its last parts.")
+    )
+    module_config: dict[str, dict[str, Any]] | None = field(default=None, metadata=MODULE_CONFIG)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.kind
+        read_names(self)
+        check_layers(self)
+        check_bias(self, f"{self.kind.lower()}_only")
+        for name in self.ranks:
+            rank(name, getattr(self, name))
+        self.check()
+        self._check_module_config()
+
+    def check(self) -> None:
+        """Refuse what cannot be right; a method's own fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a dictionary; those that the original library lacks only where they are set."""
+        values = super().to_dict()
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in self.added | {"target_parameters"}:
+            if values.get(name) == defaults[name]:
+                values.pop(name, None)
+        return values
+
+
+def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise ValueError if a field's value is none of the choices."""
+    if value not in choices:
+        raise ValueError(
+            f"{name}={value!r} is unknown.{nearest(str(value), [str(c) for c in choices])} Use one of "
+            f"{', '.join(map(repr, choices))}."
+        )
+
+
+def probability(name: str, value: Any) -> None:
+    """Raise ValueError if a field is no probability below 1."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"`{name}` must be in [0, 1); got {value}.")
+
+
+def rank(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError if a field is no integer of at least 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"`{name}` must be an integer of at least 1; got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` should be a positive integer value; got {value}. Use at least 1.")
+
+
+def number(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError if a field is no finite number."""
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"`{name}` must be a number; got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number; got {value}.")
+
+
+def patterns(name: str, value: Any) -> dict[str, Any]:
+    """A dictionary whose keys are regular expressions."""
+    if not isinstance(value, (dict, type(None))):
+        raise TypeError(f"`{name}` must be a dictionary of patterns; got {value!r}.")
+    for pattern in value or {}:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"`{name}` has the key {pattern!r}, which is no regular expression ({error}). Escape special "
+                "characters with a backslash."
+            ) from error
+    return value or {}
+
+
+def names(name: str, value: Any) -> list[str]:
+    """A collection of names as a list."""
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise TypeError(f"`{name}` must be a list of names or a string; got {value!r}.")
+    wrong = [v for v in value if not isinstance(v, str)]
+    if wrong:
+        raise TypeError(f"`{name}` must hold names; got {wrong[0]!r} of type {type(wrong[0]).__name__}.")
+    return list(value)
+
+
+def read_names(config: Any) -> None:
+    """Lists of names become sets; strings stay. Patterns are dictionaries."""
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, str):
+            setattr(config, name, set(names(name, value)))
+    for name in ("modules_to_save", "target_parameters"):
+        value = getattr(config, name)
+        if isinstance(value, str):
+            raise TypeError(f"`{name}` must be a list of names; got the string {value!r}. Use [{value!r}].")
+        names(name, value or ())
+    for name in (f.name for f in dataclasses.fields(config) if f.name.endswith("_pattern")):
+        if name != "layers_pattern":
+            setattr(config, name, patterns(name, getattr(config, name)))
+
+
+def check_bias(config: Any, own: str) -> None:
+    """Raise if `bias` names no rule."""
+    rules = ("none", "all", own)
+    if config.bias not in rules:
+        raise UnknownBiasError(
+            f"bias={config.bias!r} is unknown.{nearest(str(config.bias), rules)} Use one of {', '.join(rules)}."
+        )
+
+
+def check_layers(config: Any) -> None:
+    """Raise if the fields that choose layers contradict each other."""
+    if isinstance(config.target_modules, str):
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"`{name}` cannot be used when `target_modules` is a str. Give a list of names, or write the "
+                    "layers into the regular expression."
+                )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError(
+            "When `layers_pattern` is specified, `layers_to_transform` must also be specified. Give the numbers of "
+            "the layers, or leave both out."
+        )
