@@ -119,8 +119,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Remove an adapter's copy; `new_active_adapters` are active afterwards."""
         if adapter_name in self.modules_to_save:
             del self.modules_to_save[adapter_name]
-        keep = self._active if new_active_adapters is None else tuple(new_active_adapters)
-        self.__dict__["_active"] = tuple(n for n in keep if n in self.adapters)
+        left = tuple(n for n in self._active if n in self.adapters)
+        wanted = left if new_active_adapters is None else tuple(n for n in new_active_adapters if n in self.adapters)
+        self.__dict__["_active"] = left
+        if wanted != left:
+            self.activate(wanted)
 
     def slots(self, name: str) -> list[Slot]:
         """Every saved tensor of adapter `name`; in files the wrapper leaves no trace."""
