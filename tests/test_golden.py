@@ -277,7 +277,6 @@ FIELDS = {
     "lora-monteclora": "monteclora_config",
     "lora-velora": "velora_config",
 }
-METHODS = {"combo-ia3-two-together": "IA3", "combo-lokr-switch": "LOKR"}
 CALLS = {"combo-arrow": "create_arrow_model", "combo-weighted-linear": "add_weighted_adapter"}
 
 
@@ -297,12 +296,6 @@ def test_a_variant_of_a_later_release_is_refused_by_its_field(name):
     assert type(base.get_submodule("layers.0.fc")) is nn.Linear
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_of_a_later_release_is_refused_by_its_name(name):
-    with pytest.raises(ImportError, match=f"{METHODS[name]} comes with a later release"):
-        PeftConfig.from_pretrained(GOLDEN / "later" / name)
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_of_a_later_release_is_refused_by_its_name(name):
     """The adapters themselves are plain LoRA and load."""
@@ -315,7 +308,7 @@ def test_a_call_of_a_later_release_is_refused_by_its_name(name):
 
 
 def test_every_file_of_a_later_release_is_asked_for():
-    assert sorted([*FIELDS, *METHODS, *CALLS]) == LATER
+    assert sorted([*FIELDS, *CALLS]) == LATER
     assert len(CASES) == 74
     used = {read(name)[0]["base_file"] for name in CASES}
     assert used == {file.name for file in (GOLDEN / "bases").iterdir()}
