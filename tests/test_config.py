@@ -198,8 +198,8 @@ def test_a_file_must_name_its_method(tmp_path):
     assert LoraConfig.from_pretrained(write(tmp_path, {"r": 3})).r == 3
     with pytest.raises(ValueError, match="Did you mean 'LORA'"):
         PeftConfig.from_pretrained(write(tmp_path, {"peft_type": "LORAA"}))
-    with pytest.raises(ImportError, match="The method IA3 comes with a later release"):
-        PeftConfig.from_pretrained(write(tmp_path, {"peft_type": "IA3"}))
+    with pytest.raises(ImportError, match="The method LILY comes with a later release"):
+        PeftConfig.from_pretrained(write(tmp_path, {"peft_type": "LILY"}))
 
 
 def test_a_configuration_from_a_dictionary():

@@ -173,29 +173,29 @@ def test_the_registry_is_a_mapping_that_answers_strings_and_members():
     mapping = registry.PEFT_TYPE_TO_CONFIG_MAPPING
     assert isinstance(mapping, Mapping)
     assert mapping["LORA"] is mapping[PeftType.LORA] is peft.LoraConfig
-    assert "IA3" not in mapping
+    assert "LILY" not in mapping
     assert registry.PEFT_TYPE_TO_PREFIX_MAPPING["LORA"] == "lora_"
     assert registry.MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"] is peft.PeftModelForCausalLM
 
 
 def test_a_method_can_be_registered_from_outside():
     class Tuner:
-        prefix = "ia3_"
+        prefix = "lily_"
 
     register = registry.register_peft_method
     try:
-        register(name="ia3", config_cls=peft.LoraConfig, model_cls=Tuner)
-        assert registry.PEFT_TYPE_TO_PREFIX_MAPPING["IA3"] == "ia3_"
-        assert "IA3" not in registry.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+        register(name="lily", config_cls=peft.LoraConfig, model_cls=Tuner)
+        assert registry.PEFT_TYPE_TO_PREFIX_MAPPING["LILY"] == "lily_"
+        assert "LILY" not in registry.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
         with pytest.raises(KeyError):
-            register(name="ia3", config_cls=peft.LoraConfig, model_cls=Tuner)
+            register(name="lily", config_cls=peft.LoraConfig, model_cls=Tuner)
     finally:
-        registry.METHODS.pop(PeftType.IA3, None)
-    for bad in ("IA3", "ia3_", "nonsense"):
+        registry.METHODS.pop(PeftType.LILY, None)
+    for bad in ("LILY", "lily_", "nonsense"):
         with pytest.raises(ValueError):
             register(name=bad, config_cls=peft.LoraConfig, model_cls=Tuner)
     with pytest.raises(ValueError, match="prefix"):
-        register(name="ia3", config_cls=peft.LoraConfig, model_cls=Tuner, prefix="other_")
+        register(name="lily", config_cls=peft.LoraConfig, model_cls=Tuner, prefix="other_")
 
 
 # ---- helpers

@@ -5,7 +5,7 @@ Every public name is imported when it is first used, so that `import peft` costs
 
 from __future__ import annotations
 
-from . import lazy
+from . import lazy, registry
 from .errors import (
     MissingTensorsWarning,
     NoMatchingPeftModuleError,
@@ -24,7 +24,6 @@ _NAMES = {
     "peft.methods.lora.config": """
         ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraRuntimeConfig
         MontecloraConfig VeloraConfig""",
-    "peft.methods.lora.model": "LoraModel",
     "peft.methods.prefix_tuning": "PrefixTuningConfig",
     "peft.registry": """
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING
@@ -46,10 +45,10 @@ _NAMES = {
     "peft.utils.other": "cast_mixed_precision_params prepare_model_for_kbit_training shift_tokens_right",
     "peft.utils.constants": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "peft.core.targets": "plan",
-    "peft.core.tuner": "adapter_parameters",
+    "peft.core.state": "adapter_parameters",
 }
 
-__getattr__, __dir__, __all__ = lazy.names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy.names(__name__, registry.exports(), _NAMES)
 __all__ += [
     "MissingTensorsWarning",
     "NoMatchingPeftModuleError",

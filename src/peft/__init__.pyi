@@ -20,11 +20,11 @@ from .core.checkpoint import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
+from .core.state import (
+    adapter_parameters,
+)
 from .core.targets import (
     plan,
-)
-from .core.tuner import (
-    adapter_parameters,
 )
 from .create import (
     get_peft_config,
@@ -48,6 +48,10 @@ from .heads import (
     PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
+)
+from .methods.ia3 import (
+    IA3Config,
+    IA3Model,
 )
 from .methods.lora.config import (
     ArrowConfig,
@@ -96,8 +100,6 @@ from .utils.other import (
     shift_tokens_right,
 )
 
-__version__: str
-
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -114,6 +116,8 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BdLoraConfig",
     "EvaConfig",
+    "IA3Config",
+    "IA3Model",
     "KasaConfig",
     "LoftQConfig",
     "LoraConfig",
@@ -159,3 +163,5 @@ __all__ = [
     "set_strict",
     "shift_tokens_right",
 ]
+
+__version__: str

@@ -5,6 +5,8 @@ A name leaves this list in the change that brings it.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 NAMES = frozenset(
     [
         "AdaLoraConfig",
@@ -42,8 +44,6 @@ NAMES = frozenset(
         "HRAModel",
         "HiraConfig",
         "HiraModel",
-        "IA3Config",
-        "IA3Model",
         "KappaTuneSelector",
         "LNTuningConfig",
         "LNTuningModel",
@@ -254,7 +254,6 @@ MODULES = frozenset(
         "peft.tuners.loha.model",
         "peft.tuners.lokr.config",
         "peft.tuners.lokr.model",
-        "peft.tuners.prefix_tuning.model",
         "peft.tuners.trainable_tokens.config",
         "peft.tuners.trainable_tokens.model",
     ]
@@ -268,4 +267,7 @@ def is_later_module(fullname: str) -> bool:
         return True
     if parts[1] != "tuners" or len(parts) < 3:
         return False
-    return parts[2] in TUNERS or (parts[2] == "lora" and len(parts) == 4 and parts[3] in LORA)
+    if parts[2] == "lora":
+        return len(parts) == 4 and parts[3] in LORA
+    deep = len(parts) == 4 and parts[3] not in ("config", "layer", "model")
+    return parts[2] in TUNERS and (deep or find_spec(f"peft.methods.{parts[2]}") is None)

@@ -6,8 +6,9 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -16,14 +17,14 @@ from .errors import nearest
 Hooks = tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]
 
 
-def names(module: str, table: Mapping[str, str]) -> Hooks:
+def names(module: str, *tables: Mapping[str, str]) -> Hooks:
     """`__getattr__`, `__dir__` and `__all__` of a module whose names live elsewhere.
 
     Arguments:
         module: the full name of the module that gets them.
-        table: "module" or "module:original_name" -> the names, separated by blanks.
+        tables: "module" or "module:original_name" -> the names, separated by blanks.
     """
-    places = {name: place for place, several in table.items() for name in several.split()}
+    places = {name: place for table in tables for place, several in table.items() for name in several.split()}
     announce(module)
 
     def __getattr__(name: str) -> Any:
@@ -86,7 +87,30 @@ class Later(MetaPathFinder):
         raise ImportError(f"{fullname} comes with a later release of this library.{have}", name=fullname)
 
 
+class Deep(MetaPathFinder, Loader):
+    """Finds `peft.tuners.NAME`, and its `config`, `layer` and `model`, where `peft.methods.NAME` is the one file."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The specification of a module that shows the names of the method's file; None for all else."""
+        found = re.fullmatch(r"peft\.tuners\.(\w+)(\.(config|layer|model))?", fullname)
+        if found is None or find_spec(f"peft.methods.{found[1]}") is None:
+            return None
+        return ModuleSpec(fullname, self, is_package=found[2] is None)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Show every name of the method's file."""
+        place = "peft.methods." + module.__name__.split(".")[2]
+        own = vars(import_module(place))
+        module.__doc__ = own["__doc__"]
+        shown = " ".join(name for name in own if not name.startswith("_"))
+        module.__getattr__, module.__dir__, module.__all__ = names(module.__name__, {place: shown})  # type: ignore
+
+
 def install() -> None:
-    """Put the finder behind all others, once."""
+    """Put the finders behind all others, once."""
+    if not any(isinstance(finder, Deep) for finder in sys.meta_path):
+        sys.meta_path.append(Deep())
     if not any(isinstance(finder, Later) for finder in sys.meta_path):
         sys.meta_path.append(Later())

@@ -20,7 +20,7 @@ from .config import PeftConfig, check_config
 from .core.call import BASE
 from .core.embeddings import recorded_vocabulary
 from .core.layer import tuner_layers
-from .core.tuner import adapter_parameters, disabled
+from .core.state import adapter_parameters, disabled
 from .errors import PeftError, listing, nearest
 from .persist import Persistent
 from .registry import lookup, tuner_class

@@ -33,6 +33,7 @@ class Method:
 
 
 METHODS: dict[PeftType, Method] = {
+    PeftType.IA3: Method("peft.methods.ia3:IA3Config", "peft.methods.ia3:IA3Model", "ia3_", True),
     PeftType.LORA: Method("peft.methods.lora.config:LoraConfig", "peft.methods.lora.model:LoraModel", "lora_", True),
 }
 
@@ -44,6 +45,17 @@ MODEL_CLASSES = {
     TaskType.QUESTION_ANS: "peft.heads:PeftModelForQuestionAnswering",
     TaskType.FEATURE_EXTRACTION: "peft.heads:PeftModelForFeatureExtraction",
 }
+
+
+def exports() -> dict[str, str]:
+    """{module: names} of the configurations and tuners in the table."""
+    found: dict[str, str] = {}
+    for method in METHODS.values():
+        for entry in (method.config, method.tuner):
+            if isinstance(entry, str):
+                module, _, name = entry.partition(":")
+                found[module] = f"{found.get(module, '')} {name}"
+    return found
 
 
 class MissingMethodError(NotImplementedError, ImportError):

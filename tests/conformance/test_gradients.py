@@ -9,9 +9,10 @@ from torch import nn
 from peft.core.layer import tuner_layers
 
 from .layouts import LAYOUTS
-from .rows import adapted, cells, close, expected
+from .rows import FEW, METHODS, adapted, cells, close, expected
 
 RATE = 0.4
+FEW_BUT_BIAS = tuple(m for m in FEW if m != "lora-bias")
 
 
 def leaves(model):
@@ -45,7 +46,7 @@ def test_gradients_are_those_of_the_definition(method, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("method, name", cells(("lora", "dora")))
+@pytest.mark.parametrize("method, name", cells(FEW_BUT_BIAS))
 def test_gradients_of_half_precision_models_keep_their_dtype(method, name, dtype):
     layout = LAYOUTS[name]
     model, x = adapted(method, layout, dtype), layout.x(dtype)
@@ -59,13 +60,14 @@ def test_gradients_of_half_precision_models_keep_their_dtype(method, name, dtype
         close(one, two, 4e-2 if dtype is torch.bfloat16 else 6e-3)
 
 
-@pytest.mark.parametrize("method, name", cells(("lora", "dora")))
+@pytest.mark.parametrize("method, name", cells(FEW_BUT_BIAS))
 def test_two_active_adapters_get_the_gradients_of_the_definition(method, name):
     layout = LAYOUTS[name]
     model, x = adapted(method, layout, names=("default", "other")), layout.x()
     model.base_model.set_adapter(["default", "other"])
     held = leaves(model)
-    assert {n.split("lora_")[1].split(".")[1] for n in held} == {"default", "other"}
+    prefix = METHODS[method].prefix
+    assert {n.split(prefix)[1].split(".")[1] for n in held} == {"default", "other"}
     inputs = list(held.values())
     found = gradients(model(x), inputs)
     wanted = gradients(expected(model, method, layout, x, ("default", "other")), inputs)

@@ -25,7 +25,10 @@ class Scaling(Method):
 
     def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         scale = self.scale(p)
-        return (W * (scale[..., None, :] if self.on_input(p) else scale[..., rows, None])).to(W.dtype)
+        if not self.on_input(p):
+            return (W * scale[..., rows, None]).to(W.dtype)
+        factor = p.layer.view.per_input(p.layer.get_base_layer(), scale)
+        return (W * (factor if factor.shape[-2] == 1 else factor[..., rows, :])).to(W.dtype)
 
     def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
         return b if b is None or self.on_input(p) else (b * self.scale(p)).to(b.dtype)
@@ -34,7 +37,8 @@ class Scaling(Method):
         if not self.on_input(p):
             y = inner(x)
             return (y * inner.spread(self.scale(p))).to(y.dtype)
-        return inner((x * self.scale(p)).to(x.dtype)) if inner.view.dense else super().forward(p, inner, x)
+        scaled = inner.view.scale_input(inner.base, x, self.scale(p))
+        return super().forward(p, inner, x) if scaled is None else inner(scaled.to(x.dtype))
 
 
 class Rotation(Method):

@@ -43,6 +43,9 @@ class Injection:
     undo: list[Callable[[], Any]]
     placed: list[BaseTunerLayer] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.kind = self.tuner.kind_of(self.config)
+
     @property
     def config(self) -> Any:
         """The adapter's configuration."""
@@ -113,11 +116,11 @@ class Injection:
         layer, fresh = _existing(found, parameter), False
         if layer is None:
             view = views.view_of(innermost(found), parameter)
-            layer = self.tuner.layer_classes[view.label](found, self.tuner.call, parameter, views.reads_weights(parent))
+            layer = self.kind.layer_classes[view.label](found, self.tuner.call, parameter, views.reads_weights(parent))
             fresh = True
         full = f"{path}.{parameter}" if parameter else path
         own = settings(self.config, full)
-        method_of = self.tuner.method_of if method is None else method
+        method_of = self.kind.method_of if method is None else method
         layer.add_adapter(self.name, method_of(own), self.site(layer, own, full), init=not self.meta)
         if fresh:
             self.put(parent, leaf, layer, found)
@@ -146,7 +149,7 @@ class Injection:
             self._place(path, parameter)
         if view.read_children:
             below = [*path.split(".")] * bool(path) + ["base_layer"] * (self.get(path)[2].depth + 1)
-            method = None if parts else self.tuner.out_projection_method_of
+            method = None if parts else self.kind.out_projection_method_of
             for child in view.read_children:
                 self._place(".".join([*below, child]), None, method)
 

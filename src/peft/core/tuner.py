@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from ..errors import PeftWarning, nearest
+from ..registry import tuner_class
 from . import unload as unloading
 from .call import Call
 from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
+from .search import model_type
 from .targets import match
 from .wrappers import AuxiliaryTrainingWrapper
 
@@ -65,10 +67,16 @@ class BaseTuner(nn.Module):
 
     # ---- what a method's tuner states --------------------------------------------------------------------------
 
+    method: ClassVar[Any] = None  # where it is the same for every target
+
     @classmethod
     def method_of(cls, settings: Any) -> Any:
         """The method of one target, from its configuration."""
-        raise NotImplementedError
+        return cls.method
+
+    @classmethod
+    def prepare_config(cls, config: Any, model_type: str | None) -> None:
+        """Fill in what a configuration leaves to the model's type, before anything is matched."""
 
     @classmethod
     def out_projection_method_of(cls, settings: Any) -> Any:
@@ -93,6 +101,7 @@ class BaseTuner(nn.Module):
         """
         config = self.peft_config[adapter_name]
         self._check_new_adapter(model, adapter_name, config)
+        self.kind_of(config).prepare_config(config, model_type(model))
         undo = [] if undo is None else undo
         with _no_collection():
             try:
@@ -105,7 +114,12 @@ class BaseTuner(nn.Module):
     def match(self, model: nn.Module, config: Any, adapter_name: str, state_dict: Any = None) -> Any:
         """The plan of a configuration on this model."""
         keys = None if state_dict is None else list(state_dict)
-        return match(model, config, keys, prefix=self.prefix, adapter_name=adapter_name)
+        return match(model, config, keys, prefix=self.kind_of(config).prefix, adapter_name=adapter_name)
+
+    def kind_of(self, config: Any) -> type[BaseTuner]:
+        """The tuner class of a configuration's method: this one's, or another's that is mixed in."""
+        kind = tuner_class(config.peft_type)
+        return type(self) if isinstance(self, kind) else kind
 
     def _check_new_adapter(self, model: nn.Module, name: str, config: Any) -> None:
         if hasattr(config, "refuse_unsupported"):
@@ -114,10 +128,10 @@ class BaseTuner(nn.Module):
         if any(name in layer._get_available_adapters() for _, layer in layers):
             raise ValueError(f"The model has an adapter {name!r} already. Delete it first, or choose another name.")
         bias = getattr(config, "bias", "none")
-        if bias not in (*BIASES, f"{self.prefix}only"):
+        own = f"{str(getattr(config.peft_type, 'value', config.peft_type)).lower()}_only"
+        if bias not in (*BIASES, own):
             raise NotImplementedError(
-                f"bias={bias!r} is not known.{nearest(str(bias), (*BIASES, f'{self.prefix}only'))} "
-                f"Use 'none', 'all' or '{self.prefix}only'."
+                f"bias={bias!r} is not known.{nearest(str(bias), (*BIASES, own))} Use 'none', 'all' or {own!r}."
             )
         others = [n for n, c in self.peft_config.items() if n != name and getattr(c, "bias", "none") != "none"]
         if bias != "none" and others:
@@ -212,7 +226,8 @@ class BaseTuner(nn.Module):
             )
         remaining = [n for n in self.active_adapters if n != adapter_name]
         others = sorted(n for n in self.peft_config if n != adapter_name)
-        if not remaining and others and adapter_name in self.active_adapters:
+        follows = not remaining and bool(others) and adapter_name in self.active_adapters
+        if follows:
             remaining = others[:1]
             warnings.warn(
                 f"Adapter {adapter_name!r} was active and is deleted. Setting active adapter to {remaining[0]!r}.",
@@ -221,7 +236,7 @@ class BaseTuner(nn.Module):
         active = tuple(n for n in remaining if n in self.peft_config)
         for layer in layers:
             layer.delete_adapter(adapter_name, active)
-            if tuple(layer.active_adapters) != active:
+            if follows:  # otherwise what the other adapters train stays as it is
                 layer.activate(active)
         del self.peft_config[adapter_name]
         self.active_adapter = remaining[0] if len(remaining) == 1 else remaining
@@ -347,42 +362,4 @@ def _one_warning_each() -> Iterator[None]:
             warnings.warn(w.message, w.category, stacklevel=4)
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """The base model's output while the context is open. Nests, and restores every layer as it was, also after errors.
-
-    Layers that are placed meanwhile are left as the others were.
-    """
-    before = {layer: layer.disable_adapters for _, layer in tuner_layers(model)}
-    try:
-        for layer in before:
-            layer._set_disabled(True)
-        yield
-    finally:
-        now = {layer: all(before.values()) for _, layer in tuner_layers(model)} if before else {}
-        for layer, was in {**now, **before}.items():
-            layer._set_disabled(was)
-
-
-def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """{name in the model: parameter} of one adapter.
-
-    Arguments:
-        model: a PeftModel, a tuner, or a model with injected layers.
-        name: the adapter's name.
-
-    Raises ValueError if no layer has it.
-    """
-    found: dict[str, nn.Parameter] = {}
-    known: set[str] = set()
-    for path, layer in tuner_layers(model):
-        known |= layer._get_available_adapters()
-        for slot in layer.slots(name):
-            if isinstance(slot.tensor, nn.Parameter):
-                found[f"{path}.{slot.live}" if path else slot.live] = slot.tensor
-    if not found:
-        raise ValueError(f"There is no adapter {name!r}.{nearest(name, known)} The model has {sorted(known)}.")
-    return found
-
-
-__all__ = ["AdapterHost", "AuxiliaryTrainingWrapper", "BaseTuner", "adapter_parameters", "disabled"]
+__all__ = ["AdapterHost", "AuxiliaryTrainingWrapper", "BaseTuner"]

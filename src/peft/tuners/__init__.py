@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from .. import lazy
+from .. import lazy, registry
 
 _NAMES = {
     "peft.methods.lora.config": """
         ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraRuntimeConfig
         MontecloraConfig VeloraConfig""",
-    "peft.methods.lora.model": "LoraModel",
     "peft.methods.prefix_tuning": "PrefixTuningConfig",
 }
-__getattr__, __dir__, __all__ = lazy.names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy.names(__name__, registry.exports(), _NAMES)

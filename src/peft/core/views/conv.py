@@ -58,6 +58,16 @@ class ConvView(LinearView):
     def spread(self, m: Layer, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * self.dims)
 
+    def inputs(self, m: Layer) -> int:
+        return int(m.in_channels)
+
+    def per_input(self, m: Layer, v: Tensor) -> Tensor:
+        each = v.unflatten(-1, (m.groups, -1)).repeat_interleave(math.prod(m.kernel_size), -1)  # (g, I/g)
+        return each.repeat_interleave(m.out_channels // m.groups, 0)
+
+    def scale_input(self, m: Layer, x: Tensor, v: Tensor) -> Tensor | None:
+        return x * v.view(-1, *[1] * self.dims)
+
     def down(self, m: Layer, r: int, **kwargs: Any) -> nn.Module:
         self._check(m, r)
         return self.module(

@@ -80,6 +80,18 @@ class LinearView:
         """(O,) shaped to broadcast over an output."""
         return v
 
+    def inputs(self, m: Layer) -> int:
+        """How many features an input has: in-features, channels or tokens."""
+        return self.shape(m)[-1]
+
+    def per_input(self, m: Layer, v: Tensor) -> Tensor:
+        """One number per input feature, (..., n), shaped to broadcast over W."""
+        return v[..., None, :]
+
+    def scale_input(self, m: Layer, x: Tensor, v: Tensor) -> Tensor | None:
+        """The input with each feature multiplied, or None where only W can be."""
+        return x * v if self.dense else None
+
     def drop(self, x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
         """Dropout of the input: (x to use, factor for W x or None)."""
         return F.dropout(x, p), None

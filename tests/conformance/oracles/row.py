@@ -1,0 +1,78 @@
+"""What a row of the conformance tests states: a configuration, and the formulas written out once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft.core.layer import BaseTunerLayer
+
+from ..layouts import Layout
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method, or one setting of it.
+
+    Arguments:
+        config: the class of its configuration.
+        fields: what it is made with, beside the layout's targets.
+        weight: (layer, adapter's name, W, original W) -> W', all in the stored layout and in double precision.
+        bias: (layer, adapter's name, b or None) -> b', or None where the method leaves biases alone.
+        forbidden: the words of the error on a layout where the method cannot be; None elsewhere.
+        identity: whether a new adapter changes nothing.
+        grouped: whether it can be merged into a convolution with groups.
+        few: whether it takes part in the tests of state, which do not depend on first values.
+        prefix: what the names of its tensors start with.
+        noise: how far "training" moves its tensors.
+        alone: whether only one adapter can be active.
+    """
+
+    config: type
+    fields: dict[str, Any]
+    weight: Callable[[BaseTunerLayer, str, Tensor, Tensor], Tensor]
+    bias: Callable[[BaseTunerLayer, str, Tensor | None], Tensor | None] | None = None
+    forbidden: Callable[[Layout], str | None] = lambda layout: None
+    identity: bool = True
+    grouped: bool = True
+    few: bool = True
+    prefix: str = "lora_"
+    noise: float = 1 / 3
+    alone: bool = False
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by the first word of a layout's name
+
+
+def held(layer: BaseTunerLayer, name: str) -> dict[str, Tensor]:
+    """The adapter's tensors by their names in files, in double precision."""
+    return {slot.key: slot.tensor.double() for slot in layer.slots(name)}
+
+
+def by_input(layer: BaseTunerLayer) -> bool:
+    """Whether the weight is stored as (in, out)."""
+    base: Any = layer.get_base_layer()
+    if layer.parameter_name is not None:
+        return bool(getattr(base, "is_transposed", False)) and getattr(base, layer.parameter_name).dim() == 3
+    return isinstance(base, nn.Embedding) or type(base).__name__ == "Conv1D"
+
+
+def on_matrix(formula: Callable[[dict[str, Tensor], Tensor, BaseTunerLayer], Tensor]) -> Any:
+    """Lift a formula (tensors, W as (..., out, in), layer) -> W' to weights as they are stored."""
+
+    def weight(layer: BaseTunerLayer, name: str, W: Tensor, original: Tensor) -> Tensor:
+        flat = W.mT if by_input(layer) else W
+        conv = isinstance(layer.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        flat = flat.flatten(1) if conv else flat
+        found = formula(held(layer, name), flat, layer)
+        assert found.shape == flat.shape
+        return found.reshape(W.shape) if conv else found.mT if by_input(layer) else found
+
+    return weight
+
+
+def eye(n: int, like: Tensor) -> Tensor:
+    """The identity matrix of size n."""
+    return torch.eye(n, dtype=like.dtype)
