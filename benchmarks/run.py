@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from benchmarks.measure import MEASURES, Measure
 from benchmarks.report import Result, markdown, text
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "## Results"
 
 
 class Side:
@@ -92,7 +94,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=float, default=1.0, help="factor on every measure's repetitions")
     parser.add_argument("--no-noise", action="store_true", help="leave out the third process")
     parser.add_argument("--json", type=Path, help="write every repetition's numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument(
+        "--markdown", type=Path, help=f"write the tables here; below the line '{RESULTS}' where the file has it"
+    )
     return parser.parse_args(argv)
 
 
@@ -111,6 +115,12 @@ def opened(options: argparse.Namespace, log: Path) -> list[Side]:
     return sides
 
 
+def machine() -> str:
+    """What the numbers were measured on, in one line."""
+    busy = f", {os.getloadavg()[0]:.1f} jobs running on average" if hasattr(os, "getloadavg") else ""
+    return f"{platform.machine()}, {os.cpu_count()} cores{busy}, one thread for each process, {platform.system()}."
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the chosen measures and report them as they finish."""
     options = arguments(argv)
@@ -127,4 +137,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.json:
         options.json.write_text(json.dumps([result.as_json() for result in results], indent=1) + "\n")
     if options.markdown:
-        options.markdown.write_text(markdown(results))
+        old = options.markdown.read_text() if options.markdown.exists() else ""
+        before = old.partition(RESULTS)[0] + RESULTS if RESULTS in old else ""
+        options.markdown.write_text("\n\n".join(filter(None, [before, machine(), markdown(results)])))
