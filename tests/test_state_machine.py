@@ -32,7 +32,7 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 6e-2}  # relative to the larges
 
 
 class Small(nn.Module):
-    """Tokens to logits, through an embedding, a convolution and two linear layers."""
+    """Tokens to logits, through an embedding, a convolution and linear layers."""
 
     def __init__(self, tied: bool):
         super().__init__()
@@ -40,18 +40,20 @@ class Small(nn.Module):
         self.conv = nn.Conv1d(4, 5, 3, padding=1)
         self.fc = nn.Linear(5, 4)
         self.head = nn.Linear(4, 7, bias=False)
+        self.out = nn.Linear(7, 3)
         if tied:
             self.head.weight = self.emb.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = torch.tanh(self.conv(self.emb(tokens).mT).mT)
-        return self.head(torch.tanh(self.fc(h)))
+        return self.out(self.head(torch.tanh(self.fc(h))))
 
 
 def formula(W: dict[str, Tensor]) -> Tensor:
     """The logits of `Small` from its weights."""
     h = torch.tanh(F.conv1d(W["emb.weight"][TOKENS].mT, W["conv.weight"], W["conv.bias"], padding=1).mT)
-    return torch.tanh(h @ W["fc.weight"].mT + W["fc.bias"]) @ W["head.weight"].mT
+    h = torch.tanh(h @ W["fc.weight"].mT + W["fc.bias"]) @ W["head.weight"].mT
+    return h @ W["out.weight"].mT + W["out.bias"]
 
 
 def update(layer: str, A: Tensor, B: Tensor) -> Tensor:
@@ -67,6 +69,7 @@ class Lora:
     def __init__(self, targets: frozenset[str], scaling: float):
         self.targets, self.scaling = targets, scaling
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.copy: dict[str, Tensor] = {}  # of the module `out`, if it is trained as a whole
 
     def read(self, state: dict[str, Tensor]) -> None:
         """Take the factors from a state dictionary."""
@@ -75,12 +78,18 @@ class Lora:
             keys = ("lora_embedding_A", "lora_embedding_B") if layer == "emb" else ("lora_A.weight", "lora_B.weight")
             A, B = (tensors.pop(f"{layer}.{key}") for key in keys)
             self.factors[layer] = A, B
-        assert not tensors
+        self.copy = tensors
+        assert set(tensors) <= {"out.weight", "out.bias"}
 
 
-def config(targets: frozenset[str], r: int, rank_stabilised: bool) -> LoraConfig:
+def config(targets: frozenset[str], r: int, rank_stabilised: bool, copies: bool = False) -> LoraConfig:
     return LoraConfig(
-        r=r, lora_alpha=6, use_rslora=rank_stabilised, target_modules=sorted(targets), init_lora_weights=False
+        r=r,
+        lora_alpha=6,
+        use_rslora=rank_stabilised,
+        target_modules=sorted(targets),
+        modules_to_save=["out"] if copies else None,
+        init_lora_weights=False,
     )
 
 
@@ -92,16 +101,21 @@ class Histories(RuleBasedStateMachine):
     """The model, and beside it the oracle."""
 
     @initialize(
-        dtype=st.sampled_from(list(ROUNDING)), tied=st.booleans(), layers=some_layers, r=a_rank, stable=st.booleans()
+        dtype=st.sampled_from(list(ROUNDING)),
+        tied=st.booleans(),
+        copies=st.booleans(),
+        layers=some_layers,
+        r=a_rank,
+        stable=st.booleans(),
     )
-    def start(self, dtype, tied, layers, r, stable):
+    def start(self, dtype, tied, copies, layers, r, stable):
         self.quiet = warnings.catch_warnings()
         self.quiet.__enter__()
         warnings.simplefilter("ignore")  # tied weights, merges that are undone: what they announce is checked below
         torch.manual_seed(0)
         self.base = Small(tied).to(dtype).eval()
-        self.dtype, self.tied = dtype, tied
-        self.model: PeftModel = get_peft_model(copy.deepcopy(self.base), config(layers, r, stable), "a").eval()
+        self.dtype, self.tied, self.copies = dtype, tied, copies
+        self.model: PeftModel = get_peft_model(copy.deepcopy(self.base), config(layers, r, stable, copies), "a").eval()
         self.base.requires_grad_(False)  # torch takes another path, and rounds otherwise, for trainable weights
         with torch.no_grad():
             self.wanted_base = self.base(TOKENS)
@@ -136,11 +150,11 @@ class Histories(RuleBasedStateMachine):
     def add(self, name, layers, r, stable):
         if name in self.loaded:
             with pytest.raises(ValueError, match="already exists"):
-                self.model.add_adapter(name, config(layers, r, stable))
+                self.model.add_adapter(name, config(layers, r, stable, self.copies))
             return
         if not self.loaded:
             return  # the last one was deleted
-        self.model.add_adapter(name, config(layers, r, stable))
+        self.model.add_adapter(name, config(layers, r, stable, self.copies))
         self._loaded(name, layers, r, stable)
 
     @rule(name=a_name, inference=st.booleans())
@@ -157,6 +171,10 @@ class Histories(RuleBasedStateMachine):
         names = names[:count]
         if not set(names) <= set(self.loaded):
             with pytest.raises(ValueError, match="no adapter"):
+                self.model.base_model.set_adapter(names)
+            return
+        if self.copies:
+            with pytest.raises(ValueError, match="Only one adapter can be active for 'out'"):
                 self.model.base_model.set_adapter(names)
             return
         self.model.base_model.set_adapter(names)
@@ -251,6 +269,7 @@ class Histories(RuleBasedStateMachine):
         self._read(new)
         for layer, pair in self.loaded[name].factors.items():
             assert all(torch.equal(x, y) for x, y in zip(pair, self.loaded[new].factors[layer], strict=True))
+        assert all(torch.equal(value, self.loaded[new].copy[key]) for key, value in self.loaded[name].copy.items())
 
     def _same_shape(self, one, two):
         shapes = [{k: (A.shape, B.shape) for k, (A, B) in self.loaded[n].factors.items()} for n in (one, two)]
@@ -303,9 +322,9 @@ class Histories(RuleBasedStateMachine):
     def _base_is_untouched(self):
         wanted = dict(self.base.named_parameters(remove_duplicate=False))
         found = {
-            n.removeprefix("base_model.model.").replace(".base_layer", ""): p
+            n.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", ""): p
             for n, p in self.model.named_parameters(remove_duplicate=False)
-            if "lora_" not in n
+            if "lora_" not in n and "modules_to_save" not in n
         }
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
@@ -324,6 +343,8 @@ class Histories(RuleBasedStateMachine):
             lora = self.loaded[name]
             for layer, (A, B) in lora.factors.items():
                 W[f"{layer}.weight"] = W[f"{layer}.weight"] + lora.scaling * update(layer, A, B)
+        for name in self.active:
+            W.update({key: value.float() for key, value in self.loaded[name].copy.items()})
         wanted = formula(W)
         with torch.no_grad():
             found = self.model(TOKENS)
@@ -350,7 +371,8 @@ class Histories(RuleBasedStateMachine):
         for status in get_layer_status(self.model):
             layer = status.name.removeprefix("model.")
             assert status.enabled == (self.kept is None)
-            assert set(status.available_adapters) == {n for n, lora in self.loaded.items() if layer in lora.targets}
+            wanted = {n for n, lora in self.loaded.items() if layer in lora.targets or layer == "out"}
+            assert set(status.available_adapters) == wanted
             assert status.merged_adapters == [n for n in self.merged if layer in self.loaded[n].targets]
 
     def teardown(self):
@@ -359,10 +381,13 @@ class Histories(RuleBasedStateMachine):
         with self.model.disable_adapter():
             self._gives_the_base()
         plain = self.model.unload()
-        with torch.no_grad():
-            assert torch.equal(plain(TOKENS), self.wanted_base)
         found, wanted = plain.state_dict(), self.base.state_dict()
+        for name in self.active:  # a module trained as a whole stays in place of the original
+            wanted.update(self.loaded[name].copy)
         assert found.keys() == wanted.keys() and all(torch.equal(found[k], v) for k, v in wanted.items())
+        if not self.copies:
+            with torch.no_grad():
+                assert torch.equal(plain(TOKENS), self.wanted_base)
         assert (plain.head.weight is plain.emb.weight) == self.tied
         assert [type(m) for m in plain.modules()] == [type(m) for m in self.base.modules()]
         self.quiet.__exit__(None, None, None)
@@ -519,3 +544,11 @@ def test_deleting_the_active_adapter_trains_all_that_the_next_one_has():
         model.delete_adapter("y")
     assert {n for n, p in model.named_parameters() if p.requires_grad} == wanted
     assert any("modules_to_save" in n for n in wanted) and any("tokens_delta" in n for n in wanted)
+
+
+def test_deleting_an_inactive_adapter_leaves_the_others_as_trainable_as_they_were():
+    model = two()
+    model.set_requires_grad("y")
+    model.add_adapter("z", config(frozenset({"fc"}), 2, False))
+    model.delete_adapter("z")
+    assert all(p.requires_grad for name in "xy" for p in model.adapter_parameters(name).values())
