@@ -100,7 +100,7 @@ def evaluate(
 def run(options: EvalOptions) -> int:
     """`peft eval`: measure a saved adapter and print the result."""
     examples = load_examples(options, options.data, split="test", limit=options.limit)
-    from peft.cli.model import load_adapter, make_accelerator
+    from peft.cli.model import end_together, load_adapter, make_accelerator
     from peft.cli.state import kept_template
 
     accelerator = make_accelerator()
@@ -115,6 +115,7 @@ def run(options: EvalOptions) -> int:
         name = "base model" if options.base_only else str(options.adapter)
         head = ["", "loss", "perplexity", "token accuracy", "answer tokens", "examples"]
         table(options.data, head, [[name, *found.cells(), f"{found.tokens:,}", f"{found.examples:,}"]])
+    end_together(accelerator)
     return 0
 
 

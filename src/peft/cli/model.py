@@ -95,6 +95,12 @@ def make_accelerator() -> Any:
     return Accelerator(cpu=not torch.accelerator.is_available())
 
 
+def end_together(accelerator: Any) -> None:
+    """Let all processes end together: one that leaves early breaks the connection that others still use."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype for fp32, bf16, or auto: bf16 where the hardware computes in it, else fp32."""
     if name == "auto":

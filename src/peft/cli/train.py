@@ -22,6 +22,7 @@ from peft.cli.check import UsageError
 from peft.cli.data import Example
 from peft.cli.evaluate import Metrics, evaluate, sums
 from peft.cli.interrupt import interruptible
+from peft.cli.model import end_together
 from peft.cli.options import TrainOptions
 from peft.cli.plan import show_plan
 from peft.cli.save import save_adapter, save_state
@@ -42,14 +43,15 @@ def run(options: TrainOptions) -> int:
         return 0
     session = prepare(options)
     measure(session, "before")
-    if not fit(session):
-        return 130
-    measure(session, "after")
-    finish(session)
-    if session.leads:
+    complete = fit(session)
+    if complete:
+        measure(session, "after")
+        finish(session)
+    if complete and session.leads:
         show_result(session.log)
         report.say(f"Saved in {options.output}. Try: peft generate --adapter {options.output} --prompt ...")
-    return 0
+    end_together(session.accelerator)
+    return 0 if complete else 130
 
 
 def fit(session: Session) -> bool:
