@@ -65,7 +65,7 @@ class _BaseAutoPeftModel:
         saved = PeftConfig.from_pretrained(pretrained_model_name_or_path, subfolder=hub.get("subfolder"), **place)
         auto = cls._class(saved, ALLOWED if import_allowlist is None else tuple(import_allowlist))
         for_base = {k: v for k, v in kwargs.items() if k not in ("subfolder", *OPTIONS)}
-        if saved.base_model_name_or_path is None:
+        if not saved.base_model_name_or_path:
             raise ValueError(
                 f"The adapter at {pretrained_model_name_or_path} does not name its base model. Load it yourself."
             )

@@ -46,6 +46,16 @@ NOT_PER_MODULE = frozenset(
         "ensure_weight_tying",
         "runtime_config",
         "module_config",
+        "bias",
+        "fan_in_fan_out",
+        "megatron_config",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "alora_invocation_tokens",
+        "arrow_config",
     ]
 )
 

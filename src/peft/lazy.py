@@ -28,6 +28,8 @@ def names(module: str, *tables: Mapping[str, str]) -> Hooks:
     announce(module)
 
     def __getattr__(name: str) -> Any:
+        if name not in places and not name.startswith("_") and _is_module(f"{module}.{name}"):
+            return import_module(f"{module}.{name}")
         if name not in places:
             raise AttributeError(f"module {module!r} has no attribute {name!r}.{_reason(name, places)}")
         place, _, original = places[name].partition(":")
@@ -39,6 +41,13 @@ def names(module: str, *tables: Mapping[str, str]) -> Hooks:
         return sorted({*vars(sys.modules[module]), *places})
 
     return __getattr__, __dir__, sorted(places)
+
+
+def _is_module(fullname: str) -> bool:
+    try:
+        return find_spec(fullname) is not None
+    except ImportError:  # of a later release
+        return False
 
 
 def announce(module: str) -> None:

@@ -246,7 +246,7 @@ def _for_file(model: PeftModel, config: PeftConfig) -> PeftConfig:
     base = model.get_base_model()
     config.inference_mode = True
     if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = base.__dict__.get("name_or_path", None) or getattr(base, "name_or_path", None)
+        config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
     config.auto_mapping = None
     if config.task_type is None:
         kind = type(base)

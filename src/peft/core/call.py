@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -45,6 +46,8 @@ class Call:
 
         Raises ValueError if the rows cannot be assigned to the names without guessing.
         """
+        if ".experts." in f".{where}" and re.search(r"\bexperts\.\d+\b", where):
+            raise self._unclear(rows, len(names), where)  # it gets some tokens of some samples, whatever their number
         key = (rows, device)
         known = self._groups.get(key) if names is self.names else None
         if known is not None:
@@ -62,12 +65,13 @@ class Call:
         return found
 
     def _repeat(self, rows: int, samples: int, where: str) -> int:
-        allowed = {1, self.beams}
-        if self.length is not None and ".experts." not in f".{where}.":
-            allowed.add(self.length)
+        allowed = {1, self.beams, self.length}
         if samples and rows % samples == 0 and rows // samples in allowed:
             return rows // samples
-        raise ValueError(
+        raise self._unclear(rows, samples, where)
+
+    def _unclear(self, rows: int, samples: int, where: str) -> ValueError:
+        return ValueError(
             f"adapter_names has {samples} entries, but the layer {where!r} received {rows} rows, so its rows cannot be "
             "assigned to adapters. Pass one name per sample; layers that regroup samples cannot take a mixed batch."
         )

@@ -38,7 +38,7 @@ def fill(
     _same_kind(found)
     found = _same_shape(found, ignore_mismatched_sizes)
     missing = [e for e in entries if e.live not in found]
-    if not found and (entries or state):
+    if len(missing) == len(entries) and (entries or state):
         raise ValueError(_nothing_fits(entries, list(state), adapter_name))
     if missing:
         report(MissingTensorsWarning, _missing_text(missing, unexpected, adapter_name), strict, stacklevel=4)
@@ -55,10 +55,10 @@ def fill(
 
 
 def _match(root: nn.Module, entries: list[Entry], state: Mapping[str, Tensor]) -> tuple[Found, list[str]]:
-    """Pair each checkpoint key with its place: the adapter's own first, then a tensor of the base by live
-    name.
+    """Pair each checkpoint key with its place: the adapter's own first, by its key in files or its name in the live
+    model, then a tensor of the base by live name.
     """
-    places = {plain(e.key): e for e in entries}
+    places = {**{plain(e.live): e for e in entries}, **{plain(e.key): e for e in entries}}
     found: Found = {}
     left = [k for k, v in state.items() if not _take(places, found, k, v)]
     if not left:

@@ -19,7 +19,7 @@ from .call import Call
 from .host import AdapterHost, tuner_layers
 from .merge import Mergeable
 from .method import Method, Site
-from .stack import Adapter, BufferDict, Finish, InPlace, Slot, Stack, Values, tensors_below
+from .stack import Adapter, BufferDict, Finish, InPlace, Late, Slot, Stack, Values, tensors_below
 from .views import LABELS, Template, view_of
 
 _MODULES, _PARAMETERS, _BUFFERS = Template(nn.ModuleDict()), Template(nn.ParameterDict()), Template(BufferDict())
@@ -167,7 +167,9 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         return home
 
     def keep(self, p: Adapter, key: str, value: Tensor) -> None:
-        """File a derived tensor, which moves with the layer and is not saved."""
+        """File a derived tensor, which moves with the layer, is not saved, and follows what is loaded into the base."""
+        if not self._load_state_dict_post_hooks:
+            self.register_load_state_dict_post_hook(_follow_base)
         self._file(key, p.name, value, p)
 
     def _drop(self, name: str) -> None:
@@ -330,7 +332,15 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
 
     def extra_repr(self) -> str:
         """The name of the adapted parameter, if it is one of a module that is no layer."""
-        return f"parameter_name={self.parameter_name!r}" if self.view.label == "ParamWrapper" else ""
+        return f"parameter_name={self.parameter_name!r}," if self.view.label == "ParamWrapper" else ""
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """A copy whose adapters are its own; its modules and tensors are put in later, so it looks for them late."""
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["adapters"] = {n: p.bound_to(replica) for n, p in self.adapters.items()}
+        if self._run is not None:
+            replica.__dict__["_run"] = Late(replica)
+        return replica
 
     def __repr__(self) -> str:
         shown = self.__class__.__new__(self.__class__)
@@ -341,6 +351,12 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         shown.__dict__.update(self.__dict__, _modules=children)
         text = nn.Module.__repr__(shown)
         return f"{self.family}.{text}" if self.family else text
+
+
+def _follow_base(layer: BaseTunerLayer, keys: Any) -> None:
+    """After loading a state dict: what was derived from the base weight may be stale."""
+    for p in layer.adapters.values():
+        p.method.follow_base(p, layer.stack(()))
 
 
 def name_layers(kind: type[BaseTunerLayer], namespace: dict[str, Any]) -> dict[str, type[BaseTunerLayer]]:

@@ -102,6 +102,7 @@ class Mergeable(nn.Module):
     def check_merge(self, names: tuple[str, ...]) -> None:
         """Raise if merging these adapters is impossible or would change the output."""
         base = self.get_base_layer()
+        self.view.check_stored(base, self._where())
         live = [n for n in self._active if n in self.adapters and n not in self.merged_adapters]
         rest = [n for n in live if n not in names]
         for name in names:

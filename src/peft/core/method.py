@@ -56,6 +56,9 @@ class Method:
     def derive(self, p: Adapter, inner: Stack) -> None:
         """What is computed from the base weight and not saved; runs even where `init` is skipped."""
 
+    def follow_base(self, p: Adapter, inner: Stack) -> None:
+        """The base weight was replaced: compute anew what was derived from it, but nothing that is trained."""
+
     def tie(self, p: Adapter, other: Adapter) -> None:
         """Let p share the tensors of `other`, on the embedding that p's layer is tied to: its update, transposed.
 

@@ -129,16 +129,16 @@ class Injection:
         self.placed.append(layer)
         return layer
 
-    def site(self, layer: BaseTunerLayer, own: Any, path: str, autocast: bool | None = None) -> Site:
+    def site(self, layer: BaseTunerLayer, own: Any, path: str) -> Site:
         """What the tensors of an adapter in this layer look like: beside the base weight, float32 beside half."""
         base = layer.get_base_layer()
         weight = getattr(base, layer.view.name, None)
         dtype = getattr(base, "compute_dtype", None)
         dtype = dtype or (torch.get_default_dtype() if weight is None else weight.dtype)
         small = dtype in HALF or "float8" in str(dtype)
-        if not dtype.is_floating_point or ((self.autocast if autocast is None else autocast) and small):
+        if not dtype.is_floating_point or (self.autocast and small):
             dtype = torch.float32
-        device = torch.device("meta") if self.meta or weight is None else weight.device
+        device = torch.device("meta") if self.meta or weight is None else _device(base, weight)
         return Site(base, layer.view, own, path, dtype, device)
 
     def _module(self, path: str, base: nn.Module) -> None:
@@ -243,7 +243,7 @@ class Injection:
             wrapper = TrainableTokensWrapper(found, self.name, self.tuner.call)
             self.put(parent, leaf, wrapper, found)
         layer = wrapper.token_adapter
-        site = self.site(layer, None, path, autocast=False)
+        site = self.site(layer, None, path)
         p = layer.add_adapter(self.name, TokenRows(indices, share), site, init=not self.meta)
         if share is not None:
             layer.shares = layer.shares | {self.name}
@@ -298,6 +298,15 @@ class Injection:
             config.target_modules_to_tie = plan.target_modules_to_tie
         if plan.modules_to_tie:
             config.modules_to_tie = plan.modules_to_tie
+
+
+def _device(base: nn.Module, weight: torch.Tensor) -> torch.device:
+    """Where the weight is when it is used: accelerate keeps an offloaded one on the meta device until then."""
+    hook = getattr(base, "_hf_hook", None)
+    place: Any = getattr(hook, "execution_device", None)
+    if weight.device.type != "meta" or hook is None:
+        return weight.device
+    return place if isinstance(place, torch.device) else torch.device("cpu" if place is None else place)
 
 
 def _existing(found: nn.Module, parameter: str | None) -> BaseTunerLayer | None:

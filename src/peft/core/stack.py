@@ -45,6 +45,12 @@ class Adapter:
             raise AttributeError(f"The adapter {self.name!r} has no {key!r}.")
         return home[self.name]
 
+    def bound_to(self, layer: Any) -> Adapter:
+        """The same adapter in a copy of its layer."""
+        twin = Adapter(layer, self.name, self.method, self.settings, self.path)
+        twin.__dict__.update({k: v for k, v in self.__dict__.items() if k not in twin.__dict__})
+        return twin
+
     def has(self, key: str) -> bool:
         """Whether the adapter owns a tensor or module `key`."""
         home = self.layer._modules.get(key)
@@ -56,13 +62,15 @@ class Adapter:
             return self.direct[key]
         home = self.layer._modules[key]
         found = home._modules.get(self.name)
-        return home._parameters[self.name] if found is None else found
+        if found is None:
+            found = home._parameters.get(self.name)
+        return getattr(home, self.name) if found is None else found  # a replica's tensors are plain attributes
 
     def held_buffer(self, key: str) -> Tensor:
         """A derived tensor."""
         if torch.compiler.is_compiling():
             return self.direct[key]
-        return self.layer._modules[key]._buffers[self.name]
+        return getattr(self.layer._modules[key], self.name)
 
     def original_weight(self) -> Tensor:
         """The base weight without any merged adapter, (..., O, I)."""
@@ -137,6 +145,17 @@ class InPlace:
         if b is not None and view.bias_name:
             values[view.bias_name] = b
         return view.run(base, values, stack.layer._modules["base_layer"], args, kwargs)
+
+
+class Late:
+    """What a copy of a layer for data parallelism runs: its tensors arrive after the copy is made."""
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layer
+        return layer._runner(layer.stack(layer._live_names()))(*args, **kwargs)
 
 
 class Finish:

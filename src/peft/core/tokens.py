@@ -36,10 +36,9 @@ class TokenRows(Method):
             raise ValueError(
                 f"trainable_token_indices has {bad}, but {site.path!r} has only {count} tokens (0 to {count - 1})."
             )
-        dtype = raw.dtype
         held = self.share
         if held is None:
-            held = nn.Parameter(torch.empty(len(self.indices), width, dtype=dtype, device=site.device))
+            held = nn.Parameter(torch.empty(len(self.indices), width, **site.kwargs))
         index = torch.tensor(
             [i % count for i in self.indices], device=None if site.device.type == "meta" else site.device
         )

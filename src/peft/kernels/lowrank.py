@@ -46,7 +46,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
         y = y.addmm_(h, B.mT, alpha=scale)
     else:
         y = (y + F.linear(h, B) * scale).to(y.dtype)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def transformed() -> bool:
@@ -175,7 +175,7 @@ class _AddScaled(torch.autograd.Function):
         needs = ctx.needs_input_grad
         g = grad.reshape(-1, grad.shape[-1])
         grad_m = (g.to(m.dtype) * z.reshape(g.shape)).sum(0) / ctx.norm if needs[6] else None
-        inner = g.to(A.dtype) * (m / ctx.norm)
+        inner = (g.to(A.dtype) * (m / ctx.norm)).to(A.dtype)
         grads = _low_rank_grads(ctx, inner, x, mask, A, B, None)
         grad_y = inner.to(grad.dtype).view(grad.shape) if needs[0] else None
         grad_b = (g.to(A.dtype).sum(0) - inner.sum(0)).to(grad.dtype) if needs[8] else None

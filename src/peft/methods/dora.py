@@ -26,11 +26,14 @@ TILE_ELEMENTS = 16 * 2**20
 
 
 class Magnitude(nn.Module):
-    """Holds m under the name that checkpoints have."""
+    """Holds m under the name that checkpoints have; `label` is the layout that it is printed with."""
 
-    def __init__(self, weight: nn.Parameter):
+    def __init__(self, weight: nn.Parameter, label: str):
         super().__init__()
-        self.weight = weight
+        self.weight, self.label = weight, label
+
+    def __repr__(self) -> str:
+        return f"lora.dora.Dora{self.label}Layer()"
 
 
 class DoRA(Delta):
@@ -44,9 +47,10 @@ class DoRA(Delta):
     def build(self, site: Site) -> dict[str, Any]:
         out = site.view.shape(site.module)[:-1]
         m = torch.empty(out, **site.kwargs)
+        shaped = m if len(out) > 1 else site.view.vector(site.module, m)
         return {
             **self.of.build(site),
-            "lora_magnitude_vector": Magnitude(nn.Parameter(m if len(out) > 1 else site.view.vector(site.module, m))),
+            "lora_magnitude_vector": Magnitude(nn.Parameter(shaped), site.view.label),
         }
 
     def init(self, p: Adapter, inner: Stack) -> None:
@@ -57,6 +61,9 @@ class DoRA(Delta):
         m = p.lora_magnitude_vector.weight
         if m.device.type != "meta":
             m.copy_(self.norm(p).view(m.shape))
+
+    def follow_base(self, p: Adapter, inner: Stack) -> None:
+        self.of.follow_base(p, inner)
 
     def tie(self, p: Adapter, other: Adapter) -> None:
         self.of.tie(p, other)

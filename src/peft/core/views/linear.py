@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,6 +61,30 @@ class LinearView:
         """Put (..., rows, I) in place of the rows from `start` on; for a dense storage."""
         stored = getattr(m, self.name).data
         stored.narrow(self.out_axis(m), start, W.shape[-2]).copy_(self.raw(m, W))
+
+    def check_stored(self, m: Layer, path: str) -> None:
+        """Raise ValueError where a new W would not be what the module computes with."""
+        if self.name not in m._parameters and self.name not in m._buffers:
+            raise ValueError(
+                f"The {self.name} of {path!r} is computed at each call (a parametrization, weight norm or pruning), so "
+                "an adapter cannot be merged into it. Make it permanent first, with "
+                "torch.nn.utils.parametrize.remove_parametrizations or its like, before adding adapters."
+            )
+        W = getattr(m, self.name)
+        if not self.own_forward(m) or not W.is_floating_point() or W.is_meta:
+            return
+        with torch.no_grad():
+            x = torch.randn(2, self.shape(m)[-1], device=W.device).to(W.dtype)
+            found, wanted = m(x), F.linear(x, W, self.bias(m))
+        if not isinstance(found, Tensor) or not torch.allclose(found.float(), wanted.float(), rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"{path!r} is a {type(m).__name__}, whose forward is not W x + b, so an adapter cannot be merged into "
+                "its weight. Keep the adapter unmerged."
+            )
+
+    def own_forward(self, m: Layer) -> bool:
+        """Whether the module is of a class that replaces nn.Linear's forward."""
+        return isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward
 
     def refuse_low_rank(self, m: Layer) -> None:
         """Raise NotImplementedError where the product of the factors is not of W's shape."""

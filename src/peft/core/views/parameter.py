@@ -86,7 +86,7 @@ class ParameterView(LinearView):
         self, m: Layer, values: Mapping[str, Tensor], outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run `outer`, which is m or stands around it, with tensors in place of m's parameters."""
-        held = m._parameters
+        held = m._parameters if all(name in m._parameters for name in values) else m.__dict__
         before = {name: held[name] for name in values}
         try:
             held.update(values)

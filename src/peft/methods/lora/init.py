@@ -52,10 +52,14 @@ def fill(method: Any, p: Adapter, inner: Stack) -> None:
     B.copy_(B_new.reshape(B.shape))
 
 
+def subtracts(kind: Any) -> bool:
+    """Whether the literature takes the first B A out of the base weight."""
+    return isinstance(kind, str) and (kind.startswith("pissa") or kind == "olora")
+
+
 def residual(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor] | None:
     """(A0, B0), whose product the literature takes out of the base weight; None for the other initialisations."""
-    kind = p.settings.init_lora_weights
-    if not isinstance(kind, str) or not (kind.startswith("pissa") or kind == "olora"):
+    if not subtracts(p.settings.init_lora_weights):
         return None
     A, _ = _held(p)
     A0, B0 = principal(p, inner)

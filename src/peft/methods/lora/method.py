@@ -41,6 +41,7 @@ class LoRA(LowRank):
             "use_rslora": c.use_rslora,
             "use_dora": c.use_dora,
             "lora_bias": bias,
+            "subtracts": starts.subtracts(c.init_lora_weights),
         }
 
     def init(self, p: Adapter, inner: Stack) -> None:
@@ -59,6 +60,11 @@ class LoRA(LowRank):
         p.lora_A._parameters["weight"] = nn.Parameter(other.lora_embedding_B.detach().mT)
         p.lora_B._parameters["weight"] = nn.Parameter(other.lora_embedding_A.detach().mT)
 
+    @torch.no_grad()
+    def follow_base(self, p: Adapter, inner: Stack) -> None:
+        if p.__dict__["subtracts"] and inner.layer.original_weight_device().type != "meta":
+            self.derive(p, inner)
+
     def own_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """(A, B) as trained and saved."""
         view, m = p.layer.view, p.layer.get_base_layer()
@@ -71,10 +77,16 @@ class LoRA(LowRank):
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         A, B = self.own_factors(p)
-        if "lora_residual_A" not in p.layer._modules or not p.has("lora_residual_A"):
+        if not p.__dict__["subtracts"]:
             return A, B
-        A0, B0 = p.held_buffer("lora_residual_A"), p.held_buffer("lora_residual_B")
+        A0, B0 = self.first_factors(p)
         return torch.cat([A, A0.to(A.dtype)], -2), torch.cat([B, -B0.to(B.dtype)], -1)
+
+    def first_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """A0, B0; taken now if the base weight was not there when the adapter was made."""
+        if not p.has("lora_residual_A"):
+            self.follow_base(p, p.layer.stack(()))
+        return p.held_buffer("lora_residual_A"), p.held_buffer("lora_residual_B")
 
     def scaling(self, p: Adapter) -> Any:
         return p.scaling
@@ -90,17 +102,18 @@ class LoRA(LowRank):
         """Note what the shortest way needs: the modules, if all of them are plain linear layers."""
         layer = p.layer
         base = layer._modules["base_layer"]
-        plain = type(base) is nn.Linear and not (p.lora_bias or p.has("lora_residual_A"))
+        plain = type(base) is nn.Linear and not (p.lora_bias or p.subtracts)
         if plain and type(p.lora_A) is nn.Linear and type(p.lora_B) is nn.Linear:
-            p.hot = (base, p.lora_A, p.lora_B, p.lora_dropout)
+            modules = (base, p.lora_A, p.lora_B)
+            p.hot = (*modules, p.lora_dropout, tuple(hooks for m in modules for hooks in hooks_of(m)))
         else:
             p.hot = None
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         hot = p.hot
-        if hot is not None and inner.last is None and inner.extra is None and x.dim() > 1:
-            base, A, B, drop = hot
-            if (torch.compiler.is_compiling() or _unchanged(p, base, A, B, drop)) and not (
+        if hot is not None and inner.last is None and inner.extra is None and x.dim() > 1 and not x.is_nested:
+            base, A, B, drop, hooks = hot
+            if (torch.compiler.is_compiling() or _unchanged(p, base, A, B, drop, hooks)) and not (
                 drop.training and type(drop) is not nn.Identity
             ):
                 a = A._parameters["weight"]
@@ -122,8 +135,8 @@ class LoRA(LowRank):
             x = x.to(weight.dtype) if weight.is_floating_point() else x
         x = F.dropout(x, self.drop_rate(p))
         update = B(A(x))
-        if p.has("lora_residual_A"):
-            A0, B0 = p.held_buffer("lora_residual_A"), p.held_buffer("lora_residual_B")
+        if p.__dict__["subtracts"]:
+            A0, B0 = self.first_factors(p)
             update = update - F.linear(F.linear(x, A0.to(x.dtype)), B0.to(x.dtype))
         return (y + update * p.scaling).to(y.dtype)
 
@@ -143,36 +156,44 @@ class OutProjection(LoRA):
         return Method.forward(self, p, inner, x)
 
 
+def hooks_of(m: nn.Module) -> tuple[dict[Any, Any], ...]:
+    """The hooks that calling a module would run; each dictionary is the module's own."""
+    return (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks)
+
+
+_EVERYWHERE = tuple(  # hooks of all modules
+    getattr(nn.modules.module, f"_global_{name}_hooks", {})
+    for name in ("forward_pre", "forward", "backward_pre", "backward")
+)
+_FORWARD = nn.Linear.forward
+
+
 def _hooked(p: Adapter) -> bool:
     """Whether lora_A or lora_B is more than its weight: wrapped, offloaded, hooked or patched."""
     if torch.compiler.is_compiling():
         return False
+    if any(_EVERYWHERE) or nn.Linear.forward is not _FORWARD:
+        return True
     for key in ("lora_A", "lora_B"):
         found = p.held(key)
-        if type(found) is not nn.Linear or _patched(found.__dict__):
+        if type(found) is not nn.Linear or any(hooks_of(found)) or "forward" in found.__dict__:
             return True
     return False
 
 
-def _patched(d: dict[str, Any]) -> bool:
-    return bool(d["_forward_pre_hooks"] or d["_forward_hooks"] or "forward" in d)
-
-
-def _unchanged(p: Adapter, base: Any, A: Any, B: Any, drop: Any) -> bool:
+def _unchanged(p: Adapter, base: Any, A: Any, B: Any, drop: Any, hooks: tuple[dict[Any, Any], ...]) -> bool:
     """Whether the modules noted by `prepare` still stand in their places, without hooks or patches."""
     m, name = p.layer._modules, p.name
-    return not (
-        m["base_layer"] is not base
-        or m["lora_A"]._modules[name] is not A
-        or m["lora_B"]._modules[name] is not B
-        or m["lora_dropout"]._modules[name] is not drop
-        or base._forward_pre_hooks
-        or base._forward_hooks
-        or A._forward_pre_hooks
-        or A._forward_hooks
-        or B._forward_pre_hooks
-        or B._forward_hooks
-        or "forward" in base.__dict__
-        or "forward" in A.__dict__
-        or "forward" in B.__dict__
+    return (
+        m["base_layer"] is base
+        and m["lora_A"]._modules[name] is A
+        and m["lora_B"]._modules[name] is B
+        and m["lora_dropout"]._modules[name] is drop
+        and type(base) is type(A) is type(B) is nn.Linear
+        and nn.Linear.forward is _FORWARD
+        and "forward" not in base.__dict__
+        and "forward" not in A.__dict__
+        and "forward" not in B.__dict__
+        and not any(hooks)
+        and not any(_EVERYWHERE)
     )

@@ -1,0 +1,238 @@
+"""Models and calls out of the ordinary: the right answer, or a refusal that says why."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import peft
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.core.call import Call
+
+
+def base(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def adapted(model: nn.Module | None = None, **changes) -> peft.PeftModel:
+    """A model with an adapter that does something."""
+    config = LoraConfig(**{"r": 2, "target_modules": ["0"], **changes})
+    model = get_peft_model(base() if model is None else model, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name and not p.is_meta:
+                p.add_(torch.randn(p.shape, generator=generator).to(p) / 3)
+    return model.eval()
+
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("meta", [False, True], ids=["", "meta"])
+def test_a_start_taken_from_the_base_follows_the_base_that_is_loaded_later(init, meta):
+    trained = adapted(init_lora_weights=init)
+    state = trained.state_dict()
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=init)
+    if meta:
+        with torch.device("meta"):
+            later = get_peft_model(base(), config)
+    else:
+        later = get_peft_model(base(seed=5), config)
+    later.load_state_dict(state, assign=meta)
+    with torch.no_grad():
+        assert torch.allclose(later.eval()(X), trained(X), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_computed_weight_is_adapted_but_not_merged(wrap):
+    model = base()
+    wrap(model[0])
+    model = adapted(model)
+    with torch.no_grad():
+        wanted = model(X)
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match="'0' is computed at each call"):
+                merge()
+        assert torch.equal(model(X), wanted)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_replicas_for_data_parallelism_run_on_their_own_tensors(changes, monkeypatch):
+    model = adapted(**changes)
+    module = sys.modules["torch.nn.parallel.replicate"]
+
+    def scaled(tensors, devices, detach=False):
+        return [[t * 1.5 if t.is_floating_point() else t.clone() for t in tensors]]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", scaled)
+    monkeypatch.setattr(module, "_get_device_index", lambda *a, **k: 0)
+    (replica,) = module.replicate(model, [0])
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for t in (*twin.parameters(), *twin.buffers()):
+            t.mul_(1.5)
+        assert torch.allclose(replica(X), twin(X), atol=1e-5)
+        assert not torch.allclose(replica(X), model(X))
+
+
+def test_a_state_with_the_models_own_names_is_loaded():
+    one, two = adapted(), get_peft_model(base(), LoraConfig(r=2, target_modules=["0"]))
+    set_peft_model_state_dict(two, one.state_dict())
+    wanted = get_peft_model_state_dict(one)
+    assert all(torch.equal(v, wanted[k]) for k, v in get_peft_model_state_dict(two).items())
+
+
+def test_a_state_of_the_base_alone_is_no_adapter():
+    model = adapted()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {k: v + 1 for k, v in before.items() if "lora_" not in k}
+    with pytest.raises(ValueError, match="No tensor of the checkpoint fits"):
+        set_peft_model_state_dict(model, state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_an_adapter_on_an_offloaded_base_has_numbers():
+    accelerate = pytest.importorskip("accelerate")
+    model = base()
+    with torch.no_grad():
+        wanted = model(X)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
+    assert {p.device.type for n, p in model.named_parameters() if "lora_" in n} == {"cpu"}
+    with torch.no_grad():
+        assert torch.allclose(model(X), wanted)
+
+
+@pytest.mark.parametrize("which", ["base_layer", "lora_A", "lora_B"])
+@pytest.mark.parametrize(
+    "kind", ["forward", "forward_pre", "full_backward", "full_backward_pre", "everywhere", "class"]
+)
+def test_hooks_and_patches_of_the_inner_layers_are_honoured(which, kind, monkeypatch):
+    model = adapted(target_modules=["0", "2"])
+    layer = model.base_model.model[2]
+    inner = layer.base_layer if which == "base_layer" else getattr(layer, which)["default"]
+    seen = []
+
+    def note(module, *_):
+        if module is inner:
+            seen.append(1)
+
+    if kind == "class":
+        plain = nn.Linear.forward
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (note(self), plain(self, x))[1])
+    elif kind == "everywhere":
+        handle = nn.modules.module.register_module_forward_hook(note)
+    else:
+        getattr(inner, f"register_{kind}_hook")(note)
+    try:
+        model(X).sum().backward()
+    finally:
+        if kind == "everywhere":
+            handle.remove()
+    assert seen == [1]
+
+
+def test_a_parametrized_factor_is_computed_at_each_call():
+    model = adapted()
+    with torch.no_grad():
+        wanted = model(X)
+        inner = model.base_model.model[0].lora_B["default"]
+        parametrize.register_parametrization(inner, "weight", nn.Identity())
+        assert torch.allclose(model(X), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_half_precision_adapters_have_gradients(dtype, use_dora):
+    config = LoraConfig(r=2, target_modules=["0"], use_dora=use_dora)
+    model = get_peft_model(base().to(dtype), config, autocast_adapter_dtype=False)
+    model(X.to(dtype)).sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert grads and all(g is not None and g.dtype is dtype for g in grads.values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.1}, {"use_dora": True}], ids=str)
+def test_an_empty_batch_gives_an_empty_answer(changes):
+    model = adapted(**changes).train()
+    y = model(X[:0])
+    assert y.shape == (0, 4)
+    y.sum().backward()
+
+
+def test_trained_tokens_of_a_half_precision_model_are_float32():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)).bfloat16()
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [3, 5]}))
+    held = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in held.values()} == {torch.float32}
+    assert model(torch.tensor([3, 1])).dtype is torch.bfloat16
+
+
+def test_rows_of_single_experts_are_not_guessed():
+    call = Call()
+    with call.mixed(["a", "b"], length=4):
+        assert call.groups(8, torch.device("cpu"), "mlp.up", call.names)["b"].tolist() == [4, 5, 6, 7]
+        for rows in (1, 2, 8):
+            with pytest.raises(ValueError, match=r"'mlp.experts.0.up' received"):
+                call.groups(rows, torch.device("cpu"), "mlp.experts.0.up", call.names)
+
+
+class Tanh(nn.Linear):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class Doubled(nn.Linear):
+    """Another way to write the same map."""
+
+    def forward(self, x):
+        return nn.functional.linear(x * 2, self.weight / 2, self.bias)
+
+
+def test_a_layer_that_is_not_affine_is_not_merged():
+    model = adapted(nn.Sequential(Tanh(8, 4)))
+    with pytest.raises(ValueError, match="Tanh, whose forward is not W x"):
+        model.merge_adapter()
+    model = adapted(nn.Sequential(Doubled(8, 4)))
+    with torch.no_grad():
+        wanted = model(X)
+        model.merge_adapter()
+        assert torch.allclose(model(X), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("field", ["bias", "eva_config", "fan_in_fan_out", "megatron_core", "layer_replication"])
+def test_what_no_single_module_can_have_is_refused(field):
+    with pytest.raises(ValueError, match=f"module_config.*sets '{field}'"):
+        LoraConfig(target_modules=["0"], module_config={"0": {field: None}})
+
+
+def test_submodules_are_attributes():
+    for name in ("tuners", "utils", "peft_model", "mapping", "config", "helpers", "import_utils", "tuners.lora.layer"):
+        found = peft
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert found is importlib.import_module(f"peft.{name}")
+    assert not hasattr(peft, "optimizers")
+    assert not hasattr(peft, "nonsense")
+
+
+def test_a_model_without_a_name_is_saved_as_null(tmp_path):
+    model = adapted()
+    model.get_base_model().name_or_path = ""
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+
+
+def test_the_magnitude_is_printed_as_usual():
+    text = str(adapted(use_dora=True))
+    assert "(default): lora.dora.DoraLinearLayer()" in text
