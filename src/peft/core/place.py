@@ -15,7 +15,7 @@ from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
 from .replicate import replicate
 from .targets import settings, walk
-from .tie import innermost, tied_modules
+from .tie import Place, aliases, innermost, places, tied_modules
 from .tokens import TokenRows, TrainableTokensWrapper
 from .wrappers import ModulesToSaveWrapper
 
@@ -42,6 +42,7 @@ class Injection:
     meta: bool
     undo: list[Callable[[], Any]]
     placed: list[BaseTunerLayer] = field(default_factory=list)
+    places: dict[int, list[Place]] = field(default_factory=dict)  # of the modules that stand at several
 
     def __post_init__(self) -> None:
         self.kind = self.tuner.kind_of(self.config)
@@ -58,6 +59,7 @@ class Injection:
         first = not disabled
         if getattr(config, "layer_replication", None) and first:
             self.undo.append(replicate(self.model, config.layer_replication))
+        self.places = places(self.model)
         plan = self.tuner.match(self.model, config, self.name, state_dict)
         if first:
             self._freeze()
@@ -89,13 +91,17 @@ class Injection:
         return parent, leaf, parent._modules[leaf]
 
     def put(self, parent: nn.Module | None, leaf: str, module: nn.Module, instead_of: nn.Module) -> None:
-        """Put a module in a place, and remember what stood there."""
+        """Put a module in a place, and in every other that holds the same module; remember what stood there."""
+        found = self.places.pop(id(instead_of), None)
+        if found is not None:
+            self.places[id(module)] = found
 
         def swap(new: nn.Module) -> None:
             if parent is None:
                 self.model = self.tuner._modules["model"] = new
-            else:
-                parent._modules[leaf] = new
+                return
+            for owner, name in found or [(parent, leaf)]:
+                owner._modules[name] = new
 
         swap(module)
         self.undo.append(lambda: swap(instead_of))
@@ -105,6 +111,12 @@ class Injection:
         for p in trainable:
             p.requires_grad_(False)
         self.undo.append(lambda: [p.requires_grad_(True) for p in trainable])
+
+    def _named(self) -> tuple[list[tuple[str, nn.Module]], dict[str, list[str]]]:
+        """Path and module of the model as it is now; further paths of modules that stand at several places."""
+        again: list[tuple[str, nn.Module]] = []
+        modules = list(walk(self.model, again))
+        return modules, aliases(modules, again)
 
     # ---- targets -----------------------------------------------------------------------------------------------
 
@@ -154,13 +166,21 @@ class Injection:
                 self._place(".".join([*below, child]), None, method)
 
     def _tied_adapters(self, plan: Any) -> None:
-        """Layers tied to the embedding take its factors, transposed: the same numbers in memory."""
+        """Layers tied to the embedding take its tensors: as they are, or transposed by the method for another layout.
+
+        Both are the same numbers in memory.
+        """
         if not plan.target_modules_to_tie:
             return
-        p = self.get(plan.embedding)[2].adapters[self.name]
+        source = self.get(plan.embedding)[2]
         for path in plan.target_modules_to_tie:
-            mine = self._place(path).adapters[self.name]
-            mine.method.tie(mine, p)
+            layer = self._place(path)
+            mine = layer.adapters[self.name]
+            if layer.view.label != source.view.label:
+                mine.method.tie(mine, source.adapters[self.name])
+                continue
+            for own, other in zip(layer.slots(self.name), source.slots(self.name), strict=True):
+                own.owner._parameters[own.attr] = other.owner._parameters[other.attr]
 
     # ---- whole modules -----------------------------------------------------------------------------------------
 
@@ -168,8 +188,10 @@ class Injection:
         """Wrap the modules that `modules_to_save` selects: every module whose full name ends with an entry."""
         entries = plan.modules_to_save or []
         wrapped: list[str] = []
-        for path, module in list(walk(self.model)) if entries else []:
-            if path and any(path.endswith(e) for e in entries) and not any(path.startswith(f"{w}.") for w in wrapped):
+        modules, others = self._named() if entries else ([], {})
+        for path, module in modules:
+            selected = any(name.endswith(e) for name in (path, *others.get(path, ())) for e in entries)
+            if path and selected and not any(path.startswith(f"{w}.") for w in wrapped):
                 wrapped.append(path)
                 self._wrap(path, module)
         for path in plan.modules_to_tie:
@@ -188,11 +210,10 @@ class Injection:
         return wrapper
 
     def _wrap_tied(self, path: str, source: str) -> None:
-        """The tied module's copy is a linear layer on the weight of the embedding's copy."""
+        """The tied module's copy holds the weight of the embedding's copy."""
         weight = self.get(source)[2].adapters[self.name].weight
-        copy = views.linear_module(weight.shape[1], weight.shape[0], device="meta")
-        copy._parameters["weight"] = weight
-        self._wrap(path, self.get(path)[2]).modules_to_save[self.name] = copy
+        wrapper = self._wrap(path, self.get(path)[2])
+        wrapper.adapters[self.name].weight = weight
 
     # ---- tokens ------------------------------------------------------------------------------------------------
 
@@ -201,10 +222,10 @@ class Injection:
         wanted = getattr(self.config, "trainable_token_indices", None)
         if not wanted:
             return
-        modules = list(walk(self.model))
+        modules, others = self._named()
         if not isinstance(wanted, dict):
             wanted = {plan.embedding or "embed_tokens": wanted}
-        chosen = {self._one(modules, suffix): list(indices) for suffix, indices in wanted.items()}
+        chosen = {self._one(modules, others, suffix): list(indices) for suffix, indices in wanted.items()}
         tied = {path: tied_modules((path, self.get(path)[2]), modules) for path in chosen}
         if getattr(self.config, "ensure_weight_tying", False):
             _check_same_tokens(chosen, tied)
@@ -219,9 +240,10 @@ class Injection:
                     self._place_tokens(other, indices, share)
                     done.add(other)
 
-    def _one(self, modules: list[tuple[str, nn.Module]], suffix: str) -> str:
+    def _one(self, modules: list[tuple[str, nn.Module]], others: dict[str, list[str]], suffix: str) -> str:
         """The one module that a name of `trainable_token_indices` means."""
-        found = [(p, m) for p, m in modules if p == suffix or p.endswith(f".{suffix}")]
+        names = ((p, m, (p, *others.get(p, ()))) for p, m in modules)
+        found = [(p, m) for p, m, called in names if any(f".{n}".endswith(f".{suffix}") for n in called)]
         if not found:
             leaves = {p.rpartition(".")[2] for p, _ in modules}
             raise ValueError(f"trainable_token_indices names {suffix!r}, which is no module.{nearest(suffix, leaves)}")

@@ -12,7 +12,7 @@ from . import views
 from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from .pattern import Selector, compiled
 from .plan import Plan, Target
-from .tie import innermost
+from .tie import aliases, innermost
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,13 +41,18 @@ def _classify(cls: Any) -> str:
     return "linear" if views.is_linear(cls) else "other"
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module, in the order of `named_modules`, each module once, and nothing below a tuner layer."""
+def walk(model: nn.Module, again: list[tuple[str, nn.Module]] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module, in the order of `named_modules`, each module once, and nothing below a tuner layer.
+
+    `again` receives path and module of every further place.
+    """
     seen: set[int] = set()
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
         path, module = stack.pop()
         if id(module) in seen:
+            if again is not None:
+                again.append((path, module))
             continue
         seen.add(id(module))
         yield path, module
@@ -76,9 +81,11 @@ class Search:
     ) -> None:
         self.model, self.config, self.required = model, config, required
         self.supported = supported or views.supported
-        self.modules = list(walk(model))
+        again: list[tuple[str, nn.Module]] = []
+        self.modules = list(walk(model, again))
+        self.others = aliases(self.modules, again)  # further paths of modules that stand at several places
         self.model_name = type(model).__name__
-        self.names = [path for path, _ in self.modules]
+        self.names = [path for path, _ in self.modules] + [path for paths in self.others.values() for path in paths]
         self.model_type = model_type(model)
         mamba = self.model_type in _MAMBA and config.peft_type in _MAMBA_METHODS
         self.fused = _MAMBA_FUSED if mamba else None
@@ -183,16 +190,19 @@ class Search:
     def named(self) -> Iterator[tuple[str, nn.Module, str]]:
         """Path, module and entry of all modules that the names select, after exclusions."""
         for path, module in self.modules:
-            entry = self.selector.find(path)
-            hidden = bool(self.exclude.entries) and self.exclude.find(path) is not None
+            names = (path, *self.others[path]) if path in self.others else (path,)
+            entry = next((e for e in [self.selector.find(n) for n in names] if e is not None), None)
+            hidden = bool(self.exclude.entries) and any(self.exclude.find(n) is not None for n in names)
             if not path:
                 entry = self._root(module, entry)
             if entry is None:
                 continue
-            if hidden or (self.saved is not None and self.saved.search(path)):
+            if hidden or (self.saved is not None and any(self.saved.search(n) for n in names)):
                 self.excluded.append(path)
-            elif self._in_layers(path, entry):
+            elif any(self._in_layers(n, entry) for n in names):
                 yield path, module, entry
+            else:
+                self.elsewhere.append(path)
 
     def _root(self, module: nn.Module, entry: str | None) -> str | None:
         """For a model that is one layer: the entry that selects it, also by the name of its class."""
@@ -211,10 +221,7 @@ class Search:
         index = self._layer(path)
         if index is not None:
             self.layers_seen.add(index)
-        if index in self.layers:
-            return True
-        self.elsewhere.append(path)
-        return False
+        return index in self.layers
 
     def _reason(self, entry: str) -> str:
         if self.all_linear:
@@ -303,7 +310,7 @@ class Search:
         wanted = {_module_of(key, prefix, self.model) for key in keys}
         wanted.discard(None)
         for path, module in self.modules:
-            if path in wanted:
+            if path in wanted or any(other in wanted for other in self.others.get(path, ())):
                 self._add(path, module, "state_dict")
         present = set(self.names)
         self.state_dict_paths = sorted(str(p) for p in wanted if p not in present)

@@ -114,7 +114,7 @@ def _tie(plan: Plan, model: nn.Module, modules: list[tuple[str, nn.Module]]) -> 
     saved = plan.modules_to_save or []
     if any(path.endswith(entry) for entry in saved for path in group if entry):
         kept = [e for e in saved if not any(path.endswith(e) for path in plan.tied)]
-        added = [] if any(plan.embedding.endswith(e) for e in kept) else [plan.embedding]
+        added = [] if plan.embedding in kept else [plan.embedding]
         plan.modules_to_save, plan.modules_to_tie = kept + added, list(plan.tied)
 
 

@@ -1,12 +1,55 @@
-"""Which modules share the weight of the input embedding, told by the identity of parameter or storage."""
+"""What stands or is held at several places: modules, and the weight of the input embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from .host import AdapterHost
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+Place = tuple["nn.Module", str]
+
+
+def places(model: nn.Module) -> dict[int, list[Place]]:
+    """The modules that stand at several places: id -> (parent, name of the child) of each place.
+
+    Like every walk, it does not enter the modules of adapters.
+    """
+    found: dict[int, list[Place]] = {}
+    stack, seen = [model], {id(model)}
+    while stack:
+        parent = stack.pop()
+        for name in parent._below if isinstance(parent, AdapterHost) else parent._modules:
+            child = parent._modules[name]
+            if child is None:
+                continue
+            found.setdefault(id(child), []).append((parent, name))
+            if id(child) not in seen:
+                seen.add(id(child))
+                stack.append(child)
+    return {key: where for key, where in found.items() if len(where) > 1}
+
+
+def aliases(modules: list[tuple[str, nn.Module]], again: list[tuple[str, nn.Module]]) -> dict[str, list[str]]:
+    """Further paths of modules that stand at several places: path of the first place -> the other paths.
+
+    Arguments:
+        modules: path and module of a walk, each module once.
+        again: path and module of every place where that walk met a module another time, in its order.
+    """
+    first = {id(module): path for path, module in modules} if again else {}
+    known = [(path, path) for path, _ in modules] if again else []  # a name, and the walk's name of the same module
+    for path, module in again:
+        start = first[id(module)]
+        below = [(name, home) for name, home in known if name == start or name.startswith(f"{start}.")]
+        known += [(path + name[len(start) :], home) for name, home in below]
+    found: dict[str, list[str]] = {}
+    for name, home in known[len(modules) :]:
+        found.setdefault(home, []).append(name)
+    return found
 
 
 def innermost(module: Any) -> Any:

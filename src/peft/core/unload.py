@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import nn
 
 from ..errors import PeftWarning, report
 from .layer import BaseTunerLayer, tuner_layers
-from .tie import storage_key
+from .search import walk
+from .tie import Place, input_embedding, places, storage_key, tied_modules
 from .tokens import TrainableTokensLayer, check_disjoint
 from .wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
@@ -60,11 +62,14 @@ def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
             layer.disable_adapters or names is None or any(n not in names for n in layer.merged_adapters)
         ):
             layer.unmerge()
+    tied = _tied_to_embedding(tuner.model)
     if names is not None:
         _merge_for_good(tuner.model, layers, names, progressbar)
+    several = places(tuner.model)
     for path, layer in reversed(found):
-        _take_out(tuner, path, layer, names)
+        _take_out(tuner, path, layer, names, several)
     model = tuner.model
+    _settle(model, tied)
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model
@@ -101,7 +106,7 @@ def _update(layer: BaseTunerLayer, names: Sequence[str]) -> frozenset[Any]:
 
 
 def _retie(model: nn.Module, groups: list[list[Holder]], updates: dict[int, frozenset[Any]]) -> None:
-    """Share again what is still equal; say so in the model's configuration where it is not.
+    """Share again what is still equal.
 
     Tied adapters make equal weights up to the order of a sum, so their memory is compared and not their result.
     """
@@ -114,22 +119,66 @@ def _retie(model: nn.Module, groups: list[list[Holder]], updates: dict[int, froz
             tied = bool(updates.get(id(module))) and updates[id(module)] == updates.get(id(first))
             if tied or torch.equal(other, source):
                 module._parameters[name] = source
-            else:
-                _note_untied(model)
 
 
-def _note_untied(model: nn.Module) -> None:
+def _tied_to_embedding(model: nn.Module) -> list[str]:
+    """Paths of the input embedding and of the modules that share its weight; none where nothing does."""
+    modules = list(walk(model))
+    embedding = input_embedding(model, modules)
+    tied = [] if embedding is None else tied_modules(embedding, modules)
+    return [embedding[0], *tied] if embedding is not None and tied else []
+
+
+def _settle(model: nn.Module, tied: list[str]) -> None:
+    """Make modules that were tied, and are so no longer, a model that can be saved and loaded.
+
+    A file holds a shared weight under one name, and the configuration says once for all whether the others are read
+    from there. So where one was changed, each gets a weight of its own, and the configuration says that none is tied.
+    """
+    held: list[Any] = [model.get_submodule(path) for path in tied]
+    if all(module.weight is held[0].weight for module in held):
+        return
+    several = places(model)
+    for module in list(held):
+        for owner, name in several.get(id(module), ())[1:]:
+            held.append(copy.deepcopy(module, {id(module.weight): module.weight}))
+            owner._modules[name] = held[-1]
+    seen: set[Any] = set()
+    for module in held:
+        weight = module.weight
+        if storage_key(weight) in seen:
+            module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        seen.add(storage_key(weight))
     config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    if _keeps_untied(config):
         config.tie_word_embeddings = False
-        text = (
-            "The adapter changed only one of two tied embedding weights, so they are no longer tied in the merged "
-            "model, and config.tie_word_embeddings was set to False. Save the model with this configuration."
+        then = "config.tie_word_embeddings was set to False. Save the model with this configuration."
+    else:
+        then = (
+            f"{type(config).__name__} has no untied form, so its tie_word_embeddings stays True: transformers 5 loads "
+            "the saved weights apart, as they differ, but `tie_weights()`, or an older release, would tie them again. "
+            "ensure_weight_tying=True adapts all of them alike."
         )
-        report(PeftWarning, text, strict=False)
+    text = (
+        f"The adapter changed only some of the tied embedding weights ({', '.join(tied)}), so they are no longer tied "
+        f"in the returned model, and each has a weight of its own. {then[0].upper() + then[1:]}"
+    )
+    report(PeftWarning, text, strict=False)
 
 
-def _take_out(tuner: Any, path: str, layer: Any, names: list[str] | None) -> None:
+def _keeps_untied(config: Any) -> bool:
+    """Whether a configuration with tie_word_embeddings=False is read back as that and nothing else (T5's is not)."""
+    try:
+        before = type(config).from_dict(config.to_dict()).to_dict()
+        after = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False}).to_dict()
+    except Exception:  # no configuration of transformers: nothing is read back
+        return True
+    return bool(after == {**before, "tie_word_embeddings": False})
+
+
+def _take_out(tuner: Any, path: str, layer: Any, names: list[str] | None, several: dict[int, list[Place]]) -> None:
     if isinstance(layer, AuxiliaryTrainingWrapper):
         plain = layer.unload_and_optionally_merge_module(names is not None, False, names)
     else:
@@ -139,4 +188,5 @@ def _take_out(tuner: Any, path: str, layer: Any, names: list[str] | None) -> Non
         return
     parent_path, _, leaf = path.rpartition(".")
     parent = tuner.model.get_submodule(parent_path) if parent_path else tuner.model
-    parent._modules[leaf] = plain
+    for owner, name in several.get(id(layer), [(parent, leaf)]):
+        owner._modules[name] = plain

@@ -1,0 +1,290 @@
+"""Modules that stand at several places of a model, and modules that share one weight: adapted, merged, saved."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.core.layer import tuner_layers
+from peft.errors import PeftWarning
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+
+IDS = torch.tensor([[3, 4, 5, 6]])
+
+
+def twice() -> nn.Sequential:
+    layer = nn.Linear(8, 8)
+    return nn.Sequential(layer, nn.ReLU(), layer)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        self.again = self.q
+
+    def forward(self, x):
+        return self.norm(self.again(torch.relu(self.q(x))))
+
+
+def blocks() -> nn.ModuleDict:
+    """One block used twice, whose own layer has two names."""
+    block = Block()
+    return nn.ModuleDict({"body": nn.ModuleDict({"layers": nn.Sequential(block, block)}), "head": nn.Linear(8, 3)})
+
+
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "init_lora_weights": False, **changes})
+
+
+def quiet(model: nn.Module, config: LoraConfig) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of shared weights
+        return get_peft_model(model, config).eval()
+
+
+# ---- one module at several places ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["0"], ["2"], ["0", "2"], "2", "all-linear"])
+def test_a_module_at_two_places_is_adapted_at_both_under_either_name(targets):
+    base, x = twice(), torch.randn(3, 8)
+    layer = base[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(base, lora(target_modules=targets)).eval()
+    assert base[0] is base[2] is not layer
+    assert sorted(get_peft_model_state_dict(model)) == [f"base_model.model.0.lora_{k}.weight" for k in "AB"]
+    W = layer.weight + base[0].get_delta_weight("default")
+    expected = (x @ W.T + layer.bias).relu() @ W.T + layer.bias
+    torch.testing.assert_close(model(x), expected)
+    merged = model.merge_and_unload()
+    assert merged[0] is merged[2] is layer
+    torch.testing.assert_close(merged(x), expected)
+
+
+def test_unloading_gives_back_the_module_at_every_place():
+    base = twice()
+    layer, names = base[0], [n for n, _ in base.named_modules(remove_duplicate=False)]
+    plain = get_peft_model(base, lora(target_modules=["2"])).unload()
+    assert plain[0] is plain[2] is layer
+    assert [n for n, _ in plain.named_modules(remove_duplicate=False)] == names
+
+
+def test_a_failed_wrap_gives_back_the_module_at_every_place():
+    base = nn.Sequential(*twice(), nn.Linear(8, 2), nn.Conv1d(8, 8, 1))
+    layer = base[0]
+    config = lora(target_modules=["0", "4"], rank_pattern={"4": 999}, init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="999"):
+        get_peft_model(base, config)
+    assert base[0] is base[2] is layer
+
+
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["layers.1.norm"]}, {"layers_to_transform": [1]}])
+def test_a_block_used_twice_is_adapted_under_the_name_of_its_second_place(changes):
+    base = blocks()
+    block = base["body"]["layers"][0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(base, lora(target_modules=["again"], **changes))
+    assert block.q is block.again
+    assert block.q.get_base_layer().in_features == 8
+    assert {path for path, _ in tuner_layers(base)} == {"body.layers.0.q"} | (
+        {"body.layers.0.norm"} if "modules_to_save" in changes else set()
+    )
+    assert not any(".1." in key for key in get_peft_model_state_dict(model))
+
+
+def test_excluding_one_name_of_a_module_excludes_it():
+    model = get_peft_model(blocks(), lora(target_modules=["q", "head"], exclude_modules=["layers.1.again"]))
+    assert [path for path, _ in tuner_layers(model.base_model.model)] == ["head"]
+
+
+def test_a_second_adapter_joins_the_first_at_every_place():
+    base, x = twice(), torch.randn(3, 8)
+    model = get_peft_model(base, lora(target_modules=["0"])).eval()
+    first = model(x)
+    model.add_adapter("b", lora(target_modules=["2"]))
+    assert base[0] is base[2]
+    model.set_adapter("b")
+    assert not torch.equal(model(x), first)
+    model.set_adapter("default")
+    model.delete_adapter("b")
+    torch.testing.assert_close(model(x), first)
+
+
+# ---- models whose embedding is tied --------------------------------------------------------------------------------
+
+
+def t5() -> Any:
+    sizes = {"vocab_size": 32, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+
+
+def bart() -> Any:
+    sides = {f"{side}_{k}": n for side in ("encoder", "decoder") for k, n in (("layers", 1), ("attention_heads", 2))}
+    sizes = {"vocab_size": 32, "d_model": 8, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, **sides}
+    tokens = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    config = transformers.BartConfig(**sizes, **tokens, max_position_embeddings=32, scale_embedding=True)
+    return transformers.BartForConditionalGeneration(config)
+
+
+def resized_bart() -> Any:
+    """Resizing makes one module of all embeddings."""
+    model = bart()
+    model.resize_token_embeddings(40)
+    assert model.model.encoder.embed_tokens is model.model.shared
+    return model
+
+
+def llama() -> Any:
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+    )
+
+
+def prepared(make: Any) -> Any:
+    """The model with weights so large that each of them shows in the output."""
+    model = make().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=IDS, **more).logits
+
+
+def moved(model: PeftModel) -> PeftModel:
+    """The adapted model with its trained copies changed."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and "lora" not in name:
+                p.add_(torch.randn_like(p) * 0.3)
+    return model
+
+
+UNTIED = [
+    (t5, {"target_modules": ["q", "shared"]}),
+    (t5, {"target_modules": ["encoder.embed_tokens"]}),
+    (t5, {"target_modules": ["q"], "modules_to_save": ["shared"]}),
+    (t5, {"target_modules": ["lm_head"]}),
+    (bart, {"target_modules": ["q_proj", "shared"]}),
+    (bart, {"target_modules": ["decoder.embed_tokens"]}),
+    (bart, {"target_modules": ["q_proj"], "modules_to_save": ["shared"]}),
+    (bart, {"target_modules": ["lm_head"]}),
+    (resized_bart, {"target_modules": ["lm_head"]}),
+    (resized_bart, {"target_modules": ["encoder.embed_tokens"]}),
+    (llama, {"target_modules": ["embed_tokens"]}),
+    (llama, {"target_modules": ["lm_head"]}),
+    (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+]
+TIED = [
+    (t5, {"target_modules": ["q", "shared"]}),
+    (t5, {"target_modules": ["q"], "modules_to_save": ["shared"]}),
+    (t5, {"target_modules": ["q", "lm_head"]}),
+    (bart, {"target_modules": ["q_proj", "shared"]}),
+    (bart, {"target_modules": ["q_proj"], "modules_to_save": ["shared"]}),
+    (resized_bart, {"target_modules": ["shared"]}),
+    (llama, {"target_modules": ["lm_head"]}),
+    (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+]
+
+
+def case(row: Any) -> str:
+    make, changes = row
+    return f"{make.__name__}-{'-'.join(changes['target_modules'])}-{'-'.join(changes.get('modules_to_save', ()))}"
+
+
+@pytest.mark.parametrize("row", UNTIED, ids=case)
+def test_a_merged_model_whose_tied_weights_now_differ_loads_as_it_was_saved(row, tmp_path):
+    make, changes = row
+    model = moved(quiet(prepared(make), lora(**changes)))
+    expected = logits(model)
+    with pytest.warns(PeftWarning, match="no longer tied in the returned model"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    loaded = type(merged).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(merged))
+    assert make is t5 or not merged.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("row", TIED, ids=case)
+def test_tied_modules_are_adapted_alike_and_stay_tied(row, tmp_path):
+    make, changes = row
+    config = lora(**changes, ensure_weight_tying=True)
+    model = moved(quiet(prepared(make), config))
+    base = model.get_base_model()
+    before, expected = logits(prepared_again(make)), logits(model)
+    assert not torch.allclose(before, expected, rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    for meta in (False, True):
+        again = PeftModel.from_pretrained(prepared_again(make), tmp_path / "adapter", low_cpu_mem_usage=meta).eval()
+        torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        merged = model.merge_and_unload()
+    assert embedding is not merged.get_input_embeddings()
+    assert head is not merged.get_output_embeddings()
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(type(merged).from_pretrained(tmp_path / "merged").eval()), logits(merged))
+
+
+def prepared_again(make: Any) -> Any:
+    torch.manual_seed(0)
+    return prepared(make)
+
+
+@pytest.mark.parametrize("make", [t5, bart])
+def test_training_keeps_tied_adapters_the_same(make):
+    changes = {"target_modules": ["shared"], "init_lora_weights": True}
+    model = quiet(prepared(make), lora(**changes, ensure_weight_tying=True)).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    deltas = [m.get_delta_weight("default") for _, m in tuner_layers(model.base_model.model)]
+    assert len(deltas) == 4
+    assert deltas[0].abs().sum() > 0
+    for delta in deltas[1:]:
+        torch.testing.assert_close(delta, deltas[0])
+
+
+def test_the_configuration_names_the_embedding_as_the_other_library_does():
+    model = quiet(llama(), lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True))
+    assert model.peft_config["default"].modules_to_save == ["embed_tokens", "model.embed_tokens"]
+
+
+def test_the_copy_of_a_tied_head_keeps_its_bias():
+    base = llama()
+    base.lm_head = nn.Linear(8, 32)
+    base.lm_head.weight = base.model.embed_tokens.weight
+    expected = logits(base.eval())
+    config = lora(target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+    config.init_lora_weights = True
+    torch.testing.assert_close(logits(quiet(base, config)), expected)
+
+
+def test_untied_replicated_layers_leave_the_embedding_tied():
+    base, config = llama(), lora(target_modules=["q_proj"], layer_replication=[(0, 1), (0, 1)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftWarning)
+        merged = get_peft_model(base, config).merge_and_unload()
+    assert merged.config.tie_word_embeddings
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
