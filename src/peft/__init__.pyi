@@ -53,6 +53,10 @@ from .methods.ia3 import (
     IA3Config,
     IA3Model,
 )
+from .methods.loha import (
+    LoHaConfig,
+    LoHaModel,
+)
 from .methods.lora.config import (
     ArrowConfig,
     BdLoraConfig,
@@ -68,8 +72,16 @@ from .methods.lora.config import (
 from .methods.lora.model import (
     LoraModel,
 )
+from .methods.oft import (
+    OFTConfig,
+    OFTModel,
+)
 from .methods.prefix_tuning import (
     PrefixTuningConfig,
+)
+from .methods.vera import (
+    VeraConfig,
+    VeraModel,
 )
 from .mixed_model import (
     PeftMixedModel,
@@ -101,11 +113,6 @@ from .utils.other import (
 )
 
 __all__ = [
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "ArrowConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -119,14 +126,22 @@ __all__ = [
     "IA3Config",
     "IA3Model",
     "KasaConfig",
+    "LoHaConfig",
+    "LoHaModel",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "MissingTensorsWarning",
     "MontecloraConfig",
     "NoMatchingPeftModuleError",
+    "OFTConfig",
+    "OFTModel",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "PeftConfig",
     "PeftError",
     "PeftMixedModel",
@@ -141,11 +156,14 @@ __all__ = [
     "PeftWarning",
     "PrefixTuningConfig",
     "PromptLearningConfig",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "TaskType",
     "UnexpectedTensorsWarning",
     "UnknownFieldWarning",
     "UnmatchedTargetWarning",
     "VeloraConfig",
+    "VeraConfig",
+    "VeraModel",
     "adapter_parameters",
     "cast_mixed_precision_params",
     "get_base_model_state_dict",

@@ -34,6 +34,11 @@ class Method:
 
 METHODS: dict[PeftType, Method] = {
     PeftType.IA3: Method("peft.methods.ia3:IA3Config", "peft.methods.ia3:IA3Model", "ia3_", True),
+    PeftType.LOHA: Method("peft.methods.loha:LoHaConfig", "peft.methods.loha:LoHaModel", "hada_", True),
+    PeftType.HRA: Method("peft.methods.hra:HRAConfig", "peft.methods.hra:HRAModel", "hra_"),
+    PeftType.OFT: Method("peft.methods.oft:OFTConfig", "peft.methods.oft:OFTModel", "oft_"),
+    PeftType.VERA: Method("peft.methods.vera:VeraConfig", "peft.methods.vera:VeraModel", "vera_lambda_", True),
+    PeftType.LOKR: Method("peft.methods.lokr:LoKrConfig", "peft.methods.lokr:LoKrModel", "lokr_", True),
     PeftType.LORA: Method("peft.methods.lora.config:LoraConfig", "peft.methods.lora.model:LoraModel", "lora_", True),
 }
 

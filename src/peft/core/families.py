@@ -1,4 +1,4 @@
-"""Families whose members do not add to W: scaling and rotating one of its two sides."""
+"""The family that scales the features which a layer gives or takes."""
 
 from __future__ import annotations
 
@@ -39,34 +39,3 @@ class Scaling(Method):
             return (y * inner.spread(self.scale(p))).to(y.dtype)
         scaled = inner.view.scale_input(inner.base, x, self.scale(p))
         return super().forward(p, inner, x) if scaled is None else inner(scaled.to(x.dtype))
-
-
-class Rotation(Method):
-    """W' = W R' and b' = b with an orthogonal R, so that the layer sees x R; on the side of the output W' = R' W.
-
-    `R'` is R transposed. The output side is for layers whose in-features cannot be mixed, such as the tokens of an
-    embedding; there the output y becomes y R.
-    """
-
-    def rotate(self, p: Adapter, t: Tensor, back: bool = False) -> Tensor:
-        """t R on the last axis of t, in R's dtype; t R' if `back`."""
-        raise NotImplementedError
-
-    def on_output(self, p: Adapter) -> bool:
-        """Whether the out-features are rotated."""
-        return p.layer.view.infix != ""
-
-    def refuse_merge(self, p: Adapter) -> None:
-        if self.on_output(p) and p.layer.view.bias(p.layer.get_base_layer()) is not None:
-            raise NotImplementedError(f"The rotated output of {p.path!r} holds a bias, which cannot be merged.")
-
-    def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        if self.on_output(p):
-            return self.rotate(p, W.mT).mT[..., rows, :].to(W.dtype)
-        return self.rotate(p, W, back=True).to(W.dtype)
-
-    def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
-        if self.on_output(p):
-            y = inner(x)
-            return self.rotate(p, y).to(y.dtype)
-        return inner(self.rotate(p, x).to(x.dtype)) if inner.view.dense else super().forward(p, inner, x)

@@ -144,7 +144,7 @@ class Mergeable(nn.Module):
         *lead, out, inp = self.view.shape(base)
         step = max(1, TILE_BYTES // (12 * inp * (lead[0] if lead else 1)))
         dense = type(storage.of(base, self.view.name)) is storage.Storage
-        by_rows = dense and all(a.method.by_rows for a in stack.adapters)
+        by_rows = dense and all(a.method.rowwise(a) for a in stack.adapters)
         for start in range(0, out, step if by_rows else out):
             W = stack.weight(slice(start, start + step) if by_rows else slice(None))
             if not torch.isfinite(W).all():

@@ -6,7 +6,7 @@ without building W'. The families below write the shortcut once. The conformance
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from ..kernels import lowrank
 from .views import LinearView
 
 if TYPE_CHECKING:
+    from .shared import Shared, SharedTensors
     from .stack import Adapter, Stack
 
 
@@ -29,6 +30,7 @@ class Site:
     path: str
     dtype: torch.dtype
     device: torch.device
+    shared: dict[str, SharedTensors] = field(default_factory=dict)
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -45,6 +47,16 @@ class Method:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Method:
         return self
+
+    def shared(self, settings: Any, shapes: list[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+        """The tensors that all layers of an adapter share, by name.
+
+        Arguments:
+            settings: the configuration.
+            shapes: (..., O, I) of every target.
+            known: what the first adapter of the method shares already.
+        """
+        return {}
 
     def build(self, site: Site) -> dict[str, Any]:
         """The tensors of one target under their checkpoint names (modules or parameters), and plain values."""
@@ -76,13 +88,21 @@ class Method:
         """THE DEFINITION: W -> W'. With `rows`, W holds only these out-features."""
         return W
 
+    def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
+        """W' as a forward uses it: the definition, unless training drops parts of it by chance."""
+        return self.weight(p, W)
+
     def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
         """THE DEFINITION: b -> b'."""
         return b
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         """W' x + b'. A shortcut may replace this, never change it."""
-        return inner.affine(x, self.weight(p, inner.weight()), self.bias(p, inner.bias()))
+        return inner.affine(x, self.live_weight(p, inner.live_weight()), self.bias(p, inner.bias()))
+
+    def rowwise(self, p: Adapter) -> bool:
+        """Whether `weight` can be asked for some rows only, in this layer."""
+        return self.by_rows
 
     def refuse_merge(self, p: Adapter) -> None:
         """Raise ValueError where there is no W', NotImplementedError where the layer cannot hold it."""
@@ -106,6 +126,13 @@ class Delta(Method):
     def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         return (W + self.delta(p, W, rows)).to(W.dtype)
 
+    def live_delta(self, p: Adapter, W: Tensor) -> Tensor:
+        """`delta` as a forward uses it: training may drop parts of it by chance, which merging never does."""
+        return self.delta(p, W)
+
+    def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
+        return (W + self.live_delta(p, W)).to(W.dtype)
+
     def drop_rate(self, p: Adapter) -> float:
         """The dropout of the adapter's input that is in force, 0 outside training."""
         return 0.0
@@ -115,14 +142,16 @@ class Delta(Method):
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         """y + delta(W) x, for y = inner(x)."""
-        W = inner.weight()
-        x, factor = inner.drop(x, self.drop_rate(p), W.dtype)
-        update = inner.linear(x, self.delta(p, W))
+        D = self.live_delta(p, inner.live_weight())
+        x, factor = inner.drop(x, self.drop_rate(p), D.dtype)
+        update = inner.linear(x, D)
         return (y + (update if factor is None else update * factor)).to(y.dtype)
 
 
 class LowRank(Delta):
     """W' = W + scaling * B A, with B (..., O, r) and A (..., r, I)."""
+
+    whole = False  # on a convolution with groups A reads all channels, as LoRA's does, so that B A is no kernel of it
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """(A, B)."""
@@ -133,14 +162,15 @@ class LowRank(Delta):
         return 1.0
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        p.layer.view.refuse_low_rank(p.layer.get_base_layer())
+        self.refuse_merge(p)
         A, B = self.factors(p)
         if A.dtype in (torch.float16, torch.bfloat16) and not A.is_cuda:
             A, B = A.float(), B.float()  # half products on the CPU lose accuracy, and time
         return (B[..., rows, :] @ A) * self.scaling(p)
 
     def refuse_merge(self, p: Adapter) -> None:
-        p.layer.view.refuse_low_rank(p.layer.get_base_layer())
+        if self.whole:
+            p.layer.view.refuse_low_rank(p.layer.get_base_layer())
 
     def up_bias(self, p: Adapter) -> Tensor | None:
         """A bias of B, (O,), which the scaling multiplies too."""
@@ -154,6 +184,8 @@ class LowRank(Delta):
         return extra if b is None else (b + extra).to(b.dtype)
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
+        if not self.whole and inner.view.is_grouped(inner.base):
+            return super().onto(p, inner, y, x)
         A, B = self.factors(p)
         scale, rate = self.scaling(p), self.drop_rate(p)
         extra = self.up_bias(p)

@@ -31,11 +31,17 @@ class ConvView(LinearView):
     def shape(self, m: Layer) -> Pair:
         return (m.out_channels, m.in_channels // m.groups * math.prod(m.kernel_size))
 
+    def kernel(self, m: Layer) -> Pair:
+        return tuple(m.kernel_size)
+
     def matrix(self, m: Layer, raw: Tensor) -> Tensor:
         return raw.flatten(1)
 
     def raw(self, m: Layer, W: Tensor) -> Tensor:
         return W.unflatten(-1, (-1, *m.kernel_size))
+
+    def is_grouped(self, m: Layer) -> bool:
+        return int(m.groups) != 1
 
     def refuse_low_rank(self, m: Layer) -> None:
         if m.groups != 1:
@@ -57,6 +63,9 @@ class ConvView(LinearView):
 
     def spread(self, m: Layer, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * self.dims)
+
+    def groups(self, m: Layer) -> int:
+        return int(m.groups)
 
     def inputs(self, m: Layer) -> int:
         return int(m.in_channels)

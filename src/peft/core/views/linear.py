@@ -34,6 +34,10 @@ class LinearView:
         """(O, I), with leading axes where the module holds several matrices."""
         return (m.out_features, m.in_features)
 
+    def kernel(self, m: Layer) -> Pair:
+        """The size of a convolution's kernel, by which W's in-features run fastest; () elsewhere."""
+        return ()
+
     def parts(self, m: Layer) -> tuple[str, ...]:
         """The parameters that are adapted one by one where the module is a target but holds no single matrix."""
         return ()
@@ -86,6 +90,10 @@ class LinearView:
         """Whether the module is of a class that replaces nn.Linear's forward."""
         return isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward
 
+    def is_grouped(self, m: Layer) -> bool:
+        """Whether each out-feature sees only some of the inputs, so that a product with W's rows mixes none."""
+        return False
+
     def refuse_low_rank(self, m: Layer) -> None:
         """Raise NotImplementedError where the product of the factors is not of W's shape."""
 
@@ -104,6 +112,10 @@ class LinearView:
     def spread(self, m: Layer, v: Tensor) -> Tensor:
         """(O,) shaped to broadcast over an output."""
         return v
+
+    def groups(self, m: Layer) -> int:
+        """Into how many groups the rows of W fall, each of which sees in-features of its own."""
+        return 1
 
     def inputs(self, m: Layer) -> int:
         """How many features an input has: in-features, channels or tokens."""

@@ -1,0 +1,94 @@
+"""The family that turns the in-features of a weight, and what its members share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .method import Method
+
+if TYPE_CHECKING:
+    from .stack import Adapter, Stack
+
+
+class Rotation(Method):
+    """W' = W R' and b' = b, R' being R transposed, so that the layer sees x R; R is orthogonal, as a rule.
+
+    Where the in-features cannot be mixed (tokens of an embedding) the out-features are: W' = R' W, the output is y R.
+    """
+
+    by_rows = True
+
+    def rotate(self, p: Adapter, t: Tensor, back: bool = False, drop: bool = False) -> Tensor:
+        """t R on the last axis of t, in R's dtype; t R' if `back`, with the dropout of training if `drop`.
+
+        A weight comes as (..., rows, I), with its groups as the first axis where R differs between them.
+        """
+        raise NotImplementedError
+
+    def on_output(self, p: Adapter) -> bool:
+        """Whether the out-features are rotated."""
+        return p.layer.view.infix != ""
+
+    def rowwise(self, p: Adapter) -> bool:
+        return not self.on_output(p) and p.layer.view.groups(p.layer.get_base_layer()) == 1
+
+    def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        return self.turned(p, W, drop=False)
+
+    def turned(self, p: Adapter, W: Tensor, drop: bool) -> Tensor:
+        """W', with the dropout of training if `drop`."""
+        if self.on_output(p):
+            return self.rotate(p, W.mT, drop=drop).mT.to(W.dtype)
+        groups = p.layer.view.groups(p.layer.get_base_layer())
+        if groups == 1:
+            return self.rotate(p, W, back=True, drop=drop).to(W.dtype)
+        return self.rotate(p, W.unflatten(-2, (groups, -1)), back=True, drop=drop).flatten(-3, -2).to(W.dtype)
+
+    def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
+        drop = bool(p.layer.training)
+        if self.on_output(p):
+            y = inner(x)
+            return self.rotate(p, y, drop=drop).to(y.dtype)
+        if not inner.view.dense:
+            return inner.affine(x, self.turned(p, inner.weight(), drop), self.bias(p, inner.bias()))
+        return inner(self.rotate(p, x, drop=drop).to(x.dtype))
+
+
+def blockwise(t: Tensor, blocks: Tensor) -> Tensor:
+    """t times a block-diagonal matrix, on the last axis of t.
+
+    Arguments:
+        t: (..., n b), or with the same leading axes as the blocks, (*lead, rows, n b).
+        blocks: (*lead, n, b, b).
+    """
+    parts = t.to(blocks.dtype).unflatten(-1, blocks.shape[-3:-1])
+    lead = blocks.dim() > 3
+    return torch.einsum("...rnb,...nbc->...rnc" if lead else "...nb,nbc->...nc", parts, blocks).flatten(-2)
+
+
+def cayley(Q: Tensor) -> Tensor:
+    """(I - Q) (I + Q)^-1, orthogonal for a skew Q, (..., b, b)."""
+    Q = Q.float() if Q.dtype in (torch.float16, torch.bfloat16) else Q
+    one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    return torch.linalg.solve(one + Q, one - Q)  # the two commute
+
+
+def without(blocks: Tensor, dropped: Tensor) -> Tensor:
+    """The blocks with those marked replaced by the identity; (..., n, b, b) and (..., n)."""
+    one = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    return torch.where(dropped[..., None, None], one, blocks)
+
+
+def series(Q: Tensor, terms: int) -> Tensor:
+    """The first terms of (I + Q) (I - Q)^-1; of three terms the last is a cube, as files are trained for it."""
+    one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
+    if terms < 3:
+        return one + 2 * Q if terms == 2 else one
+    power, total = Q, one + 2 * Q
+    for _ in range(2, max(terms, 4) - 1):
+        power = power @ Q
+        total = total + 2 * power
+    return total + power @ Q
