@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from .core.layer import tuner_layers
+from .core.shared import SharedTensors
 from .core.tokens import TrainableTokensWrapper
 
 IRREGULAR: Literal["irregular"] = "irregular"
@@ -57,7 +58,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises TypeError for methods without layers of their own, ValueError if there is no adapted layer.
     """
     root = _root(model)
-    layers = [(p, m) for p, m in tuner_layers(root) if not isinstance(m, TrainableTokensWrapper)]
+    layers = [(p, m) for p, m in tuner_layers(root) if not isinstance(m, (SharedTensors, TrainableTokensWrapper))]
     if not layers:
         raise ValueError(f"No adapter layers found in {type(model).__name__}. Expected a model with adapters.")
     return [_layer_status(path, layer) for path, layer in layers]

@@ -13,12 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from peft import PeftModel, get_peft_model
-from peft.core.layer import BaseTunerLayer, tuner_layers
+from peft.core.layer import BaseTunerLayer
+from peft.core.layer import tuner_layers as hosts
 
 from .layouts import LAYOUTS, Layout
 from .oracles import METHODS
 
 FEW = tuple(name for name, row in METHODS.items() if row.few)  # where first values do not matter
+
+
+def tuner_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
+    """(path, layer) of every adapted layer."""
+    return [(path, layer) for path, layer in hosts(model) if isinstance(layer, BaseTunerLayer)]
+
 
 # Sums of at most a few dozen products in another order: some units in the last place of the largest term. Half
 # precision rounds each intermediate result once more, and the two sides round at different places.

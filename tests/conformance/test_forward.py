@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from peft import get_peft_model, get_peft_model_state_dict, registry, set_peft_model_state_dict
-from peft.core.layer import tuner_layers
 
 from .layouts import LAYOUTS, SAMPLES
 from .oracles.lora import SUBTRACTING
@@ -24,6 +23,7 @@ from .rows import (
     expected,
     forbidden,
     same,
+    tuner_layers,
 )
 
 HALVES = tuple(m for m in FEW if m != "lora-bias")

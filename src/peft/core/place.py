@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from . import views
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
 from .replicate import replicate
+from .shared import SharedTensors
 from .targets import settings, walk
 from .tie import Place, aliases, innermost, places, tied_modules
 from .tokens import TokenRows, TrainableTokensWrapper
@@ -42,6 +44,7 @@ class Injection:
     meta: bool
     undo: list[Callable[[], Any]]
     placed: list[BaseTunerLayer] = field(default_factory=list)
+    shared: dict[str, SharedTensors] = field(default_factory=dict)
     places: dict[int, list[Place]] = field(default_factory=dict)  # of the modules that stand at several
 
     def __post_init__(self) -> None:
@@ -63,6 +66,7 @@ class Injection:
         plan = self.tuner.match(self.model, config, self.name, state_dict)
         if first:
             self._freeze()
+        self._share(plan)
         for target in plan.targets:
             if target.parameter is None:
                 self._module(target.path, innermost(target.module))
@@ -105,6 +109,28 @@ class Injection:
 
         swap(module)
         self.undo.append(lambda: swap(instead_of))
+
+    def _share(self, plan: Any) -> None:
+        """Make what all layers of the adapter share, and file it in the tuner."""
+        shapes = []
+        for t in plan.targets:
+            base = innermost(t.module)
+            view = views.view_of(base, t.parameter)
+            shapes += [views.view_of(base, part).shape(base) for part in view.parts(base)] or [view.shape(base)]
+        homes = self.tuner._modules
+        known = {
+            k: next(iter(h._buffers.values())) for k, h in homes.items() if isinstance(h, SharedTensors) and h._buffers
+        }
+        made = self.kind.method_of(self.config).shared(self.config, shapes, known)
+        for key, new in made.items():
+            home = homes.get(key)
+            if home is None:
+                home = homes[key] = SharedTensors()
+                self.undo.append(partial(homes.pop, key))
+            else:
+                self.undo.append(partial(home.delete_adapter, self.name))
+            home.add(self.name, new)
+            self.shared[key] = home
 
     def _freeze(self) -> None:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -151,7 +177,7 @@ class Injection:
         if not dtype.is_floating_point or (self.autocast and small):
             dtype = torch.float32
         device = torch.device("meta") if self.meta or weight is None else _device(base, weight)
-        return Site(base, layer.view, own, path, dtype, device)
+        return Site(base, layer.view, own, path, dtype, device, self.shared)
 
     def _module(self, path: str, base: nn.Module) -> None:
         """A target module: its matrix or matrices, and the child layers whose weights it reads."""

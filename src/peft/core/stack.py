@@ -33,6 +33,7 @@ class Adapter:
         self.layer, self.name, self.method, self.settings, self.path = layer, name, method, settings, path
         self.direct: dict[str, Any] = {}  # under compile tensors are found by reference, so that names are not guarded
         self.cache: dict[str, Any] = {}
+        self.shared: dict[str, Any] = {}  # what all layers of the adapter share: name -> SharedTensors
         self.hot: Any = None  # what the method's shortcut needs, noted when the layer's state changes
 
     def __getattr__(self, key: str) -> Any:
@@ -41,6 +42,8 @@ class Adapter:
         if torch.compiler.is_compiling():
             return self.direct[key]
         home = self.layer._modules.get(key)
+        if home is None and key in self.shared:
+            return self.shared[key].tensor(self.name)
         if home is None or self.name not in home:
             raise AttributeError(f"The adapter {self.name!r} has no {key!r}.")
         return home[self.name]
@@ -71,6 +74,11 @@ class Adapter:
         if torch.compiler.is_compiling():
             return self.direct[key]
         return getattr(self.layer._modules[key], self.name)
+
+    def drop_rate(self, key: str) -> float:
+        """The rate of the dropout module `key`, 0 outside training."""
+        drop = self.held(key)
+        return drop.p if drop.training and type(drop) is not nn.Identity else 0.0
 
     def original_weight(self) -> Tensor:
         """The base weight without any merged adapter, (..., O, I)."""
@@ -103,6 +111,13 @@ class Stack:
         W = self.view.read(self.base)[..., rows, :]
         for a in self.adapters:
             W = a.method.weight(a, W, rows)
+        return W
+
+    def live_weight(self) -> Tensor:
+        """W' of the stack as a forward uses it: in training, parts of it may be dropped by chance."""
+        W = self.view.read(self.base)
+        for a in self.adapters:
+            W = a.method.live_weight(a, W)
         return W
 
     def bias(self) -> Tensor | None:
@@ -140,7 +155,7 @@ class InPlace:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack, view = self.stack, self.stack.view
         base = stack.base
-        values = {view.name: view.raw(base, stack.weight())}
+        values = {view.name: view.raw(base, stack.live_weight())}
         b = stack.bias()
         if b is not None and view.bias_name:
             values[view.bias_name] = b

@@ -18,6 +18,7 @@ from .call import Call
 from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
 from .search import model_type
+from .shared import SharedTensors
 from .targets import match
 from .wrappers import AuxiliaryTrainingWrapper
 
@@ -149,7 +150,10 @@ class BaseTuner(nn.Module):
 
     def layers(self) -> Iterator[tuple[str, Any]]:
         """(path, layer) of every tuner layer and wrapper."""
-        return tuner_layers(self.model)
+        yield from tuner_layers(self.model)
+        for key, home in self._modules.items():
+            if isinstance(home, SharedTensors):
+                yield key, home
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters active, and trainable unless `inference_mode`.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ...core.layer import BaseTunerLayer, name_layers
+from ...core.layer import name_layers
+from ...core.scale import ScaledLayer
 
 
-class LoraLayer(BaseTunerLayer):
+class LoraLayer(ScaledLayer):
     """A target under LoRA adapters; `isinstance(module, LoraLayer)` tells such layers from others."""
 
     family = "lora"
@@ -30,35 +31,10 @@ class LoraLayer(BaseTunerLayer):
     )
     _parameter_homes = frozenset({"lora_embedding_A", "lora_embedding_B"})
 
-    def _alpha_over_r(self, adapter: str) -> float:
+    def natural_scaling(self, adapter: str) -> float:
+        """alpha / r, or alpha / sqrt(r)."""
         p = self.adapters[adapter]
         return p.lora_alpha / (math.sqrt(p.r) if p.use_rslora else p.r)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Make the scaling `scale` times alpha / r; adapters that the layer lacks are ignored."""
-        if adapter in self.adapters:
-            self._rescale(adapter, scale * self._alpha_over_r(adapter))
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scaling of the active adapters."""
-        if scale != 1:
-            for name in self.active_adapters:
-                if name in self.adapters:
-                    self._rescale(name, self.adapters[name].scaling * scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of the active adapters by `scale`; None gives back alpha / r."""
-        for name in self.active_adapters:
-            if name in self.adapters:
-                p = self.adapters[name]
-                self._rescale(name, self._alpha_over_r(name) if scale is None else p.scaling / scale)
-
-    def _rescale(self, name: str, value: Any) -> None:
-        p: Any = self.adapters[name]
-        if hasattr(p.scaling, "fill_"):
-            p.scaling.fill_(float(value))
-        else:
-            p.scaling = value
 
     @property
     def lora_variant(self) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from . import init as starts
 class LoRA(LowRank):
     """W' = W + s B A."""
 
+    whole = True
+
     def build(self, site: Site) -> dict[str, Any]:
         c, m, view = site.settings, site.module, site.view
         bias = bool(c.lora_bias)
@@ -95,8 +97,7 @@ class LoRA(LowRank):
         return p.held("lora_B").bias if p.__dict__["lora_bias"] else None
 
     def drop_rate(self, p: Adapter) -> float:
-        drop = p.held("lora_dropout")
-        return drop.p if drop.training and type(drop) is not nn.Identity else 0.0
+        return p.drop_rate("lora_dropout")
 
     def prepare(self, p: Adapter) -> None:
         """Note what the shortest way needs: the modules, if all of them are plain linear layers."""
