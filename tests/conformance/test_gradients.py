@@ -56,7 +56,7 @@ def test_gradients_of_half_precision_models_keep_their_dtype(method, name, dtype
     for key, one, two in zip([*held, "x"], found, wanted, strict=False):
         assert one.dtype is two.dtype, key
         limit = 4e-2 if dtype is torch.bfloat16 else 6e-3
-        close(one, two, 2 * limit if "encoder" in name else limit)  # several layers deep
+        close(one, two, 5 * limit if "encoder" in name else limit)  # there a rounded input may switch a ReLU
 
 
 @pytest.mark.parametrize("method, name", cells(FEW_BUT_BIAS))
