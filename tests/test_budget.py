@@ -7,19 +7,13 @@ import pytest
 import benchmarks.subjects  # noqa: F401  (registers the measures)
 from benchmarks.measure import MEASURES, Numbers
 
-CALLS = 36  # functions that one adapted Linear enters beyond the bare one; the benchmarks aim lower
-
 
 def once(name: str) -> Numbers:
     """One repetition of a measure."""
     return next(MEASURES[name].steps())
 
 
-@pytest.mark.parametrize("name", ["saved", "gradients", "compiled", "merge"])
+@pytest.mark.parametrize("name", ["saved", "gradients", "compiled", "merge", "forward_calls"])
 def test_counts_stay_within_their_ceilings(name: str) -> None:
     numbers = once(name)
     assert not {key: numbers[key] for key, most in MEASURES[name].ceilings.items() if numbers[key] > most}
-
-
-def test_an_adapted_layer_enters_few_functions() -> None:
-    assert once("forward_calls")["LoRA"] <= CALLS
