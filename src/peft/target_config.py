@@ -62,6 +62,7 @@ class TargetConfig(PeftConfig):
         check_bias(self, f"{self.kind.lower()}_only")
         for name in self.ranks:
             rank(name, getattr(self, name))
+        check_tables(self)
         self.check()
         self._check_module_config()
 
@@ -122,6 +123,14 @@ def patterns(name: str, value: Any) -> dict[str, Any]:
                 "characters with a backslash."
             ) from error
     return value or {}
+
+
+def check_tables(config: Any) -> None:
+    """Raise TypeError or ValueError if a value for some modules would be none for all."""
+    for name in ("rank_pattern", "n_frequency_pattern", "block_size_pattern", "alpha_pattern"):
+        for pattern, value in (getattr(config, name, None) or {}).items():
+            if not isinstance(value, list):  # a record of kept ranks
+                (number if name == "alpha_pattern" else rank)(f"{name}[{pattern!r}]", value)
 
 
 def names(name: str, value: Any) -> list[str]:
