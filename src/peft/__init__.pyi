@@ -49,6 +49,10 @@ from .heads import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from .methods.hra import (
+    HRAConfig,
+    HRAModel,
+)
 from .methods.ia3 import (
     IA3Config,
     IA3Model,
@@ -56,6 +60,10 @@ from .methods.ia3 import (
 from .methods.loha import (
     LoHaConfig,
     LoHaModel,
+)
+from .methods.lokr import (
+    LoKrConfig,
+    LoKrModel,
 )
 from .methods.lora.config import (
     ArrowConfig,
@@ -123,11 +131,15 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BdLoraConfig",
     "EvaConfig",
+    "HRAConfig",
+    "HRAModel",
     "IA3Config",
     "IA3Model",
     "KasaConfig",
     "LoHaConfig",
     "LoHaModel",
+    "LoKrConfig",
+    "LoKrModel",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",

@@ -1,0 +1,141 @@
+"""LoKr: a Kronecker product of two small matrices.
+
+    W' = W + s W1 (x) W2,   block (a, b) of the product is W1[a, b] W2,   s = alpha / r
+
+W1 is (o1, i1) and W2 is (o2, i2), out = o1 o2 and in = i1 i2 split near their roots, or by `decompose_factor`. W2, and
+W1 with `decompose_both`, is a product of two factors of rank r where that is smaller. On a convolution the product is
+of channels, and W2 holds the kernel: (o2, i2, kernel), or factors, or with `use_effective_conv2d` a Tucker product. W1
+starts at zero, so training starts at the base model. Sources: LyCORIS, Yeh et al. 2023, arXiv 2309.14859. A Conv1d with
+a whole W2 multiplies W2 (x) W1, as the peer's adapters are trained; a Tucker product on it, which fails there, does not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..config import describe
+from ..core import draw
+from ..core.layer import name_layers
+from ..core.method import Site
+from ..core.stack import Adapter, Stack
+from ..core.thinned import Thinned
+from ..core.tuner import BaseTuner
+from ..target_config import choice, rank
+from .loha import LycorisConfig, LycorisLayer, core_shape, tucker
+
+NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+
+
+@dataclass
+class LoKrConfig(LycorisConfig):
+    """The configuration of LoKr."""
+
+    kind = "LOKR"
+    decompose_both: bool = field(default=False, metadata=describe("W1 may be a product of two factors, too."))
+    decompose_factor: int = field(default=-1, metadata=describe("Size of W1, or what it may not exceed; -1: a root."))
+    rank_dropout_scale: bool = field(
+        default=False, metadata=describe("Under rank_dropout, what is left makes up for what is dropped.")
+    )
+    init_weights: bool | Literal["lycoris"] = field(
+        default=True, metadata=describe("Zero in W1; 'lycoris': zero in W2; False: all at random.")
+    )
+
+    def check(self) -> None:
+        """Numbers and choices."""
+        super().check()
+        choice("init_weights", self.init_weights, (True, False, "lycoris"))
+        if self.decompose_factor != -1:
+            rank("decompose_factor", self.decompose_factor)
+
+
+def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """The dimension as a product: by the factor if it divides, else by divisors near the root and below the factor."""
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    limit = factor if factor > 0 else dimension
+    small = max(d for d in range(1, math.isqrt(dimension) + 1) if dimension % d == 0 and (d <= limit or d == 1))
+    return small, dimension // small
+
+
+class LoKr(Thinned):
+    """W' = W + s W1 (x) W2."""
+
+    def build(self, site: Site) -> dict[str, Any]:
+        c, kernel = site.settings, site.view.kernel(site.module)
+        *lead, out, inp = site.view.shape(site.module)
+        size = math.prod(kernel)
+        o1, o2 = factorization(out, c.decompose_factor)
+        i1, i2 = factorization(inp // size, c.decompose_factor)
+        shapes: dict[str, tuple[int, ...]] = {"lokr_w1": (o1, i1)}
+        if c.decompose_both and c.r < max(o1, i1) / 2:
+            shapes = {"lokr_w1_a": (o1, c.r), "lokr_w1_b": (c.r, i1)}
+        if c.r >= max(o2, i2) / 2:
+            shapes["lokr_w2"] = (o2, i2, *kernel)
+        elif c.use_effective_conv2d and size > 1:
+            shapes.update(lokr_t2=core_shape(c.r, kernel), lokr_w2_a=(c.r, o2), lokr_w2_b=(c.r, i2))
+        else:
+            shapes.update(lokr_w2_a=(o2, c.r), lokr_w2_b=(c.r, i2 * size))
+        tensors = {name: nn.Parameter(torch.empty(*lead, *shape, **site.kwargs)) for name, shape in shapes.items()}
+        return {**tensors, **c.values(), "sizes": (o1, o2, i1, i2), "lead": len(lead), "forms": tuple(shapes)}
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        zero = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}
+        for name in NAMES:
+            if name in p.forms:
+                t = p.held(name)
+                draw.kaiming(t, t.dim() - p.lead)
+                if name in zero[p.settings.init_weights]:
+                    t.zero_()
+
+    def pair(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """W1 (..., o1, i1) and W2 (..., o2, i2, kernel)."""
+        W1 = p.held("lokr_w1") if "lokr_w1" in p.forms else p.held("lokr_w1_a") @ p.held("lokr_w1_b")
+        if "lokr_w2" in p.forms:
+            W2 = p.held("lokr_w2")
+            return W1, W2.flatten(2) if W2.dim() > 2 + p.lead else W2.unsqueeze(-1)
+        a, b = p.held("lokr_w2_a"), p.held("lokr_w2_b")
+        if "lokr_t2" in p.forms:
+            return W1, tucker(p.held("lokr_t2"), a, b)
+        return W1, (a @ b).unflatten(-1, (p.sizes[3], -1))
+
+    def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        W1, W2 = self.pair(p)
+        o1, o2, _, _ = p.sizes
+        start, stop, _ = rows.indices(o1 * o2)
+        if "lokr_w2" in p.forms and p.held("lokr_w2").dim() == 3 and not p.lead:
+            W2 = W2[start // o1 : -(-stop // o1)]
+            D, skipped = torch.einsum("ab,pqt->paqbt", W1, W2).flatten(0, 1), start // o1 * o1
+            return D.flatten(1)[start - skipped : stop - skipped] * p.scaling
+        W1 = W1[..., start // o2 : -(-stop // o2), :]
+        D, skipped = torch.einsum("...ab,...pqt->...apbqt", W1, W2), start // o2 * o2
+        return D.flatten(-3).flatten(-3, -2)[..., start - skipped : stop - skipped, :] * p.scaling
+
+    def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
+        if not inner.view.dense or self.thins(p):
+            return super().onto(p, inner, y, x)
+        W1, W2 = self.pair(p)
+        h = x.to(W1.dtype).unflatten(-1, p.sizes[2:])
+        h = W1 @ (h @ W2.squeeze(-1).mT)  # in (i1, i2) to (i1, o2) to (o1, o2): the product is never built
+        return (y + h.flatten(-2) * p.scaling).to(y.dtype)
+
+
+class LoKrLayer(LycorisLayer):
+    """A target under LoKr adapters."""
+
+    family = "lokr"
+    adapter_layer_names = NAMES
+    _home_order = NAMES
+    _parameter_homes = frozenset(NAMES)
+
+
+class LoKrModel(BaseTuner):
+    """LoKr adapters on a model."""
+
+    prefix = "lokr_"
+    layer_classes = name_layers(LoKrLayer, globals())
+    method: ClassVar[LoKr] = LoKr()
