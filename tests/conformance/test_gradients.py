@@ -13,6 +13,11 @@ RATE = 0.4
 FEW_BUT_BIAS = tuple(m for m in FEW if m != "lora-bias")
 
 
+def smooth(layout):
+    """Not the encoder: a rounded input may switch its ReLU."""
+    return "encoder" not in layout.name
+
+
 def leaves(model):
     """The trained tensors by name."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -44,7 +49,7 @@ def test_gradients_are_those_of_the_definition(method, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("method, name", cells(FEW_BUT_BIAS))
+@pytest.mark.parametrize("method, name", cells(FEW_BUT_BIAS, smooth))
 def test_gradients_of_half_precision_models_keep_their_dtype(method, name, dtype):
     layout = LAYOUTS[name]
     model, x = adapted(method, layout, dtype), layout.x(dtype)
@@ -56,7 +61,7 @@ def test_gradients_of_half_precision_models_keep_their_dtype(method, name, dtype
     for key, one, two in zip([*held, "x"], found, wanted, strict=False):
         assert one.dtype is two.dtype, key
         limit = 4e-2 if dtype is torch.bfloat16 else 6e-3
-        close(one, two, 5 * limit if "encoder" in name else limit)  # there a rounded input may switch a ReLU
+        close(one, two, limit)
 
 
 @pytest.mark.parametrize("method, name", cells(FEW_BUT_BIAS))

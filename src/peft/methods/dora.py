@@ -7,8 +7,7 @@ For a low-rank delta the norm is never taken of a dense product:
 
     |V_o|^2 = |W_o|^2 + 2 s (W A')_o . B_o + s^2 B_o (A A') B_o'
 
-with |W_o|^2 kept between forwards. Source: Liu et al. 2024, arXiv 2402.09353, eq. 5 and section 4.3. Different from the
-peer: with dropout in training, the base term is that of the full input, as in the merged weight.
+with |W_o|^2 kept between forwards. Source: Liu et al. 2024, arXiv 2402.09353, eq. 5 and section 4.3.
 """
 
 from __future__ import annotations
@@ -130,6 +129,9 @@ class DoRA(Delta):
     def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         gain = self.gain(p)[..., rows, None]
         return ((W + self.of.delta(p, W, rows)) * gain).to(W.dtype)
+
+    def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
+        return ((W + self.of.live_delta(p, W)) * self.gain(p)[..., None]).to(W.dtype)
 
     def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
         return self.of.bias(p, b)
