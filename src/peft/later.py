@@ -240,10 +240,6 @@ MODULES = frozenset(
         "peft.utils.loftq_utils",
         "peft.utils.merge_utils",
         "peft.utils.quantization_utils",
-        "peft.tuners.loha.config",
-        "peft.tuners.loha.model",
-        "peft.tuners.lokr.config",
-        "peft.tuners.lokr.model",
         "peft.tuners.trainable_tokens.config",
         "peft.tuners.trainable_tokens.model",
     ]

@@ -87,6 +87,8 @@ def train(model: nn.Module, name: str = "default", seed: int = 0) -> None:
         first = layer.__dict__.setdefault("first", {})
         first[name] = {slot.live: slot.tensor.clone() for slot in layer.slots(name)}
         for slot in layer.slots(name):
+            if not slot.tensor.is_floating_point():
+                continue  # places are not trained
             noise = torch.randn(slot.tensor.shape, generator=generator).to(slot.tensor)
             slot.tensor.copy_(
                 slot.tensor * (1 + 0.2 * noise) if "magnitude" in slot.live else slot.tensor + noise * scale
