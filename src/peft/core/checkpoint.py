@@ -16,6 +16,7 @@ from .base_state import get_base_model_state_dict, set_base_model_state_dict
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .embeddings import embedding_tensors
 from .entries import Entry, entries_of, mapped, plain, walk
+from .experts import fused
 from .files import read_weights
 from .fill import fill
 from .hub import fetch
@@ -93,7 +94,8 @@ def set_peft_model_state_dict(
     config = adapter_config(root, adapter_name)
     entries = entries_of(root, config, adapter_name)
     _refuse_merged(root, adapter_name)
-    missing, unexpected = fill(root, entries, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, strict)
+    state = fused(root, peft_model_state_dict)
+    missing, unexpected = fill(root, entries, state, adapter_name, ignore_mismatched_sizes, strict)
     return _IncompatibleKeys([e.live for e in missing], unexpected)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import PeftWarning, nearest, report
-from . import views
+from . import experts, views
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
 from .replicate import replicate
@@ -63,6 +63,8 @@ class Injection:
         if getattr(config, "layer_replication", None) and first:
             self.undo.append(replicate(self.model, config.layer_replication))
         self.places = places(self.model)
+        if state_dict is None:
+            self.undo.append(experts.rewrite(config, self.model))
         plan = self.tuner.match(self.model, config, self.name, state_dict)
         if first:
             self._freeze()

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable
 
 from ..errors import NoMatchingPeftModuleError, UnmatchedTargetWarning, listing, nearest, report
+from . import experts
 from .pattern import Selector, suffixes, table, tables
 from .plan import Plan
 from .search import Search
@@ -64,12 +65,14 @@ def no_match(search: Search) -> NoMatchingPeftModuleError:
             f"target_modules='all-linear' found no linear layer to adapt in {search.model_name}.{left} "
             f"Name the modules: it has {_leaf_names(search.names)}."
         )
+    stacked = experts.left_out(search)
     missing = _missing(search.selector, lambda: search.names) + _missing(
         search.parameter_selector, search.parameter_names
     )
     return NoMatchingPeftModuleError(
         f"Target modules {', '.join(missing)} not found in the base model ({search.model_name}). Please "
         f"check the target modules and try again; the model has modules called {_leaf_names(search.names)}."
+        + (f" Its experts are stacked parameters: {listing(stacked)}. {experts.advice(stacked)}" if stacked else "")
     )
 
 
@@ -132,6 +135,14 @@ def complain(plan: Plan, search: Search, adapter_name: str, strict: bool | None)
             f"Entries of layers_to_transform that select nothing in {search.model_name} for the adapter "
             f"{adapter_name!r}: {sorted(empty)}. The targets lie in layers {_ranges(search.layers_seen)}. Correct or "
             "remove them.",
+            strict, stacklevel=5,
+        )  # fmt: skip
+    if found := experts.left_out(search):
+        report(
+            UnmatchedTargetWarning,
+            f"The experts of {search.model_name} are stacked parameters and no layers, so target_modules leaves them "
+            f"out for the adapter {adapter_name!r}: {listing(found)}. {experts.advice(found)} "
+            "exclude_modules=['experts'] says that they are meant to be left out.",
             strict, stacklevel=5,
         )  # fmt: skip
     _complain_of_ties(plan)

@@ -6,6 +6,7 @@ changes neither the model nor the configuration.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,7 @@ def plan(model: nn.Module, config: Any, strict: bool | None = None) -> Plan:
     Raises what `match` raises, and ValueError for methods that adapt no modules.
     """
     from .describe import describe
+    from .experts import rewrite
     from .replicate import replicate
 
     if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
@@ -87,7 +89,9 @@ def plan(model: nn.Module, config: Any, strict: bool | None = None) -> Plan:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]
     undo = replicate(model, getattr(config, "layer_replication", None) or [])
+    config = copy.copy(config)
     try:
+        rewrite(config, model)
         return describe(match(model, config, strict=strict), model, _method_of(config))
     finally:
         undo()

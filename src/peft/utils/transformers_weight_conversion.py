@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ..core.experts import rewrite
 from ..lazy import names
 from ..registry import PEFT_TYPE_TO_PREFIX_MAPPING
 
@@ -37,19 +38,13 @@ def build_peft_weight_mapping(
 
 
 def convert_peft_config_for_transformers(peft_config: Any, model: Any, conversions: list[Any] | None) -> None:
-    """Adapt a configuration that was made for modules which transformers has fused since; nothing to do here.
+    """Replace the names of modules that transformers has fused since by those of the parameters that hold them.
 
-    Raises NotImplementedError if it names the projections of experts that the model holds as one parameter.
+    Arguments:
+        peft_config: the configuration, which is changed.
+        model: the model it is for.
+        conversions: the model's own; not needed.
+
+    Raises ValueError if it names only one of the projections that one parameter holds.
     """
-    targets = getattr(peft_config, "target_modules", None)
-    experts = {"w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
-    if not isinstance(targets, (set, list)) or not experts & set(targets):
-        return
-    last = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    fused = [name for name, _ in model.named_parameters() if name.endswith("experts.gate_up_proj")]
-    gone = sorted((experts & set(targets)) - last)
-    if fused and gone:
-        raise NotImplementedError(
-            f"target_modules has {gone}, but the model holds its experts as one parameter ('{fused[0]}'). Name "
-            "parameters instead: target_parameters=['experts.gate_up_proj', 'experts.down_proj']."
-        )
+    rewrite(peft_config, model)

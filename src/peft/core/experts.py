@@ -1,0 +1,205 @@
+"""Experts that a model holds as one parameter each, under the names that their projections had as modules.
+
+Since transformers 5, mixture-of-experts models hold `experts.gate_up_proj` (E, 2 I, H) and `experts.down_proj`
+(E, H, I), and a router that is no linear layer. A configuration that names w1, w2, w3 or gate_proj, up_proj, down_proj
+means parts of these. It is rewritten as the peer does, so that files fit:
+
+    w1 and w3, gate_proj and up_proj  ->  target parameter gate_up_proj, with twice the rank and twice alpha
+    w2, down_proj                     ->  target parameter down_proj
+    gate                              ->  target parameter gate.weight
+
+Two updates of rank r, stacked, are one of rank 2 r; the scaling alpha / r stays.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from .pattern import Selector
+from .search import model_type, walk
+from .tie import innermost
+from .views import supported
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .search import Search
+
+_MIXTRAL, _QWEN = ("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj")
+_NAMES = {kind: _MIXTRAL for kind in ("mixtral", "minimax", "minimax_m2")} | {
+    kind: _QWEN
+    for kind in (
+        "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
+        "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash",
+        "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text",
+        "qwen3_omni_moe_thinker", "solar_open",
+    )
+}  # fmt: skip
+_BOTH, _DOWN, _ROUTER = "gate_up_proj", "down_proj", "gate"
+_DOUBLED = r".*\.gate_up_proj"
+_OLD = re.compile(r"(?P<path>.*\.experts)\.\d+\.(?P<name>\w+)\.(?P<home>\w+_)A\.weight")
+
+
+def rewrite(config: Any, model: nn.Module) -> Callable[[], None]:
+    """Replace names of experts' projections in a configuration by the parameters that hold them now, if it has any.
+
+    Returns a function that takes it back. Raises ValueError if one half of a fused parameter is named alone.
+    """
+    wanted = getattr(config, "target_modules", None)
+    names = _NAMES.get(model_type(model))
+    if names is None or not hasattr(config, "target_parameters") or not _sounds_like(wanted, {*names, _ROUTER}):
+        return lambda: None
+    modules = list(walk(model))
+    chosen = _chosen(config, modules, names)
+    new = _parameters(config, chosen, names)
+    if not new:
+        return lambda: None
+    fields = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+    before = {name: getattr(config, name) for name in fields}
+    if not _is_all_linear(wanted):
+        config.target_modules = _still_modules(wanted, modules, chosen)
+    old = list(config.target_parameters or ())
+    config.target_parameters = old + [name for name in new if name not in old]
+    if _BOTH in new:
+        config.rank_pattern = {**(config.rank_pattern or {}), _DOUBLED: 2 * config.r}
+        config.alpha_pattern = {**(config.alpha_pattern or {}), _DOUBLED: 2 * config.lora_alpha}
+
+    def undo() -> None:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+    return undo
+
+
+def _sounds_like(wanted: Any, names: set[str]) -> bool:
+    """Whether these targets may mean experts; an expression always may."""
+    return bool(wanted) and (isinstance(wanted, str) or any(e.rpartition(".")[2] in names for e in wanted))
+
+
+def _is_all_linear(wanted: Any) -> bool:
+    return isinstance(wanted, str) and wanted.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def _chosen(config: Any, modules: list[tuple[str, nn.Module]], names: tuple[str, ...]) -> set[str]:
+    """The old names of projections and routers that `target_modules` selects."""
+    selector = Selector(config.target_modules, "target_modules")
+    exclude = Selector(getattr(config, "exclude_modules", None) or [], "exclude_modules")
+    saved = tuple(getattr(config, "modules_to_save", None) or ())
+    found = set()
+    for path, name in _old_names(modules, names):
+        if exclude.find(path) is not None or (saved and path.endswith(saved)):
+            continue
+        if _is_all_linear(config.target_modules) or selector.find(path) is not None:
+            found.add(name)
+    return found
+
+
+def _old_names(modules: list[tuple[str, nn.Module]], names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(path, last name) of the modules that fused experts and their routers used to be."""
+    present = {path: innermost(module) for path, module in modules}
+    for path, module in present.items():
+        fused = module._parameters.get(_BOTH)
+        if path.rpartition(".")[2] != "experts" or fused is None or fused.dim() != 3:
+            continue
+        block = path.rpartition(".")[0]
+        router = present.get(f"{block}.{_ROUTER}")
+        for old in (block, f"{block.rpartition('.')[0]}.block_sparse_moe")[: 1 + (names is _MIXTRAL)]:
+            for name in names:
+                yield from ((f"{old}.experts.{expert}.{name}", name) for expert in range(fused.shape[0]))
+            if router is not None and not supported(router) and router._parameters.get("weight") is not None:
+                yield f"{old}.{_ROUTER}", _ROUTER
+
+
+def _parameters(config: Any, chosen: set[str], names: tuple[str, ...]) -> list[str]:
+    """The parameters that hold the chosen projections."""
+    *halves, down = names
+    named = [name for name in halves if name in chosen]
+    if len(named) == 1:
+        other = next(name for name in halves if name not in chosen)
+        raise ValueError(
+            f"target_modules selects {named[0]!r} of the experts, which this model holds together with {other!r} in "
+            f"one parameter, 'experts.{_BOTH}'. Target {other!r} too, or neither."
+        )
+    parts = {_BOTH: bool(named), _DOWN: down in chosen, f"{_ROUTER}.weight": _ROUTER in chosen}
+    return [name for name, present in parts.items() if present]
+
+
+def _still_modules(wanted: Any, modules: list[tuple[str, nn.Module]], chosen: set[str]) -> Any:
+    """What is left of `target_modules`: entries that were rewritten stay only if they select a module as well."""
+    selector = Selector(wanted, "target_modules")
+    for path, module in modules:
+        if supported(innermost(module)):
+            selector.find(path)
+    if isinstance(wanted, str):
+        return wanted if selector.used else []
+    return type(wanted)(e for e in wanted if e in selector.used or e.rpartition(".")[2] not in chosen)
+
+
+# ---- files that were made for the modules --------------------------------------------------------------------------
+
+
+def fused(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A checkpoint that may hold factors of each expert's projections, as one for the parameters that hold them now.
+
+    The factors of two halves become one pair: A's on top of each other, B's on a diagonal of blocks. Experts lie side
+    by side, in A expert by expert, in B rank by rank. Where a factor is missing, all of its group stay as they are.
+    """
+    names = _NAMES.get(model_type(model))
+    keys = {key: _OLD.fullmatch(key) for key in state if names is not None}
+    if names is None or not any(keys.values()):
+        return state
+    new = dict(state)
+    groups: dict[tuple[str, str], set[str]] = {}
+    for match in filter(None, keys.values()):
+        groups.setdefault((match["path"], match["home"]), set()).add(match["name"])
+    for (path, home), present in groups.items():
+        for used in (names[:2], names[2:]):
+            place = f"{path}.base_layer" if used == names[:2] and names[2] in present else path
+            _fuse(new, path, [f"{name}.{home}" for name in used], f"{place}.{home}")
+    return {key.replace(".block_sparse_moe.", ".mlp."): value for key, value in new.items()}
+
+
+def _fuse(state: dict[str, Tensor], path: str, parts: list[str], place: str) -> None:
+    """Replace the factors of these projections of all experts by one pair."""
+    count = 0
+    while f"{path}.{count}.{parts[0]}A.weight" in state:
+        count += 1
+    rows = [[f"{path}.{expert}.{part}" for part in parts] for expert in range(count)]
+    keys = [f"{part}{side}.weight" for row in rows for part in row for side in "AB"]
+    if not keys or any(key not in state for key in keys):
+        return
+    A = [torch.cat([state[f"{part}A.weight"] for part in row]) for row in rows]
+    B = [torch.block_diag(*(state[f"{part}B.weight"] for part in row)) for row in rows]
+    for key in keys:
+        del state[key]
+    state[f"{place}A.weight"], state[f"{place}B.weight"] = torch.cat(A), torch.stack(B, -1).flatten(1)
+
+
+# ---- what is left out ----------------------------------------------------------------------------------------------
+
+
+def left_out(search: Search) -> list[str]:
+    """Names of stacked parameters of experts that the search has not selected, though its entries sound like them."""
+    entries = {entry.rpartition(".")[2] for entry in search.selector.entries}
+    if search.selector.regex is not None or not (search.all_linear or entries & {*_MIXTRAL, *_QWEN, _BOTH}):
+        return []
+    taken = {target.name for target in search.targets}
+    found = []
+    for path, module in search.modules:
+        base = innermost(module)
+        if "expert" not in path.lower() or supported(base) or search.exclude.find(path) is not None:
+            continue
+        stacked = (name for name, p in base._parameters.items() if p is not None and p.dim() == 3)
+        found += [f"{path}.{name}" for name in stacked if f"{path}.{name}" not in taken]
+    return found
+
+
+def advice(names: Iterable[str]) -> str:
+    """How to adapt these parameters."""
+    short = sorted({".".join(name.split(".")[-2:]) for name in names})
+    return f"Name them as parameters to adapt them: target_parameters={short}."

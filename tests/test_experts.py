@@ -1,0 +1,216 @@
+"""Experts that transformers 5 holds as stacked parameters: targets named as the modules they used to be."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import peft
+from peft import LoraConfig, NoMatchingPeftModuleError, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.errors import UnmatchedTargetWarning
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+transformers = pytest.importorskip("transformers", "5.0")
+
+IDS = torch.tensor([[3, 4, 5, 6]])
+SIZES = {
+    "vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2}
+BOTH, DOWN = r".*\.gate_up_proj", "experts.down_proj"
+
+
+def mixtral() -> Any:
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2)
+    return transformers.MixtralForCausalLM(config).eval()
+
+
+def qwen3(**changes: Any) -> Any:
+    return transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=4, **changes)
+    ).eval()
+
+
+def qwen2() -> Any:
+    config = transformers.Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=12)
+    return transformers.Qwen2MoeForCausalLM(config).eval()
+
+
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "lora_alpha": 3, "init_lora_weights": False, **changes})
+
+
+def shapes(model: Any, part: str) -> dict[str, tuple[int, ...]]:
+    return {k.partition(part)[2]: tuple(v.shape) for k, v in get_peft_model_state_dict(model).items() if part in k}
+
+
+ALL = {
+    ".base_layer.lora_A.weight": (12, 8), ".base_layer.lora_B.weight": (24, 12),
+    ".lora_A.weight": (6, 12), ".lora_B.weight": (8, 6),
+}  # fmt: skip
+ROWS = [
+    (mixtral, ["w1", "w2", "w3"], ["gate_up_proj", "down_proj"], set()),
+    (mixtral, ["q_proj", "w1", "w2", "w3"], ["gate_up_proj", "down_proj"], {"q_proj"}),
+    (mixtral, ["experts.0.w1", "experts.0.w3", "w2"], ["gate_up_proj", "down_proj"], set()),
+    (mixtral, r".*\.(w1|w2|w3)", ["gate_up_proj", "down_proj"], set()),
+    (mixtral, r".*block_sparse_moe.experts.*\.(w1|w2|w3)", ["gate_up_proj", "down_proj"], set()),
+    (qwen3, ["gate_proj", "up_proj", "down_proj"], ["gate_up_proj", "down_proj"], set()),
+    (qwen3, ["gate_proj", "up_proj", "down_proj", "gate"], ["gate_up_proj", "down_proj", "gate.weight"], set()),
+]
+
+
+@pytest.mark.parametrize(("make", "targets", "parameters", "modules"), ROWS)
+def test_projections_of_experts_are_targeted_under_their_old_names(make, targets, parameters, modules):
+    config = lora(target_modules=targets)
+    planned = peft.plan(make(), lora(target_modules=targets))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peft.PeftWarning)
+        model = get_peft_model(make(), config)
+    assert config.target_parameters == parameters
+    assert set(config.target_modules) == modules
+    assert (config.rank_pattern, config.alpha_pattern) == ({BOTH: 4}, {BOTH: 6})
+    assert shapes(model, "layers.0.mlp.experts") == ALL
+    assert len(planned) == len(list(peft.core.layer.tuner_layers(model.base_model.model)))
+
+
+@pytest.mark.parametrize(("make", "down"), [(mixtral, "w2"), (qwen3, "down_proj")])
+def test_the_second_projection_alone_keeps_its_rank(make, down):
+    model = get_peft_model(make(), lora(target_modules=[down]))
+    assert shapes(model, "mlp.experts") == {".lora_A.weight": (6, 12), ".lora_B.weight": (8, 6)}
+    assert not model.peft_config["default"].rank_pattern
+
+
+@pytest.mark.parametrize(("make", "half", "other"), [(mixtral, "w1", "w3"), (qwen3, "up_proj", "gate_proj")])
+def test_half_of_a_stacked_parameter_is_refused(make, half, other):
+    config = lora(target_modules=["q_proj", half])
+    with pytest.raises(ValueError, match=f"selects '{half}' of the experts, .* together with '{other}'"):
+        get_peft_model(make(), config)
+    assert (config.target_modules, config.target_parameters) == ({"q_proj", half}, None)
+
+
+def test_a_failed_wrap_gives_back_the_configuration():
+    config = lora(target_modules=["w1", "w2", "w3"], lora_dropout=0.1)
+    with pytest.raises(ValueError, match="lora_dropout has no meaning"):
+        get_peft_model(mixtral(), config)
+    assert config.target_modules == {"w1", "w2", "w3"}
+    assert (config.target_parameters, config.rank_pattern, config.alpha_pattern) == (None, {}, {})
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen3])
+def test_all_linear_means_the_experts_and_the_router_too(make):
+    model = get_peft_model(make(), lora(target_modules="all-linear"))
+    assert shapes(model, "layers.1.mlp.experts") == ALL
+    assert shapes(model, "layers.1.mlp.gate") == {".lora_A.weight": (2, 8), ".lora_B.weight": (3, 2)}
+    assert "lm_head" not in str(get_peft_model_state_dict(model).keys())
+
+
+@pytest.mark.parametrize("exclude", [["gate"], r".*\.gate"])
+def test_excluding_an_old_name_leaves_it_out(exclude):
+    model = get_peft_model(mixtral(), lora(target_modules="all-linear", exclude_modules=exclude))
+    assert model.peft_config["default"].target_parameters == ["gate_up_proj", "down_proj"]
+
+
+def test_dense_layers_beside_the_experts_stay_targets():
+    model = get_peft_model(qwen3(mlp_only_layers=[1]), lora(target_modules=["gate_proj", "up_proj", "down_proj"]))
+    assert shapes(model, "layers.0.mlp.experts") == ALL
+    assert set(shapes(model, "layers.1.mlp.")) == {
+        f"{name}.lora_{k}.weight" for name in ("gate_proj", "up_proj", "down_proj") for k in "AB"
+    }
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen3])
+def test_what_was_rewritten_is_saved_and_loads(make, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(make(), lora(target_modules="all-linear")).eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+        model.save_pretrained(tmp_path)
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", peft.PeftWarning)
+            loaded = PeftModel.from_pretrained(make(), tmp_path).eval()
+        torch.testing.assert_close(loaded(IDS).logits, expected)
+        assert loaded.peft_config["default"].rank_pattern == {BOTH: 4}
+        torch.testing.assert_close(loaded.merge_and_unload()(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def old_file(block: str, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """A checkpoint with factors of each expert's projections, as made before the experts were stacked."""
+    state = {}
+    for path in [f"{block}.experts.{e}.{name}" for e in range(3) for name in names] + ["self_attn.q_proj"]:
+        rows, columns = (8, 12) if path.endswith(names[2]) else (12, 8)
+        rows = 8 if "q_proj" in path else rows
+        for layer in range(2):
+            key = f"base_model.model.model.layers.{layer}.{path}.lora_"
+            state |= {f"{key}A.weight": torch.randn(2, columns), f"{key}B.weight": torch.randn(rows, 2)}
+    return state
+
+
+OLD = [(mixtral, "block_sparse_moe", ("w1", "w3", "w2")), (qwen3, "mlp", ("gate_proj", "up_proj", "down_proj"))]
+
+
+@pytest.mark.parametrize(("make", "block", "names"), OLD)
+def test_files_made_for_one_module_an_expert_load_into_the_stacked_parameters(make, block, names, tmp_path):
+    state, config = old_file(block, names), lora(target_modules=["q_proj", *names])
+    config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    base = make()
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peft.PeftWarning)
+        model = PeftModel.from_pretrained(base, tmp_path).eval()
+    expected = model(IDS).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    for layer in range(2):
+        old, path = f"base_model.model.model.layers.{layer}.{block}.experts", f"model.layers.{layer}.mlp.experts"
+        update = {
+            name: torch.stack([
+                1.5 * state[f"{old}.{e}.{name}.lora_B.weight"] @ state[f"{old}.{e}.{name}.lora_A.weight"]
+                for e in range(3)
+            ])
+            for name in names
+        }  # fmt: skip
+        for name, delta in (
+            ("gate_up_proj", torch.cat([update[n] for n in names[:2]], 1)),
+            ("down_proj", update[names[2]]),
+        ):
+            key = f"{path}.{name}"
+            torch.testing.assert_close(merged.state_dict()[key], before[key] + delta)
+
+
+@pytest.mark.parametrize("missing", ["experts.1.w3.lora_A", "experts.2.w2.lora_B", "experts.0.w1.lora_A"])
+def test_a_file_that_lacks_an_experts_factor_is_told_and_not_made_up(missing):
+    make, block, names = OLD[0]
+    state = {k: v for k, v in old_file(block, names).items() if f"layers.0.{block}.{missing}" not in k}
+    model = get_peft_model(make(), lora(target_modules=["q_proj", *names]))
+    with (
+        pytest.warns(peft.MissingTensorsWarning, match=r"layers.0.mlp.experts"),
+        pytest.warns(peft.UnexpectedTensorsWarning, match=r"experts.0"),
+    ):
+        peft.set_peft_model_state_dict(model, state)
+
+
+def test_experts_that_never_were_modules_are_named_with_how_to_adapt_them():
+    with pytest.raises(NoMatchingPeftModuleError, match=r"target_parameters=\['experts.down_proj', 'experts.gate_up"):
+        get_peft_model(mixtral(), lora(target_modules=["gate_proj"]))
+    with pytest.warns(UnmatchedTargetWarning, match=r"leaves them out.*layers.0.mlp.experts.gate_up_proj.*target_para"):
+        get_peft_model(qwen2(), lora(target_modules="all-linear"))
+    with pytest.warns(UnmatchedTargetWarning, match="stacked parameters and no layers"):
+        get_peft_model(qwen2(), lora(target_modules=["gate_proj"]))
+    for changes in ({"exclude_modules": ["experts"]}, {"target_parameters": ["experts.gate_up_proj", DOWN]}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", peft.PeftWarning)
+            get_peft_model(qwen2(), lora(target_modules="all-linear", **changes))
+
+
+def test_transformers_own_loader_gets_the_same_configuration():
+    config = lora(target_modules=["q_proj", "w1", "w3"])
+    convert_peft_config_for_transformers(config, mixtral(), None)
+    assert (config.target_modules, config.target_parameters) == ({"q_proj"}, ["gate_up_proj"])
+    assert config.rank_pattern == {BOTH: 4}
