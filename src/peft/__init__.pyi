@@ -49,6 +49,18 @@ from .heads import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from .methods.boft import (
+    BOFTConfig,
+    BOFTModel,
+)
+from .methods.c3a import (
+    C3AConfig,
+    C3AModel,
+)
+from .methods.fourierft import (
+    FourierFTConfig,
+    FourierFTModel,
+)
 from .methods.hra import (
     HRAConfig,
     HRAModel,
@@ -86,6 +98,10 @@ from .methods.oft import (
 )
 from .methods.prefix_tuning import (
     PrefixTuningConfig,
+)
+from .methods.road import (
+    RoadConfig,
+    RoadModel,
 )
 from .methods.vera import (
     VeraConfig,
@@ -129,8 +145,14 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BOFTConfig",
+    "BOFTModel",
     "BdLoraConfig",
+    "C3AConfig",
+    "C3AModel",
     "EvaConfig",
+    "FourierFTConfig",
+    "FourierFTModel",
     "HRAConfig",
     "HRAModel",
     "IA3Config",
@@ -168,6 +190,8 @@ __all__ = [
     "PeftWarning",
     "PrefixTuningConfig",
     "PromptLearningConfig",
+    "RoadConfig",
+    "RoadModel",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "TaskType",
     "UnexpectedTensorsWarning",

@@ -33,8 +33,14 @@ class Method:
 
 
 METHODS: dict[PeftType, Method] = {
+    PeftType.C3A: Method("peft.methods.c3a:C3AConfig", "peft.methods.c3a:C3AModel", "c3a_"),
+    PeftType.FOURIERFT: Method(
+        "peft.methods.fourierft:FourierFTConfig", "peft.methods.fourierft:FourierFTModel", "fourierft_"
+    ),
     PeftType.IA3: Method("peft.methods.ia3:IA3Config", "peft.methods.ia3:IA3Model", "ia3_", True),
     PeftType.LOHA: Method("peft.methods.loha:LoHaConfig", "peft.methods.loha:LoHaModel", "hada_", True),
+    PeftType.BOFT: Method("peft.methods.boft:BOFTConfig", "peft.methods.boft:BOFTModel", "boft_"),
+    PeftType.ROAD: Method("peft.methods.road:RoadConfig", "peft.methods.road:RoadModel", "road_", True),
     PeftType.HRA: Method("peft.methods.hra:HRAConfig", "peft.methods.hra:HRAModel", "hra_"),
     PeftType.OFT: Method("peft.methods.oft:OFTConfig", "peft.methods.oft:OFTModel", "oft_"),
     PeftType.VERA: Method("peft.methods.vera:VeraConfig", "peft.methods.vera:VeraModel", "vera_lambda_", True),

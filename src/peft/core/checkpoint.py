@@ -58,14 +58,14 @@ def get_peft_model_state_dict(
     entries = entries_of(root, config, adapter_name)
     entries += embedding_tensors(root, config, adapter_name, save_embedding_layers, Entry)
     tensors = _gathered(entries, state_dict) if state_dict is not None else [e.tensor for e in entries]
-    empty = [e.key for e, t in zip(entries, tensors, strict=True) if not t.numel()]
+    empty = [e.key for e, t in zip(entries, tensors, strict=True) if not t.numel() and not _no_rank(e, t)]
     if empty:
         raise ValueError(
             f"Adapter {adapter_name!r} has tensors without elements: {listing(empty)}. They are probably shards: "
             "gather the full state on the saving process and pass it as `state_dict`."
         )
     keys = [plain(e.key) if unwrap_compiled else prefix + e.key for e in entries]
-    return {k: _whole(t.detach()) for k, t in zip(keys, tensors, strict=True)}
+    return {k: _for_file(e, _whole(t.detach())) for k, e, t in zip(keys, entries, tensors, strict=True)}
 
 
 def set_peft_model_state_dict(
@@ -155,6 +155,16 @@ def _gathered(entries: list[Entry], state: Mapping[str, Tensor]) -> list[Tensor]
             "full state of the model (names as in `model.state_dict()`), or None to read the live tensors."
         )
     return [by_name[plain(e.live)] for e in entries]
+
+
+def _no_rank(entry: Entry, tensor: Tensor) -> bool:
+    """Whether an empty tensor is what the adapter has: a matrix whose rank was cut to nothing."""
+    return tensor.dim() > 1 and entry.adapter is not None and not entry.tensor.numel()
+
+
+def _for_file(entry: Entry, tensor: Tensor) -> Tensor:
+    p = entry.adapter
+    return tensor if p is None else p.method.for_file(p, entry.part, tensor)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -14,19 +14,25 @@ from torch import Tensor, nn
 
 from .base_state import saved_tensors
 from .layer import BaseTunerLayer, tuner_layers
+from .stack import Adapter
 
 PREFIX = "base_model.model."
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 class Entry(NamedTuple):
-    """One tensor of an adapter: its key in a file, its name in the live model, and where it hangs."""
+    """One tensor of an adapter: its key in a file, its name in the live model, and where it hangs.
+
+    `adapter` is set for a tensor of a tuner layer, of whose path `part` is what follows in the key.
+    """
 
     key: str
     live: str
     owner: nn.Module
     attr: str
     layer: nn.Module
+    adapter: Adapter | None = None
+    part: str = ""
 
     @property
     def tensor(self) -> Tensor:
@@ -43,8 +49,9 @@ def walk(model: nn.Module, adapter_name: str) -> list[Entry]:
         adapter_name: the adapter.
     """
     return [
-        Entry(join(path, slot.key), join(path, slot.live), slot.owner, slot.attr, layer)
+        Entry(join(path, slot.key), join(path, slot.live), slot.owner, slot.attr, layer, p, slot.key)
         for path, layer in tuner_layers(model)
+        for p in (layer.adapters.get(adapter_name) if isinstance(layer, BaseTunerLayer) else None,)
         for slot in layer.slots(adapter_name)
     ]
 

@@ -93,7 +93,7 @@ def _same_kind(found: Found) -> None:
 
 
 def _same_shape(found: Found, ignore: bool) -> Found:
-    wrong = [n for n, (e, v) in found.items() if e.tensor.shape != v.shape]
+    wrong = [n for n, (e, v) in found.items() if e.tensor.shape != v.shape and not _taken(e, v)]
     if not wrong:
         return found
     lines = [
@@ -109,6 +109,11 @@ def _same_shape(found: Found, ignore: bool) -> Found:
         )
     report(PeftWarning, text + "\nThey are left out.", strict=False, stacklevel=5)
     return {n: pair for n, pair in found.items() if n not in set(wrong)}
+
+
+def _taken(entry: Entry, value: Tensor) -> bool:
+    p = entry.adapter
+    return p is not None and p.method.takes(p, entry.part, tuple(value.shape))
 
 
 def _nothing_fits(entries: list[Entry], keys: list[str], name: str) -> str:
@@ -152,7 +157,7 @@ def _write(entry: Entry, value: Tensor) -> None:
     object.
     """
     here = entry.tensor
-    if not _assigned(entry):
+    if not _assigned(entry) and here.shape == value.shape:
         here.copy_(value)
         return
     new = value.detach().to(device=_home(entry), dtype=here.dtype, copy=True)

@@ -19,10 +19,11 @@ from .call import Call
 from .host import AdapterHost, tuner_layers
 from .merge import Mergeable
 from .method import Method, Site
-from .stack import Adapter, BufferDict, Finish, InPlace, Late, Slot, Stack, Values, tensors_below
+from .stack import Adapter, BufferDict, Finish, InPlace, Late, SavedBuffers, Slot, Stack, Values, tensors_below
 from .views import LABELS, Template, view_of
 
-_MODULES, _PARAMETERS, _BUFFERS = Template(nn.ModuleDict()), Template(nn.ParameterDict()), Template(BufferDict())
+_MODULES, _PARAMETERS = Template(nn.ModuleDict()), Template(nn.ParameterDict())
+_BUFFERS, _SAVED = Template(BufferDict()), Template(SavedBuffers())
 
 
 class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
@@ -156,7 +157,8 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
             value.__dict__["training"] = self.training
             home._modules[name] = value
         elif isinstance(value, Tensor):
-            self._home(key, _PARAMETERS if isinstance(value, nn.Parameter) else _BUFFERS)[name] = value
+            template = _SAVED if isinstance(value, nn.Buffer) else _BUFFERS
+            self._home(key, _PARAMETERS if isinstance(value, nn.Parameter) else template)[name] = value
         else:
             p.__dict__[key] = value
 

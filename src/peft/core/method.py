@@ -113,6 +113,20 @@ class Method:
         """The key of a tensor in files, from its name in the layer ('lora_A.weight')."""
         return key
 
+    def takes(self, p: Adapter, key: str, shape: tuple[int, ...]) -> bool:
+        """Whether a file's tensor of another shape than p's own takes its place.
+
+        Arguments:
+            p: the adapter.
+            key: the tensor's key in files, relative to the layer.
+            shape: its shape in the file.
+        """
+        return False
+
+    def for_file(self, p: Adapter, key: str, value: Tensor) -> Tensor:
+        """A tensor as files hold it; arguments as for `takes`."""
+        return value
+
 
 class Delta(Method):
     """W' = W + delta(W)."""

@@ -19,8 +19,6 @@ class Rotation(Method):
     Where the in-features cannot be mixed (tokens of an embedding) the out-features are: W' = R' W, the output is y R.
     """
 
-    by_rows = True
-
     def rotate(self, p: Adapter, t: Tensor, back: bool = False, drop: bool = False) -> Tensor:
         """t R on the last axis of t, in R's dtype; t R' if `back`, with the dropout of training if `drop`.
 
@@ -36,10 +34,12 @@ class Rotation(Method):
         return not self.on_output(p) and p.layer.view.groups(p.layer.get_base_layer()) == 1
 
     def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        return self.turned(p, W, drop=False)
+        return self._turned(p, W, drop=False)
 
-    def turned(self, p: Adapter, W: Tensor, drop: bool) -> Tensor:
-        """W', with the dropout of training if `drop`."""
+    def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
+        return self._turned(p, W, drop=bool(p.layer.training))
+
+    def _turned(self, p: Adapter, W: Tensor, drop: bool) -> Tensor:
         if self.on_output(p):
             return self.rotate(p, W.mT, drop=drop).mT.to(W.dtype)
         groups = p.layer.view.groups(p.layer.get_base_layer())
@@ -52,9 +52,9 @@ class Rotation(Method):
         if self.on_output(p):
             y = inner(x)
             return self.rotate(p, y, drop=drop).to(y.dtype)
-        if not inner.view.dense:
-            return inner.affine(x, self.turned(p, inner.weight(), drop), self.bias(p, inner.bias()))
-        return inner(self.rotate(p, x, drop=drop).to(x.dtype))
+        if inner.view.dense:
+            return inner(self.rotate(p, x, drop=drop).to(x.dtype))
+        return super().forward(p, inner, x)
 
 
 def blockwise(t: Tensor, blocks: Tensor) -> Tensor:

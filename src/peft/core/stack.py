@@ -211,6 +211,8 @@ class Values(MutableMapping[str, Any]):
 class BufferDict(nn.Module):
     """Tensors by adapter name that move with the module and are not saved."""
 
+    saved = False
+
     def __contains__(self, name: str) -> bool:
         return name in self._buffers
 
@@ -218,7 +220,7 @@ class BufferDict(nn.Module):
         return self._buffers[name]  # type: ignore[return-value]
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value, persistent=False)
+        self.register_buffer(name, value, persistent=self.saved)
 
     def __delitem__(self, name: str) -> None:
         del self._buffers[name]
@@ -226,6 +228,12 @@ class BufferDict(nn.Module):
 
     def __len__(self) -> int:
         return len(self._buffers)
+
+
+class SavedBuffers(BufferDict):
+    """Tensors by adapter name that are not trained, and saved."""
+
+    saved = True
 
 
 def tensors_below(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:

@@ -84,8 +84,6 @@ class OFT(Rotation):
 
     def build(self, site: Site) -> dict[str, Any]:
         c, view = site.settings, site.view
-        if c.module_dropout:
-            view.check_dropout(site.path, "module_dropout")
         *lead, out, inp = view.shape(site.module)
         size = nearest_divisor(site.path, out if view.infix else inp, c.r, c.oft_block_size)
         count = (out if view.infix else inp * view.groups(site.module)) // size

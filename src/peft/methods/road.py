@@ -1,0 +1,126 @@
+"""RoAd: pairs of output features turned and stretched by two learnt numbers each.
+
+    W' = R W,  b' = R b;   on each pair  (y1, y2)  ->  (c1 y1 - d1 y2,  d2 y1 + c2 y2),   c = alpha cos theta,
+    d = alpha sin theta
+
+In groups of G outputs, output j is paired with j + G / 2. theta and alpha are one for each pair (`road_1`), one for each
+output (`road_2`), or two for each output, of which c and d take one each (`road_4`). theta starts at zero and alpha at
+one, so training starts at the base model. Source: Liao and Monz 2024, arXiv 2409.00119, section 3.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..config import describe
+from ..core.layer import BaseTunerLayer, name_layers
+from ..core.method import Method, Site
+from ..core.stack import Adapter, Stack
+from ..core.tuner import BaseTuner
+from ..target_config import TargetConfig, choice, rank
+
+RoadVariant = Literal["road_1", "road_2", "road_4"]
+VARIANTS = ("road_1", "road_2", "road_4")
+
+
+@dataclass
+class RoadConfig(TargetConfig):
+    """The configuration of RoAd."""
+
+    kind = "ROAD"
+    added = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern", "bias"})
+    ranks = ("group_size",)
+    variant: str | RoadVariant = field(
+        default="road_1", metadata=describe("Numbers per pair of outputs: 'road_1' two, 'road_2' four, 'road_4' eight.")
+    )
+    group_size: int = field(default=64, metadata=describe("Outputs that are paired among themselves; even."))
+    init_weights: bool = field(default=True, metadata=describe("Start at the base model; else random."))
+
+    def check(self) -> None:
+        """Groups are halved."""
+        choice("variant", self.variant, VARIANTS)
+        rank("group_size", self.group_size)
+        if self.group_size % 2:
+            raise ValueError(f"The group_size must be divisible by 2 when using RoadLayer; got {self.group_size}.")
+        choice("init_weights", self.init_weights, (True, False))
+
+
+class RoAd(Method):
+    """W' = R W, b' = R b."""
+
+    by_rows = False
+
+    def build(self, site: Site) -> dict[str, Any]:
+        c = site.settings
+        *lead, out, _ = site.view.shape(site.module)
+        if out % c.group_size:
+            fits = [d for d in range(2, out + 1, 2) if out % d == 0]
+            raise ValueError(
+                f"group_size={c.group_size} does not divide the {out} outputs of {site.path!r}, which must be divisible "
+                f"by the group_size. Use one of {fits}, or exclude the layer (`exclude_modules`)."
+            )
+        n = out * 2 ** VARIANTS.index(c.variant) // 2
+        return {
+            "road_theta": nn.Parameter(torch.zeros(*lead, n, **site.kwargs)),
+            "road_alpha": nn.Parameter(torch.ones(*lead, n, **site.kwargs)),
+            "variant": c.variant,
+            "group_size": c.group_size,
+        }
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        if not p.settings.init_weights:
+            p.road_theta.normal_(std=0.5)
+            p.road_alpha.normal_(mean=1, std=0.5)
+
+    def turn(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """c and d with its sign, (..., O): y' = c y + d (y with each pair swapped)."""
+        theta, alpha, half = p.held("road_theta"), p.held("road_alpha"), p.group_size // 2
+        c, d = alpha * theta.cos(), alpha * theta.sin()
+        if p.variant == "road_1":
+            c, d = (t.unflatten(-1, (-1, 1, half)).expand(*t.shape[:-1], -1, 2, half) for t in (c, d))
+        elif p.variant == "road_2":
+            c, d = (t.unflatten(-1, (-1, 2, half)) for t in (c, d))
+        else:
+            c, d = (t.unflatten(-1, (-1, 2, 2, half)).select(-3, k) for k, t in enumerate((c, d)))
+        sign = torch.tensor([[-1.0], [1.0]], dtype=d.dtype, device=d.device)
+        return c.flatten(-3), (d * sign).flatten(-3)
+
+    def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        c, d = self.turn(p)
+        return (W * c[..., None] + swapped(W, -2, p.group_size) * d[..., None]).to(W.dtype)
+
+    def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
+        c, d = self.turn(p)
+        return None if b is None else (b * c + swapped(b, -1, p.group_size) * d).to(b.dtype)
+
+    def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
+        y = inner(x)
+        c, d = (inner.spread(t) for t in self.turn(p))
+        return (y * c + swapped(y, -c.dim(), p.group_size) * d).to(y.dtype)
+
+
+def swapped(t: Tensor, axis: int, group: int) -> Tensor:
+    """t with the halves of each group swapped along an axis that is counted from the end."""
+    return t.unflatten(axis, (-1, 2, group // 2)).flip(axis - 1).flatten(axis - 2, axis)
+
+
+class RoadLayer(BaseTunerLayer):
+    """A target under RoAd adapters."""
+
+    family = "road"
+    adapter_layer_names = ("road_theta", "road_alpha")
+    other_param_names = ("variant", "group_size")
+    _home_order = ("road_theta", "road_alpha")
+    _parameter_homes = frozenset({"road_theta", "road_alpha"})
+
+
+class RoadModel(BaseTuner):
+    """RoAd adapters on a model."""
+
+    prefix = "road_"
+    layer_classes = name_layers(RoadLayer, globals())
+    method: ClassVar[RoAd] = RoAd()
