@@ -41,6 +41,7 @@ METHODS: dict[PeftType, Method] = {
     PeftType.LOHA: Method("peft.methods.loha:LoHaConfig", "peft.methods.loha:LoHaModel", "hada_", True),
     PeftType.BOFT: Method("peft.methods.boft:BOFTConfig", "peft.methods.boft:BOFTModel", "boft_"),
     PeftType.ROAD: Method("peft.methods.road:RoadConfig", "peft.methods.road:RoadModel", "road_", True),
+    PeftType.DELORA: Method("peft.methods.delora:DeloraConfig", "peft.methods.delora:DeloraModel", "delora_"),
     PeftType.HRA: Method("peft.methods.hra:HRAConfig", "peft.methods.hra:HRAModel", "hra_"),
     PeftType.OFT: Method("peft.methods.oft:OFTConfig", "peft.methods.oft:OFTModel", "oft_"),
     PeftType.VERA: Method("peft.methods.vera:VeraConfig", "peft.methods.vera:VeraModel", "vera_lambda_", True),

@@ -30,3 +30,19 @@ def _places(count: int, n: int, seed: int | None) -> Tensor:
     if seed is not None:
         generator.manual_seed(seed)
     return torch.randperm(count, generator=generator, device="cpu")[:n].clone()
+
+
+def check_count(name: str, n: int, most: int, path: str) -> None:
+    """Raise ValueError if a matrix has fewer than n elements."""
+    if n > most:
+        raise ValueError(
+            f"{name}={n} is more than the {most} elements that the weight of {path!r} has. Use at most {most}, or give "
+            "this layer its own number."
+        )
+
+
+def scatter(values: Tensor, at: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros of this shape, (..., O, I), with values (..., n) at the places `at`, (2, n): rows and columns."""
+    flat = at[0].long() * shape[-1] + at[1].long()
+    zeros = values.new_zeros(*shape[:-2], shape[-2] * shape[-1])
+    return zeros.scatter(-1, flat.expand(values.shape), values).unflatten(-1, shape[-2:])

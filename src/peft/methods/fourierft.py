@@ -1,0 +1,95 @@
+"""FourierFT: a sparse spectrum, whose inverse Fourier transform is the update.
+
+    W' = W + s Re(IDFT(S)),   S (out, in) is zero but for c_l at n places that follow from a seed
+
+The transform is of both axes, divided by out * in. Only the coefficients are saved; layers of equal shape share the
+places. The default start is random, c ~ N(0, 1), so that a new adapter changes the model; `init_weights=True` starts
+at zero. Source: Gao et al. 2024, arXiv 2405.03003, eq. 2-4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import describe
+from ..core import draw
+from ..core.layer import BaseTunerLayer, name_layers
+from ..core.method import Delta, Site
+from ..core.stack import Adapter, Stack
+from ..core.tuner import BaseTuner
+from ..target_config import TargetConfig, number
+
+
+@dataclass
+class FourierFTConfig(TargetConfig):
+    """The configuration of FourierFT."""
+
+    kind = "FOURIERFT"
+    ranks = ("n_frequency",)
+    n_frequency: int = field(default=1000, metadata=describe("How many coefficients are trained in each layer."))
+    scaling: float = field(default=150.0, metadata=describe("Factor of the update."))
+    random_loc_seed: int | None = field(default=777, metadata=describe("Seed of the places of the coefficients."))
+    fan_in_fan_out: bool = field(default=False, metadata=describe("The weight is stored as (in, out)."))
+    n_frequency_pattern: dict | None = field(
+        default_factory=dict,
+        metadata=describe("Values that differ from n_frequency: {regular expression of names: number}."),
+    )
+    init_weights: bool = field(default=False, metadata=describe("Start at zero; else random."))
+
+    def check(self) -> None:
+        """Numbers."""
+        number("scaling", self.scaling)
+
+
+class FourierFT(Delta):
+    """W' = W + s Re(IDFT(S))."""
+
+    by_rows = False
+
+    def build(self, site: Site) -> dict[str, Any]:
+        c = site.settings
+        *lead, out, inp = site.view.shape(site.module)
+        draw.check_count("n_frequency", c.n_frequency, out * inp, site.path)
+        return {
+            "fourierft_spectrum": nn.Parameter(torch.empty(*lead, c.n_frequency, **site.kwargs)),
+            "fourierft_n_frequency": c.n_frequency,
+            "fourierft_scaling": c.scaling,
+            "fourierft_random_loc_seed": c.random_loc_seed,
+        }
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        p.fourierft_spectrum.zero_() if p.settings.init_weights else p.fourierft_spectrum.normal_()
+
+    def derive(self, p: Adapter, inner: Stack) -> None:
+        *_, out, inp = inner.view.shape(inner.base)
+        flat = draw.places(out, inp, p.fourierft_n_frequency, p.fourierft_random_loc_seed)
+        found = torch.stack([flat // inp, flat % inp])
+        p.layer.keep(p, "indices", found.to(p.layer.original_weight_device()))
+
+    def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        c = p.held("fourierft_spectrum")
+        *lead, out, inp = p.layer.view.shape(p.layer.get_base_layer())
+        S = draw.scatter(c if c.dtype is torch.float64 else c.float(), p.held_buffer("indices"), (*lead, out, inp))
+        return (torch.fft.ifft2(S).real * p.fourierft_scaling)[..., rows, :].to(c.dtype)
+
+
+class FourierFTLayer(BaseTunerLayer):
+    """A target under FourierFT adapters."""
+
+    family = "fourierft"
+    adapter_layer_names = ("fourierft_spectrum",)
+    other_param_names = ("fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed", "indices")
+    _home_order = ("fourierft_spectrum",)
+    _parameter_homes = frozenset({"fourierft_spectrum"})
+
+
+class FourierFTModel(BaseTuner):
+    """FourierFT adapters on a model."""
+
+    prefix = "fourierft_"
+    layer_classes = name_layers(FourierFTLayer, globals(), "FourierFT")
+    method: ClassVar[FourierFT] = FourierFT()
