@@ -165,6 +165,14 @@ MISTAKES = [
     wrap("one target of two", ValueError, ("'norm'", "LayerNorm", "nn.Linear"), target_modules=["up", "norm"]),
     wrap("tokens that the vocabulary lacks", ValueError, ("trainable_token_indices", "[99]", "9 tokens", "0 to 8"),
          trainable_token_indices={"emb": [1, 99]}),
+    wrap("a token twice", ValueError, ("trainable_token_indices", "token 3", "'body.emb'", "9 tokens", "twice"),
+         trainable_token_indices={"emb": [3, 1, 3]}),
+    wrap("a token from both ends", ValueError, ("trainable_token_indices", "token 3", "as 3 and as -6"),
+         trainable_token_indices={"emb": [3, -6]}),
+    wrap("tokens as text", TypeError, ("trainable_token_indices", "whole numbers", "['a']"),
+         trainable_token_indices={"emb": ["a"]}),
+    wrap("a tuple of tokens by name", TypeError, ("trainable_token_indices", "whole numbers", "3"),
+         trainable_token_indices={"emb": 3}),
     wrap("tokens of no module", ValueError, ("'embb'", "Did you mean 'emb'"), trainable_token_indices={"embb": [1]}),
     wrap("PiSSA of a large rank", ValueError, ("r=100", "'body.layers.0.up'", "(8, 6)", "only 6", "rank_pattern"),
          init_lora_weights="pissa", r=100),
@@ -228,6 +236,9 @@ MISTAKES = [
     Mistake("a second adapter that half fits", one,
             lambda m, _: m.add_adapter("new", lora(target_modules=["down", "norm"])),
             ValueError, ("'norm'", "LayerNorm")),
+    Mistake("layers rebuilt under an adapter", one,
+            lambda m, _: m.add_adapter("new", lora(layer_replication=[(0, 2), (0, 1)])),
+            ValueError, ("layer_replication=[(0, 2), (0, 1)]", "is not replicated", "fresh base model")),
     Mistake("a model that cannot generate", one, lambda m, _: m.generate(TOKENS), AttributeError, ("Net", "generate")),
     # files
     Mistake("no such adapter", base, lambda m, f: PeftModel.from_pretrained(m, f, subfolder="othr"), ValueError,
@@ -306,6 +317,41 @@ def test_after_a_mistake_the_right_call_gives_what_it_gives_at_once(mistake, tmp
     assert list(states[0]) == list(states[1])
     assert all(torch.equal(states[0][k], v) for k, v in states[1].items())
     assert torch.equal(spoilt(TOKENS), fresh(TOKENS))
+
+
+def test_a_layer_without_a_shape_is_refused_and_left_alone_beside_a_target():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(4))
+    for targets in (["1"], "all-linear"):
+        with pytest.raises(ValueError, match=r"'1', a LazyLinear whose weight has no shape yet. Run the model once"):
+            get_peft_model(model, lora(target_modules=targets))
+    assert [type(m) for m in model] == [nn.Linear, nn.LazyLinear]
+    assert all(p.requires_grad for p in model.parameters())
+    get_peft_model(model, lora(target_modules=["0"]))
+    assert model(torch.ones(2, 3)).shape == (2, 4)
+    assert not model[1].weight.requires_grad
+
+
+def test_a_bias_of_separate_attention_weights_is_refused_with_the_reason():
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, kdim=6, vdim=4)})
+    with pytest.raises(ValueError, match=r"'q_proj_weight', one of the separate .* nn.MultiheadAttention with kdim or"):
+        get_peft_model(model, lora(target_modules=["attn"], lora_bias=True))
+    assert type(model["attn"]) is nn.MultiheadAttention
+
+
+def test_an_alpha_of_zero_is_told():
+    with pytest.warns(peft.PeftWarning, match="`lora_alpha` is 0"):
+        lora(lora_alpha=0)
+
+
+@pytest.mark.parametrize("again", [[[0, 2], [1, 2]], ((0, 2), (1, 2))])
+def test_a_second_adapter_may_repeat_the_replication_of_the_first_but_ask_for_no_other(again):
+    model = nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(2))})
+    model = get_peft_model(model, lora(layer_replication=[(0, 2), (1, 2)]))
+    model.add_adapter("other", lora(layer_replication=again))
+    model.add_adapter("plain", lora())
+    assert len(list(tuner_layers(model))) == 3
+    with pytest.raises(ValueError, match=r"layer_replication=\[\(0, 1\)\] .* was rebuilt with \[\(0, 2\), \(1, 2\)\]"):
+        model.add_adapter("more", lora(layer_replication=[(0, 1)]))
 
 
 class Int8(nn.Linear):

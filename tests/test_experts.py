@@ -209,6 +209,14 @@ def test_experts_that_never_were_modules_are_named_with_how_to_adapt_them():
             get_peft_model(qwen2(), lora(target_modules="all-linear", **changes))
 
 
+def test_layers_to_transform_says_that_it_does_not_restrict_parameters():
+    config = lora(target_modules=["q_proj", "w1", "w3"], layers_to_transform=[0])
+    with pytest.warns(UnmatchedTargetWarning, match=r"restricts target_modules only.*'model.layers.1.mlp.experts.gate"):
+        model = get_peft_model(mixtral(), config)
+    assert shapes(model, "layers.1.mlp.experts") == {".lora_A.weight": (12, 8), ".lora_B.weight": (24, 12)}
+    assert not shapes(model, "layers.1.self_attn")
+
+
 def test_transformers_own_loader_gets_the_same_configuration():
     config = lora(target_modules=["q_proj", "w1", "w3"])
     convert_peft_config_for_transformers(config, mixtral(), None)

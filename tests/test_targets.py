@@ -43,6 +43,7 @@ class Config:
     use_dora: bool = False
     use_rslora: bool = False
     lora_bias: bool = False
+    init_lora_weights: Any = True
 
 
 class Attention(nn.Module):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from .pattern import Selector
+from .pattern import TABLES, Selector
 from .search import model_type, walk
 from .tie import innermost
 from .views import supported
@@ -65,9 +65,9 @@ def rewrite(config: Any, model: nn.Module) -> Callable[[], None]:
         config.target_modules = _still_modules(wanted, modules, chosen)
     old = list(config.target_parameters or ())
     config.target_parameters = old + [name for name in new if name not in old]
-    if _BOTH in new:
-        config.rank_pattern = {**(config.rank_pattern or {}), _DOUBLED: 2 * config.r}
-        config.alpha_pattern = {**(config.alpha_pattern or {}), _DOUBLED: 2 * config.lora_alpha}
+    for table in ("rank_pattern", "alpha_pattern") if _BOTH in new else ():
+        value = next(getattr(config, name) for name in TABLES[table] if hasattr(config, name))
+        setattr(config, table, {**(getattr(config, table) or {}), _DOUBLED: 2 * value})
 
     def undo() -> None:
         for name, value in before.items():

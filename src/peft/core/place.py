@@ -14,7 +14,7 @@ from ..errors import PeftWarning, nearest, report
 from . import experts, views
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
-from .replicate import replicate
+from .replicate import check_repeated, replicate
 from .shared import SharedTensors
 from .targets import settings, walk
 from .tie import Place, aliases, innermost, places, tied_modules
@@ -60,8 +60,11 @@ class Injection:
         config = self.config
         disabled = [layer.disable_adapters for _, layer in tuner_layers(self.model)]
         first = not disabled
-        if getattr(config, "layer_replication", None) and first:
-            self.undo.append(replicate(self.model, config.layer_replication))
+        ranges = getattr(config, "layer_replication", None)
+        if ranges and first:
+            self.undo.append(replicate(self.model, ranges))
+        elif ranges:
+            check_repeated(ranges, [c for n, c in self.tuner.peft_config.items() if n != self.name])
         self.places = places(self.model)
         if state_dict is None:
             self.undo.append(experts.rewrite(config, self.model))
@@ -136,9 +139,13 @@ class Injection:
 
     def _freeze(self) -> None:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        for p in trainable:
-            p.requires_grad_(False)
-        self.undo.append(lambda: [p.requires_grad_(True) for p in trainable])
+
+        def put(flag: bool) -> None:
+            for p in trainable:
+                p.requires_grad = flag  # requires_grad_ is not for weights that have no shape yet
+
+        put(False)
+        self.undo.append(lambda: put(True))
 
     def _named(self) -> tuple[list[tuple[str, nn.Module]], dict[str, list[str]]]:
         """Path and module of the model as it is now; further paths of modules that stand at several places."""

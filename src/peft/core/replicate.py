@@ -50,6 +50,23 @@ def replicate(model: nn.Module, ranges: Sequence[Sequence[int]]) -> Callable[[],
     return undo
 
 
+def check_repeated(ranges: Sequence[Sequence[int]], others: Sequence[Any]) -> None:
+    """Raise ValueError unless one of the configurations in `others`, whose adapters stand in the layers, has the same.
+
+    Arguments:
+        ranges: the `layer_replication` of a further adapter.
+        others: the configurations of the model's other adapters.
+    """
+    known = [found for c in others if (found := getattr(c, "layer_replication", None))]
+    if any([list(pair) for pair in found] == [list(pair) for pair in ranges] for found in known):
+        return
+    state = f"was rebuilt with {known[0]!r}" if known else "is not replicated"
+    raise ValueError(
+        f"layer_replication={ranges!r} rebuilds the list of layers, but adapters stand in it already, and it {state}. "
+        "Make a PeftModel of its own for this adapter, with a fresh base model."
+    )
+
+
 def _layer_list(model: Any) -> tuple[Any, str]:
     """The module that holds the layer list, and the list's name there."""
     from torch import nn

@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from torch.nn.parameter import is_lazy
+
 from ..errors import listing
 from . import views
 from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
@@ -175,7 +177,7 @@ class Search:
         patterns = [pattern] if isinstance(pattern, str) else pattern
         return [compiled(rf"(?:.*?\.)??(?:{p})\.(\d+)\.", "layers_pattern") for p in patterns]
 
-    def _layer(self, path: str) -> int | None:
+    def layer(self, path: str) -> int | None:
         found = next((m for m in (regex.match(path) for regex in self.layer_regexes) if m), None)
         return int(found.group(found.lastindex or 1)) if found else None
 
@@ -218,7 +220,7 @@ class Search:
     def _in_layers(self, path: str, entry: str) -> bool:
         if self.layers is None or (entry == path and not self.all_linear):
             return True
-        index = self._layer(path)
+        index = self.layer(path)
         if index is not None:
             self.layers_seen.add(index)
         return index in self.layers
@@ -250,6 +252,11 @@ class Search:
     def _problem(self, path: str, module: nn.Module) -> str | None:
         """Why this module cannot be adapted, or None."""
         kind = _kind(type(module))
+        if any(is_lazy(p) for p in module._parameters.values() if p is not None):
+            raise ValueError(
+                f"target_modules selects '{path}', a {type(module).__name__} whose weight has no shape yet. Run the "
+                "model once on a batch before adapting it."
+            )
         if kind == "linear" and self.fused is None and self.supported is views.supported:
             return None
         if kind == "aux":

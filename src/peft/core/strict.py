@@ -137,6 +137,7 @@ def complain(plan: Plan, search: Search, adapter_name: str, strict: bool | None)
             "remove them.",
             strict, stacklevel=5,
         )  # fmt: skip
+    _complain_of_layers(plan, search, adapter_name, strict)
     if found := experts.left_out(search):
         report(
             UnmatchedTargetWarning,
@@ -146,6 +147,21 @@ def complain(plan: Plan, search: Search, adapter_name: str, strict: bool | None)
             strict, stacklevel=5,
         )  # fmt: skip
     _complain_of_ties(plan)
+
+
+def _complain_of_layers(plan: Plan, search: Search, adapter_name: str, strict: bool | None) -> None:
+    """Report parameters outside `layers_to_transform`, which chooses among modules only."""
+    if search.layers is None:
+        return
+    found = [t.name for t in plan.targets if t.parameter and search.layer(t.path) not in search.layers]
+    if found:
+        report(
+            UnmatchedTargetWarning,
+            f"layers_to_transform={sorted(search.layers)} restricts target_modules only, so the adapter "
+            f"{adapter_name!r} adapts parameters of other layers too: {listing(found)}. Name the wanted ones in full "
+            "in target_parameters.",
+            strict, stacklevel=6,
+        )  # fmt: skip
 
 
 def compare(plan: Plan, search: Search, configured: set[str], strict: bool | None) -> None:

@@ -36,6 +36,7 @@ class TokenRows(Method):
             raise ValueError(
                 f"trainable_token_indices has {bad}, but {site.path!r} has only {count} tokens (0 to {count - 1})."
             )
+        _check_once(self.indices, count, site.path)
         held = self.share
         if held is None:
             held = nn.Parameter(torch.empty(len(self.indices), width, **site.kwargs))
@@ -73,6 +74,19 @@ class TokenRows(Method):
         scale = embed_scale(inner.base)
         found = found if scale is None else found * scale
         return torch.where(match.any(-1, keepdim=True), found.to(y.dtype), y)
+
+
+def _check_once(indices: Sequence[int], count: int, path: str) -> None:
+    """Raise ValueError if two indices are the same token: each would train a row of its own, and one would win."""
+    seen: dict[int, int] = {}
+    for index in indices:
+        token = index % count
+        if token in seen:
+            same = "twice" if seen[token] == index else f"as {seen[token]} and as {index}"
+            raise ValueError(
+                f"trainable_token_indices names token {token} of {path!r} ({count} tokens) {same}. Name each once."
+            )
+        seen[token] = index
 
 
 class TrainableTokensLayer(BaseTunerLayer):

@@ -33,6 +33,8 @@ class ParameterView(LinearView):
             )
         return tuple(self.matrix(m, raw).shape)
 
+    why = "which has no bias"
+
     def check_dropout(self, path: str, argument: str) -> None:
         raise ValueError(
             f"{argument} has no meaning for {path!r}, a parameter that its module reads: the adapter has no input of "
@@ -62,9 +64,7 @@ class ParameterView(LinearView):
     def up(self, m: Layer, r: int, bias: bool = False, **kwargs: Any) -> nn.Module:
         *experts, out, _ = self.shape(m)
         if bias and not self.bias_name:
-            raise ValueError(
-                f"lora_bias=True has no meaning for {self.name!r}, which has no bias. Set lora_bias=False."
-            )
+            raise ValueError(f"lora_bias=True has no meaning for {self.name!r}, {self.why}. Set lora_bias=False.")
         return linear_module(r * math.prod(experts), out, bias, **kwargs)
 
     def A(self, m: Layer, held: Tensor) -> Tensor:
@@ -102,6 +102,10 @@ class AttentionView(ParameterView):
     """
 
     read_children = ("out_proj",)
+    why = (
+        "one of the separate query, key and value weights of an nn.MultiheadAttention with kdim or vdim, whose biases "
+        "are one packed parameter"
+    )
     methods = ("merge_masks",)
 
     def __init__(self, name: str = "in_proj_weight") -> None:

@@ -255,12 +255,19 @@ class LoraConfig(PeftConfig):
         tokens = self.trainable_token_indices
         if tokens is not None and not isinstance(tokens, (list, tuple, dict)):
             raise TypeError(f"`trainable_token_indices` must be a list or a dictionary of lists; got {tokens!r}.")
+        for indices in tokens.values() if isinstance(tokens, dict) else [tokens or ()]:
+            if not isinstance(indices, (list, tuple)) or any(type(i) is not int for i in indices):
+                raise TypeError(f"`trainable_token_indices` must hold whole numbers, the tokens; got {indices!r}.")
 
     def _check_numbers(self) -> None:
         rank("r", self.r)
         for pattern, r in (self.rank_pattern or {}).items():
             rank(f"rank_pattern[{pattern!r}]", r)
         number("lora_alpha", self.lora_alpha)
+        if self.lora_alpha == 0:
+            _warn(
+                "`lora_alpha` is 0, so the update is multiplied by 0: the adapter changes nothing and learns nothing."
+            )
         for pattern, alpha in (self.alpha_pattern or {}).items():
             number(f"alpha_pattern[{pattern!r}]", alpha)
         number("lora_dropout", self.lora_dropout)
