@@ -57,6 +57,10 @@ from .methods.c3a import (
     C3AConfig,
     C3AModel,
 )
+from .methods.delora import (
+    DeloraConfig,
+    DeloraModel,
+)
 from .methods.fourierft import (
     FourierFTConfig,
     FourierFTModel,
@@ -92,6 +96,10 @@ from .methods.lora.config import (
 from .methods.lora.model import (
     LoraModel,
 )
+from .methods.miss import (
+    MissConfig,
+    MissModel,
+)
 from .methods.oft import (
     OFTConfig,
     OFTModel,
@@ -102,6 +110,10 @@ from .methods.prefix_tuning import (
 from .methods.road import (
     RoadConfig,
     RoadModel,
+)
+from .methods.shira import (
+    ShiraConfig,
+    ShiraModel,
 )
 from .methods.vera import (
     VeraConfig,
@@ -150,6 +162,8 @@ __all__ = [
     "BdLoraConfig",
     "C3AConfig",
     "C3AModel",
+    "DeloraConfig",
+    "DeloraModel",
     "EvaConfig",
     "FourierFTConfig",
     "FourierFTModel",
@@ -168,6 +182,8 @@ __all__ = [
     "LoraModel",
     "LoraRuntimeConfig",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "MissConfig",
+    "MissModel",
     "MissingTensorsWarning",
     "MontecloraConfig",
     "NoMatchingPeftModuleError",
@@ -192,6 +208,8 @@ __all__ = [
     "PromptLearningConfig",
     "RoadConfig",
     "RoadModel",
+    "ShiraConfig",
+    "ShiraModel",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "TaskType",
     "UnexpectedTensorsWarning",

@@ -47,6 +47,8 @@ METHODS: dict[PeftType, Method] = {
     PeftType.VERA: Method("peft.methods.vera:VeraConfig", "peft.methods.vera:VeraModel", "vera_lambda_", True),
     PeftType.LOKR: Method("peft.methods.lokr:LoKrConfig", "peft.methods.lokr:LoKrModel", "lokr_", True),
     PeftType.LORA: Method("peft.methods.lora.config:LoraConfig", "peft.methods.lora.model:LoraModel", "lora_", True),
+    PeftType.MISS: Method("peft.methods.miss:MissConfig", "peft.methods.miss:MissModel", "miss_"),
+    PeftType.SHIRA: Method("peft.methods.shira:ShiraConfig", "peft.methods.shira:ShiraModel", "shira_", True),
 }
 
 MODEL_CLASSES = {

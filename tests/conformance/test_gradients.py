@@ -28,6 +28,17 @@ def weights_of(y):
     return torch.randn(y.shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
 
 
+def close_each(found, wanted, tolerance):
+    """Each gradient is close; one of a single number, a sum in which much cancels, relative to the largest of all."""
+    largest = max(w.double().abs().max().item() for w in wanted)
+    for one, two in zip(found, wanted, strict=True):
+        assert one.dtype is two.dtype
+        if two.numel() == 1:
+            assert abs(one.item() - two.item()) <= tolerance * largest
+        else:
+            close(one, two, tolerance)
+
+
 def gradients(y, inputs):
     return torch.autograd.grad((y.double() * weights_of(y)).sum(), inputs)
 
@@ -43,9 +54,7 @@ def test_gradients_are_those_of_the_definition(method, name):
         inputs.append(x.requires_grad_())
     found = gradients(model(x), inputs)
     wanted = gradients(expected(model, method, layout, x), inputs)
-    for key, one, two in zip([*held, "x"], found, wanted, strict=False):
-        assert one.dtype is two.dtype, key
-        close(one, two, 1e-5)
+    close_each(found, wanted, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -58,10 +67,7 @@ def test_gradients_of_half_precision_models_keep_their_dtype(method, name, dtype
     inputs = [*held.values()] if layout.tokens else [*held.values(), x.requires_grad_()]
     found = gradients(model(x), inputs)
     wanted = gradients(expected(model, method, layout, x, dtype=dtype), inputs)
-    for key, one, two in zip([*held, "x"], found, wanted, strict=False):
-        assert one.dtype is two.dtype, key
-        limit = 4e-2 if dtype is torch.bfloat16 else 6e-3
-        close(one, two, limit)
+    close_each(found, wanted, 4e-2 if dtype is torch.bfloat16 else 6e-3)
 
 
 @pytest.mark.parametrize("method, name", cells(FEW_BUT_BIAS))
@@ -75,8 +81,7 @@ def test_two_active_adapters_get_the_gradients_of_the_definition(method, name):
     inputs = list(held.values())
     found = gradients(model(x), inputs)
     wanted = gradients(expected(model, method, layout, x, ("default", "other")), inputs)
-    for one, two in zip(found, wanted, strict=True):
-        close(one, two, 1e-5)
+    close_each(found, wanted, 1e-5)
 
 
 def seen_through(method: str, name: str, dtype: torch.dtype):

@@ -122,7 +122,7 @@ def blocks(path: str, n: int, c: BOFTConfig) -> tuple[int, int]:
     if m > 1 and (size % 2 or count % 2 or n % (size * 2 ** (m - 1))):
         raise ValueError(
             f"boft_n_butterfly_factor={m} needs blocks of even size and number, and features that are a multiple of "
-            f"size * 2^{m - 1}. {path!r} has {n} features in {count} blocks of {size}. Use other blocks or fewer factors."
+            f"size * 2^{m - 1}. {path!r} has {n} features in {count} blocks of {size}. Use other blocks."
         )
     return size, count
 

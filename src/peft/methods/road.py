@@ -3,9 +3,9 @@
     W' = R W,  b' = R b;   on each pair  (y1, y2)  ->  (c1 y1 - d1 y2,  d2 y1 + c2 y2),   c = alpha cos theta,
     d = alpha sin theta
 
-In groups of G outputs, output j is paired with j + G / 2. theta and alpha are one for each pair (`road_1`), one for each
-output (`road_2`), or two for each output, of which c and d take one each (`road_4`). theta starts at zero and alpha at
-one, so training starts at the base model. Source: Liao and Monz 2024, arXiv 2409.00119, section 3.2.
+In groups of G outputs, output j is paired with j + G / 2. theta and alpha are one for each pair (`road_1`), one for
+each output (`road_2`), or two for each output, of which c and d take one each (`road_4`). theta starts at zero and
+alpha at one, so training starts at the base model. Source: Liao and Monz 2024, arXiv 2409.00119, section 3.2.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class RoAd(Method):
         if out % c.group_size:
             fits = [d for d in range(2, out + 1, 2) if out % d == 0]
             raise ValueError(
-                f"group_size={c.group_size} does not divide the {out} outputs of {site.path!r}, which must be divisible "
-                f"by the group_size. Use one of {fits}, or exclude the layer (`exclude_modules`)."
+                f"group_size={c.group_size} does not divide the {out} outputs of {site.path!r}; they must be "
+                f"divisible by the group_size. Use one of {fits}, or exclude the layer (`exclude_modules`)."
             )
         n = out * 2 ** VARIANTS.index(c.variant) // 2
         return {
