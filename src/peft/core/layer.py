@@ -351,7 +351,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         children: dict[str, Any] = {"base_layer": self._modules["base_layer"]}
         for name in self._home_order:
             children[name] = self._modules.get(name, getattr(self, name))
-        children.update({k: v for k, v in self._modules.items() if k not in children and type(v) is not BufferDict})
+        children.update({k: v for k, v in self._modules.items() if k not in children and not isinstance(v, BufferDict)})
         shown.__dict__.update(self.__dict__, _modules=children)
         text = nn.Module.__repr__(shown)
         return f"{self.family}.{text}" if self.family else text

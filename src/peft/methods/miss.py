@@ -1,0 +1,158 @@
+"""MiSS: one shard of rows, shared by all in-features; known as Bone before.
+
+    W'[:, j] = W[:, j] + D[j mod r]',   D (r, out):  the layer sees the sum of its input's parts of r features, times D
+
+`init_weights="mini"` holds D (r, mini_r), tiled to `out` columns. `init_weights="bat"` mixes the base weight in: with
+W cut into blocks of r x r,  W'_uv = W_uv + W_uv D_u + D_u,  D (out / r, r, r). D starts at zero, so training starts at
+the base model. Source: Kang and Yin 2024, arXiv 2409.15371.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import describe
+from ..core import draw
+from ..core.layer import name_layers
+from ..core.method import Delta, Method, Site
+from ..core.scale import ScaledLayer
+from ..core.stack import Adapter, Stack
+from ..core.tuner import BaseTuner
+from ..target_config import TargetConfig, choice, probability
+
+
+@dataclass
+class MissConfig(TargetConfig):
+    """The configuration of MiSS."""
+
+    kind = "MISS"
+    ranks = ("r", "mini_r")
+    r: int = field(default=64, metadata=describe("Rows of the shard."))
+    miss_dropout: float = field(default=0.0, metadata=describe("Dropout of the adapter's input; not for 'bat'."))
+    mini_r: int = field(default=1, metadata=describe("Columns of the shard under init_weights='mini'."))
+    init_weights: bool | Literal["bat", "mini"] = field(
+        default=True, metadata=describe("True or False: zero or random; 'bat', 'mini': another form of the update.")
+    )
+
+    def check(self) -> None:
+        """Numbers and choices."""
+        choice("init_weights", self.init_weights, (True, False, "bat", "mini"))
+        probability("miss_dropout", self.miss_dropout)
+
+
+def build(site: Site, *shape: int) -> dict[str, Any]:
+    """The tensors of a target; `shape` is that of a block."""
+    c = site.settings
+    if c.miss_dropout and c.init_weights != "bat":
+        site.view.check_dropout(site.path, "miss_dropout")
+    lead = site.view.shape(site.module)[:-2]
+    return {
+        "miss_dropout": nn.Dropout(c.miss_dropout) if c.miss_dropout else nn.Identity(),
+        "miss_block": nn.Parameter(torch.empty(*lead, *shape, **site.kwargs)),
+        "miss_r": c.r,
+        "miss_mini_r": c.mini_r,
+        "scaling": 1.0,
+    }
+
+
+def refuse(site: Site, name: str, value: int, **sizes: int) -> None:
+    """Raise ValueError if a size does not divide the features."""
+    for what, n in sizes.items():
+        if n % value:
+            raise ValueError(
+                f"{name}={value} must divide the {what}-features ({n}) of {site.path!r} with "
+                f"init_weights={site.settings.init_weights!r}. Use one of {[d for d in range(1, n + 1) if n % d == 0]}."
+            )
+
+
+class MiSS(Delta):
+    """W'[:, j] = W[:, j] + D[j mod r]'."""
+
+    def build(self, site: Site) -> dict[str, Any]:
+        c = site.settings
+        *_, out, inp = site.view.shape(site.module)
+        if c.r > inp:
+            raise ValueError(f"r={c.r} is larger than the {inp} in-features of {site.path!r}. Use at most {inp}.")
+        if c.init_weights != "mini":
+            return build(site, c.r, out)
+        refuse(site, "mini_r", c.mini_r, out=out)
+        return build(site, c.r, c.mini_r)
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        p.miss_block.zero_() if p.settings.init_weights else draw.kaiming(p.miss_block)
+
+    def shard(self, p: Adapter) -> Tensor:
+        """D times the scaling, (..., r, O)."""
+        D = p.held("miss_block") * p.scaling
+        times = p.layer.view.shape(p.layer.get_base_layer())[-2] // D.shape[-1]
+        return D if times == 1 else D.repeat(*[1] * (D.dim() - 1), times)
+
+    def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        D = self.shard(p).mT[..., rows, :]
+        inp = p.layer.view.shape(p.layer.get_base_layer())[-1]
+        return D[..., torch.arange(inp, device=D.device) % p.miss_r]
+
+    def drop_rate(self, p: Adapter) -> float:
+        return p.drop_rate("miss_dropout")
+
+    def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
+        if not inner.view.dense:
+            return super().onto(p, inner, y, x)
+        D = self.shard(p)
+        x, _ = inner.drop(x, self.drop_rate(p), D.dtype)
+        parts = F.pad(x, (0, -x.shape[-1] % p.miss_r)).unflatten(-1, (-1, p.miss_r))
+        return (y + parts.sum(-2) @ D).to(y.dtype)
+
+
+class Bat(Method):
+    """W'_uv = W_uv + W_uv D_u + D_u in blocks of r x r."""
+
+    by_rows = False
+
+    def build(self, site: Site) -> dict[str, Any]:
+        *_, out, inp = site.view.shape(site.module)
+        r = site.settings.r
+        refuse(site, "r", r, **{"in": inp, "out": out})
+        return build(site, out // r, r, r)
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        p.miss_block.zero_()
+
+    def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        D = p.held("miss_block") * p.scaling
+        blocks = W.to(D.dtype).unflatten(-2, (-1, p.miss_r)).unflatten(-1, (-1, p.miss_r))  # (..., u, a, v, b)
+        mixed = blocks + torch.einsum("...uavb,...ubc->...uavc", blocks, D) + D.unsqueeze(-2)
+        return mixed.flatten(-2).flatten(-3, -2).to(W.dtype)
+
+
+class MissLayer(ScaledLayer):
+    """A target under MiSS adapters."""
+
+    family = "miss"
+    adapter_layer_names = ("miss_block",)
+    other_param_names = ("miss_r", "miss_dropout", "miss_mini_r", "scaling")
+    _home_order = ("miss_dropout", "miss_block")
+    _parameter_homes = frozenset({"miss_block"})
+
+    def natural_scaling(self, adapter: str) -> float:
+        """One."""
+        return 1.0
+
+
+class MissModel(BaseTuner):
+    """MiSS adapters on a model."""
+
+    prefix = "miss_"
+    layer_classes = name_layers(MissLayer, globals(), "Miss")
+    method: ClassVar[MiSS] = MiSS()
+    bat: ClassVar[Bat] = Bat()
+
+    @classmethod
+    def method_of(cls, settings: Any) -> Method:
+        """The form that `init_weights` names."""
+        return cls.bat if settings.init_weights == "bat" else cls.method
