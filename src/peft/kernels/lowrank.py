@@ -9,6 +9,7 @@ byte of mask per element where there is dropout, instead of casts and dropped co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,14 +36,19 @@ def plain_scaled(
     return (out if bias is None else out + bias).to(y.dtype)
 
 
-def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any) -> Tensor:
-    """W x + b + scale B A x with the update accumulated into the product: (..., d) -> (..., k).
+def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
+    """W x + b + scale B A dropout(x): (..., d) -> (..., k), choosing the form that is quick and keeps least.
 
-    W is (k, d); all of one dtype. Two operations more than the base, and nothing saved beyond x and A x.
+    W is (k, d) of x's dtype, and frozen where A and B have another dtype or there is dropout.
     """
+    if (p or A.dtype is not x.dtype) and torch.is_grad_enabled() and not (_is_autocast(x) or transformed()):
+        return _Linear.apply(x, W, b, A, B, scale, p)
+    if p or A.dtype is not x.dtype:
+        return plain(F.linear(x, W, b), x, A, B, scale, p)
+    # the update is accumulated into the product: two operations more than the base, nothing saved beyond x and A x
     flat = x.reshape(-1, x.shape[-1])
     y, h = F.linear(flat, W, b), F.linear(flat, A)
-    if type(scale) is float and y.dtype is B.dtype and h.dtype is B.dtype:
+    if type(scale) is float and y.dtype is B.dtype:
         y = y.addmm_(h, B.mT, alpha=scale)
     else:
         y = (y + F.linear(h, B) * scale).to(y.dtype)
@@ -78,29 +84,32 @@ def _is_autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-def _shrink(x: Tensor, mask: Tensor | None, keep: float, A: Tensor) -> Tensor:
-    """dropout(x) in A's dtype, (N, d)."""
-    x = x.flatten(0, -2).to(A.dtype) if x.dim() > 1 else x[None].to(A.dtype)
-    return x if mask is None else x * mask * (1.0 / keep)
+def _shrink(x: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:
+    """What dropout leaves of x, not yet divided by the share that is kept, in A's dtype, (N, d)."""
+    x = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    return (x if mask is None else x * mask).to(A.dtype)
 
 
 def _mask(x: Tensor, p: float) -> Tensor | None:
-    """Which elements dropout keeps, (N, d) bool: one byte an element."""
+    """Which elements dropout keeps, (N, d) of 0 and 1, one byte an element; the draw of F.dropout for the same seed.
+
+    Bytes, because they multiply several times quicker than booleans.
+    """
     if not p:
         return None
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return torch.empty(rows, x.shape[-1], dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
+    return torch.empty(rows, x.shape[-1], dtype=torch.uint8, device=x.device).bernoulli_(1.0 - p)
 
 
 def _low_rank_grads(
-    ctx: Any, g: Tensor, x: Tensor | None, mask: Tensor | None, A: Tensor, B: Tensor, h: Tensor | None
+    ctx: Any, needs: Sequence[bool], g: Tensor, x: Tensor | None, mask: Tensor | None, A: Tensor, B: Tensor, h: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of scale B A dropout(x) with respect to x, A and B for an incoming g of (N, k) in A's dtype.
+    """Gradients of scale B A (mask x) with respect to x, (N, d), A and B for an incoming g of (N, k) in A's dtype.
 
     x may be None where A is frozen and h was kept; h may be None where x was kept.
     """
-    _, need_x, need_A, need_B = ctx.needs_input_grad[:4]
-    dropped = _shrink(x, mask, ctx.keep, A) if x is not None and (need_A or h is None) else None
+    need_x, need_A, need_B = needs
+    dropped = _shrink(x, mask, A) if x is not None and (need_A or h is None) else None
     grad_A = grad_B = grad_x = None
     grad_h = (g @ B) * ctx.scale
     if need_B:
@@ -110,9 +119,42 @@ def _low_rank_grads(
         grad_A = grad_h.mT @ dropped
     if need_x:
         grad_x = grad_h @ A
-        grad_x = grad_x if mask is None else grad_x * mask * (1.0 / ctx.keep)
-        grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
+        grad_x = grad_x if mask is None else grad_x.mul_(mask)
     return grad_x, grad_A, grad_B
+
+
+class _Linear(torch.autograd.Function):
+    """W x + b + scale B A dropout(x) with a frozen W; saves x, the mask and h = A dropout(x).
+
+    The gradient of x is accumulated in place, so that there is no second one to add to it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
+        mask = _mask(x, p)
+        ctx.scale, ctx.shape = scale / (1.0 - p), x.shape
+        flat = x.reshape(-1, x.shape[-1])
+        y, h = F.linear(flat, W, b), F.linear(_shrink(x, mask, A), A)
+        needs_A, needs_B = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+        ctx.save_for_backward(x if needs_A else None, mask, W, A, B, h if needs_B else None)
+        if isinstance(ctx.scale, Tensor):
+            y = (y + F.linear(h, B) * ctx.scale).to(y.dtype)
+        elif y.dtype is h.dtype:
+            y.addmm_(h, B.mT, alpha=ctx.scale)
+        else:
+            y.add_(F.linear(h, B), alpha=ctx.scale)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, W, A, B, h = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        g = grad.reshape(-1, grad.shape[-1])
+        part, *grads = _low_rank_grads(ctx, (needs[0], *needs[3:5]), g.to(A.dtype), x, mask, A, B, h)
+        if part is not None:
+            part = (part.addmm_(g, W) if part.dtype is g.dtype else (g @ W).add_(part)).view(ctx.shape)
+        grad_b = g.sum(0) if needs[2] else None
+        return part, None, grad_b, *grads, None, None
 
 
 class _Add(torch.autograd.Function):
@@ -121,23 +163,24 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
         mask = _mask(x, p)
-        ctx.keep, ctx.scale = 1.0 - p, scale
-        h = _shrink(x, mask, ctx.keep, A) @ A.mT
+        ctx.scale = scale / (1.0 - p)
+        h = _shrink(x, mask, A) @ A.mT
         update = (h @ B.mT).view(y.shape)
         # where only B learns, x is not needed; where only A learns, h is not
         needs_A, needs_B = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.shape, ctx.x_dtype = x.shape, x.dtype
         ctx.save_for_backward(x if needs_A else None, mask, A, B, h if needs_B else None)
-        if isinstance(scale, Tensor):
-            return (y + update * scale).to(y.dtype)
-        return torch.add(y, update, alpha=scale, out=torch.empty_like(y))
+        if isinstance(ctx.scale, Tensor):
+            return (y + update * ctx.scale).to(y.dtype)
+        return torch.add(y, update, alpha=ctx.scale, out=torch.empty_like(y))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, A, B, h = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1]).to(A.dtype)
-        grads = _low_rank_grads(ctx, g, x, mask, A, B, h)
-        return grad if ctx.needs_input_grad[0] else None, *grads, None, None
+        part, *grads = _low_rank_grads(ctx, ctx.needs_input_grad[1:4], g, x, mask, A, B, h)
+        grad_x = None if part is None else part.to(ctx.x_dtype).view(ctx.shape)
+        return grad if ctx.needs_input_grad[0] else None, grad_x, *grads, None, None
 
 
 class _AddScaled(torch.autograd.Function):
@@ -161,9 +204,9 @@ class _AddScaled(torch.autograd.Function):
         b: Tensor | None,
     ) -> Tensor:
         mask = _mask(x, p)
-        ctx.keep, ctx.scale, ctx.norm = 1.0 - p, scale, n
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        update = ((_shrink(x, mask, ctx.keep, A) @ A.mT) @ B.mT).view(y.shape).mul_(scale)
+        ctx.scale, ctx.norm = scale / (1.0 - p), n
+        ctx.shape, ctx.x_dtype = x.shape, x.dtype
+        update = ((_shrink(x, mask, A) @ A.mT) @ B.mT).view(y.shape).mul_(ctx.scale)
         z = update.add_(y) if b is None else update.add_(y).sub_(b)
         ctx.save_for_backward(x, mask, A, B, m, z.to(y.dtype))
         out = z * (m / n)
@@ -176,7 +219,8 @@ class _AddScaled(torch.autograd.Function):
         g = grad.reshape(-1, grad.shape[-1])
         grad_m = (g.to(m.dtype) * z.reshape(g.shape)).sum(0) / ctx.norm if needs[6] else None
         inner = (g.to(A.dtype) * (m / ctx.norm)).to(A.dtype)
-        grads = _low_rank_grads(ctx, inner, x, mask, A, B, None)
+        part, *grads = _low_rank_grads(ctx, needs[1:4], inner, x, mask, A, B, None)
+        grad_x = None if part is None else part.to(ctx.x_dtype).view(ctx.shape)
         grad_y = inner.to(grad.dtype).view(grad.shape) if needs[0] else None
         grad_b = (g.to(A.dtype).sum(0) - inner.sum(0)).to(grad.dtype) if needs[8] else None
-        return grad_y, *grads, None, None, grad_m, None, grad_b
+        return grad_y, grad_x, *grads, None, None, grad_m, None, grad_b

@@ -114,13 +114,12 @@ class LoRA(LowRank):
         hot = p.hot
         if hot is not None and inner.last is None and inner.extra is None and x.dim() > 1 and not x.is_nested:
             base, A, B, drop, hooks = hot
-            if (torch.compiler.is_compiling() or _unchanged(p, base, A, B, drop, hooks)) and not (
-                drop.training and type(drop) is not nn.Identity
-            ):
-                a = A._parameters["weight"]
-                if a.dtype is x.dtype:
-                    held, b = base._parameters, B._parameters["weight"]
-                    return lowrank.linear(x, held["weight"], held["bias"], a, b, p.scaling)
+            if torch.compiler.is_compiling() or _unchanged(p, base, A, B, drop, hooks):
+                held, a, b = base._parameters, A._parameters["weight"], B._parameters["weight"]
+                W = held["weight"]
+                rate = drop.p if drop.training and type(drop) is not nn.Identity else 0.0
+                if (a.dtype is x.dtype and not rate) or (W.dtype is x.dtype and not W.requires_grad):
+                    return lowrank.linear(x, W, held["bias"], a, b, p.scaling, rate)
         return self.onto(p, inner, inner(x), x)
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
