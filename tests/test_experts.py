@@ -109,10 +109,26 @@ def test_all_linear_means_the_experts_and_the_router_too(make):
     assert "lm_head" not in str(get_peft_model_state_dict(model).keys())
 
 
-@pytest.mark.parametrize("exclude", [["gate"], r".*\.gate"])
-def test_excluding_an_old_name_leaves_it_out(exclude):
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        (["gate"], ["gate_up_proj", "down_proj"]),
+        (r".*\.gate", ["gate_up_proj", "down_proj"]),
+        (["w1", "w3"], ["down_proj", "gate.weight"]),
+        (["experts"], ["gate.weight"]),
+        (["experts", "gate"], None),
+    ],
+)
+def test_excluding_an_old_or_a_new_name_leaves_it_out(exclude, left):
     model = get_peft_model(mixtral(), lora(target_modules="all-linear", exclude_modules=exclude))
-    assert model.peft_config["default"].target_parameters == ["gate_up_proj", "down_proj"]
+    assert model.peft_config["default"].target_parameters == left
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_rewriting_keeps_the_scaling(use_rslora):
+    model = get_peft_model(mixtral(), lora(target_modules=["w1", "w2", "w3"], use_rslora=use_rslora))
+    scalings = [layer.scaling["default"] for _, layer in peft.core.layer.tuner_layers(model)]
+    assert scalings == pytest.approx([3 / 2**0.5 if use_rslora else 1.5] * 4)
 
 
 def test_dense_layers_beside_the_experts_stay_targets():
@@ -203,6 +219,8 @@ def test_experts_that_never_were_modules_are_named_with_how_to_adapt_them():
         get_peft_model(qwen2(), lora(target_modules="all-linear"))
     with pytest.warns(UnmatchedTargetWarning, match="stacked parameters and no layers"):
         get_peft_model(qwen2(), lora(target_modules=["gate_proj"]))
+    with pytest.warns(UnmatchedTargetWarning, match="'model.layers.0.mlp.experts.down_proj'"):
+        get_peft_model(mixtral(), peft.IA3Config(target_modules="all-linear", feedforward_modules=[]))
     for changes in ({"exclude_modules": ["experts"]}, {"target_parameters": ["experts.gate_up_proj", DOWN]}):
         with warnings.catch_warnings():
             warnings.simplefilter("error", peft.PeftWarning)

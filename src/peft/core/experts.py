@@ -8,7 +8,7 @@ means parts of these. It is rewritten as the peer does, so that files fit:
     w2, down_proj                     ->  target parameter down_proj
     gate                              ->  target parameter gate.weight
 
-Two updates of rank r, stacked, are one of rank 2 r; the scaling alpha / r stays.
+Two updates of rank r, stacked, are one of rank 2 r; the scaling stays.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _NAMES = {kind: _MIXTRAL for kind in ("mixtral", "minimax", "minimax_m2")} | {
         "qwen3_omni_moe_thinker", "solar_open",
     )
 }  # fmt: skip
+_METHODS = frozenset({"LORA"})  # a stack of two updates is one of twice the rank
 _BOTH, _DOWN, _ROUTER = "gate_up_proj", "down_proj", "gate"
 _DOUBLED = r".*\.gate_up_proj"
 _OLD = re.compile(r"(?P<path>.*\.experts)\.\d+\.(?P<name>\w+)\.(?P<home>\w+_)A\.weight")
@@ -52,22 +53,26 @@ def rewrite(config: Any, model: nn.Module) -> Callable[[], None]:
     """
     wanted = getattr(config, "target_modules", None)
     names = _NAMES.get(model_type(model))
-    if names is None or not hasattr(config, "target_parameters") or not _sounds_like(wanted, {*names, _ROUTER}):
+    if names is None or config.peft_type not in _METHODS or not _sounds_like(wanted, {*names, _ROUTER}):
         return lambda: None
     modules = list(walk(model))
     chosen = _chosen(config, modules, names)
     new = _parameters(config, chosen, names)
     if not new:
         return lambda: None
-    fields = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+    fields = ("target_modules", "exclude_modules", "target_parameters", "rank_pattern", "alpha_pattern")
     before = {name: getattr(config, name) for name in fields}
     if not _is_all_linear(wanted):
-        config.target_modules = _still_modules(wanted, modules, chosen)
+        present = [path for path, module in modules if supported(innermost(module))]
+        config.target_modules = _still_modules(wanted, present, chosen)
+    if getattr(config, "exclude_modules", None):
+        config.exclude_modules = _still_modules(config.exclude_modules, [path for path, _ in modules], set(names))
     old = list(config.target_parameters or ())
     config.target_parameters = old + [name for name in new if name not in old]
-    for table in ("rank_pattern", "alpha_pattern") if _BOTH in new else ():
+    root = getattr(config, "use_rslora", False)  # the scaling is alpha / sqrt r then, and not the peer's twice alpha
+    for table, factor in (("rank_pattern", 2), ("alpha_pattern", 2**0.5 if root else 2)) if _BOTH in new else ():
         value = next(getattr(config, name) for name in TABLES[table] if hasattr(config, name))
-        setattr(config, table, {**(getattr(config, table) or {}), _DOUBLED: 2 * value})
+        setattr(config, table, {**(getattr(config, table) or {}), _DOUBLED: factor * value})
 
     def undo() -> None:
         for name, value in before.items():
@@ -91,16 +96,16 @@ def _chosen(config: Any, modules: list[tuple[str, nn.Module]], names: tuple[str,
     exclude = Selector(getattr(config, "exclude_modules", None) or [], "exclude_modules")
     saved = tuple(getattr(config, "modules_to_save", None) or ())
     found = set()
-    for path, name in _old_names(modules, names):
-        if exclude.find(path) is not None or (saved and path.endswith(saved)):
+    for path, name, now in _old_names(modules, names):
+        if exclude.find(path) is not None or exclude.find(now) is not None or (saved and path.endswith(saved)):
             continue
         if _is_all_linear(config.target_modules) or selector.find(path) is not None:
             found.add(name)
     return found
 
 
-def _old_names(modules: list[tuple[str, nn.Module]], names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(path, last name) of the modules that fused experts and their routers used to be."""
+def _old_names(modules: list[tuple[str, nn.Module]], names: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+    """(path, last name, path of what holds it now) of the modules that fused experts and their routers used to be."""
     present = {path: innermost(module) for path, module in modules}
     for path, module in present.items():
         fused = module._parameters.get(_BOTH)
@@ -110,9 +115,9 @@ def _old_names(modules: list[tuple[str, nn.Module]], names: tuple[str, ...]) -> 
         router = present.get(f"{block}.{_ROUTER}")
         for old in (block, f"{block.rpartition('.')[0]}.block_sparse_moe")[: 1 + (names is _MIXTRAL)]:
             for name in names:
-                yield from ((f"{old}.experts.{expert}.{name}", name) for expert in range(fused.shape[0]))
+                yield from ((f"{old}.experts.{expert}.{name}", name, path) for expert in range(fused.shape[0]))
             if router is not None and not supported(router) and router._parameters.get("weight") is not None:
-                yield f"{old}.{_ROUTER}", _ROUTER
+                yield f"{old}.{_ROUTER}", _ROUTER, f"{block}.{_ROUTER}"
 
 
 def _parameters(config: Any, chosen: set[str], names: tuple[str, ...]) -> list[str]:
@@ -129,15 +134,14 @@ def _parameters(config: Any, chosen: set[str], names: tuple[str, ...]) -> list[s
     return [name for name, present in parts.items() if present]
 
 
-def _still_modules(wanted: Any, modules: list[tuple[str, nn.Module]], chosen: set[str]) -> Any:
-    """What is left of `target_modules`: entries that were rewritten stay only if they select a module as well."""
+def _still_modules(wanted: Any, paths: list[str], old: set[str]) -> Any:
+    """What is left of names of modules: entries that mean an old name stay only if they select one of `paths` too."""
     selector = Selector(wanted, "target_modules")
-    for path, module in modules:
-        if supported(innermost(module)):
-            selector.find(path)
+    for path in paths:
+        selector.find(path)
     if isinstance(wanted, str):
         return wanted if selector.used else []
-    return type(wanted)(e for e in wanted if e in selector.used or e.rpartition(".")[2] not in chosen)
+    return type(wanted)(e for e in wanted if e in selector.used or e.rpartition(".")[2] not in old)
 
 
 # ---- files that were made for the modules --------------------------------------------------------------------------
@@ -186,6 +190,8 @@ def _fuse(state: dict[str, Tensor], path: str, parts: list[str], place: str) -> 
 def left_out(search: Search) -> list[str]:
     """Names of stacked parameters of experts that the search has not selected, though its entries sound like them."""
     entries = {entry.rpartition(".")[2] for entry in search.selector.entries}
+    if search.all_linear and search.model_type in _NAMES and search.config.peft_type in _METHODS:
+        return []  # `rewrite` has seen them: what is left is excluded
     if search.selector.regex is not None or not (search.all_linear or entries & {*_MIXTRAL, *_QWEN, _BOTH}):
         return []
     taken = {target.name for target in search.targets}
