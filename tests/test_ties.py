@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.layer import tuner_layers
 from peft.errors import PeftWarning
 
@@ -264,6 +264,18 @@ def test_training_keeps_tied_adapters_the_same(make):
     assert deltas[0].abs().sum() > 0
     for delta in deltas[1:]:
         torch.testing.assert_close(delta, deltas[0])
+
+
+@pytest.mark.parametrize("torn", ["encoder.embed_tokens.lora_embedding_B", "lm_head.lora_A.weight"])
+def test_a_file_with_different_values_for_tied_tensors_is_told(torn):
+    model = quiet(t5(), lora(target_modules=["shared"], ensure_weight_tying=True))
+    state = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_peft_model_state_dict(model, state)
+    state[f"base_model.model.{torn}"] += 1
+    with pytest.warns(PeftWarning, match=f"different values for tensors that are tied in adapter 'default'.*{torn}"):
+        set_peft_model_state_dict(model, state)
 
 
 def test_the_configuration_names_the_embedding_as_the_other_library_does():

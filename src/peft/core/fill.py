@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import MissingTensorsWarning, PeftWarning, UnexpectedTensorsWarning, nearest, report
+from ..errors import MissingTensorsWarning, PeftWarning, UnexpectedTensorsWarning, listing, nearest, report
 from .entries import PREFIX, Entry, base_tensors, plain
 from .layer import AdapterHost, BaseTunerLayer
+from .tie import storage_key
 
 Found = dict[str, tuple[Entry, Tensor]]
 
@@ -44,6 +46,13 @@ def fill(
         report(MissingTensorsWarning, _missing_text(missing, unexpected, adapter_name), strict, stacklevel=4)
     if unexpected:
         report(UnexpectedTensorsWarning, _unexpected_text(unexpected, entries, adapter_name), strict, stacklevel=4)
+    if torn := _torn(found):
+        text = (
+            f"The checkpoint has different values for tensors that are tied in adapter {adapter_name!r}: "
+            f"{listing(torn)}. The last of them counts, so the adapter is not the one that was saved. To load that, "
+            "set ensure_weight_tying=False in its configuration and name all these modules in target_modules."
+        )
+        report(PeftWarning, text, strict, stacklevel=4)
     with torch.no_grad():
         ready = [(e, v if _assigned(e) else _fitted(v, e.tensor)) for e, v in found.values()]
         for entry, value in ready:
@@ -65,6 +74,20 @@ def _match(root: nn.Module, entries: list[Entry], state: Mapping[str, Tensor]) -
         return found, []
     base = {plain(e.key): e for e in base_tensors(root)}
     return found, [k for k in left if not _take(base, found, k, state[k])]
+
+
+def _torn(found: Found) -> list[str]:
+    """Keys of places that share their memory but are given different values; a tied one may be transposed."""
+    groups: dict[Any, list[tuple[Entry, Tensor]]] = {}
+    for entry, value in found.values():
+        groups.setdefault((storage_key(entry.tensor), entry.tensor.numel()), []).append((entry, value))
+    torn = []
+    for (first, one), *rest in (group for group in groups.values() if len(group) > 1):
+        for entry, value in rest:
+            other = value if value.shape == one.shape or value.dim() < 2 else value.mT
+            if not torch.equal(one.cpu(), other.to("cpu", one.dtype)):
+                torn += [first.key, entry.key]
+    return list(dict.fromkeys(torn))
 
 
 def _take(places: Mapping[str, Entry], found: Found, key: str, value: Tensor) -> bool:
