@@ -49,6 +49,12 @@ from .heads import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from .methods.adalora.config import (
+    AdaLoraConfig,
+)
+from .methods.adalora.model import (
+    AdaLoraModel,
+)
 from .methods.boft import (
     BOFTConfig,
     BOFTModel,
@@ -64,6 +70,10 @@ from .methods.delora import (
 from .methods.fourierft import (
     FourierFTConfig,
     FourierFTModel,
+)
+from .methods.gralora import (
+    GraloraConfig,
+    GraloraModel,
 )
 from .methods.hra import (
     HRAConfig,
@@ -119,6 +129,10 @@ from .methods.vera import (
     VeraConfig,
     VeraModel,
 )
+from .methods.waveft import (
+    WaveFTConfig,
+    WaveFTModel,
+)
 from .mixed_model import (
     PeftMixedModel,
 )
@@ -149,6 +163,8 @@ from .utils.other import (
 )
 
 __all__ = [
+    "AdaLoraConfig",
+    "AdaLoraModel",
     "ArrowConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -167,6 +183,8 @@ __all__ = [
     "EvaConfig",
     "FourierFTConfig",
     "FourierFTModel",
+    "GraloraConfig",
+    "GraloraModel",
     "HRAConfig",
     "HRAModel",
     "IA3Config",
@@ -218,6 +236,8 @@ __all__ = [
     "VeloraConfig",
     "VeraConfig",
     "VeraModel",
+    "WaveFTConfig",
+    "WaveFTModel",
     "adapter_parameters",
     "cast_mixed_precision_params",
     "get_base_model_state_dict",

@@ -9,8 +9,6 @@ from importlib.util import find_spec
 
 NAMES = frozenset(
     [
-        "AdaLoraConfig",
-        "AdaLoraModel",
         "AdamssConfig",
         "AdamssModel",
         "AdaptionPromptConfig",
@@ -30,8 +28,6 @@ NAMES = frozenset(
         "GPTQLoraLinear",
         "GloraConfig",
         "GloraModel",
-        "GraloraConfig",
-        "GraloraModel",
         "HiraConfig",
         "HiraModel",
         "KappaTuneSelector",
@@ -77,8 +73,6 @@ NAMES = frozenset(
         "UniLoraModel",
         "VBLoRAConfig",
         "VBLoRAModel",
-        "WaveFTConfig",
-        "WaveFTModel",
         "XLoraConfig",
         "XLoraModel",
         "_prepare_prompt_learning_config",

@@ -180,7 +180,7 @@ class PeftModel(Persistent, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base model. `adapter_names` gives each sample its own adapter ("__base__": none)."""
-        return self._run(self.get_base_model(), args, kwargs)
+        return self.base_model.completed(self._run(self.get_base_model(), args, kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the base model; `adapter_names` as in `forward`."""
@@ -249,7 +249,7 @@ class PeftModel(Persistent, nn.Module):
 
         Arguments:
             adapter_name: a new name without a dot.
-            peft_config: its configuration, of the same method as the first.
+            peft_config: its configuration; it may be of another method than the first.
             low_cpu_mem_usage: make its parameters on the meta device.
             autocast_adapter_dtype: keep half-precision adapter parameters in float32.
         """
@@ -263,11 +263,7 @@ class PeftModel(Persistent, nn.Module):
             raise ValueError(
                 f"Adapter with name {adapter_name!r} already exists. Delete it first, or use another name."
             )
-        if peft_config.peft_type != self.peft_type:
-            raise ValueError(
-                f"Adapter {adapter_name!r} is {_value(peft_config.peft_type)}, but the model's adapters are "
-                f"{_value(self.peft_type)}. All adapters of a PeftModel have one type."
-            )
+        self._check_mix(adapter_name, peft_config)
         warn_about_name(adapter_name, peft_config)
         self._add_heads(peft_config)
         self.base_model.peft_config[adapter_name] = peft_config
@@ -283,6 +279,18 @@ class PeftModel(Persistent, nn.Module):
             self.base_model.peft_config.pop(adapter_name, None)
             raise
         undo.append(lambda: self.base_model.peft_config.pop(adapter_name))
+
+    def _check_mix(self, adapter_name: str, peft_config: PeftConfig) -> None:
+        """Raise ValueError for a method that cannot stand beside the model's others."""
+        if peft_config.peft_type == self.peft_type:
+            return
+        kind = tuner_class(peft_config.peft_type)  # type: ignore[arg-type]
+        other = next((k for k in (kind, type(self.base_model)) if getattr(k, "alone", True)), None)
+        if other is not None:
+            raise ValueError(
+                f"Adapter {adapter_name!r} is {_value(peft_config.peft_type)}, but the model's first adapter is "
+                f"{_value(self.peft_type)}, and {other.__name__} takes adapters of its own method only."
+            )
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make one adapter the active one; its parameters become trainable unless `inference_mode`."""

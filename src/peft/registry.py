@@ -44,11 +44,16 @@ METHODS: dict[PeftType, Method] = {
     PeftType.DELORA: Method("peft.methods.delora:DeloraConfig", "peft.methods.delora:DeloraModel", "delora_"),
     PeftType.HRA: Method("peft.methods.hra:HRAConfig", "peft.methods.hra:HRAModel", "hra_"),
     PeftType.OFT: Method("peft.methods.oft:OFTConfig", "peft.methods.oft:OFTModel", "oft_"),
-    PeftType.VERA: Method("peft.methods.vera:VeraConfig", "peft.methods.vera:VeraModel", "vera_lambda_", True),
+    PeftType.VERA: Method("peft.methods.vera:VeraConfig", "peft.methods.vera:VeraModel", "vera_lambda_"),
     PeftType.LOKR: Method("peft.methods.lokr:LoKrConfig", "peft.methods.lokr:LoKrModel", "lokr_", True),
+    PeftType.ADALORA: Method(
+        "peft.methods.adalora.config:AdaLoraConfig", "peft.methods.adalora.model:AdaLoraModel", "lora_", True
+    ),
     PeftType.LORA: Method("peft.methods.lora.config:LoraConfig", "peft.methods.lora.model:LoraModel", "lora_", True),
     PeftType.MISS: Method("peft.methods.miss:MissConfig", "peft.methods.miss:MissModel", "miss_"),
     PeftType.SHIRA: Method("peft.methods.shira:ShiraConfig", "peft.methods.shira:ShiraModel", "shira_", True),
+    PeftType.GRALORA: Method("peft.methods.gralora:GraloraConfig", "peft.methods.gralora:GraloraModel", "gralora_"),
+    PeftType.WAVEFT: Method("peft.methods.waveft:WaveFTConfig", "peft.methods.waveft:WaveFTModel", "waveft_"),
 }
 
 MODEL_CLASSES = {

@@ -40,6 +40,7 @@ class BaseTuner(nn.Module):
     prefix: ClassVar[str] = ""
     layer_classes: ClassVar[dict[str, type[BaseTunerLayer]]] = {}  # by the label of a view
     uses_shared_state: ClassVar[bool] = False
+    alone: ClassVar[bool] = False  # it works over the whole model, so that no other method can be mixed in
 
     def __init__(
         self,
@@ -316,7 +317,11 @@ class BaseTuner(nn.Module):
     # ---- python ------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.forward(*args, **kwargs)
+        return self.completed(self.model.forward(*args, **kwargs))
+
+    def completed(self, output: Any) -> Any:
+        """The model's output, with what a method adds to it."""
+        return output
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -1,0 +1,120 @@
+"""Which ranks of a model stay: those whose numbers matter most for the loss.
+
+A number's sensitivity is |p dL/dp|, smoothed over steps, and its uncertainty the smoothed change of that; their product
+is its importance. A rank's is that of its E and the means of those of its row of A and its column of B.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.layer import tuner_layers
+from ...core.stack import Adapter
+from .config import AdaLoraConfig
+from .method import FACTORS
+
+
+class RankAllocator:
+    """The budget of one adapter.
+
+    Arguments:
+        model: the model with the adapter's layers.
+        config: the adapter's configuration; `rank_pattern` is written.
+        adapter_name: the adapter.
+    """
+
+    def __init__(self, model: Any, config: AdaLoraConfig, adapter_name: str):
+        self.peft_config, self.adapter_name = config, adapter_name
+        self.adapters: list[Adapter] = []
+        self.averages: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # sensitivity and uncertainty
+        self.steps = 0
+        self.find(model)
+
+    def find(self, model: Any) -> None:
+        """The adapter's share of every layer."""
+        layers = (layer for _, layer in tuner_layers(model))
+        found = (getattr(layer, "adapters", {}).get(self.adapter_name) for layer in layers)
+        self.adapters = [p for p in found if isinstance(p, Adapter) and p.has("lora_E")]
+
+    @property
+    def ranks(self) -> int:
+        """All ranks that the adapter has."""
+        return sum(p.lora_E.numel() for p in self.adapters)
+
+    def ready(self) -> bool:
+        """Whether every factor has a gradient."""
+        return all(getattr(p, name).grad is not None for p in self.adapters for name in FACTORS)
+
+    def update_and_allocate(self, t: int, measure: bool = True) -> None:
+        """What follows step t: measure, and cut ranks where the schedule says so.
+
+        Arguments:
+            t: the step, from 1.
+            measure: whether the gradients are new.
+
+        Raises ValueError if a gradient is missing.
+        """
+        end = int(self.peft_config.total_step or 0) - self.peft_config.tfinal
+        if t < end and measure:
+            self.measure()
+        if t > end:
+            self.cut_again()
+            return
+        last = min(self.peft_config.target_r * len(self.adapters), self.ranks)
+        budget, due = self.peft_config.budget(t, self.ranks, last)
+        if due or t == end:
+            self.cut(self.ranks - budget)
+        if t == end:
+            self.averages = {}
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Update the importance of every number."""
+        beta1, beta2 = self.peft_config.beta1, self.peft_config.beta2
+        if not self.ready():
+            raise ValueError(
+                "AdaLoRA shares out ranks by gradients, but some factors have none. Call update_and_allocate(step) "
+                "after loss.backward() and before optimizer.zero_grad()."
+            )
+        for p in self.adapters:
+            for name in FACTORS:
+                held = getattr(p, name)
+                now = (held * held.grad).abs()
+                zero = torch.zeros_like(now)
+                mean, change = self.averages.get((p.path, name), (zero, zero))
+                mean = beta1 * mean + (1 - beta1) * now
+                change = beta2 * change + (1 - beta2) * (now - mean).abs()
+                self.averages[p.path, name] = mean, change
+
+    def scores(self, p: Adapter) -> Tensor:
+        """The importance of each rank, (..., r)."""
+        pairs = (self.averages.get((p.path, name)) for name in FACTORS)
+        A, B, E = (
+            torch.zeros_like(getattr(p, n)) if s is None else s[0] * s[1] for n, s in zip(FACTORS, pairs, strict=True)
+        )
+        return E.squeeze(-1) + (A.mean(-1) + B.mean(-2))
+
+    @torch.no_grad()
+    def cut(self, count: int) -> None:
+        """Take the E of the `count` ranks of least importance away; note what is left."""
+        if count < 1:
+            return
+        scores = [self.scores(p) for p in self.adapters]
+        threshold = torch.cat([s.flatten().cpu() for s in scores]).kthvalue(count).values.item()
+        pattern: dict[str, list[bool]] = {}
+        for p, score in zip(self.adapters, scores, strict=True):
+            stays = score > threshold
+            p.lora_E.masked_fill_(~stays.unsqueeze(-1), 0)
+            vars(p)["kept"] = pattern[f"{p.path}.lora_E"] = stays.flatten().tolist()
+        self.peft_config.rank_pattern = pattern
+
+    @torch.no_grad()
+    def cut_again(self) -> None:
+        """Take away what the optimiser has given back to ranks that were cut."""
+        for p in self.adapters:
+            if p.kept is not None:
+                stays = torch.tensor(p.kept, device=p.lora_E.device).view(p.lora_E.shape)
+                p.lora_E.masked_fill_(~stays, 0)

@@ -1,0 +1,81 @@
+"""AdaLoRA: a low-rank update in the form of a singular value decomposition, whose ranks are shared out in training.
+
+    W' = W + (s / (rho + 1e-5)) B diag(E) A,   s = lora_alpha,   rho the rank at the start
+
+E starts at zero, so training starts at the base model. A and B are kept orthogonal by a term in the loss; the ranks of
+least importance in the whole model lose their E (`budget`). Source: Zhang et al. 2023, arXiv 2303.10512, section 3.
+
+Different from the peer: the loss has the term without a task type too; the budget follows the optimiser's steps by
+itself; several adapters may be trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.method import LowRank, Site
+from ...core.stack import Adapter, Stack
+from .config import kept
+
+FACTORS = ("lora_A", "lora_B", "lora_E")
+
+
+class AdaLoRA(LowRank):
+    """W' = W + s B diag(E) A."""
+
+    def build(self, site: Site) -> dict[str, Any]:
+        c = site.settings
+        if c.lora_dropout:
+            site.view.check_dropout(site.path, "lora_dropout")
+        *lead, out, inp = site.view.shape(site.module)
+        alpha = c.lora_alpha if c.lora_alpha > 0 else float(c.init_r)
+        shapes = {"lora_A": (c.init_r, inp), "lora_B": (out, c.init_r), "lora_E": (c.init_r, 1)}
+        return {
+            "lora_dropout": nn.Dropout(c.lora_dropout) if c.lora_dropout else nn.Identity(),
+            **{name: nn.Parameter(torch.empty(*lead, *shape, **site.kwargs)) for name, shape in shapes.items()},
+            "r": c.init_r,
+            "lora_alpha": c.lora_alpha,
+            "scaling": alpha,
+            "ranknum": float(c.init_r),
+            "kept": None,
+        }
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        std = 0.02 if p.settings.init_lora_weights else 1.0
+        for name in FACTORS:
+            getattr(p, name).normal_(std=std)
+        if p.settings.init_lora_weights:
+            p.lora_E.zero_()
+
+    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        return p.held("lora_A") * p.held("lora_E"), p.held("lora_B")
+
+    def scaling(self, p: Adapter) -> Any:
+        return p.scaling / (p.ranknum + 1e-5)
+
+    def drop_rate(self, p: Adapter) -> float:
+        drop = p.held("lora_dropout")
+        return drop.p if drop.training and type(drop) is not nn.Identity else 0.0
+
+    def takes(self, p: Adapter, key: str, shape: tuple[int, ...]) -> bool:
+        """A file's factors have the ranks that its configuration says were kept."""
+        rank, here = kept(p.settings, p.path), tuple(getattr(p, key).shape)
+        axis = -1 if key == "lora_B" else -2
+        wanted = [rank if i == len(here) + axis else n for i, n in enumerate(here)]
+        return rank is not None and list(shape) == wanted
+
+    def for_file(self, p: Adapter, key: str, value: Tensor) -> Tensor:
+        """Files hold the ranks that were kept; experts, whose ranks differ, are filed whole."""
+        if p.kept is None or value.dim() != 2 or len(p.kept) != value.shape[1 if key == "lora_B" else 0]:
+            return value
+        index = torch.tensor(p.kept, device=value.device)
+        return value[:, index] if key == "lora_B" else value[index]
+
+    def disorder(self, p: Adapter) -> list[Tensor]:
+        """How far A and B are from orthogonal: the norm of A A' - I, and of B' B - I."""
+        A, B = p.held("lora_A"), p.held("lora_B")
+        one = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device)
+        return [torch.linalg.matrix_norm(gram - one).mean() for gram in (A @ A.mT, B.mT @ B)]

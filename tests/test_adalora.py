@@ -1,0 +1,193 @@
+"""AdaLoRA's budget: which ranks go, when, and what files hold of it."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import peft
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+
+FIELDS = {"target_modules": ["one", "two"], "init_r": 6, "target_r": 3, "total_step": 12, "tinit": 2, "tfinal": 3}
+
+
+class Net(nn.Module):
+    """Two layers whose output has a loss, if it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 10), nn.Linear(10, 5)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> types.SimpleNamespace:
+        y = self.two(torch.tanh(self.one(x)))
+        return types.SimpleNamespace(y=y, loss=None if labels is None else (y - labels).square().mean())
+
+
+def wrapped(**changes):
+    torch.manual_seed(0)
+    return get_peft_model(Net(), AdaLoraConfig(**{**FIELDS, **changes}))
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(16, 8, generator=generator), torch.randn(16, 5, generator=generator)
+
+
+def fit(model, steps, by_hand=False, first=1):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x, labels = data()
+    for step in range(first, first + steps):
+        model(x, labels).loss.backward()
+        optimizer.step()
+        if by_hand:
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    return model
+
+
+def ranks(model):
+    return [int((p.lora_E != 0).sum()) for p in model.base_model.allocator("default").adapters]
+
+
+def test_the_loss_has_the_term_for_orthogonal_factors():
+    model = wrapped()
+    x, labels = data()
+    parts = []
+    for layer in (model.base_model.model.one, model.base_model.model.two):
+        A, B = layer.lora_A["default"], layer.lora_B["default"]
+        parts += [(A @ A.T - torch.eye(6)).norm(), (B.T @ B - torch.eye(6)).norm()]
+    output = model(x, labels)
+    wanted = (output.y - labels).square().mean() + 0.5 * sum(parts) / 4
+    torch.testing.assert_close(output.loss, wanted)
+    with model.disable_adapter():
+        output = model(x, labels)
+        torch.testing.assert_close(output.loss, (output.y - labels).square().mean())
+    assert model(x).loss is None
+
+
+def test_ranks_fall_from_the_first_to_the_last_as_the_schedule_has_it():
+    config = AdaLoraConfig(**FIELDS)
+    assert config.budget(2, 12, 6) == (12, False)
+    assert config.budget(5, 12, 6) == (int(6 * (4 / 7) ** 3 + 6), True)
+    assert config.budget(10, 12, 6) == (6, True)
+    model = fit(wrapped(), 12)
+    assert sum(ranks(model)) == 6
+    pattern = model.peft_config["default"].rank_pattern
+    assert set(pattern) == {"one.lora_E", "two.lora_E"} and sum(map(sum, pattern.values())) == 6
+    again = dict(pattern)
+    fit(model, 3, first=13)
+    assert model.peft_config["default"].rank_pattern == again and sum(ranks(model)) == 6
+
+
+def test_a_schedule_of_several_steps_cuts_only_then():
+    model = fit(wrapped(deltaT=4), 3)
+    assert model.peft_config["default"].rank_pattern is None
+    fit(model, 1, first=4)
+    assert model.peft_config["default"].rank_pattern is not None
+
+
+def test_the_optimiser_is_followed_as_if_by_hand():
+    one, two = fit(wrapped(), 12), fit(wrapped(), 12, by_hand=True)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert one.peft_config["default"].rank_pattern == two.peft_config["default"].rank_pattern
+
+
+def test_importance_is_the_product_of_smoothed_sensitivity_and_uncertainty():
+    model = wrapped(beta1=0.8, beta2=0.9)
+    x, labels = data()
+    mean = change = torch.zeros(6, 8)
+    for step in (1, 2):
+        model.zero_grad()
+        model(x, labels).loss.backward()
+        A = model.base_model.model.one.lora_A["default"]
+        now = (A * A.grad).abs()
+        mean = 0.8 * mean + 0.2 * now
+        change = 0.9 * change + 0.1 * (now - mean).abs()
+        model.base_model.update_and_allocate(step)
+    found = model.base_model.rankallocator.averages["one", "lora_A"]
+    torch.testing.assert_close(found, (mean, change))
+
+
+def test_without_gradients_it_says_when_to_call():
+    with pytest.raises(ValueError, match="zero_grad"):
+        wrapped().base_model.update_and_allocate(1)
+
+
+def test_training_without_a_step_is_told():
+    model, (x, labels) = wrapped(), data()
+    for _ in range(11):
+        model(x, labels)
+    with pytest.warns(peft.PeftWarning, match="update_and_allocate"):
+        model(x, labels)
+
+
+def test_files_hold_the_ranks_that_were_kept_and_answer_as_before(tmp_path):
+    model = fit(wrapped(), 12).eval()
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path)
+    assert [p.lora_E.numel() for p in loaded.base_model.allocator("default").adapters] == ranks(model)
+    x, _ = data()
+    torch.testing.assert_close(loaded(x).y, model(x).y)
+    loaded.save_pretrained(tmp_path / "again")
+    state = peft.load_peft_weights(tmp_path)
+    assert all(torch.equal(v, state[k]) for k, v in peft.load_peft_weights(tmp_path / "again").items())
+
+
+def test_a_layer_that_lost_every_rank_is_saved_and_loaded(tmp_path):
+    model = wrapped()
+    model.base_model.resize_modules_by_rank_pattern(
+        {"one.lora_E.default": [False] * 6, "two.lora_E": [True] * 6}, "default"
+    )
+    model.peft_config["default"].rank_pattern = {"one.lora_E": [False] * 6, "two.lora_E": [True] * 6}
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path)
+    assert loaded.base_model.model.one.lora_A["default"].shape == (0, 8)
+    x, _ = data()
+    torch.testing.assert_close(loaded(x).y, model.eval()(x).y)
+
+
+def test_a_state_dictionary_is_cut_to_a_pattern():
+    model = wrapped()
+    state = {f"m.one.{n}.default": getattr(model.base_model.model.one, n)["default"] for n in ("lora_A", "lora_B")}
+    cut = model.base_model.resize_state_dict_by_rank_pattern(
+        {"one.lora_E": [True, False, True, False, False, False]}, dict(state), "default"
+    )
+    assert torch.equal(cut["m.one.lora_A.default"], state["m.one.lora_A.default"][[0, 2]])
+    assert torch.equal(cut["m.one.lora_B.default"], state["m.one.lora_B.default"][:, [0, 2]])
+
+
+def test_a_copy_has_a_budget_of_its_own():
+    model = fit(wrapped(), 3)
+    twin = copy.deepcopy(model)
+    fit(twin, 9, first=4)
+    assert sum(ranks(twin)) == 6 and sum(ranks(model)) > 6
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"total_step": None}, "total_step"),
+        ({"tinit": 9}, "tfinal"),
+        ({"orth_reg_weight": -1.0}, "orth_reg_weight"),
+        ({"beta1": 1.0}, "beta1"),
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_r": 0}, "init_r"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_its_field(change, text):
+    with pytest.raises(ValueError, match=text):
+        AdaLoraConfig(**{**FIELDS, **change})
+
+
+@pytest.mark.parametrize("change", [{"r": 4}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}])
+def test_fields_without_effect_are_told(change):
+    with pytest.warns(peft.PeftWarning, match=next(iter(change))):
+        AdaLoraConfig(**{**FIELDS, **change})
