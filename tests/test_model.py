@@ -494,8 +494,8 @@ def test_an_option_without_effect_says_so(tmp_path):
 
 def test_methods_of_later_releases_are_refused_before_any_change():
     base = mlp()
-    with pytest.raises(NotImplementedError, match="later release"):
-        get_peft_model(base, lora(), mixed=True)
+    with pytest.raises(NotImplementedError, match="cannot carry out use_qalora"):
+        get_peft_model(base, lora(use_qalora=True))
     assert type(base.fc1) is nn.Linear
 
 

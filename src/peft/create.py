@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .config import PeftConfig, check_config
 from .core.layer import tuner_layers
+from .mixed_model import PeftMixedModel
 from .model import PeftModel, check_adapter_name, warn_about_name
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, config_class, tuner_class
 
@@ -33,7 +34,7 @@ def get_peft_model(
         model: the base model.
         peft_config: the adapter's configuration; its task type chooses the class that is returned.
         adapter_name: its name, without a dot.
-        mixed: allow adapters of different methods (a later release).
+        mixed: make a PeftMixedModel, whose `set_adapter` takes several names. Any model can mix methods.
         autocast_adapter_dtype: keep half-precision adapter parameters in float32.
         revision: the revision of the base model, noted in the configuration.
         low_cpu_mem_usage: make the adapter on the meta device (its weights are loaded next).
@@ -41,8 +42,6 @@ def get_peft_model(
     _check_model(model)
     check_config(peft_config)
     check_adapter_name(adapter_name)
-    if mixed:
-        raise NotImplementedError("mixed=True comes with a later release. Use adapters of one method.")
     tuner_class(_method(peft_config))  # a method of a later release is refused before any change
     _note_origin(model, peft_config, revision)
     if next(iter(tuner_layers(model)), None) is not None:
@@ -52,7 +51,8 @@ def get_peft_model(
             stacklevel=2,
         )
     warn_about_name(adapter_name, peft_config)
-    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)  # type: ignore[arg-type]
+    usual = PeftMixedModel if mixed else PeftModel
+    kind = usual if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, usual)  # type: ignore[arg-type]
     return kind(
         model,
         peft_config,

@@ -1,31 +1,33 @@
-"""Adapters of different methods in one model: a later release. The class is here for `isinstance`."""
+"""Adapters of different methods in one model, by the class that other libraries know for it."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from collections.abc import Sequence
 
 from . import lazy
+from .model import PeftModel
 
 _NAMES = {
     "peft.config": "PeftConfig",
     "peft.core.defaults": "DUMMY_MODEL_CONFIG",
-    "peft.model": "PeftModel",
     "peft.registry": "PEFT_TYPE_TO_CONFIG_MAPPING",
 }
 __getattr__, __dir__, _ = lazy.names(__name__, _NAMES)
 
 
-class PeftMixedModel(nn.Module):
-    """A model whose adapters may differ in method. No instance can be made yet."""
+class PeftMixedModel(PeftModel):
+    """A PeftModel whose adapters are switched several at a time."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(
-            "PeftMixedModel comes with a later release. Use get_peft_model with adapters of one method."
-        )
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters active, in this order; they become trainable unless `inference_mode`."""
+        for name in (adapter_name,) if isinstance(adapter_name, str) else adapter_name:
+            self._known(name)
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> PeftMixedModel:
-        """Raises NotImplementedError."""
-        return cls()
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove adapters; nothing is removed if one of the names is unknown."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for name in names:
+            self._known(name)
+        for name in names:
+            super().delete_adapter(name)

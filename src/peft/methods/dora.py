@@ -12,6 +12,7 @@ with |W_o|^2 kept between forwards. Source: Liu et al. 2024, arXiv 2402.09353, e
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -99,11 +100,8 @@ class DoRA(Delta):
         return square.clamp_min(0).sqrt()
 
     def _rows(self, p: Adapter, W: Tensor) -> list[Tensor]:
-        start, found = 0, []
-        for w in _tiles(W):
-            found.append(self.of.weight(p, w, slice(start, start + w.shape[-2])))
-            start += w.shape[-2]
-        return found
+        start = itertools.accumulate((w.shape[-2] for w in _tiles(W)), initial=0)
+        return [self.of.weight(p, w, slice(s, s + w.shape[-2])) for w, s in zip(_tiles(W), start, strict=False)]
 
     def _base_square(self, p: Adapter, W: Tensor) -> Tensor:
         """|W|^2 of each row, (..., O), computed again only when the base weight changes."""

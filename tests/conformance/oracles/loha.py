@@ -17,7 +17,7 @@ FIELDS = {"r": 3, "alpha": 5}
 def loha(t: dict[str, Tensor], W: Tensor, layer: BaseTunerLayer) -> Tensor:
     if "hada_t1" not in t:
         return W + (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"]) * 5 / 3
-    r, out = t["hada_w1_a"].shape
+    r = len(t["hada_w1_a"])
     first, second = (
         sum(
             torch.outer(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peft import LoKrConfig
 from peft.core.layer import BaseTunerLayer
 
-from .row import Row, on_matrix
+from .row import Row, on_matrix, value
 
 ALPHA = 5
 
@@ -36,7 +36,7 @@ def lokr(t: dict[str, Tensor], W: Tensor, layer: BaseTunerLayer) -> Tensor:
         W2 = t["lokr_w2_a"] @ t["lokr_w2_b"]
         if kernel:
             W2 = W2.reshape(len(W2), -1, *kernel)
-    s = ALPHA / layer.r["default"]
+    s = ALPHA / value(layer, "LoKr", "r")
     if W1.dim() == 3:
         return W + s * torch.stack([torch.kron(a, b) for a, b in zip(W1, W2, strict=True)])
     W1 = W1.view(*W1.shape, *[1] * len(kernel))

@@ -11,7 +11,7 @@ from torch import Tensor
 from peft import OFTConfig
 from peft.core.layer import BaseTunerLayer
 
-from .row import Row, eye, on_matrix
+from .row import Row, eye, on_matrix, value
 
 
 def skew(v: Tensor, b: int) -> Tensor:
@@ -49,7 +49,7 @@ def rotations(kind: Any, limit: float | None) -> Any:
 
     @on_matrix
     def weight(t: dict[str, Tensor], W: Tensor, layer: BaseTunerLayer) -> Tensor:
-        (name, v), (_, n_blocks) = next(iter(t.items())), next(iter(layer.r.items()))
+        (name, v), n_blocks = next(iter(t.items())), value(layer, "OFT", "r")
         if "embedding" in name:
             return rotation(v, W.shape[0], n_blocks).mT @ W
         g = getattr(layer.get_base_layer(), "groups", 1)

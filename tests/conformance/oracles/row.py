@@ -30,6 +30,8 @@ class Row:
         prefix: what the names of its tensors start with.
         noise: how far "training" moves its tensors.
         alone: whether only one adapter can be active.
+        own_dtype: whether its tensors are of the base weight's dtype, also of half precision.
+        values: (layer, adapter's name) -> the module's tensors by name, where it is replaced as a whole.
     """
 
     config: type
@@ -43,6 +45,8 @@ class Row:
     prefix: str = "lora_"
     noise: float = 1 / 3
     alone: bool = False
+    own_dtype: bool = False
+    values: Callable[[BaseTunerLayer, str], dict[str, Tensor]] | None = None
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by the first word of a layout's name
 
 
@@ -76,3 +80,8 @@ def on_matrix(formula: Callable[[dict[str, Tensor], Tensor, BaseTunerLayer], Ten
 def eye(n: int, like: Tensor) -> Tensor:
     """The identity matrix of size n."""
     return torch.eye(n, dtype=like.dtype)
+
+
+def value(layer: BaseTunerLayer, kind: str, key: str) -> Any:
+    """A plain value of the first adapter of a method, by the method's class name."""
+    return next(p.__dict__[key] for p in layer.adapters.values() if type(p.method).__name__ == kind)

@@ -43,6 +43,7 @@ class AdaLoraModel(BaseTuner):
     of that by the user on, it is left to the user.
     """
 
+    alone = True  # it shares one budget out over all layers
     prefix = "lora_"
     layer_classes = NAMES
     method: ClassVar[AdaLoRA] = AdaLoRA()
