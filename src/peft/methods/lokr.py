@@ -6,7 +6,7 @@ W1 is (o1, i1) and W2 is (o2, i2), out = o1 o2 and in = i1 i2 split near their r
 W1 with `decompose_both`, is a product of two factors of rank r where that is smaller. On a convolution the product is
 of channels, and W2 holds the kernel: (o2, i2, kernel), or factors, or with `use_effective_conv2d` a Tucker product. W1
 starts at zero, so training starts at the base model. Sources: LyCORIS, Yeh et al. 2023, arXiv 2309.14859. A Conv1d with
-a whole W2 multiplies W2 (x) W1, as the peer's adapters are trained; a Tucker product on it, which fails there, does
+a whole W2 multiplies W2 (x) W1, as adapters of the peer are trained; a Tucker product on it works, and fails there.
 not.
 """
 

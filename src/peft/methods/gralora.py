@@ -1,0 +1,155 @@
+"""GraLoRA: a low-rank update for each of k x k blocks of the weight.
+
+    W' = W + s D,   block (u, v) of D is (A_v[:, u] B_u[v])',   s = alpha / (r + hybrid_r)
+
+A (k, in / k, r) and B (k, r, out / k) are cut along r into k parts of r / k, one for each block. `hybrid_r` adds a
+plain low-rank product s Bg Ag. B starts at zero, so training starts at the base model. Source: Jung et al. 2025,
+arXiv 2505.20355.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import describe
+from ..core import draw
+from ..core.layer import name_layers
+from ..core.method import Delta, Site
+from ..core.scale import ScaledLayer
+from ..core.stack import Adapter, Stack
+from ..core.tuner import BaseTuner
+from ..core.views import linear_module
+from ..target_config import TargetConfig, number, probability
+
+
+@dataclass
+class GraloraConfig(TargetConfig):
+    """The configuration of GraLoRA."""
+
+    kind = "GRALORA"
+    added = frozenset({"exclude_modules"})
+    ranks = ("r", "gralora_k")
+    r: int = field(default=32, metadata=describe("Rank; gralora_k divides it."))
+    hybrid_r: int = field(default=0, metadata=describe("Rank of the plain low-rank update beside the blocks."))
+    alpha: int = field(default=64, metadata=describe("The update is multiplied by alpha / (r + hybrid_r)."))
+    gralora_dropout: float = field(default=0.0, metadata=describe("Dropout of the adapter's input."))
+    gralora_k: int = field(default=2, metadata=describe("Blocks per side; it divides in and out."))
+    fan_in_fan_out: bool = field(default=False, metadata=describe("The weight is stored as (in, out)."))
+    init_weights: bool = field(default=True, metadata=describe("Start at the base model; else all at random."))
+
+    def check(self) -> None:
+        """Numbers."""
+        number("alpha", self.alpha)
+        probability("gralora_dropout", self.gralora_dropout)
+        if self.hybrid_r < 0:
+            raise ValueError(f"`hybrid_r` must not be negative; got {self.hybrid_r}. Use 0 for none.")
+        if self.r % self.gralora_k:
+            raise ValueError(
+                f"r should be divisible by gralora_k, but got r={self.r} and gralora_k={self.gralora_k}. Use "
+                f"r={max(1, round(self.r / self.gralora_k)) * self.gralora_k}."
+            )
+
+
+class GraLoRA(Delta):
+    """W' = W + s D with low-rank blocks."""
+
+    def build(self, site: Site) -> dict[str, Any]:
+        c, k = site.settings, site.settings.gralora_k
+        *lead, out, inp = site.view.shape(site.module)
+        if inp % k or out % k:
+            raise ValueError(
+                f"gralora_k={k} must divide the in-features ({inp}) and out-features ({out}) of {site.path!r}. Use "
+                "another one, for this layer alone with module_config, or exclude the layer (`exclude_modules`)."
+            )
+        if c.gralora_dropout:
+            site.view.check_dropout(site.path, "gralora_dropout")
+        down, up = general(site, lead, out, inp) if c.hybrid_r else (nn.Identity(), nn.Identity())
+        return {
+            "gralora_dropout": nn.Dropout(c.gralora_dropout) if c.gralora_dropout else nn.Identity(),
+            "gralora_A": nn.Parameter(torch.empty(*lead, k, inp // k, c.r, **site.kwargs)),
+            "gralora_B": nn.Parameter(torch.empty(*lead, k, c.r, out // k, **site.kwargs)),
+            "gralora_A_general": down,
+            "gralora_B_general": up,
+            "r": c.r,
+            "hybrid_r": c.hybrid_r,
+            "alpha": c.alpha,
+            "scaling": c.alpha / (c.r + c.hybrid_r),
+            "gralora_k": k,
+        }
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        downs = [p.gralora_A.mT, *([p.gralora_A_general.weight] if p.hybrid_r else [])]
+        ups = [p.gralora_B.mT, *([p.gralora_B_general.weight] if p.hybrid_r else [])]
+        for t in downs:
+            draw.kaiming(t)
+        for t in ups:
+            t.zero_() if p.settings.init_weights else draw.kaiming(t)
+
+    def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        A, B, k = p.held("gralora_A"), p.held("gralora_B"), p.gralora_k
+        height = B.shape[-1]
+        start, stop, _ = rows.indices(k * height)
+        first, last = start // height, -(-stop // height)
+        A = A.unflatten(-1, (k, -1))[..., first:last, :]  # (..., v, in, u, q)
+        B = B[..., first:last, :, :].unflatten(-2, (k, -1))  # (..., u, v, q, out)
+        D = torch.einsum("...viuq,...uvqo->...uovi", A, B).flatten(-2).flatten(-3, -2)
+        D = D[..., start - first * height : stop - first * height, :]
+        if p.hybrid_r:
+            D = D + p.held("gralora_B_general").weight[..., rows, :] @ p.held("gralora_A_general").weight
+        return D * p.scaling
+
+    def drop_rate(self, p: Adapter) -> float:
+        return p.drop_rate("gralora_dropout")
+
+    def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
+        if not inner.view.dense:
+            return super().onto(p, inner, y, x)
+        A, B, k = p.held("gralora_A"), p.held("gralora_B"), p.gralora_k
+        rate = self.drop_rate(p)
+        dropped, _ = inner.drop(x, rate, A.dtype)
+        h = torch.einsum("...vi,vir->...vr", dropped.unflatten(-1, (k, -1)), A)
+        parts = h.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)  # (..., u, r)
+        update = torch.einsum("...ur,uro->...uo", parts, B).flatten(-2)
+        if p.hybrid_r:
+            dropped, _ = inner.drop(x, rate, A.dtype)
+            down = F.linear(dropped, p.held("gralora_A_general").weight)
+            update = update + F.linear(down, p.held("gralora_B_general").weight)
+        return (y + update * p.scaling).to(y.dtype)
+
+
+def general(site: Site, lead: list[int], out: int, inp: int) -> tuple[nn.Linear, nn.Linear]:
+    """Holders of Ag and Bg."""
+    r = site.settings.hybrid_r
+    down, up = linear_module(inp, r, **site.kwargs), linear_module(r, out, **site.kwargs)
+    if lead:
+        down.weight = nn.Parameter(torch.empty(*lead, r, inp, **site.kwargs))
+        up.weight = nn.Parameter(torch.empty(*lead, out, r, **site.kwargs))
+    return down, up
+
+
+class GraloraLayer(ScaledLayer):
+    """A target under GraLoRA adapters."""
+
+    family = "gralora"
+    adapter_layer_names = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
+    other_param_names = ("r", "hybrid_r", "alpha", "scaling", "gralora_dropout", "gralora_k")
+    _home_order = ("gralora_dropout", "gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
+    _parameter_homes = frozenset({"gralora_A", "gralora_B"})
+
+    def natural_scaling(self, adapter: str) -> float:
+        """alpha / (r + hybrid_r)."""
+        p = self.adapters[adapter]
+        return p.alpha / (p.r + p.hybrid_r)
+
+
+class GraloraModel(BaseTuner):
+    """GraLoRA adapters on a model."""
+
+    prefix = "gralora_"
+    layer_classes = name_layers(GraloraLayer, globals())
+    method: ClassVar[GraLoRA] = GraLoRA()
