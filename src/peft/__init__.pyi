@@ -83,6 +83,10 @@ from .methods.ia3 import (
     IA3Config,
     IA3Model,
 )
+from .methods.ln_tuning import (
+    LNTuningConfig,
+    LNTuningModel,
+)
 from .methods.loha import (
     LoHaConfig,
     LoHaModel,
@@ -190,6 +194,8 @@ __all__ = [
     "IA3Config",
     "IA3Model",
     "KasaConfig",
+    "LNTuningConfig",
+    "LNTuningModel",
     "LoHaConfig",
     "LoHaModel",
     "LoKrConfig",

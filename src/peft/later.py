@@ -31,8 +31,6 @@ NAMES = frozenset(
         "HiraConfig",
         "HiraModel",
         "KappaTuneSelector",
-        "LNTuningConfig",
-        "LNTuningModel",
         "LilyConfig",
         "LilyModel",
         "LycorisLayer",

@@ -49,6 +49,9 @@ METHODS: dict[PeftType, Method] = {
     PeftType.ADALORA: Method(
         "peft.methods.adalora.config:AdaLoraConfig", "peft.methods.adalora.model:AdaLoraModel", "lora_", True
     ),
+    PeftType.LN_TUNING: Method(
+        "peft.methods.ln_tuning:LNTuningConfig", "peft.methods.ln_tuning:LNTuningModel", "ln_tuning_"
+    ),
     PeftType.LORA: Method("peft.methods.lora.config:LoraConfig", "peft.methods.lora.model:LoraModel", "lora_", True),
     PeftType.MISS: Method("peft.methods.miss:MissConfig", "peft.methods.miss:MissModel", "miss_"),
     PeftType.SHIRA: Method("peft.methods.shira:ShiraConfig", "peft.methods.shira:ShiraModel", "shira_", True),

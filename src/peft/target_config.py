@@ -27,6 +27,7 @@ class TargetConfig(PeftConfig):
     kind: ClassVar[str] = ""  # its peft_type
     added: ClassVar[frozenset[str]] = frozenset()  # fields that the original lacks; not in files while at their default
     ranks: ClassVar[tuple[str, ...]] = ("r",)  # fields that must be at least 1
+    any_module: ClassVar[bool] = False  # targets may be modules of any class
 
     target_modules: list[str] | str | None = field(
         default=None,

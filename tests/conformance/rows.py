@@ -19,6 +19,7 @@ from peft.core.layer import tuner_layers as hosts
 from .layouts import LAYOUTS, Layout
 from .oracles import METHODS
 
+SEVERAL = tuple(name for name, row in METHODS.items() if not row.alone)  # two of them can be active
 FEW = tuple(name for name, row in METHODS.items() if row.few)  # where first values do not matter
 
 
@@ -112,6 +113,9 @@ def expected(
     for path, layer in tuner_layers(model.base_model.model):
         where = path.replace("base_layer.", "").removesuffix("base_layer").rstrip(".")
         module, prefix = plain.get_submodule(where), f"{where}." if where else ""
+        if METHODS[method].values is not None:
+            values.update({prefix + key: value for key, value in METHODS[method].values(layer, names[-1]).items()})
+            continue
         attr, b_name = names_of(layer)
         W, b = getattr(module, attr), getattr(module, b_name, None)
         row, original = METHODS[method], W

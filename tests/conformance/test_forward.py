@@ -16,6 +16,7 @@ from .oracles.lora import SUBTRACTING
 from .rows import (
     FEW,
     METHODS,
+    SEVERAL,
     adapted,
     cells,
     close,
@@ -114,12 +115,13 @@ def test_merged_in_half_precision_is_forward_and_unmerges_to_the_bit(method, nam
         model.merge_adapter()
         close(model(x), wanted, 6e-2 if dtype is torch.bfloat16 else 2e-2)  # W' is rounded to the base's dtype
         model.unmerge_adapter()
-        same(model(x), wanted)
+        if "max-norm" not in name or METHODS[method].values is None:  # torch shrinks rows of a copy at each look-up
+            same(model(x), wanted)
     for key, value in base_state(model).items():
         same(value, before[key])
 
 
-@few_mergeable
+@pytest.mark.parametrize("method, name", cells([m for m in FEW if m in SEVERAL], merged=True))
 def test_merging_one_of_two_adapters_keeps_the_answer(method, name):
     layout = LAYOUTS[name]
     if method == "lora-bias" and not layout.bias:
@@ -137,7 +139,20 @@ def test_merging_one_of_two_adapters_keeps_the_answer(method, name):
         same(value, before[key])
 
 
-@each_cell
+@pytest.mark.parametrize("method, name", cells([m for m in METHODS if m not in SEVERAL]))
+def test_where_one_adapter_runs_two_are_refused(method, name):
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout, names=("default", "other")), layout.x()
+    with torch.no_grad():
+        wanted = model(x)
+        with pytest.raises(ValueError, match="Only one adapter"):
+            model.base_model.set_adapter(["default", "other"])
+        with pytest.raises(ValueError, match="Only one adapter"):
+            model.merge_adapter(["default", "other"])
+        same(model(x), wanted)
+
+
+@pytest.mark.parametrize("method, name", cells(SEVERAL))
 def test_two_active_adapters_are_applied_in_order(method, name):
     layout = LAYOUTS[name]
     model, x = adapted(method, layout, names=("default", "other")), layout.x()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import views
 from .method import Site
@@ -50,7 +50,7 @@ def _row(target: Target, config: Any, method_of: Callable[[Any], Method], counts
 
 def _count(method: Method, base: nn.Module, chosen: Any, target: Target) -> int:
     """Numbers in all tensors that the method builds on this target, and on what a target module consists of."""
-    view = views.view_of(base, target.parameter)
+    view = views.view_of(base, target.parameter, bool(getattr(chosen, "any_module", False)))
     whole = target.parameter is None
     parts = view.parts(base) if whole else ()
     places = [(base, views.view_of(base, part)) for part in parts] or [(base, view)]
@@ -64,7 +64,7 @@ def _count(method: Method, base: nn.Module, chosen: Any, target: Target) -> int:
 def _numel(value: Any) -> int:
     if isinstance(value, nn.Module):
         return sum(p.numel() for p in value.parameters())
-    return value.numel() if isinstance(value, Tensor) else 0
+    return value.numel() if isinstance(value, nn.Parameter) else 0
 
 
 def _shape(base: nn.Module, parameter: str | None) -> tuple[int, ...]:

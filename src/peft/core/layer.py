@@ -39,6 +39,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
     _home_order: ClassVar[tuple[str, ...]] = ()
+    _whole: ClassVar[bool] = False  # it stands for a module of any class
     _parameter_homes: ClassVar[frozenset[str]] = frozenset()
 
     shares: frozenset[str]  # adapters whose tensors belong to another layer
@@ -56,7 +57,9 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         d = self.__dict__
         d["training"] = base_layer.training
         innermost = self.get_base_layer()
-        d.update(view=view_of(innermost, parameter), parameter_name=parameter, call=call or Call(), _read=read)
+        d.update(
+            view=view_of(innermost, parameter, self._whole), parameter_name=parameter, call=call or Call(), _read=read
+        )
         d.update(
             adapters={},
             _active=(),
@@ -114,7 +117,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         except AttributeError:
             if "adapters" not in self.__dict__:
                 raise
-        if name in self.other_param_names:
+        if name in self.other_param_names or any(name in p.plain for p in self.adapters.values()):
             return Values(self, name)
         if name in self._home_order:
             return nn.ParameterDict() if name in self._parameter_homes else nn.ModuleDict()
@@ -161,6 +164,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
             self._home(key, _PARAMETERS if isinstance(value, nn.Parameter) else template)[name] = value
         else:
             p.__dict__[key] = value
+            p.plain.add(key)
 
     def _home(self, key: str, template: Template) -> Any:
         home = self._modules.get(key)

@@ -49,6 +49,7 @@ class Injection:
 
     def __post_init__(self) -> None:
         self.kind = self.tuner.kind_of(self.config)
+        self.whole = bool(getattr(self.config, "any_module", False))  # targets are modules of any class
 
     @property
     def config(self) -> Any:
@@ -120,7 +121,7 @@ class Injection:
         shapes = []
         for t in plan.targets:
             base = innermost(t.module)
-            view = views.view_of(base, t.parameter)
+            view = views.view_of(base, t.parameter, self.whole)
             shapes += [views.view_of(base, part).shape(base) for part in view.parts(base)] or [view.shape(base)]
         homes = self.tuner._modules
         known = {
@@ -161,8 +162,13 @@ class Injection:
         """The layer of one target, with the adapter's tensors in it."""
         parent, leaf, found = self.get(path)
         layer, fresh = _existing(found, parameter), False
+        if layer is not None and self.whole != (layer.view.label == "Module"):
+            raise ValueError(
+                f"{path!r} is adapted by another method already. One of the two replaces the whole module: they cannot "
+                "share it. Leave it out of one adapter's targets (`exclude_modules`)."
+            )
         if layer is None:
-            view = views.view_of(innermost(found), parameter)
+            view = views.view_of(innermost(found), parameter, self.whole)
             layer = self.kind.layer_classes[view.label](found, self.tuner.call, parameter, views.reads_weights(parent))
             fresh = True
         full = f"{path}.{parameter}" if parameter else path
@@ -179,7 +185,7 @@ class Injection:
     def site(self, layer: BaseTunerLayer, own: Any, path: str) -> Site:
         """What the tensors of an adapter in this layer look like: beside the base weight, float32 beside half."""
         base = layer.get_base_layer()
-        weight = getattr(base, layer.view.name, None)
+        weight = layer.view.sample(base)
         dtype = getattr(base, "compute_dtype", None)
         dtype = dtype or (torch.get_default_dtype() if weight is None else weight.dtype)
         small = dtype in HALF or "float8" in str(dtype)
@@ -190,7 +196,7 @@ class Injection:
 
     def _module(self, path: str, base: nn.Module) -> None:
         """A target module: its matrix or matrices, and the child layers whose weights it reads."""
-        view = views.view_of(base)
+        view = views.view_of(base, None, self.whole)
         parts = view.parts(base)
         for parameter in parts or (None,):
             self._place(path, parameter)

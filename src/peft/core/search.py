@@ -82,7 +82,7 @@ class Search:
         required: bool = True,
     ) -> None:
         self.model, self.config, self.required = model, config, required
-        self.supported = supported or views.supported
+        self.supported = supported or ((lambda m: True) if getattr(config, "any_module", False) else views.supported)
         again: list[tuple[str, nn.Module]] = []
         self.modules = list(walk(model, again))
         self.others = aliases(self.modules, again)  # further paths of modules that stand at several places

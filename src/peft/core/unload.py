@@ -14,17 +14,17 @@ from .layer import BaseTunerLayer, tuner_layers
 from .search import walk
 from .tie import Place, input_embedding, places, storage_key, tied_modules
 from .tokens import TrainableTokensLayer, check_disjoint
-from .wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from .wrappers import AuxiliaryTrainingWrapper
 
 Holder = tuple[nn.Module, str]
 
 
 def check_together(layer: Any, names: Sequence[str]) -> None:
     """Raise ValueError if these adapters cannot be active together in a layer."""
-    if isinstance(layer, ModulesToSaveWrapper):
-        layer.check_active(names)
-    elif isinstance(layer, TrainableTokensLayer):
+    if isinstance(layer, TrainableTokensLayer):
         check_disjoint(layer, names)
+    elif hasattr(type(layer), "check_active"):
+        layer.check_active(names)
 
 
 def shared(model: nn.Module) -> dict[Any, list[Holder]]:

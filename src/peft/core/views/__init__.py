@@ -12,6 +12,7 @@ from .conv import ConvView
 from .embedding import EmbeddingView, embed_scale
 from .linear import Conv1DView, LinearView
 from .make import Template, linear_module
+from .module import ModuleView
 from .parameter import AttentionView, ParameterView
 
 __all__ = [
@@ -28,17 +29,20 @@ __all__ = [
 ]
 
 _LINEAR, _CONV1D, _EMBEDDING, _ATTENTION = LinearView(), Conv1DView(), EmbeddingView(), AttentionView()
+_WHOLE = ModuleView()
 _CONVS = {nn.Conv1d: ConvView(1), nn.Conv2d: ConvView(2), nn.Conv3d: ConvView(3)}
 LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper")
 _BY_TYPE: dict[type, LinearView] = {}
 SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention"
 
 
-def view_of(m: nn.Module, parameter: str | None = None) -> LinearView:
-    """The view of a module, or of one of its parameters.
+def view_of(m: nn.Module, parameter: str | None = None, whole: bool = False) -> LinearView:
+    """The view of a module, of one of its parameters, or of a module of any class as a whole.
 
     Raises ValueError if the module has no weight matrix that the library knows how to read.
     """
+    if whole:
+        return _WHOLE
     if parameter is not None:
         return (AttentionView if isinstance(m, nn.MultiheadAttention) else ParameterView)(parameter)
     view = _BY_TYPE.get(type(m))

@@ -38,6 +38,10 @@ class LinearView:
         """The size of a convolution's kernel, by which W's in-features run fastest; () elsewhere."""
         return ()
 
+    def sample(self, m: Layer) -> Any:
+        """The tensor beside which an adapter's tensors lie, in dtype and device."""
+        return getattr(m, self.name, None)
+
     def parts(self, m: Layer) -> tuple[str, ...]:
         """The parameters that are adapted one by one where the module is a target but holds no single matrix."""
         return ()
