@@ -111,8 +111,8 @@ def inverse(S: Tensor, pair: Tensor) -> Tensor:
 
     In the four quarters of S the details of rows stand on the right and those of columns below.
     """
-    (top, bottom) = S.chunk(2, -2)
-    left, right = (synthesis(*half.chunk(2, -1), pair) for half in (top, bottom))
+    (a, rows), (columns, both) = (half.chunk(2, -1) for half in S.chunk(2, -2))
+    left, right = synthesis(a, rows, pair), synthesis(columns, both, pair)
     return synthesis(left.mT, right.mT, pair).mT
 
 
