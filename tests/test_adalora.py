@@ -191,3 +191,10 @@ def test_what_cannot_be_is_refused_by_its_field(change, text):
 def test_fields_without_effect_are_told(change):
     with pytest.warns(peft.PeftWarning, match=next(iter(change))):
         AdaLoraConfig(**{**FIELDS, **change})
+
+
+def test_beside_another_method_it_is_refused():
+    """Its loss and its budget are of the whole model."""
+    model = get_peft_model(Net(), peft.LoraConfig(target_modules=["one"]))
+    with pytest.raises(ValueError, match="AdaLoraModel takes adapters of its own method only"):
+        model.add_adapter("ada", AdaLoraConfig(**FIELDS))
