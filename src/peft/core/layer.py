@@ -69,6 +69,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
             _suspended=None,
             _run=None,
             _trainable=None,
+            _plain=set(),  # names of the plain values of all adapters, whatever their method
         )
         d.update(cast_input_dtype_enabled=True, tied=None, shares=frozenset())
 
@@ -117,7 +118,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         except AttributeError:
             if "adapters" not in self.__dict__:
                 raise
-        if name in self.other_param_names or any(name in p.plain for p in self.adapters.values()):
+        if name in self.other_param_names or name in self.__dict__["_plain"]:
             return Values(self, name)
         if name in self._home_order:
             return nn.ParameterDict() if name in self._parameter_homes else nn.ModuleDict()
@@ -164,7 +165,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
             self._home(key, _PARAMETERS if isinstance(value, nn.Parameter) else template)[name] = value
         else:
             p.__dict__[key] = value
-            p.plain.add(key)
+            self.__dict__["_plain"].add(key)
 
     def _home(self, key: str, template: Template) -> Any:
         home = self._modules.get(key)

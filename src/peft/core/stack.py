@@ -33,7 +33,6 @@ class Adapter:
         self.layer, self.name, self.method, self.settings, self.path = layer, name, method, settings, path
         self.direct: dict[str, Any] = {}  # under compile tensors are found by reference, so that names are not guarded
         self.cache: dict[str, Any] = {}
-        self.plain: set[str] = set()  # the names of its plain values
         self.shared: dict[str, Any] = {}  # what all layers of the adapter share: name -> SharedTensors
         self.hot: Any = None  # what the method's shortcut needs, noted when the layer's state changes
 
