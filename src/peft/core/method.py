@@ -198,7 +198,7 @@ class LowRank(Delta):
         return extra if b is None else (b + extra).to(b.dtype)
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
-        if not self.whole and inner.view.is_grouped(inner.base):
+        if not self.whole and inner.view.groups(inner.base) != 1:
             return super().onto(p, inner, y, x)
         A, B = self.factors(p)
         scale, rate = self.scaling(p), self.drop_rate(p)

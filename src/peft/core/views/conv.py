@@ -40,9 +40,6 @@ class ConvView(LinearView):
     def raw(self, m: Layer, W: Tensor) -> Tensor:
         return W.unflatten(-1, (-1, *m.kernel_size))
 
-    def is_grouped(self, m: Layer) -> bool:
-        return int(m.groups) != 1
-
     def refuse_low_rank(self, m: Layer) -> None:
         if m.groups != 1:
             raise NotImplementedError(

@@ -94,10 +94,6 @@ class LinearView:
         """Whether the module is of a class that replaces nn.Linear's forward."""
         return isinstance(m, nn.Linear) and type(m).forward is not nn.Linear.forward
 
-    def is_grouped(self, m: Layer) -> bool:
-        """Whether each out-feature sees only some of the inputs, so that a product with W's rows mixes none."""
-        return False
-
     def refuse_low_rank(self, m: Layer) -> None:
         """Raise NotImplementedError where the product of the factors is not of W's shape."""
 
