@@ -26,7 +26,7 @@ FLOORS = (
     "kernels",
     "core",
     "methods",
-    "status card persist",
+    "names status card persist",
     "model",
     "heads create mixed_model auto",
     "mapping mapping_func functional helpers peft_model utils tuners",

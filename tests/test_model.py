@@ -19,7 +19,7 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peft.model import AdapterNameError
+from peft.names import AdapterNameError
 
 
 class MLP(nn.Module):

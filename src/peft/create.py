@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .config import PeftConfig, check_config
 from .core.layer import tuner_layers
 from .mixed_model import PeftMixedModel
-from .model import PeftModel, check_adapter_name, warn_about_name
+from .model import PeftModel
+from .names import check_adapter_name, warn_about_name
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, config_class, tuner_class
 
 

@@ -8,7 +8,6 @@ tuner alone.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -21,9 +20,10 @@ from .core.call import BASE
 from .core.embeddings import recorded_vocabulary
 from .core.layer import tuner_layers
 from .core.state import adapter_parameters, disabled
-from .errors import PeftError, listing, nearest
+from .errors import listing, nearest
+from .names import check_adapter_name, warn_about_name
 from .persist import Persistent
-from .registry import lookup, tuner_class
+from .registry import tuner_class
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 
 CHECKPOINTING = ("gradient_checkpointing_enable", "activation_checkpointing_enable")  # of transformers
@@ -378,30 +378,3 @@ def _tokens(first: torch.Tensor | None) -> int | None:
 
 def _value(member: Any) -> Any:
     return getattr(member, "value", member)
-
-
-class AdapterNameError(PeftError, ValueError, KeyError):
-    """A name that no adapter can have."""
-
-    __str__ = Exception.__str__  # a KeyError would print the quoted text
-
-
-def check_adapter_name(name: str) -> None:
-    """Refuse names that cannot be part of a parameter's name."""
-    if not isinstance(name, str):
-        raise TypeError(f"An adapter's name is a string, but got {type(name).__name__}.")
-    if not name:
-        raise AdapterNameError("An adapter's name may not be empty. Use a name such as 'default'.")
-    if "." in name:
-        raise AdapterNameError(
-            f"The adapter name {name!r} contains a dot. Names become part of parameter names, where a dot separates "
-            f"modules: use {name.replace('.', '_')!r}, for example."
-        )
-
-
-def warn_about_name(name: str, config: PeftConfig) -> None:
-    """Warn where a name is part of the method's own prefix, which confuses other programs that read names."""
-    prefix = lookup(config.peft_type).prefix or ""  # type: ignore[arg-type]
-    if name in prefix:
-        text = f"The adapter name {name!r} should not be contained in the prefix {prefix!r} of the method's tensors."
-        warnings.warn(text, stacklevel=3)
