@@ -516,6 +516,13 @@ def test_a_crash_while_saving_leaves_the_old_files(tmp_path, monkeypatch):
     assert load_file(tmp_path / WEIGHTS)[KEYS[0]].shape == (4, 6)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+def test_files_can_be_read_by_whom_the_user_lets(tmp_path):
+    (tmp_path / "usual").touch()
+    adapted().save_pretrained(tmp_path)
+    assert len({f.stat().st_mode for f in tmp_path.iterdir()}) == 1
+
+
 def test_saving_in_the_other_format_removes_the_stale_file(tmp_path):
     adapted().save_pretrained(tmp_path)
     adapted(r=3).save_pretrained(tmp_path, safe_serialization=False)
