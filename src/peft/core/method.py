@@ -6,6 +6,7 @@ without building W'. The families below write the shortcut once. The conformance
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,14 @@ class Site:
         """dtype and device for tensor constructors."""
         return {"dtype": self.dtype, "device": self.device}
 
+    def dropout(self, argument: str) -> nn.Module:
+        """The dropout of the adapter's input, at the rate of the setting `argument`; refused where it has no input."""
+        rate = getattr(self.settings, argument)
+        if not rate:
+            return nn.Identity()
+        self.view.check_dropout(self.path, argument)
+        return nn.Dropout(rate)
+
 
 class Method:
     """A PEFT method, stateless: one object serves every layer of a model."""
@@ -48,12 +57,12 @@ class Method:
     def __deepcopy__(self, memo: dict[int, Any]) -> Method:
         return self
 
-    def shared(self, settings: Any, shapes: list[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
         """The tensors that all layers of an adapter share, by name.
 
         Arguments:
             settings: the configuration.
-            shapes: (..., O, I) of every target.
+            shapes: (..., O, I) of every target, worked out as they are asked for.
             known: what the first adapter of the method shares already.
         """
         return {}

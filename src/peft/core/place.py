@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -118,16 +118,11 @@ class Injection:
 
     def _share(self, plan: Any) -> None:
         """Make what all layers of the adapter share, and file it in the tuner."""
-        shapes = []
-        for t in plan.targets:
-            base = innermost(t.module)
-            view = views.view_of(base, t.parameter, self.whole)
-            shapes += [views.view_of(base, part).shape(base) for part in view.parts(base)] or [view.shape(base)]
         homes = self.tuner._modules
         known = {
             k: next(iter(h._buffers.values())) for k, h in homes.items() if isinstance(h, SharedTensors) and h._buffers
         }
-        made = self.kind.method_of(self.config).shared(self.config, shapes, known)
+        made = self.kind.method_of(self.config).shared(self.config, self._shapes(plan), known)
         for key, new in made.items():
             home = homes.get(key)
             if home is None:
@@ -137,6 +132,12 @@ class Injection:
                 self.undo.append(partial(home.delete_adapter, self.name))
             home.add(self.name, new)
             self.shared[key] = home
+
+    def _shapes(self, plan: Any) -> Iterator[tuple[int, ...]]:
+        for t in plan.targets:
+            base = innermost(t.module)
+            view = views.view_of(base, t.parameter, self.whole)
+            yield from [views.view_of(base, part).shape(base) for part in view.parts(base)] or [view.shape(base)]
 
     def _freeze(self) -> None:
         trainable = [p for p in self.model.parameters() if p.requires_grad]

@@ -58,11 +58,9 @@ class DeLoRA(LowRank):
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
-        if c.module_dropout:
-            site.view.check_dropout(site.path, "module_dropout")
         *lead, out, inp = site.view.shape(site.module)
         return {
-            "delora_dropout": nn.Dropout(c.module_dropout) if c.module_dropout else nn.Identity(),
+            "delora_dropout": site.dropout("module_dropout"),
             "delora_A": nn.Parameter(torch.empty(*lead, c.r, inp, **site.kwargs)),
             "delora_B": nn.Parameter(torch.empty(*lead, out, c.r, **site.kwargs)),
             "delora_lambda": nn.Parameter(torch.empty(*lead, 1, **site.kwargs)),
@@ -89,8 +87,7 @@ class DeLoRA(LowRank):
         return A, B / _length(B, -2) * strength
 
     def drop_rate(self, p: Adapter) -> float:
-        drop = p.held("delora_dropout")
-        return drop.p if drop.training and type(drop) is not nn.Identity else 0.0
+        return p.drop_rate("delora_dropout")
 
 
 def _length(t: Tensor, axis: int) -> Tensor:

@@ -66,11 +66,9 @@ class GraLoRA(Delta):
                 f"gralora_k={k} must divide the in-features ({inp}) and out-features ({out}) of {site.path!r}. Use "
                 "another one, for this layer alone with module_config, or exclude the layer (`exclude_modules`)."
             )
-        if c.gralora_dropout:
-            site.view.check_dropout(site.path, "gralora_dropout")
         down, up = general(site, lead, out, inp) if c.hybrid_r else (nn.Identity(), nn.Identity())
         return {
-            "gralora_dropout": nn.Dropout(c.gralora_dropout) if c.gralora_dropout else nn.Identity(),
+            "gralora_dropout": site.dropout("gralora_dropout"),
             "gralora_A": nn.Parameter(torch.empty(*lead, k, inp // k, c.r, **site.kwargs)),
             "gralora_B": nn.Parameter(torch.empty(*lead, k, c.r, out // k, **site.kwargs)),
             "gralora_A_general": down,

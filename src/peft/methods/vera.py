@@ -9,6 +9,7 @@ Kopiczko et al. 2023, arXiv 2310.11454, eq. 2.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -54,8 +55,8 @@ class VeraConfig(TargetConfig):
 class VeRA(LowRank):
     """W' = W + diag(b) B diag(d) A."""
 
-    def shared(self, settings: Any, shapes: list[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
-        out, inp, r = max(s[-2] for s in shapes), max(s[-1] for s in shapes), settings.r
+    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+        (out, inp), r = map(max, zip(*(s[-2:] for s in shapes), strict=True)), settings.r
         if "vera_A" in known:
             A, B = known["vera_A"], known["vera_B"]
             if A.shape[0] < r or A.shape[1] < inp or B.shape[0] < out:
@@ -72,10 +73,8 @@ class VeRA(LowRank):
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
         *lead, out, _ = site.view.shape(site.module)
-        if c.vera_dropout:
-            site.view.check_dropout(site.path, "vera_dropout")
         return {
-            "vera_dropout": nn.Dropout(c.vera_dropout) if c.vera_dropout else nn.Identity(),
+            "vera_dropout": site.dropout("vera_dropout"),
             "vera_lambda_b": nn.Parameter(torch.zeros(*lead, out, **site.kwargs)),
             "vera_lambda_d": nn.Parameter(torch.full((*lead, c.r), float(c.d_initial), **site.kwargs)),
             "r": c.r,
@@ -93,8 +92,7 @@ class VeRA(LowRank):
         return d[..., None] * A[: p.r, :inp], b[..., None] * B[: b.shape[-1], : p.r]
 
     def drop_rate(self, p: Adapter) -> float:
-        drop = p.held("vera_dropout")
-        return drop.p if drop.training and type(drop) is not nn.Identity else 0.0
+        return p.drop_rate("vera_dropout")
 
 
 class VeraLayer(BaseTunerLayer):

@@ -10,6 +10,7 @@ peer: the filter of coif4 is the coiflet; there it is not orthogonal.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -60,10 +61,10 @@ class WaveFT(Delta):
 
     by_rows = False
 
-    def shared(self, settings: Any, shapes: list[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
         """Nothing but a note on the configuration: how many coefficients each element of a weight gets."""
-        per_element = settings.n_frequency * len(shapes) / sum(out * inp for *_, out, inp in shapes)
-        settings.__dict__["per_element"] = per_element if settings.proportional_parameters else None
+        sizes = [out * inp for *_, out, inp in shapes] if settings.proportional_parameters else []
+        settings.__dict__["per_element"] = settings.n_frequency * len(sizes) / sum(sizes) if sizes else None
         return {}
 
     def build(self, site: Site) -> dict[str, Any]:

@@ -28,13 +28,11 @@ class AdaLoRA(LowRank):
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
-        if c.lora_dropout:
-            site.view.check_dropout(site.path, "lora_dropout")
         *lead, out, inp = site.view.shape(site.module)
         alpha = c.lora_alpha if c.lora_alpha > 0 else float(c.init_r)
         shapes = {"lora_A": (c.init_r, inp), "lora_B": (out, c.init_r), "lora_E": (c.init_r, 1)}
         return {
-            "lora_dropout": nn.Dropout(c.lora_dropout) if c.lora_dropout else nn.Identity(),
+            "lora_dropout": site.dropout("lora_dropout"),
             **{name: nn.Parameter(torch.empty(*lead, *shape, **site.kwargs)) for name, shape in shapes.items()},
             "r": c.init_r,
             "lora_alpha": c.lora_alpha,
@@ -57,8 +55,7 @@ class AdaLoRA(LowRank):
         return p.scaling / (p.ranknum + 1e-5)
 
     def drop_rate(self, p: Adapter) -> float:
-        drop = p.held("lora_dropout")
-        return drop.p if drop.training and type(drop) is not nn.Identity else 0.0
+        return p.drop_rate("lora_dropout")
 
     def takes(self, p: Adapter, key: str, shape: tuple[int, ...]) -> bool:
         """A file's factors have the ranks that its configuration says were kept."""

@@ -30,11 +30,9 @@ class LoRA(LowRank):
     def build(self, site: Site) -> dict[str, Any]:
         c, m, view = site.settings, site.module, site.view
         bias = bool(c.lora_bias)
-        if c.lora_dropout:
-            view.check_dropout(site.path, "lora_dropout")
         root = math.sqrt(c.r) if c.use_rslora else c.r
         return {
-            "lora_dropout": nn.Dropout(c.lora_dropout) if c.lora_dropout else nn.Identity(),
+            "lora_dropout": site.dropout("lora_dropout"),
             f"lora_{view.infix}A": view.down(m, c.r, **site.kwargs),
             f"lora_{view.infix}B": view.up(m, c.r, bias, **site.kwargs),
             "r": c.r,
