@@ -177,7 +177,6 @@ def test_a_copy_has_a_budget_of_its_own():
         ({"tinit": 9}, "tfinal"),
         ({"orth_reg_weight": -1.0}, "orth_reg_weight"),
         ({"beta1": 1.0}, "beta1"),
-        ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_r": 0}, "init_r"),
     ],

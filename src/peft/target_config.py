@@ -74,7 +74,8 @@ class TargetConfig(PeftConfig):
         """The fields as a dictionary; those that the original library lacks only where they are set."""
         values = super().to_dict()
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        for name in self.added | {"target_parameters"}:
+        added = frozenset({"target_parameters"}).union(*(vars(c).get("added", ()) for c in type(self).__mro__))
+        for name in added:
             if values.get(name) == defaults[name]:
                 values.pop(name, None)
         return values

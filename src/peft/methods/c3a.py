@@ -21,12 +21,12 @@ from ..config import describe
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
 from ..core.stack import Adapter, Stack
-from ..core.tuner import BaseTuner
-from ..target_config import TargetConfig, choice
+from ..target_config import choice
+from .additive import AdditiveConfig, AdditiveModel
 
 
 @dataclass
-class C3AConfig(TargetConfig):
+class C3AConfig(AdditiveConfig):
     """The configuration of C3A."""
 
     kind = "C3A"
@@ -107,7 +107,7 @@ class C3ALayer(BaseTunerLayer):
     _parameter_homes = frozenset({"c3a_kernel"})
 
 
-class C3AModel(BaseTuner):
+class C3AModel(AdditiveModel):
     """C3A adapters on a model."""
 
     prefix = "c3a_"

@@ -20,14 +20,14 @@ from ..core.draw import kaiming
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
 from ..core.stack import Adapter, Stack
-from ..core.tuner import BaseTuner
-from ..target_config import TargetConfig, choice, number, probability, rank
+from ..target_config import choice, number, probability, rank
+from .additive import AdditiveConfig, AdditiveModel
 
 SHORTEST = 1e-4
 
 
 @dataclass
-class DeloraConfig(TargetConfig):
+class DeloraConfig(AdditiveConfig):
     """The configuration of DeLoRA."""
 
     kind = "DELORA"
@@ -104,7 +104,7 @@ class DeloraLayer(BaseTunerLayer):
     _parameter_homes = frozenset({"delora_A", "delora_B", "delora_lambda"})
 
 
-class DeloraModel(BaseTuner):
+class DeloraModel(AdditiveModel):
     """DeLoRA adapters on a model."""
 
     prefix = "delora_"

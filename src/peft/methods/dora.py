@@ -43,6 +43,9 @@ class DoRA(Delta):
 
     def __init__(self, of: Delta):
         self.of = of
+        self.shared, self.takes, self.for_file = of.shared, of.takes, of.for_file  # type: ignore[method-assign]
+        self.refuse_merge, self.rowwise = of.refuse_merge, of.rowwise  # type: ignore[method-assign]
+        self.prepare, self.tie, self.follow_base = of.prepare, of.tie, of.follow_base  # type: ignore[method-assign]
 
     def build(self, site: Site) -> dict[str, Any]:
         out = site.view.shape(site.module)[:-1]
@@ -62,18 +65,6 @@ class DoRA(Delta):
         if m.device.type != "meta":
             m.copy_(self.norm(p).view(m.shape))
 
-    def follow_base(self, p: Adapter, inner: Stack) -> None:
-        self.of.follow_base(p, inner)
-
-    def tie(self, p: Adapter, other: Adapter) -> None:
-        self.of.tie(p, other)
-
-    def refuse_merge(self, p: Adapter) -> None:
-        self.of.refuse_merge(p)
-
-    def prepare(self, p: Adapter) -> None:
-        self.of.prepare(p)
-
     def checkpoint_key(self, key: str) -> str:
         return "lora_magnitude_vector" if key == "lora_magnitude_vector.weight" else self.of.checkpoint_key(key)
 
@@ -91,7 +82,7 @@ class DoRA(Delta):
         A, B = (t.float() for t in self.of.factors(p))
         s = self.of.scaling(p)
         base = p.layer.get_base_layer()
-        special = p.layer.view.norm_product(base, A, B)
+        special = p.layer.view.norm_product(base, A, B) if self.of.whole else None
         if special is not None:
             return torch.linalg.vector_norm(base.weight.float().flatten(1) + s * special, dim=-1)
         cross = torch.cat([w.float() @ A.mT for w in _tiles(W)], -2)
@@ -100,6 +91,8 @@ class DoRA(Delta):
         return square.clamp_min(0).sqrt()
 
     def _rows(self, p: Adapter, W: Tensor) -> list[Tensor]:
+        if not self.of.rowwise(p):
+            return [self.of.weight(p, W)]
         start = itertools.accumulate((w.shape[-2] for w in _tiles(W)), initial=0)
         return [self.of.weight(p, w, slice(s, s + w.shape[-2])) for w, s in zip(_tiles(W), start, strict=False)]
 

@@ -20,12 +20,12 @@ from ..core import draw
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
 from ..core.stack import Adapter, Stack
-from ..core.tuner import BaseTuner
-from ..target_config import TargetConfig, number
+from ..target_config import number
+from .additive import AdditiveConfig, AdditiveModel
 
 
 @dataclass
-class FourierFTConfig(TargetConfig):
+class FourierFTConfig(AdditiveConfig):
     """The configuration of FourierFT."""
 
     kind = "FOURIERFT"
@@ -87,7 +87,7 @@ class FourierFTLayer(BaseTunerLayer):
     _parameter_homes = frozenset({"fourierft_spectrum"})
 
 
-class FourierFTModel(BaseTuner):
+class FourierFTModel(AdditiveModel):
     """FourierFT adapters on a model."""
 
     prefix = "fourierft_"

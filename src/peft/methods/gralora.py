@@ -22,13 +22,13 @@ from ..core.layer import name_layers
 from ..core.method import Delta, Site
 from ..core.scale import ScaledLayer
 from ..core.stack import Adapter, Stack
-from ..core.tuner import BaseTuner
 from ..core.views import linear_module
-from ..target_config import TargetConfig, number, probability
+from ..target_config import number, probability
+from .additive import AdditiveConfig, AdditiveModel
 
 
 @dataclass
-class GraloraConfig(TargetConfig):
+class GraloraConfig(AdditiveConfig):
     """The configuration of GraLoRA."""
 
     kind = "GRALORA"
@@ -145,7 +145,7 @@ class GraloraLayer(ScaledLayer):
         return p.alpha / (p.r + p.hybrid_r)
 
 
-class GraloraModel(BaseTuner):
+class GraloraModel(AdditiveModel):
     """GraLoRA adapters on a model."""
 
     prefix = "gralora_"

@@ -25,14 +25,14 @@ from ..core.method import Site
 from ..core.scale import ScaledLayer
 from ..core.stack import Adapter, Stack
 from ..core.thinned import Thinned
-from ..core.tuner import BaseTuner
-from ..target_config import TargetConfig, number, probability
+from ..target_config import number, probability
+from .additive import AdditiveConfig, AdditiveModel
 
 NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
 
 @dataclass
-class LycorisConfig(TargetConfig):
+class LycorisConfig(AdditiveConfig):
     """What LoHa and LoKr share."""
 
     added = frozenset({"bias"})
@@ -143,7 +143,7 @@ class LoHaLayer(LycorisLayer):
     _parameter_homes = frozenset(NAMES)
 
 
-class LoHaModel(BaseTuner):
+class LoHaModel(AdditiveModel):
     """LoHa adapters on a model."""
 
     prefix = "hada_"

@@ -25,8 +25,8 @@ from ..core.layer import name_layers
 from ..core.method import Site
 from ..core.stack import Adapter, Stack
 from ..core.thinned import Thinned
-from ..core.tuner import BaseTuner
 from ..target_config import choice, rank
+from .additive import AdditiveModel
 from .loha import LycorisConfig, LycorisLayer, core_shape, tucker
 
 NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -134,7 +134,7 @@ class LoKrLayer(LycorisLayer):
     _parameter_homes = frozenset(NAMES)
 
 
-class LoKrModel(BaseTuner):
+class LoKrModel(AdditiveModel):
     """LoKr adapters on a model."""
 
     prefix = "lokr_"

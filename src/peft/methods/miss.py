@@ -22,12 +22,12 @@ from ..core.layer import name_layers
 from ..core.method import Delta, Method, Site
 from ..core.scale import ScaledLayer
 from ..core.stack import Adapter, Stack
-from ..core.tuner import BaseTuner
-from ..target_config import TargetConfig, choice, probability
+from ..target_config import choice, probability
+from .additive import AdditiveConfig, AdditiveModel
 
 
 @dataclass
-class MissConfig(TargetConfig):
+class MissConfig(AdditiveConfig):
     """The configuration of MiSS."""
 
     kind = "MISS"
@@ -144,7 +144,7 @@ class MissLayer(ScaledLayer):
         return 1.0
 
 
-class MissModel(BaseTuner):
+class MissModel(AdditiveModel):
     """MiSS adapters on a model."""
 
     prefix = "miss_"
@@ -153,6 +153,6 @@ class MissModel(BaseTuner):
     bat: ClassVar[Bat] = Bat()
 
     @classmethod
-    def method_of(cls, settings: Any) -> Method:
+    def plain_method_of(cls, settings: Any) -> Method:
         """The form that `init_weights` names."""
         return cls.bat if settings.init_weights == "bat" else cls.method

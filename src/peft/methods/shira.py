@@ -23,13 +23,12 @@ from ..core.layer import name_layers
 from ..core.method import Delta, Site
 from ..core.scale import ScaledLayer
 from ..core.stack import Adapter, Stack
-from ..core.tuner import BaseTuner
 from ..errors import PeftWarning
-from ..target_config import TargetConfig
+from .additive import AdditiveConfig, AdditiveModel
 
 
 @dataclass
-class ShiraConfig(TargetConfig):
+class ShiraConfig(AdditiveConfig):
     """The configuration of SHiRA."""
 
     kind = "SHIRA"
@@ -106,7 +105,7 @@ class ShiraLayer(ScaledLayer):
         return 1.0
 
 
-class ShiraModel(BaseTuner):
+class ShiraModel(AdditiveModel):
     """SHiRA adapters on a model."""
 
     prefix = "shira_"

@@ -21,13 +21,13 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
 from ..core.shared import Shared, drawn
 from ..core.stack import Adapter, Stack
-from ..core.tuner import BaseTuner
 from ..errors import PeftWarning
-from ..target_config import TargetConfig, probability
+from ..target_config import probability
+from .additive import AdditiveConfig, AdditiveModel
 
 
 @dataclass
-class VeraConfig(TargetConfig):
+class VeraConfig(AdditiveConfig):
     """The configuration of VeRA."""
 
     kind = "VERA"
@@ -105,7 +105,7 @@ class VeraLayer(BaseTunerLayer):
     _parameter_homes = frozenset({"vera_lambda_b", "vera_lambda_d"})
 
 
-class VeraModel(BaseTuner):
+class VeraModel(AdditiveModel):
     """VeRA adapters on a model."""
 
     prefix = "vera_lambda_"

@@ -24,13 +24,13 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
 from ..core.shared import Shared
 from ..core.stack import Adapter, Stack
-from ..core.tuner import BaseTuner
-from ..target_config import TargetConfig, choice, number
+from ..target_config import choice, number
+from .additive import AdditiveConfig, AdditiveModel
 from .wavelets import LOW, filters
 
 
 @dataclass
-class WaveFTConfig(TargetConfig):
+class WaveFTConfig(AdditiveConfig):
     """The configuration of WaveFT."""
 
     kind = "WAVEFT"
@@ -142,7 +142,7 @@ class WaveFTLayer(BaseTunerLayer):
     _parameter_homes = frozenset({"waveft_spectrum"})
 
 
-class WaveFTModel(BaseTuner):
+class WaveFTModel(AdditiveModel):
     """WaveFT adapters on a model."""
 
     prefix = "waveft_"

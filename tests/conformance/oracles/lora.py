@@ -14,7 +14,7 @@ from peft.core.layer import BaseTunerLayer
 from peft.methods.lora.method import OutProjection
 
 from ..layouts import Layout
-from .row import Row, by_input
+from .row import Row, directed
 
 SUBTRACTING = ("pissa", "pissa-niter", "olora")  # their first B A is taken out of the base weight
 
@@ -62,17 +62,6 @@ def dora(layer: BaseTunerLayer, name: str, W: Tensor, original: Tensor) -> Tenso
     compact = B.flatten(1).reshape(-1, A.shape[0]) @ A.flatten(1)
     norm_of = original + scaling(layer, name) * compact.reshape(original.shape)
     return directed(layer, name, ungrouped(base, W) + D, norm_of)
-
-
-def directed(layer: BaseTunerLayer, name: str, V: Tensor, of_norm: Tensor) -> Tensor:
-    """m V / |V|, a row per out-feature; |V|, taken of `of_norm`, is a constant of the gradient."""
-    m = layer.lora_magnitude_vector[name].weight.double()
-    if isinstance(layer.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        size = of_norm.detach().flatten(1).norm(dim=1)
-        return V * (m.flatten() / size).view(-1, *[1] * (V.dim() - 1))
-    V, of_norm = (V.mT, of_norm.mT) if by_input(layer) else (V, of_norm)
-    V = V * (m / of_norm.detach().norm(dim=-1)).unsqueeze(-1)
-    return V.mT if by_input(layer) else V
 
 
 def product(layer: BaseTunerLayer, A: Tensor, B: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,6 +77,27 @@ def on_matrix(formula: Callable[[dict[str, Tensor], Tensor, BaseTunerLayer], Ten
     return weight
 
 
+def directed(layer: BaseTunerLayer, name: str, V: Tensor, of_norm: Tensor) -> Tensor:
+    """m V / |V|, a row per out-feature; |V|, taken of `of_norm`, is a constant of the gradient."""
+    m = layer.lora_magnitude_vector[name].weight.double()
+    if isinstance(layer.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        size = of_norm.detach().flatten(1).norm(dim=1)
+        return V * (m.flatten() / size).view(-1, *[1] * (V.dim() - 1))
+    V, of_norm = (V.mT, of_norm.mT) if by_input(layer) else (V, of_norm)
+    V = V * (m / of_norm.detach().norm(dim=-1)).unsqueeze(-1)
+    return V.mT if by_input(layer) else V
+
+
+def under_dora(row: Row) -> Row:
+    """The row of the method under DoRA: its V is the method's own W' of the original weight."""
+
+    def weight(layer: BaseTunerLayer, name: str, W: Tensor, original: Tensor) -> Tensor:
+        V = row.weight(layer, name, original, original)
+        return directed(layer, name, W + V - original, V)
+
+    return replace(row, fields={**row.fields, "use_dora": True}, weight=weight, few=False)
+
+
 def eye(n: int, like: Tensor) -> Tensor:
     """The identity matrix of size n."""
     return torch.eye(n, dtype=like.dtype)
@@ -84,4 +105,5 @@ def eye(n: int, like: Tensor) -> Tensor:
 
 def value(layer: BaseTunerLayer, kind: str, key: str) -> Any:
     """A plain value of the first adapter of a method, by the method's class name."""
-    return next(p.__dict__[key] for p in layer.adapters.values() if type(p.method).__name__ == kind)
+    methods = {n: type(getattr(p.method, "of", p.method)).__name__ for n, p in layer.adapters.items()}
+    return next(layer.adapters[n].__dict__[key] for n, found in methods.items() if found == kind)

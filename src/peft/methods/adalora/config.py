@@ -16,7 +16,7 @@ from ..lora.config import LoraConfig
 class AdaLoraConfig(LoraConfig):
     """AdaLoRA: a low-rank update in the form of a singular value decomposition, whose ranks training shares out.
 
-    Of LoRA's fields `r` and `use_rslora` have no effect; `use_dora`, `lora_bias` and `loftq_config` are refused.
+    Of LoRA's fields `r` and `use_rslora` have no effect; `lora_bias` and `loftq_config` are refused.
     """
 
     target_r: int = field(default=8, metadata=describe("The mean rank at the end."))
@@ -44,7 +44,7 @@ class AdaLoraConfig(LoraConfig):
 
     def _check_unused(self) -> None:
         """Refuse, or tell, what AdaLoRA has no use for."""
-        refused = {"use_dora": "ADALORA does not support DoRA.", "lora_bias": "The update has no bias."}
+        refused = {"lora_bias": "The update has no bias."}
         for name, reason in refused.items():
             if getattr(self, name):
                 raise ValueError(f"{name}=True cannot be used with AdaLoRA. {reason} Leave it out.")

@@ -10,8 +10,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ...core.layer import name_layers
 from ...core.scale import ScaledLayer
-from ...core.tuner import BaseTuner
 from ...errors import PeftWarning, report
+from ..additive import AdditiveModel
 from .budget import RankAllocator
 from .method import FACTORS, AdaLoRA
 
@@ -36,7 +36,7 @@ class AdaLoraLayer(ScaledLayer):
 NAMES = name_layers(AdaLoraLayer, globals(), "SVD")
 
 
-class AdaLoraModel(BaseTuner):
+class AdaLoraModel(AdditiveModel):
     """AdaLoRA adapters on a model.
 
     After every step of an optimiser that trains them, ranks are shared out (`update_and_allocate`). From the first call
