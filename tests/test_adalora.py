@@ -192,8 +192,16 @@ def test_fields_without_effect_are_told(change):
         AdaLoraConfig(**{**FIELDS, **change})
 
 
-def test_beside_another_method_it_is_refused():
-    """Its loss and its budget are of the whole model."""
-    model = get_peft_model(Net(), peft.LoraConfig(target_modules=["one"]))
-    with pytest.raises(ValueError, match="AdaLoraModel takes adapters of its own method only"):
-        model.add_adapter("ada", AdaLoraConfig(**FIELDS))
+@pytest.mark.parametrize("first", ["plain", "default"])
+def test_beside_another_method_it_adds_to_the_loss_and_cuts_ranks(first):
+    configs = {"plain": peft.LoraConfig(r=2, target_modules=["one"]), "default": AdaLoraConfig(**FIELDS)}
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), configs.pop(first), adapter_name=first)
+    for name, config in configs.items():
+        model.add_adapter(name, config)
+    model.base_model.set_adapter(["plain", "default"])
+    x, labels = data()
+    out = model(x, labels)
+    assert out.loss > (out.y - labels).square().mean()
+    fit(model, FIELDS["total_step"])
+    assert sum(ranks(model)) == 2 * FIELDS["target_r"]

@@ -159,10 +159,17 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         if isinstance(value, nn.Module):
             home = self._home(key, _MODULES)
             value.__dict__["training"] = self.training
-            home._modules[name] = value
+            if type(home) is nn.ModuleDict:
+                home._modules[name] = value
+            else:
+                home[name] = value
+        elif isinstance(value, nn.Parameter):
+            home = self._home(key, _PARAMETERS)
+            if type(home) is nn.ModuleDict:  # another method keeps modules under this name: one home holds both
+                home = self._modules[key] = nn.ParameterDict(home._modules)
+            home[name] = value
         elif isinstance(value, Tensor):
-            template = _SAVED if isinstance(value, nn.Buffer) else _BUFFERS
-            self._home(key, _PARAMETERS if isinstance(value, nn.Parameter) else template)[name] = value
+            self._home(key, _SAVED if isinstance(value, nn.Buffer) else _BUFFERS)[name] = value
         else:
             p.__dict__[key] = value
             self.__dict__["_plain"].add(key)

@@ -40,7 +40,8 @@ class BaseTuner(nn.Module):
     prefix: ClassVar[str] = ""
     layer_classes: ClassVar[dict[str, type[BaseTunerLayer]]] = {}  # by the label of a view
     uses_shared_state: ClassVar[bool] = False
-    alone: ClassVar[bool] = False  # it works over the whole model, so that no other method can be mixed in
+    alone: ClassVar[bool] = False  # no other method can be mixed in
+    companion: ClassVar[type | None] = None  # what a method does over the whole model, made with the tuner
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class BaseTuner(nn.Module):
         self.model = model
         known = getattr(model, "peft_config", None)
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        self.__dict__["companions"] = {}
         self.__dict__["peft_config"] = {**known, **configs} if isinstance(known, dict) else configs
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
@@ -108,10 +110,15 @@ class BaseTuner(nn.Module):
         with _no_collection():
             try:
                 Injection(self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, undo).run(state_dict)
+                self._join(self.kind_of(config).companion)
             except BaseException:
                 for step in reversed(undo):
                     step()
                 raise
+
+    def _join(self, companion: Any) -> None:
+        if companion is not None and companion not in self.companions:
+            self.companions[companion] = companion(self)
 
     def match(self, model: nn.Module, config: Any, adapter_name: str, state_dict: Any = None) -> Any:
         """The plan of a configuration on this model."""
@@ -320,7 +327,9 @@ class BaseTuner(nn.Module):
         return self.completed(self.model.forward(*args, **kwargs))
 
     def completed(self, output: Any) -> Any:
-        """The model's output, with what a method adds to it."""
+        """The model's output, with what methods add to it."""
+        for companion in self.companions.values():
+            output = companion.completed(output)
         return output
 
     def __getattr__(self, name: str) -> Any:
@@ -329,7 +338,8 @@ class BaseTuner(nn.Module):
         except AttributeError:
             if name == "model" or "_modules" not in self.__dict__ or "model" not in self._modules:
                 raise
-            return getattr(self.model, name)
+            found = (c for c in self.__dict__.get("companions", {}).values() if hasattr(c, name))
+            return getattr(next(found, self.model), name)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:

@@ -1,21 +1,14 @@
-"""AdaLoRA's layers, and the tuner that adds to the loss and follows the optimiser."""
+"""AdaLoRA's layers and tuner."""
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, ClassVar
-
-from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from typing import ClassVar
 
 from ...core.layer import name_layers
 from ...core.scale import ScaledLayer
-from ...errors import PeftWarning, report
 from ..additive import AdditiveModel
-from .budget import RankAllocator
+from .budgets import Budgets
 from .method import FACTORS, AdaLoRA
-
-_models: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class AdaLoraLayer(ScaledLayer):
@@ -37,139 +30,9 @@ NAMES = name_layers(AdaLoraLayer, globals(), "SVD")
 
 
 class AdaLoraModel(AdditiveModel):
-    """AdaLoRA adapters on a model.
+    """AdaLoRA adapters on a model."""
 
-    After every step of an optimiser that trains them, ranks are shared out (`update_and_allocate`). From the first call
-    of that by the user on, it is left to the user.
-    """
-
-    alone = True  # it shares one budget out over all layers
     prefix = "lora_"
     layer_classes = NAMES
     method: ClassVar[AdaLoRA] = AdaLoRA()
-
-    allocators: dict[str, RankAllocator]
-    by_hand: bool  # the user calls update_and_allocate
-    measured: bool  # the step's gradients have been looked at
-    passes: int  # losses since the last step that was followed
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.__dict__.update(allocators={}, by_hand=False, measured=False, passes=0)
-        _models.add(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        _models.add(self)
-
-    # ---- the budget --------------------------------------------------------------------------------------------
-
-    def allocator(self, name: str) -> RankAllocator:
-        """The budget of an adapter."""
-        found = self.allocators.get(name)
-        if found is None or found.peft_config is not self.peft_config[name]:
-            found = self.allocators[name] = RankAllocator(self.model, self.peft_config[name], name)
-        return found
-
-    @property
-    def rankallocator(self) -> RankAllocator | None:
-        """The budget of the adapter that is trained; of the first one if there are several."""
-        return next((self.allocator(name) for name in self._trained()), None)
-
-    def _trained(self) -> list[str]:
-        """The adapters of this method that are trained."""
-        mine = [n for n, c in self.peft_config.items() if hasattr(c, "orth_reg_weight") and not c.inference_mode]
-        return [n for n in mine if any(p.lora_E.requires_grad for p in self.allocator(n).adapters)]
-
-    def update_and_allocate(self, global_step: int) -> None:
-        """Measure how much each rank matters and cut ranks, as the schedule has it for this step.
-
-        Call it after `loss.backward()` and before `optimizer.zero_grad()`, once a step. Without such calls it happens
-        after each step of the optimiser by itself.
-
-        Arguments:
-            global_step: the number of this step.
-
-        Raises ValueError if a gradient is missing.
-        """
-        self.by_hand = True
-        for name in self._trained():
-            self.allocator(name).update_and_allocate(global_step, measure=not self.measured)
-        self.measured, self.passes = False, 0
-
-    def _after_step(self, optimizer: Any) -> None:
-        """A step of an optimiser: if it trains an adapter here, share out its ranks."""
-        if self.by_hand:
-            return
-        held = {id(q) for group in optimizer.param_groups for q in group["params"]}
-        for name in self._trained():
-            budget = self.allocator(name)
-            if budget.adapters and id(budget.adapters[0].lora_E) in held and budget.ready():
-                budget.steps += 1
-                budget.update_and_allocate(budget.steps)
-                self.measured, self.passes = True, 0
-
-    def resize_modules_by_rank_pattern(self, rank_pattern: dict[str, list[bool]], adapter_name: str) -> None:
-        """Keep only the marked ranks of each layer; the scale stays.
-
-        Arguments:
-            rank_pattern: {path of a layer's lora_E, with or without the adapter's name: a bool for each rank}.
-            adapter_name: whose ranks.
-        """
-        plain = {key.removesuffix(f".{adapter_name}"): flags for key, flags in rank_pattern.items()}
-        for p in self.allocator(adapter_name).adapters:
-            vars(p)["kept"] = plain.get(f"{p.path}.lora_E")
-            for name in FACTORS:
-                held = getattr(p, name)
-                held.data = self.method.for_file(p, name, held.data)
-            vars(p)["kept"] = None
-
-    def resize_state_dict_by_rank_pattern(
-        self, rank_pattern: dict[str, list[bool]], state_dict: dict[str, Tensor], adapter_name: str
-    ) -> dict[str, Tensor]:
-        """The factors of a state dictionary cut to the marked ranks, in place; arguments as above."""
-        for key, flags in rank_pattern.items():
-            layer = key.removesuffix(f".{adapter_name}").removesuffix(".lora_E")
-            for name in (n for n in state_dict if f".{layer}.lora_" in f".{n}"):
-                if len(flags) in state_dict[name].shape:
-                    state_dict[name] = state_dict[name][:, flags] if ".lora_B" in name else state_dict[name][flags]
-        return state_dict
-
-    # ---- the loss ----------------------------------------------------------------------------------------------
-
-    def completed(self, output: Any) -> Any:
-        """The output with the term for orthogonal factors in its loss, if it has one."""
-        loss = getattr(output, "loss", None)
-        if not isinstance(loss, Tensor):
-            return output
-        for name in self._trained():
-            parts = [d for p in self._live(name) for d in self.method.disorder(p)]
-            if parts:
-                loss = loss + self.peft_config[name].orth_reg_weight * sum(d.to(loss.device) for d in parts) / len(
-                    parts
-                )
-                self._count(self.peft_config[name].total_step)
-        output.loss = loss
-        return output
-
-    def _live(self, name: str) -> list[Any]:
-        """The adapter's share of the layers that run it."""
-        return [p for p in self.allocator(name).adapters if name in p.layer._live_names()]
-
-    def _count(self, limit: int) -> None:
-        """Say so if as many losses were computed as training has steps, and no step was seen."""
-        self.passes += self.training
-        if self.passes == limit:
-            text = (
-                f"AdaLoRA has computed {limit} losses without a step that its budget could follow, so no rank was cut. "
-                "Call model.base_model.update_and_allocate(step) after optimizer.step() and before zero_grad()."
-            )
-            report(PeftWarning, text, strict=False, stacklevel=5)
-
-
-def _follow(optimizer: Any, args: Any, kwargs: Any) -> None:
-    for model in list(_models):
-        model._after_step(optimizer)
-
-
-register_optimizer_step_post_hook(_follow)
+    companion = Budgets
