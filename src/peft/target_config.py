@@ -54,6 +54,10 @@ class TargetConfig(PeftConfig):
         default=None, metadata=describe("Parameters to adapt, by full name or its last parts.")
     )
     module_config: dict[str, dict[str, Any]] | None = field(default=None, metadata=MODULE_CONFIG)
+    layer_replication: list[tuple[int, int]] | None = field(
+        default=None,
+        metadata=describe("Ranges of layers [start, end) from which the model's list of layers is rebuilt."),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +78,9 @@ class TargetConfig(PeftConfig):
         """The fields as a dictionary; those that the original library lacks only where they are set."""
         values = super().to_dict()
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        added = frozenset({"target_parameters"}).union(*(vars(c).get("added", ()) for c in type(self).__mro__))
+        added = frozenset({"target_parameters", "layer_replication"}).union(
+            *(vars(c).get("added", ()) for c in type(self).__mro__)
+        )
         for name in added:
             if values.get(name) == defaults[name]:
                 values.pop(name, None)
