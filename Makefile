@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 LOCK := -c requirements/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test bare lint format types bench quickstart check clean
+.PHONY: help install test bare lint format types bench quickstart matrix comparison check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -74,6 +74,9 @@ types: $(VENV)/.dev  ## static types
 
 bench: $(VENV)/.dev  ## benchmarks; compare with PEER: make bench ARGS="--peer OTHER/bin/python"
 	$(BIN)/python -m benchmarks $(ARGS)
+
+matrix: $(VENV)/.dev  ## measure what every method can do, into docs/matrix.md; ARGS="--peer OTHER/bin/python" both anew
+	$(BIN)/python -m matrix $(ARGS)
 
 check: lint types test bare  ## everything that must hold before a commit
 
