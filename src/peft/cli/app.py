@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
-from peft.cli.options import GROUPS, EvalOptions, GenerateOptions, TrainOptions
+from peft.cli.options import GROUPS, CompareOptions, EvalOptions, GenerateOptions, TrainOptions
 from peft.errors import PeftError
 
 
 def build_app() -> Any:
-    """The `typer.Typer` with the commands train, eval and generate."""
+    """The `typer.Typer` with the commands train, eval, generate and compare."""
     import typer
 
     app = typer.Typer(
@@ -29,6 +29,7 @@ def build_app() -> Any:
     _add(app, "train", TrainOptions, _train, "Fine-tune a causal language model; run it again to resume.")
     _add(app, "eval", EvalOptions, _evaluate, "Loss, perplexity and token accuracy of a saved adapter.")
     _add(app, "generate", GenerateOptions, _generate, "Answer a prompt with a saved adapter.")
+    _add(app, "compare", CompareOptions, _compare, "Train many methods on labelled texts, in one table and picture.")
     return app
 
 
@@ -76,6 +77,15 @@ def _generate(options: GenerateOptions) -> int:
 
     check_generate(options)
     from peft.cli.generate import run
+
+    return run(options)
+
+
+def _compare(options: CompareOptions) -> int:
+    from peft.cli.check import check_compare
+
+    check_compare(options)
+    from peft.cli.compare.run import run
 
     return run(options)
 

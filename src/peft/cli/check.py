@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from peft.cli.options import DataOptions, EvalOptions, GenerateOptions, TrainOptions
+from peft.cli.options import CompareOptions, DataOptions, EvalOptions, GenerateOptions, TrainOptions
 from peft.errors import PeftError, nearest
 
 METHODS = ("lora",)
@@ -54,6 +54,25 @@ def check_generate(options: GenerateOptions) -> None:
     _choose("--dtype", options.dtype, DTYPES)
     _check_template(options.template)
     _check_adapter(options.adapter, options.model)
+    require("torch", "transformers")
+
+
+def check_compare(options: CompareOptions) -> None:
+    """Raise UsageError for the first option of `peft compare` that cannot be right."""
+    from peft.cli.compare.recipes import RECIPES
+
+    check_source("--data", options.data)
+    if options.eval_data is not None:
+        check_source("--eval-data", options.eval_data)
+    _check_model(options.model)
+    for name in [m.strip() for m in options.methods.split(",") if options.methods != "all"]:
+        _choose("--methods", name, ("all", "probe", *RECIPES))
+    for flag, value in (("--steps", options.steps), ("--batch", options.batch)):
+        _demand(flag, value, value >= 1, "at least 1")
+    _demand("--max-length", options.max_length, options.max_length >= 2, "at least 2")
+    _demand("--eval-split", options.eval_split, 0 < options.eval_split < 1, "a fraction between 0 and 1")
+    _demand("--lr-scale", options.lr_scale, 0 < options.lr_scale < float("inf"), "above 0")
+    _choose("--dtype", options.dtype, DTYPES)
     require("torch", "transformers")
 
 

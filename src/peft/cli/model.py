@@ -51,16 +51,16 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer saved beside the model."""
     from transformers import AutoTokenizer
 
-    return _load("--model", model, lambda: AutoTokenizer.from_pretrained(model))
+    return load("--model", model, lambda: AutoTokenizer.from_pretrained(model))
 
 
 def meta_model(model: str) -> nn.Module:
     """The architecture of `model` without weights, in a second and without memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = _load("--model", model, lambda: AutoConfig.from_pretrained(model))
+    config = load("--model", model, lambda: AutoConfig.from_pretrained(model))
     with torch.device("meta"):
-        return _load("--model", model, lambda: AutoModelForCausalLM.from_config(config))
+        return load("--model", model, lambda: AutoModelForCausalLM.from_config(config))
 
 
 def load_model(model: str, dtype: str) -> nn.Module:
@@ -69,7 +69,7 @@ def load_model(model: str, dtype: str) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return _load("--model", model, lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype)))
+    return load("--model", model, lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype)))
 
 
 def load_adapter(adapter: Path, model: str | None, dtype: str, base_only: bool) -> tuple[nn.Module, Any]:
@@ -78,13 +78,13 @@ def load_adapter(adapter: Path, model: str | None, dtype: str, base_only: bool) 
 
     name = (
         model
-        or _load("--adapter", str(adapter), lambda: PeftConfig.from_pretrained(str(adapter))).base_model_name_or_path
+        or load("--adapter", str(adapter), lambda: PeftConfig.from_pretrained(str(adapter))).base_model_name_or_path
     )
     if not name:
         raise UsageError(f"--adapter {adapter}: does not name its base model. Give it with --model.")
     tokenizer, base = load_tokenizer(name), load_model(name, dtype)
     if not base_only:
-        base = _load("--adapter", str(adapter), lambda: PeftModel.from_pretrained(base, str(adapter)))
+        base = load("--adapter", str(adapter), lambda: PeftModel.from_pretrained(base, str(adapter)))
     return base.eval(), tokenizer
 
 
@@ -116,7 +116,7 @@ def computes_bf16() -> bool:
     return any(getattr(torch.cpu, ask, bool)() for ask in asks)
 
 
-def _load(flag: str, name: str, load: Callable[[], T]) -> T:
+def load(flag: str, name: str, load: Callable[[], T]) -> T:
     """`load()`, with the errors of a missing or broken folder or hub id as a UsageError."""
     try:
         return load()

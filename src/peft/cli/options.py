@@ -90,3 +90,25 @@ class GenerateOptions:
     seed: int = option("Fixes sampling.", RUN, 0)
     dtype: str = option("Of the base model: auto, fp32 or bf16.", RUN, "auto")
     base_only: bool = option("Answer with the base model, to compare.", RUN, False, "--base-only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Options of `peft compare`."""
+
+    model: str = option("Folder of a transformers encoder, or its hub id.", DATA)
+    data: str = option("Labelled texts: a .jsonl, .csv or .parquet file, or a hub data set.", DATA)
+    output: Path = option("Folder for the results; finished methods are not run again.", RUN)  # noqa: RUF009
+    eval_data: str | None = option("Held-out texts.", DATA, None)
+    eval_split: float = option("Without --eval-data: the share of the texts to hold out.", DATA, 0.2)
+    text_column: str | None = option("Column of the texts. Default: found by name.", DATA, None)
+    label_column: str | None = option("Column of the classes. Default: found by name.", DATA, None)
+    max_length: int = option("Longest text in tokens; the rest is cut off.", DATA, 64)
+    methods: str = option("Names with commas, or all. The frozen probe is always there.", METHOD, "all")
+    lr_scale: float = option("Multiplies the learning rate of every method.", TRAINING, 1.0)
+    steps: int = option("Optimizer steps of each method.", TRAINING, 250)
+    batch: int = option("Texts per step.", TRAINING, 32)
+    seed: int = option("Fixes the order of the texts, the first weights and dropout.", TRAINING, 0)
+    dtype: str = option("Of the base model: auto, fp32 or bf16.", RUN, "fp32")
+    report: Path | None = option("Markdown file for the table. Default: OUTPUT/comparison.md.", RUN, None)  # noqa: RUF009
+    overwrite: bool = option("Forget the results in OUTPUT.", RUN, False, "--overwrite")

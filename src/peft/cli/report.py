@@ -80,7 +80,7 @@ def loss_curve(path: Path, losses: Sequence[float], title: str, held_out: dict[i
 
     Returns False if matplotlib is not installed.
     """
-    if not _has_matplotlib():
+    if not has_matplotlib():
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -120,7 +120,8 @@ def peak_memory() -> float:
 
 
 @cache
-def _has_matplotlib() -> bool:
+def has_matplotlib() -> bool:
+    """Whether pictures can be drawn."""
     from importlib.util import find_spec
 
     return find_spec("matplotlib") is not None

@@ -1,0 +1,1 @@
+"""`peft compare`: many methods on one classification task, each trained alike, in one table and one picture."""
