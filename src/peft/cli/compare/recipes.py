@@ -19,7 +19,7 @@ class Recipe:
         config: class name of the configuration; None trains the model itself.
         lr: the highest learning rate.
         settings: arguments of the configuration.
-        targets: whether the layers are chosen here (all linear ones); otherwise the method's own defaults hold.
+        targets: "all-linear", "norms" for all normalisations, or None for the method's own choice.
         tasks: whether its forward wants the number of a task.
         whole: of the model itself, train everything, not the head alone.
     """
@@ -27,7 +27,7 @@ class Recipe:
     config: str | None
     lr: float
     settings: dict[str, Any] = field(default_factory=dict)
-    targets: bool = True
+    targets: str | None = "all-linear"
     tasks: bool = False
     whole: bool = False
 
@@ -37,7 +37,7 @@ def _lora(lr: float, **more: Any) -> Recipe:
 
 
 def _prompt(config: str, lr: float, **more: Any) -> Recipe:
-    return Recipe(config, lr, {"num_virtual_tokens": 8, **more}, targets=False)
+    return Recipe(config, lr, {"num_virtual_tokens": 8, **more}, targets=None)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -59,28 +59,29 @@ RECIPES: dict[str, Recipe] = {
     "miss": Recipe("MissConfig", 2e-3, {"r": 8}),
     "fourierft": Recipe("FourierFTConfig", 1e-2, {"n_frequency": 1000, "scaling": 100.0}),
     "waveft": Recipe("WaveFTConfig", 5e-3, {"n_frequency": 2592, "scaling": 25.0}),
-    "c3a": Recipe("C3AConfig", 1e-2, {"block_size": 48, "init_weights": "zero"}),
+    "c3a": Recipe("C3AConfig", 1e-2, {"block_size": 32}),
     "shira": Recipe("ShiraConfig", 2e-3, {"r": 8}),
     "oft": Recipe("OFTConfig", 2e-3, {"oft_block_size": 32}),
     "boft": Recipe("BOFTConfig", 2e-3, {"boft_block_size": 8, "boft_n_butterfly_factor": 2}),
     "hra": Recipe("HRAConfig", 2e-3, {"r": 8}),
     "road": Recipe("RoadConfig", 1e-2, {"variant": "road_1"}),
     "poly": Recipe("PolyConfig", 2e-3, {"r": 8, "n_tasks": 1, "n_skills": 2, "n_splits": 1}, tasks=True),
-    "ia3": Recipe("IA3Config", 1e-2, {}, targets=False),
-    "ln_tuning": Recipe("LNTuningConfig", 1e-2, {}, targets=False),
+    "ia3": Recipe("IA3Config", 1e-2, {}, targets=None),
+    "ln_tuning": Recipe("LNTuningConfig", 1e-2, {}, targets="norms"),
     "prompt_tuning": _prompt("PromptTuningConfig", 2e-2),
     "p_tuning": _prompt("PromptEncoderConfig", 2e-3, encoder_hidden_size=128),
     "prefix_tuning": _prompt("PrefixTuningConfig", 2e-2),
 }
 
 
-def config_of(name: str, steps: int, head: Sequence[str]) -> Any:
+def config_of(name: str, steps: int, head: Sequence[str], model: Any) -> Any:
     """The configuration of a recipe for a classifier; None where the model itself is trained.
 
     Arguments:
         name: of the recipe.
         steps: of the training, which a schedule of ranks needs.
         head: names of the modules that are trained as a whole.
+        model: the classifier.
     """
     import peft
 
@@ -89,8 +90,9 @@ def config_of(name: str, steps: int, head: Sequence[str]) -> Any:
         return None
     kind = getattr(peft, recipe.config)
     given: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": list(head), **recipe.settings}
-    if recipe.targets:
-        given["target_modules"] = "all-linear"
+    if recipe.targets is not None:
+        norms = {path.rpartition(".")[2] for path, m in model.named_modules() if "Norm" in type(m).__name__}
+        given["target_modules"] = sorted(norms) if recipe.targets == "norms" else recipe.targets
     if "total_step" in kind.__dataclass_fields__:
         given.update(total_step=steps, tinit=steps // 10, tfinal=steps // 4)
     known = kind.__dataclass_fields__

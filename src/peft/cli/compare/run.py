@@ -146,7 +146,7 @@ def prepared(name: str, options: CompareOptions, task: Task) -> tuple[Any, int]:
 
     model = classifier(options, task)
     head = [n for n in HEADS if any(path.rpartition(".")[2] == n for path, _ in model.named_modules())]
-    config = config_of(name, options.steps, head)
+    config = config_of(name, options.steps, head, model)
     if config is None:
         for path, p in model.named_parameters():
             p.requires_grad_(RECIPES[name].whole or any(part in head for part in path.split(".")))
