@@ -33,9 +33,6 @@ NAMES = frozenset(
         "KappaTuneSelector",
         "LilyConfig",
         "LilyModel",
-        "LycorisLayer",
-        "LycorisTuner",
-        "MixedModel",
         "MontecloraTrainerMixin",
         "MultitaskPromptEmbedding",
         "MultitaskPromptTuningConfig",
@@ -80,25 +77,17 @@ NAMES = frozenset(
         "compose_cartridge_adapters",
         "convert_to_lora",
         "create_arrow_model",
-        "create_lorafa_optimizer",
-        "create_loraplus_optimizer",
-        "create_riemannian_optimizer",
         "factorization",
         "find_kappa_target_modules",
-        "get_eva_state_dict",
         "get_gptqmodel_quant_linear",
         "hotswap_adapter",
         "hotswap_adapter_from_state_dict",
         "initialize_kv_prefix_from_past_key_values",
         "initialize_kv_prefix_from_text",
-        "initialize_lora_eva_weights",
         "map_cache_to_layer_device_map",
         "prepare_model_for_compiled_hotswap",
-        "preprocess_corda",
-        "preprocess_loraga",
         "prompt_embeddings_from_past_key_values",
         "reduce_intruder_dimension",
-        "replace_lora_weights_loftq",
         "save_as_lora",
     ]
 )
@@ -162,9 +151,7 @@ TUNERS = frozenset(
         "ia3",
         "lily",
         "ln_tuning",
-        "lycoris_utils",
         "miss",
-        "mixed",
         "multitask_prompt_tuning",
         "oft",
         "osf",
@@ -194,15 +181,12 @@ LORA = frozenset(
         "awq",
         "bnb",
         "conversion",
-        "corda",
         "dora",
         "eetq",
-        "eva",
         "gptq",
         "hqq",
         "inc",
         "intruders",
-        "loraga",
         "monteclora",
         "te",
         "torchao",
@@ -214,9 +198,6 @@ LORA = frozenset(
 MODULES = frozenset(
     [
         "peft.utils.hotswap",
-        "peft.utils.incremental_pca",
-        "peft.utils.loftq_utils",
-        "peft.utils.merge_utils",
         "peft.utils.quantization_utils",
         "peft.tuners.trainable_tokens.config",
         "peft.tuners.trainable_tokens.model",
@@ -227,7 +208,7 @@ MODULES = frozenset(
 def is_later_module(fullname: str) -> bool:
     """Whether a module of that full name belongs to the interface but not to this release."""
     parts = fullname.split(".")
-    if fullname in MODULES or parts[1] == "optimizers":
+    if fullname in MODULES:
         return True
     if parts[1] != "tuners" or len(parts) < 3:
         return False

@@ -134,6 +134,10 @@ class LycorisLayer(ScaledLayer):
         return p.alpha / p.r
 
 
+class LycorisModel(AdditiveModel):
+    """LoHa or LoKr adapters on a model."""
+
+
 class LoHaLayer(LycorisLayer):
     """A target under LoHa adapters."""
 
@@ -143,7 +147,7 @@ class LoHaLayer(LycorisLayer):
     _parameter_homes = frozenset(NAMES)
 
 
-class LoHaModel(AdditiveModel):
+class LoHaModel(LycorisModel):
     """LoHa adapters on a model."""
 
     prefix = "hada_"

@@ -26,8 +26,7 @@ from ..core.method import Site
 from ..core.stack import Adapter, Stack
 from ..core.thinned import Thinned
 from ..target_config import choice, rank
-from .additive import AdditiveModel
-from .loha import LycorisConfig, LycorisLayer, core_shape, tucker
+from .loha import LycorisConfig, LycorisLayer, LycorisModel, core_shape, tucker
 
 NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
@@ -134,7 +133,7 @@ class LoKrLayer(LycorisLayer):
     _parameter_homes = frozenset(NAMES)
 
 
-class LoKrModel(AdditiveModel):
+class LoKrModel(LycorisModel):
     """LoKr adapters on a model."""
 
     prefix = "lokr_"
