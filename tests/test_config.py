@@ -285,7 +285,9 @@ def test_nested_configurations_check_their_values(name, arguments):
         getattr(lora, name)(**arguments)
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize(
+    "init", [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "mica", "lora_ga"]
+)
 def test_what_this_release_can_do_is_not_refused(init):
     config = LoraConfig(init_lora_weights=init, use_rslora=True, bias="all", target_parameters=["x"])
     assert config.unsupported() == []
@@ -303,11 +305,6 @@ def test_what_this_release_can_do_is_not_refused(init):
         ("kasa_config", {"kasa_config": {}}),
         ("use_qalora", {"use_qalora": True}),
         ("megatron_config", {"megatron_config": {"a": 1}}),
-        ("init_lora_weights", {"init_lora_weights": "eva", "eva_config": {}}),
-        ("init_lora_weights", {"init_lora_weights": "corda", "corda_config": {}}),
-        ("init_lora_weights", {"init_lora_weights": "lora_ga"}),
-        ("init_lora_weights", {"init_lora_weights": "mica"}),
-        ("loftq_config", {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}),
     ],
 )
 def test_what_comes_later_can_be_read_but_is_refused_by_name(field, arguments):

@@ -26,10 +26,10 @@ FLOORS = (
     "kernels",
     "core",
     "methods",
-    "names status card persist",
+    "names status card persist algebra",
     "model",
     "heads create mixed_model auto",
-    "mapping mapping_func functional helpers peft_model utils tuners",
+    "mapping mapping_func functional helpers peft_model utils tuners optimizers",
     "__init__",
     "cli __main__",
 )

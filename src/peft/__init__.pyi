@@ -107,6 +107,16 @@ from .methods.lora.config import (
     MontecloraConfig,
     VeloraConfig,
 )
+from .methods.lora.eva import (
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+)
+from .methods.lora.loftq import (
+    replace_lora_weights_loftq,
+)
+from .methods.lora.loraga import (
+    preprocess_loraga,
+)
 from .methods.lora.model import (
     LoraModel,
 )
@@ -247,15 +257,19 @@ __all__ = [
     "adapter_parameters",
     "cast_mixed_precision_params",
     "get_base_model_state_dict",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
     "plan",
     "prepare_model_for_kbit_training",
+    "preprocess_loraga",
+    "replace_lora_weights_loftq",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "set_strict",

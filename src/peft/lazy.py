@@ -97,24 +97,37 @@ class Later(MetaPathFinder):
 
 
 class Deep(MetaPathFinder, Loader):
-    """Finds `peft.tuners.NAME`, and its `config`, `layer` and `model`, where `peft.methods.NAME` is the one file."""
+    """Finds `peft.tuners.NAME`, and its `config`, `layer` and `model`, where `peft.methods.NAME` is the one file; and
+    `peft.tuners.NAME.PART` where the method is a folder with that file.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The specification of a module that shows the names of the method's file; None for all else."""
-        found = re.fullmatch(r"peft\.tuners\.(\w+)(\.(config|layer|model))?", fullname)
-        if found is None or find_spec(f"peft.methods.{found[1]}") is None:
-            return None
-        return ModuleSpec(fullname, self, is_package=found[2] is None)
+        place = _place(fullname)
+        return None if place is None else ModuleSpec(fullname, self, is_package=fullname.count(".") == 2)
 
     def exec_module(self, module: ModuleType) -> None:
         """Show every name of the method's file."""
-        place = "peft.methods." + module.__name__.split(".")[2]
+        place = _place(module.__name__)
+        assert place is not None
         own = vars(import_module(place))
         module.__doc__ = own["__doc__"]
         shown = " ".join(name for name in own if not name.startswith("_"))
         module.__getattr__, module.__dir__, module.__all__ = names(module.__name__, {place: shown})  # type: ignore
+
+
+def _place(fullname: str) -> str | None:
+    """The file of a method that a path below `peft.tuners` means."""
+    found = re.fullmatch(r"peft\.tuners\.(\w+)(?:\.(\w+))?", fullname)
+    method = f"peft.methods.{found[1]}" if found else ""
+    spec = find_spec(method) if found else None
+    if found is None or spec is None:
+        return None
+    if found[2] and spec.submodule_search_locations is not None and find_spec(f"{method}.{found[2]}"):
+        return f"{method}.{found[2]}"
+    return method if found[2] in (None, "config", "layer", "model") else None
 
 
 def install() -> None:

@@ -8,6 +8,8 @@ _NAMES = {
     "peft.methods.lora.config": """
         ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraRuntimeConfig
         MontecloraConfig VeloraConfig""",
+    "peft.methods.lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
+    "peft.methods.lora.loraga": "preprocess_loraga",
     "peft.methods.prefix_tuning": "PrefixTuningConfig",
 }
 __getattr__, __dir__, __all__ = lazy.names(__name__, registry.exports(), _NAMES)

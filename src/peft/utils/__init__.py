@@ -12,6 +12,7 @@ _NAMES = {
     "peft.core.tokens": "TrainableTokensWrapper",
     "peft.core.wrappers": "AuxiliaryTrainingWrapper ModulesToSaveWrapper",
     "peft.errors": "NoMatchingPeftModuleError PeftError PeftWarning",
+    "peft.methods.lora.loftq": "replace_lora_weights_loftq",
     "peft.registry": "register_peft_method",
     "peft.types": "PeftType TaskType",
     "peft.utils.constants": """

@@ -79,10 +79,6 @@ class AdaLoraConfig(LoraConfig):
                 "share out ranks. Decrease them, or increase total_step."
             )
 
-    def unsupported(self) -> list[str]:
-        """The fields that this release cannot carry out; a kind of init is none of them here."""
-        return [name for name in super().unsupported() if name != "init_lora_weights"]
-
     def budget(self, t: int, first: int, last: int) -> tuple[int, bool]:
         """How many ranks the whole model has at step t, and whether they are cut then.
 

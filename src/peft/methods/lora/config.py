@@ -64,7 +64,6 @@ NOT_YET = {
     "megatron_config": "Leave it out; nn.Linear layers are adapted without it.",
 }
 FLAGS = ("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying", "inference_mode")
-INIT_NOT_YET = ("eva", "corda", "loftq", "lora_ga", "mica")
 
 
 @dataclass
@@ -214,10 +213,6 @@ class LoraConfig(PeftConfig):
     def unsupported(self) -> list[str]:
         """The fields that this release cannot carry out; empty for a configuration that it can."""
         names = [name for name in NOT_YET if getattr(self, name) not in (None, False, {})]
-        if self.init_lora_weights in INIT_NOT_YET:
-            names.append("init_lora_weights")
-        if self.loftq_config:
-            names.append("loftq_config")
         return names
 
     def refuse_unsupported(self) -> None:
@@ -231,9 +226,7 @@ class LoraConfig(PeftConfig):
         names = self.unsupported()
         if not names:
             return
-        init = "Use True, 'gaussian', 'orthogonal', 'pissa' or 'olora'."
-        advice = {**NOT_YET, "init_lora_weights": init, "loftq_config": "Leave it out."}
-        lines = [f"{name}={getattr(self, name)!r}. {advice[name]}" for name in names]
+        lines = [f"{name}={getattr(self, name)!r}. {NOT_YET[name]}" for name in names]
         raise NotImplementedError("This release cannot carry out " + " It cannot carry out ".join(lines))
 
     def _read_options(self) -> None:

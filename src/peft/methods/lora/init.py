@@ -10,6 +10,10 @@ Letters: W (..., O, I) the base weight, r the rank, s the scaling, U S V' a sing
 | "orthogonal" | two halves of one orthogonal basis: B A = 0, neither is | | |
 | "pissa", "pissa_niter_n" | sqrt(S/s) V' | U sqrt(S/s) | Meng et al. 2024, arXiv 2404.02948, eq. 2-4 |
 | "olora" | R of the QR of W | Q of it | Büyükakyüz 2024, arXiv 2406.01775 |
+| "mica" | 0 | the last r columns of U, never trained | |
+| "eva" | as True, until the inputs are known | 0 | `eva.py` |
+| "corda", "lora_ga" | from inputs, from gradients | | `corda.py`, `loraga.py` |
+| "loftq" | from the error of quantisation | | `loftq.py` |
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from . import corda, loraga
+from .calibration import Spot, at
 
 if TYPE_CHECKING:
     from ...core.stack import Adapter, Stack
@@ -36,30 +43,54 @@ def fill(method: Any, p: Adapter, inner: Stack) -> None:
     A, B = _held(p)
     if p.lora_bias:
         p.lora_B.bias.zero_()
-    if kind is True or not kind or str(kind).lower() == "gaussian":
-        _draw(p, A, B, kind, inner.view.infix != "")
+    unmeasured = kind == "lora_ga" and not p.subtracts
+    if kind is True or not kind or str(kind).lower() == "gaussian" or kind == "eva" or unmeasured:
+        _draw(p, A, B, True if unmeasured or kind == "eva" else kind, inner.view.infix != "")
         return
+    refuse_groups(p, inner)
+    if kind == "orthogonal":
+        put(p, inner, *orthogonal(p.r, _in(p, inner), _out(p, inner), A.device))
+    else:
+        put(p, inner, *principal(p, inner))
+
+
+def refuse_groups(p: Adapter, inner: Stack) -> None:
+    """Raise ValueError at a convolution with groups."""
     if getattr(inner.base, "groups", 1) != 1:
         raise ValueError(
-            f"init_lora_weights={kind!r} has no meaning for {p.path!r}, a convolution with groups, whose B cannot mix "
-            "all ranks. Use init_lora_weights=True, or exclude the layer."
+            f"init_lora_weights={p.settings.init_lora_weights!r} has no meaning for {p.path!r}, a convolution with "
+            "groups, whose B cannot mix all ranks. Use init_lora_weights=True, or exclude the layer."
         )
-    dense = orthogonal(p.r, _in(p, inner), _out(p, inner), A.device) if kind == "orthogonal" else principal(p, inner)
-    lead = A.numel() // (p.r * _in(p, inner))
-    A_new, B_new = (t.expand(lead, *t.shape) if lead > 1 and t.dim() == 2 else t for t in dense)
-    A_new, B_new = inner.view.held(inner.base, A_new, B_new)
-    A.copy_(A_new.reshape(A.shape))
-    B.copy_(B_new.reshape(B.shape))
 
 
-def subtracts(kind: Any) -> bool:
-    """Whether the literature takes the first B A out of the base weight."""
-    return isinstance(kind, str) and (kind.startswith("pissa") or kind == "olora")
+def put(p: Adapter, inner: Stack, A: Tensor, B: Tensor) -> None:
+    """Put (..., r, I) and (..., O, r) where the adapter holds its factors; all matrices of a stack get the same."""
+    home_A, home_B = _held(p)
+    lead = home_A.numel() // (p.r * _in(p, inner))
+    if lead > 1 and A.dim() == 2:
+        A, B = A.expand(lead, *A.shape), B.expand(lead, *B.shape)
+    A, B = inner.view.held(inner.base, A, B)
+    home_A.copy_(A.reshape(home_A.shape))
+    home_B.copy_(B.reshape(home_B.shape))
+
+
+def subtracts(site: Any) -> bool:
+    """Whether the literature takes the first B A out of the base weight.
+
+    Warns where LoRA-GA has no gradient to start from.
+    """
+    kind = site.settings.init_lora_weights
+    if kind == "lora_ga":
+        found = Spot(site.path, site.module, site.view, site.settings).get(loraga.NAME)
+        if found is None:
+            loraga.missing(site.path)
+        return found is not None
+    return isinstance(kind, str) and (kind.startswith("pissa") or kind in ("olora", "corda"))
 
 
 def residual(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor] | None:
     """(A0, B0), whose product the literature takes out of the base weight; None for the other initialisations."""
-    if not subtracts(p.settings.init_lora_weights):
+    if not p.subtracts:
         return None
     A, _ = _held(p)
     A0, B0 = principal(p, inner)
@@ -115,15 +146,26 @@ def orthogonal(r: int, inp: int, out: int, device: torch.device) -> tuple[Tensor
 
 
 def principal(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor]:
-    """The factors of PiSSA or OLoRA, (r, I) and (O, r) with leading axes where W has them, in float32."""
+    """The factors that come from a decomposition, (r, I) and (O, r) with leading axes where W has them, in float32."""
     kind = str(p.settings.init_lora_weights)
+    if kind == "corda":
+        return corda.factors(at(p), p.r, p.scaling)
     W = p.original_weight()
     if W.dtype not in _HALF:
         raise TypeError(
             f"init_lora_weights={kind!r} needs a base weight in float32, float16 or bfloat16, but {p.path!r} is stored "
             f"as {W.dtype}. Use init_lora_weights=True for this layer."
         )
-    W = W.detach().float()
+    if kind == "lora_ga":
+        return loraga.factors(at(p), p.r, p.scaling, W)
+    return decomposed(p, W.detach().float(), kind)
+
+
+def decomposed(p: Adapter, W: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The factors of PiSSA, OLoRA or MiCA.
+
+    Raises ValueError for weights that are not finite or have fewer than r directions.
+    """
     if not torch.isfinite(W).all():
         raise ValueError(
             f"init_lora_weights={kind!r} starts from the base weight, but that of {p.path!r} holds NaN or infinity. "
@@ -137,6 +179,9 @@ def principal(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor]:
     if kind == "olora":
         Q, R = torch.linalg.qr(W)
         return R[..., : p.r, :], Q[..., :, : p.r]
+    if kind == "mica":
+        U = torch.linalg.svd(W, full_matrices=False)[0]
+        return W.new_zeros(*W.shape[:-2], p.r, W.shape[-1]), U[..., -p.r :]
     U, S, Vh = _svd(W, p.r, kind)
     root = (S / p.scaling).sqrt()
     return root[..., :, None] * Vh, U * root[..., None, :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from ...core.layer import name_layers
@@ -30,6 +31,15 @@ class LoraLayer(ScaledLayer):
         "lora_magnitude_vector",
     )
     _parameter_homes = frozenset({"lora_embedding_A", "lora_embedding_B"})
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As everywhere, but for tensors that an adapter never trains."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            p = self.adapters.get(name)
+            if p is not None and p.__dict__.get("keeps_B"):
+                B = p.lora_embedding_B if p.has("lora_embedding_B") else p.lora_B.weight
+                B.requires_grad_(False)
 
     def natural_scaling(self, adapter: str) -> float:
         """alpha / r, or alpha / sqrt(r)."""

@@ -41,7 +41,8 @@ class LoRA(LowRank):
             "use_rslora": c.use_rslora,
             "use_dora": c.use_dora,
             "lora_bias": bias,
-            "subtracts": starts.subtracts(c.init_lora_weights),
+            "keeps_B": c.init_lora_weights == "mica",
+            "subtracts": starts.subtracts(site),
         }
 
     def init(self, p: Adapter, inner: Stack) -> None:
@@ -62,7 +63,9 @@ class LoRA(LowRank):
 
     @torch.no_grad()
     def follow_base(self, p: Adapter, inner: Stack) -> None:
-        if p.__dict__["subtracts"] and inner.layer.original_weight_device().type != "meta":
+        measured = p.settings.init_lora_weights in ("corda", "lora_ga")  # of a base that is no longer there
+        stays = not p.subtracts or (measured and p.has("lora_residual_A"))
+        if not stays and inner.layer.original_weight_device().type != "meta":
             self.derive(p, inner)
 
     def own_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
@@ -145,6 +148,8 @@ class OutProjection(LoRA):
     The peer adds this update twice, in its forward and in its merge alike, the second time as a constant of the
     gradient; adapter files are trained for it.
     """
+
+    times = 2.0
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         update = super().delta(p, W, rows)

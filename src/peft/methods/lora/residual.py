@@ -78,6 +78,7 @@ def _joined(key: str, now: Tensor, initial: Mapping[str, Tensor]) -> Tensor:
 def _plain_config(config: Any) -> Any:
     new = copy.copy(config)
     new.init_lora_weights = True
+    new.corda_config = new.lora_ga_config = None
     factor = math.sqrt(2) if config.use_rslora else 2
     new.r, new.lora_alpha = config.r * 2, config.lora_alpha * factor
     new.rank_pattern = {k: v * 2 for k, v in (config.rank_pattern or {}).items()}

@@ -11,5 +11,7 @@ _NAMES = {
     "peft.methods.lora.layer": """
         Conv1d Conv2d Conv3d Embedding Linear LoraLayer MultiheadAttention ParamWrapper""",
     "peft.methods.lora.model": "LoraModel",
+    "peft.methods.lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
+    "peft.methods.lora.loraga": "preprocess_loraga",
 }
 __getattr__, __dir__, __all__ = lazy.names(__name__, _NAMES)
