@@ -179,6 +179,8 @@ def adapted(name: str) -> PeftModel:
         for step in case.get("ops", []):
             if step["op"] == "load":
                 model.load_adapter(folder / step["path"], step["name"], is_trainable=True)
+            elif step["op"] == "add_weighted_adapter":
+                model.add_weighted_adapter(**{k: v for k, v in step.items() if k not in ("op", "seed")})
             else:
                 assert step["op"] in ("base_set_adapter", "set_adapter")
                 (model.base_model if step["op"] == "base_set_adapter" else model).set_adapter(step["name"])
@@ -275,7 +277,11 @@ def test_the_saved_files_are_the_same(name, tmp_path):
         here = load_file(tmp_path / folder / "adapter_model.safetensors")
         assert here.keys() == there.keys()
         for key, value in there.items():
-            assert here[key].dtype is value.dtype and torch.equal(here[key], value), key
+            assert here[key].dtype is value.dtype
+            if folder == "mix":  # computed here
+                close(here[key], value, key)
+            else:
+                assert torch.equal(here[key], value), key
         assert values(tmp_path / folder) == values(GOLDEN / name / folder)
 
 
@@ -300,7 +306,7 @@ FIELDS = {
     "lora-monteclora": "monteclora_config",
     "lora-velora": "velora_config",
 }
-CALLS = {"combo-arrow": "create_arrow_model", "combo-weighted-linear": "add_weighted_adapter"}
+CALLS = {"combo-arrow": "create_arrow_model"}
 
 
 def one_layer() -> Chain:
@@ -327,12 +333,12 @@ def test_a_call_of_a_later_release_is_refused_by_its_name(name):
     model = get_peft_model(one_layer(), config)
     assert len(get_peft_model_state_dict(model)) == 2
     with pytest.raises((ImportError, AttributeError), match=CALLS[name]):
-        getattr(peft if name == "combo-arrow" else model, CALLS[name])
+        getattr(peft, CALLS[name])
 
 
 def test_every_file_of_a_later_release_is_asked_for():
     assert sorted([*FIELDS, *CALLS]) == LATER
-    assert len(CASES) == 143
+    assert len(CASES) == 146
     used = {read(name)[0]["base_file"] for name in CASES}
     assert used == {file.name for file in (GOLDEN / "bases").iterdir()}
     listed = (GOLDEN / "README.md").read_text()

@@ -6,9 +6,9 @@ without building W'. The families below write the shortcut once. The conformance
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class Method:
     additive = False  # W' - W does not depend on the other adapters: any order gives the same weight
     mergeable = True
     by_rows = True  # some out-features of W' can be computed from the same ones of W
+    # tensors in which W' is affine, all else of an adapter being the same, with the values at which W' is W
+    linear: ClassVar[Mapping[str, float]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Method:
         return self
@@ -149,6 +151,10 @@ class Delta(Method):
     def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         return (W + self.delta(p, W, rows)).to(W.dtype)
 
+    def exact_factors(self, p: Adapter) -> tuple[Tensor, Tensor] | None:
+        """(A, B) with B A the update, where it has a low rank that the method's form tells; else None."""
+        return None
+
     def live_delta(self, p: Adapter, W: Tensor) -> Tensor:
         """`delta` as a forward uses it: training may drop parts of it by chance, which merging never does."""
         return self.delta(p, W)
@@ -174,6 +180,7 @@ class Delta(Method):
 class LowRank(Delta):
     """W' = W + scaling * B A, with B (..., O, r) and A (..., r, I)."""
 
+    times = 1.0  # what a merge multiplies the scaled product with
     whole = False  # on a convolution with groups A reads all channels, as LoRA's does, so that B A is no kernel of it
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from ..errors import PeftWarning, nearest
 from ..registry import tuner_class
 from . import unload as unloading
 from .call import Call
+from .combined import Combined
 from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
 from .search import model_type
@@ -25,7 +26,7 @@ from .wrappers import AuxiliaryTrainingWrapper
 BIASES = ("none", "all")
 
 
-class BaseTuner(nn.Module):
+class BaseTuner(Combined, nn.Module):
     """Adapters on a model: its child `model` is the user's own, with tuner layers in place of the targets.
 
     Arguments:

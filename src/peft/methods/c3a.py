@@ -49,6 +49,8 @@ class C3AConfig(AdditiveConfig):
 class C3A(Delta):
     """W' = W + D with circulant blocks."""
 
+    linear: ClassVar[dict[str, float]] = {"c3a_kernel": 0.0}
+
     def build(self, site: Site) -> dict[str, Any]:
         b = site.settings.block_size
         *lead, out, inp = site.view.shape(site.module)

@@ -48,6 +48,7 @@ class FourierFTConfig(AdditiveConfig):
 class FourierFT(Delta):
     """W' = W + s Re(IDFT(S))."""
 
+    linear: ClassVar[dict[str, float]] = {"fourierft_spectrum": 0.0}
     by_rows = False
 
     def build(self, site: Site) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class IA3Config(TargetConfig):
 class IA3(Scaling):
     """W' = diag(l) W, or W diag(l)."""
 
+    linear: ClassVar[dict[str, float]] = {"ia3_l": 1.0}
+
     def build(self, site: Site) -> dict[str, Any]:
         inside = is_feedforward(site.path, site.settings.feedforward_modules)
         *lead, out, _ = site.view.shape(site.module)

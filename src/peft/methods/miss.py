@@ -48,12 +48,9 @@ class MissConfig(AdditiveConfig):
 def build(site: Site, *shape: int) -> dict[str, Any]:
     """The tensors of a target; `shape` is that of a block."""
     c = site.settings
-    if c.miss_dropout and c.init_weights != "bat":
-        site.view.check_dropout(site.path, "miss_dropout")
-    lead = site.view.shape(site.module)[:-2]
     return {
-        "miss_dropout": nn.Dropout(c.miss_dropout) if c.miss_dropout else nn.Identity(),
-        "miss_block": nn.Parameter(torch.empty(*lead, *shape, **site.kwargs)),
+        "miss_dropout": nn.Identity() if c.init_weights == "bat" else site.dropout("miss_dropout"),
+        "miss_block": nn.Parameter(torch.empty(*site.view.shape(site.module)[:-2], *shape, **site.kwargs)),
         "miss_r": c.r,
         "miss_mini_r": c.mini_r,
         "scaling": 1.0,
@@ -93,9 +90,14 @@ class MiSS(Delta):
         return D if times == 1 else D.repeat(*[1] * (D.dim() - 1), times)
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        D = self.shard(p).mT[..., rows, :]
-        inp = p.layer.view.shape(p.layer.get_base_layer())[-1]
+        D, inp = self.shard(p).mT[..., rows, :], p.layer.view.shape(p.layer.get_base_layer())[-1]
         return D[..., torch.arange(inp, device=D.device) % p.miss_r]
+
+    def exact_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """A repeats the identity, B is D'."""
+        B, inp = self.shard(p).mT, p.layer.view.shape(p.layer.get_base_layer())[-1]
+        A = torch.eye(p.miss_r, dtype=B.dtype, device=B.device).repeat(1, -(-inp // p.miss_r))[:, :inp]
+        return A.expand(*B.shape[:-2], -1, -1), B
 
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("miss_dropout")

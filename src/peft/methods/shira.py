@@ -54,6 +54,7 @@ class ShiraConfig(AdditiveConfig):
 class SHiRA(Delta):
     """W' = W + s V."""
 
+    linear: ClassVar[dict[str, float]] = {"shira_weight": 0.0}
     by_rows = False
 
     def build(self, site: Site) -> dict[str, Any]:

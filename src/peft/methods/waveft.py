@@ -59,6 +59,7 @@ class WaveFTConfig(AdditiveConfig):
 class WaveFT(Delta):
     """W' = W + s IDWT2(S)."""
 
+    linear: ClassVar[dict[str, float]] = {"waveft_spectrum": 0.0}
     by_rows = False
 
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
