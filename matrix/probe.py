@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Probe:
             given.setdefault("target_modules", list(self.targets))
         for name, value in given.items():
             if name.endswith("_config") and isinstance(value, str):
-                given[name] = getattr(peft, value)()
+                given[name] = getattr(import_module("peft.tuners.lora.config"), value)()
         return getattr(peft, self.row.config)(**copy.deepcopy(given))
 
     def base(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict]:

@@ -27,6 +27,7 @@ REASONS: list[tuple[str, str, str]] = [
     (INPUT_PROMPTS, "base output at init, mixed batch*", "Virtual tokens in front of the text lengthen the output."),
     ("prefix_tuning, cartridge", "base output at init", "The model attends to the new keys from the start."),
     ("c3a, fourierft, vblora, unilora", "base output at init", "The method's definition starts away from the base."),
+    ("lora:loftq", "base output at init", "It starts at the quantised base and a correction of its error."),
     ("ln_tuning", "two active together", "Copies of one layer cannot both be used."),
     ("ln_tuning", "convert to LoRA, add_weighted_adapter, DoRA*", "Replaces a normalisation; there is no update."),
     ("ln_tuning, trainable_tokens", "per-module pattern", "It has no setting that one module could have."),
