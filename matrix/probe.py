@@ -91,6 +91,8 @@ class Probe:
 
     def second(self, model: Any, name: str = "second", **more: Any) -> str:
         """Add another randomised adapter, and make the first one active again; returns the first one's name."""
+        if self.row.prepare in ("corda", "lora_ga", "eva"):  # the second one has no inputs to start from
+            more.setdefault("init_lora_weights", True)
         model.add_adapter(name, self.config(**more))
         first = next(iter(model.peft_config))
         model.set_adapter(name)
@@ -156,7 +158,7 @@ def _corda(probe: Probe, model: nn.Module, inputs: dict, mixed: bool, more: dict
     from peft.tuners.lora.corda import preprocess_corda
 
     config, x = probe.config(**more), _wide(inputs)
-    preprocess_corda(model, config, run_model=lambda: model(x))
+    preprocess_corda(model, config, run_model=lambda: [model(sample[None]) for sample in x])
     return _finish(probe, model, mixed, config)
 
 
