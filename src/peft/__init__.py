@@ -21,12 +21,14 @@ from .version import __version__ as __version__
 _NAMES = {
     "peft.types": "PeftType TaskType",
     "peft.config": "PeftConfig PromptLearningConfig",
+    "peft.algebra.conversion": "convert_to_lora save_as_lora",
     "peft.methods.lora.config": """
         ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraRuntimeConfig
         MontecloraConfig VeloraConfig""",
     "peft.methods.lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
     "peft.methods.lora.loftq": "replace_lora_weights_loftq",
     "peft.methods.lora.loraga": "preprocess_loraga",
+    "peft.tuners.lora.arrow": "create_arrow_model",
     "peft.methods.prefix_tuning": "PrefixTuningConfig",
     "peft.registry": """
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING

@@ -1,5 +1,9 @@
 """The public names for editors and type checkers; `__init__.py` imports them when they are used."""
 
+from .algebra.conversion import (
+    convert_to_lora,
+    save_as_lora,
+)
 from .auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -163,6 +167,9 @@ from .status import (
     get_layer_status,
     get_model_status,
 )
+from .tuners.lora.arrow import (
+    create_arrow_model,
+)
 from .types import (
     PeftType,
     TaskType,
@@ -256,6 +263,8 @@ __all__ = [
     "WaveFTModel",
     "adapter_parameters",
     "cast_mixed_precision_params",
+    "convert_to_lora",
+    "create_arrow_model",
     "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
@@ -270,6 +279,7 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "preprocess_loraga",
     "replace_lora_weights_loftq",
+    "save_as_lora",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "set_strict",

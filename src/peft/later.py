@@ -75,8 +75,6 @@ NAMES = frozenset(
         "bloom_model_postprocess_past_key_value",
         "check_hotswap_configs_compatible",
         "compose_cartridge_adapters",
-        "convert_to_lora",
-        "create_arrow_model",
         "factorization",
         "find_kappa_target_modules",
         "get_gptqmodel_quant_linear",
@@ -88,7 +86,6 @@ NAMES = frozenset(
         "prepare_model_for_compiled_hotswap",
         "prompt_embeddings_from_past_key_values",
         "reduce_intruder_dimension",
-        "save_as_lora",
     ]
 )
 
@@ -177,22 +174,18 @@ TUNERS = frozenset(
 LORA = frozenset(
     [
         "aqlm",
-        "arrow",
         "awq",
         "bnb",
-        "conversion",
         "dora",
         "eetq",
         "gptq",
         "hqq",
         "inc",
         "intruders",
-        "monteclora",
         "te",
         "torchao",
         "tp_layer",
         "variants",
-        "velora",
     ]
 )
 MODULES = frozenset(

@@ -226,7 +226,7 @@ def save_adapter(
         raise ValueError(f"Adapter {name!r} has no tensors, so there is nothing to save.")
     if initial is not None:
         state, config = _converted(state, config, initial)
-    config = _for_file(model, config)
+    config = for_file(model, config)
     with staged(folder) as stage:
         file = write_weights(state, stage, safe)
         config.save_pretrained(stage)
@@ -240,7 +240,7 @@ def _may_be_empty(config: PeftConfig) -> bool:
     return getattr(config, "target_modules", None) == "dummy-target-modules"
 
 
-def _for_file(model: PeftModel, config: PeftConfig) -> PeftConfig:
+def for_file(model: PeftModel, config: PeftConfig) -> PeftConfig:
     """The configuration as it is written: for inference, with the base model's name or class."""
     config = copy.copy(config)
     base = model.get_base_model()

@@ -9,6 +9,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
+from ..core.targets import match
 from ..core.views import view_of
 from ..methods.lora.config import LoraConfig
 from .update import Update
@@ -109,14 +112,14 @@ def union(targets: list[Any]) -> Any:
     return set().union(*given)
 
 
-def checked_targets(tuner: Any, config: Any, updates: Iterable[Update]) -> Any:
+def checked_targets(model: nn.Module, config: Any, updates: Iterable[Update]) -> Any:
     """The configuration, with the layers listed by name if what it selects is not what the updates stand at."""
     wanted: dict[str, bool] = {target_of(u): _is_parameter(u) for u in updates}
     modules, parameters = ({n for n, flag in wanted.items() if flag is kind} for kind in (False, True))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plan = tuner.match(tuner.model, config, "combination")
+            plan = match(model, config)
         if {*plan.module_names} == modules and {*plan.parameter_names} == parameters:
             return config
     except ValueError:  # no such target: names are listed instead

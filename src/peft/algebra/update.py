@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.layer import BaseTunerLayer, tuner_layers
 from ..core.method import Delta, LowRank
@@ -156,16 +156,16 @@ class Update:
         return new.float() if b is None else new.float() - b.float()
 
 
-def updates(tuner: Any, names: dict[str, float], whole: bool = False) -> dict[str, list[Update]]:
-    """{path of a layer in the tuner's model: the shares of the adapters that stand there}.
+def updates(model: nn.Module, names: dict[str, float], whole: bool = False) -> dict[str, list[Update]]:
+    """{path of a layer in the model: the shares of the adapters that stand there}.
 
     Arguments:
-        tuner: the tuner.
+        model: the model.
         names: the weight of each adapter.
         whole: the layers whose adapters replace a whole module, instead of those that change a weight.
     """
     found: dict[str, list[Update]] = {}
-    for path, layer in tuner_layers(tuner.model):
+    for path, layer in tuner_layers(model):
         if not isinstance(layer, BaseTunerLayer) or layer._whole is not whole:
             continue
         mine = [Update(layer.adapters[n], w) for n, w in names.items() if n in layer.adapters and n not in layer.shares]

@@ -75,8 +75,8 @@ def add_weighted_adapter(
     shares = _checked(tuner, adapters, weights, adapter_name)
     recipe.check()
     configs = [tuner.peft_config[name] for name in adapters]
-    layers = updates(tuner, shares)
-    modules = updates(tuner, shares, whole=True)
+    layers = updates(tuner.model, shares)
+    modules = updates(tuner.model, shares, whole=True)
     if bool(layers) == bool(modules):
         raise ValueError(
             f"The adapters {listing(adapters)} have no weights to combine, or change weights and replace whole modules."
@@ -176,7 +176,7 @@ def _same_method(tuner: Any, configs: list[Any], layers: dict[str, list[Update]]
     config = copy.copy(configs[0])
     config.bias, config.inference_mode = "none", False
     config.target_modules = union([c.target_modules for c in configs])
-    return checked_targets(tuner, config, (u for found in layers.values() for u in found))
+    return checked_targets(tuner.model, config, (u for found in layers.values() for u in found))
 
 
 def _write_linear(tuner: Any, name: str, layers: dict[str, list[Update]], values: dict[str, dict[str, Tensor]]) -> None:
@@ -205,7 +205,7 @@ def _config(
     changes = {"use_dora": dora, "trainable_token_indices": _tokens(tuner, configs), **biases(layers, results)}
     usual = next((results[path].pair.rank for path in parts(layers)), None)
     config = plain_config(configs, report.ranks, usual, **changes)
-    return checked_targets(tuner, config, (u for found in layers.values() for u in found))
+    return checked_targets(tuner.model, config, (u for found in layers.values() for u in found))
 
 
 def _write(p: Any, result: Result) -> None:
@@ -214,7 +214,7 @@ def _write(p: Any, result: Result) -> None:
     infix = p.layer.view.infix
     for key, value in ((f"lora_{infix}A", A), (f"lora_{infix}B", B)):
         held: Any = getattr(p, key)
-        (held.weight if isinstance(held, torch.nn.Module) else held).copy_(value)
+        getattr(held, "weight", held).copy_(value)
     if result.bias is not None:
         p.lora_B.bias.copy_(result.bias / float(p.scaling))
     if result.magnitude is not None:

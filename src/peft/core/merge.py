@@ -215,7 +215,7 @@ class Mergeable(nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter's update can be written as a LoRA."""
         p = self.adapters.get(adapter_name)
-        return p is not None and isinstance(p.method, Delta)
+        return p is not None and p.method.mergeable and self.view.name != ""
 
 
 def adapters_to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:

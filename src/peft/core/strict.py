@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Callable, Iterable
 
 from ..errors import NoMatchingPeftModuleError, UnmatchedTargetWarning, listing, nearest, report
-from . import experts
+from . import experts, views
 from .pattern import Selector, suffixes, table, tables
-from .plan import Plan
+from .plan import Plan, Target
 from .search import Search
+from .tie import innermost
 
 # Task classes add these to modules_to_save whether the model has them or not.
 _TASK_HEADS = frozenset({"classifier", "score", "qa_outputs"})
@@ -200,7 +201,7 @@ def _unmatched(plan: Plan, search: Search) -> dict[str, Missing]:
     if saved := _unsaved(search):
         result["modules_to_save"] = [(entry, search.names, False) for entry in saved]
     patterned = tables(search.config)
-    targets = [t.name for t in plan.targets] if patterned else []
+    targets = [name for t in plan.targets for name in _parts(t)] if patterned else []
     for field, patterns in patterned.items():
         keys, used = table(patterns, field), set()
         for name in targets:
@@ -208,6 +209,14 @@ def _unmatched(plan: Plan, search: Search) -> dict[str, Missing]:
         if unused := [key for key in keys.keys if key not in used]:
             result[field] = [(key, targets, True) for key in unused]
     return result
+
+
+def _parts(target: Target) -> list[str]:
+    """The names by which settings of a target are looked up: its own, and those of the parameters it consists of."""
+    base = innermost(target.module)
+    if target.parameter is not None or not views.supported(base):
+        return [target.name]
+    return [target.name, *(f"{target.name}.{part}" for part in views.view_of(base).parts(base))]
 
 
 def _unsaved(search: Search) -> list[str]:

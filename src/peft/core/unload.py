@@ -87,17 +87,18 @@ def _merge_for_good(model: nn.Module, layers: list[BaseTunerLayer], names: list[
         work.append((layer, own))
     groups = shared(model)
     untie(layers, names, groups)
-    for layer, own in _progress(work, progressbar):
+    for layer, own in progress(work, progressbar):
         layer._merge(own, keep=False)
     _retie(model, list(groups.values()), {id(layer.get_base_layer()): _update(layer, own) for layer, own in work})
 
 
-def _progress(items: list[Any], show: bool) -> Iterator[Any]:
+def progress(items: list[Any], show: bool, label: str = "Merging") -> Iterator[Any]:
+    """The items, with a bar if `show` and tqdm is there."""
     try:
         from tqdm import tqdm
     except ImportError:
         show = False
-    yield from tqdm(items, desc="Merging") if show else items
+    yield from tqdm(items, desc=label) if show else items
 
 
 def _update(layer: BaseTunerLayer, names: Sequence[str]) -> frozenset[Any]:
