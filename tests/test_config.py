@@ -297,12 +297,6 @@ def test_what_this_release_can_do_is_not_refused(init):
 @pytest.mark.parametrize(
     ("field", "arguments"),
     [
-        ("alora_invocation_tokens", {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}),
-        ("arrow_config", {"arrow_config": {}}),
-        ("use_bdlora", {"use_bdlora": {}}),
-        ("velora_config", {"velora_config": {}}),
-        ("monteclora_config", {"monteclora_config": {}}),
-        ("kasa_config", {"kasa_config": {}}),
         ("use_qalora", {"use_qalora": True}),
         ("megatron_config", {"megatron_config": {"a": 1}}),
     ],

@@ -18,22 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peft
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-)
+from peft import PeftModel
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(folder.parent.name for folder in GOLDEN.glob("*/case.json"))
-LATER = sorted(folder.parent.name for folder in GOLDEN.glob("later/*/adapter_config.json"))
 
-# Where the other library writes into the base weight (olora, pissa), or changes the output by merging one of two
+# Where the other library writes into the base weight (kasa, olora, pissa), or changes the output by merging one of two
 # modules that share a weight, this library does what it promises instead, and the file's value is not asked for.
-DISABLED_IS_THE_BASE = {"lora-olora", "lora-pissa"}
+DISABLED_IS_THE_BASE = {"lora-kasa", "lora-olora", "lora-pissa"}
 MERGED_IS_THE_OUTPUT = {"lora-llama-layer-replication", "lora-llama-tied-target-embed-tying"}
 # Biases of the base are trained, or layers repeated: disabled is another model.
 TRAINED_BASE = {
@@ -225,7 +217,7 @@ def test_the_output_is_the_same(name):
         close(disabled, io["base_output" if name in DISABLED_IS_THE_BASE else "disabled_output"])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n for n in CASES if any(key.startswith("grad.") for key in read(n)[1])])
 def test_the_gradients_are_the_same(name):
     case, io = read(name)
     model = adapted(name)
@@ -256,6 +248,10 @@ def test_the_merged_output_is_the_same(name):
 
 @pytest.mark.parametrize("name", [n for n in CASES if not read(n)[0]["merge"]])
 def test_what_is_not_merged_there_says_why_or_keeps_the_output_here(name):
+    if name == "lora-alora":
+        with pytest.raises(NotImplementedError, match="some tokens only"):
+            adapted(name).merge_and_unload()
+        return
     if "grouped" not in name:
         merged = adapted(name).merge_and_unload()
         alone = adapted(name)
@@ -296,50 +292,7 @@ def values(folder: Path) -> dict[str, Any]:
     }
 
 
-# ---- what comes later ----------------------------------------------------------------------------------------------
-
-FIELDS = {
-    "lora-alora": "alora_invocation_tokens",
-    "lora-bdlora-a": "use_bdlora",
-    "lora-bdlora-b": "use_bdlora",
-    "lora-kasa": "kasa_config",
-    "lora-monteclora": "monteclora_config",
-    "lora-velora": "velora_config",
-}
-CALLS = {"combo-arrow": "create_arrow_model"}
-
-
-def one_layer() -> Chain:
-    return Chain([["layers.0.fc", "Linear", {"in": 16, "out": 24}]])
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_a_variant_of_a_later_release_is_refused_by_its_field(name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", peft.PeftWarning)  # settings of an init
-        config = PeftConfig.from_pretrained(GOLDEN / "later" / name)
-    assert type(config) is LoraConfig
-    base = one_layer()
-    with pytest.raises(NotImplementedError, match=FIELDS[name]):
-        inject_adapter_in_model(config, base)
-    assert type(base.get_submodule("layers.0.fc")) is nn.Linear
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_a_call_of_a_later_release_is_refused_by_its_name(name):
-    """The adapters themselves are plain LoRA and load."""
-    config = PeftConfig.from_pretrained(GOLDEN / "later" / name)
-    config.target_modules, config.task_type = {"fc"}, None
-    model = get_peft_model(one_layer(), config)
-    assert len(get_peft_model_state_dict(model)) == 2
-    with pytest.raises((ImportError, AttributeError), match=CALLS[name]):
-        getattr(peft, CALLS[name])
-
-
-def test_every_file_of_a_later_release_is_asked_for():
-    assert sorted([*FIELDS, *CALLS]) == LATER
-    assert len(CASES) == 146
+def test_every_base_is_used():
+    assert len(CASES) == 152
     used = {read(name)[0]["base_file"] for name in CASES}
     assert used == {file.name for file in (GOLDEN / "bases").iterdir()}
-    listed = (GOLDEN / "README.md").read_text()
-    assert all(f"`{name}`" in listed for name in LATER)

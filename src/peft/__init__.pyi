@@ -184,11 +184,6 @@ from .utils.other import (
 )
 
 __all__ = [
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "AdaLoraConfig",
     "AdaLoraModel",
     "ArrowConfig",
@@ -227,6 +222,7 @@ __all__ = [
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "MissConfig",
     "MissModel",
     "MissingTensorsWarning",
@@ -234,6 +230,9 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "OFTConfig",
     "OFTModel",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "PeftConfig",
     "PeftError",
     "PeftMixedModel",
@@ -252,6 +251,7 @@ __all__ = [
     "RoadModel",
     "ShiraConfig",
     "ShiraModel",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "TaskType",
     "UnexpectedTensorsWarning",
     "UnknownFieldWarning",

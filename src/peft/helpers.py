@@ -19,6 +19,7 @@ from .core.layer import BaseTunerLayer
 _NAMES = {
     "peft.methods.lora.layer": "LoraLayer",
     "peft.methods.lora.model": "LoraModel",
+    "peft.methods.lora.monteclora": "MontecloraTrainerMixin",
     "peft.model": "PeftModel",
 }
 __getattr__, __dir__, _ = lazy.names(__name__, _NAMES)

@@ -33,7 +33,6 @@ NAMES = frozenset(
         "KappaTuneSelector",
         "LilyConfig",
         "LilyModel",
-        "MontecloraTrainerMixin",
         "MultitaskPromptEmbedding",
         "MultitaskPromptTuningConfig",
         "MultitaskPromptTuningInit",

@@ -194,6 +194,10 @@ class PeftModel(Persistent, nn.Module):
         """Call the base model without the arguments that are ours; the call's record is restored in any
         case.
         """
+        offsets = kwargs.pop("alora_offsets", None)
+        if offsets is not None:
+            with self.base_model.call.given(offsets):
+                return self._run(function, args, kwargs, beams)
         names = kwargs.get("adapter_names")
         kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
         if names is None:

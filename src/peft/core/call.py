@@ -20,6 +20,9 @@ class Call:
         beams: how often each sample may be repeated (beam search).
         length: tokens per sample, where known; rows of flattened tokens are then told apart.
         only: while a module runs on the rows of one adapter, that adapter's name.
+        offsets: adapter -> on how many of each row's last positions it acts; None where nobody has looked.
+        given_offsets: what the caller says of that, one number or None per sample.
+        watched: whether somebody finds offsets before each forward.
     """
 
     def __init__(self) -> None:
@@ -27,6 +30,9 @@ class Call:
         self.beams = 1
         self.length: int | None = None
         self.only: str | None = None
+        self.offsets: dict[str, list[int | None]] | None = None
+        self.given_offsets: list[int | None] | None = None
+        self.watched = False
         self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
 
     @contextmanager
@@ -40,6 +46,15 @@ class Call:
         finally:
             self.names, self.beams, self.length = before
             self._groups = {}
+
+    @contextmanager
+    def given(self, offsets: Sequence[int | None]) -> Iterator[None]:
+        """While open, these are the offsets of the samples."""
+        before, self.given_offsets = self.given_offsets, list(offsets)
+        try:
+            yield
+        finally:
+            self.given_offsets = before
 
     def groups(self, rows: int, device: torch.device, where: str, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Row indices of each adapter, (rows of that adapter,) int64, for an input of `rows` rows.

@@ -224,3 +224,28 @@ class _AddScaled(torch.autograd.Function):
         grad_y = inner.to(grad.dtype).view(grad.shape) if needs[0] else None
         grad_b = (g.to(A.dtype).sum(0) - inner.sum(0)).to(grad.dtype) if needs[8] else None
         return grad_y, grad_x, *grads, None, None, grad_m, None, grad_b
+
+
+def compressed(x: Tensor, A: Tensor, v: Tensor, scale: float) -> Tensor:
+    """A x for x (N, d), which keeps for A's gradient the groups of x along v (m) only: N d / m numbers."""
+    return _Compressed.apply(x, A, v, scale)
+
+
+class _Compressed(torch.autograd.Function):
+    """A x; saves c = x_group . v, and takes scale c v for x in A's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        grouped = F.pad(x, (0, -x.shape[1] % len(v))).view(len(x), -1, len(v))
+        ctx.save_for_backward(grouped @ v, A, v)
+        return F.linear(x, A)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        c, A, v = ctx.saved_tensors
+        grad_x = grad @ A if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None
+        grad_A = ((grad.mT @ c)[..., None] * (v * ctx.scale)).flatten(1)[:, : A.shape[1]]
+        return grad_x, grad_A, None, None

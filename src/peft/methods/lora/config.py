@@ -54,15 +54,15 @@ OPTIONS = {
 
 # Fields that this release reads and writes but does not carry out, and what to use instead.
 NOT_YET = {
-    "alora_invocation_tokens": "Leave it out for plain LoRA.",
-    "arrow_config": "Leave it out, and choose adapters with set_adapter or adapter_names.",
-    "use_bdlora": "Leave it out for plain LoRA.",
-    "velora_config": "Leave it out; gradient checkpointing saves memory too.",
-    "monteclora_config": "Leave it out for plain LoRA.",
-    "kasa_config": "Leave it out; init_lora_weights='pissa' also starts from the base weight.",
     "use_qalora": "Leave it out for plain LoRA.",
     "megatron_config": "Leave it out; nn.Linear layers are adapted without it.",
 }
+VARIANTS = (
+    *("alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config", "monteclora_config", "velora_config"),
+    "use_dora",
+)
+TOGETHER = ({"use_dora", "use_bdlora"}, {"use_dora", "kasa_config"})
+PLAIN_INIT = (True, False, None, "gaussian", "orthogonal")
 FLAGS = ("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying", "inference_mode")
 
 
@@ -294,6 +294,7 @@ class LoraConfig(PeftConfig):
                 raise ValueError("lora_bias=True is not supported for DoRA, please pass use_dora=False.")
             if self.megatron_config:
                 raise ValueError("lora_bias=True is not supported with megatron_config; leave one of them out.")
+        self._check_variants()
         self._check_init_options()
         if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
             _warn("aLoRA is currently only supported for CAUSAL_LM task.")
@@ -303,6 +304,19 @@ class LoraConfig(PeftConfig):
                 f"use_rslora with rank_pattern or alpha_pattern and init_lora_weights={init!r}: the saved adapter "
                 "cannot be converted to one for the original base model."
             )
+
+    def _check_variants(self) -> None:
+        """One variant of LoRA at a time, on a plain start; DoRA goes with some."""
+        chosen = [name for name in VARIANTS if getattr(self, name)]
+        if len(chosen) > 1 and set(chosen) not in TOGETHER:
+            raise ValueError(f"{' and '.join(chosen)} are variants of LoRA that do not go together. Choose one.")
+        init = self.init_lora_weights
+        if [name for name in chosen if name != "use_dora"] and init not in PLAIN_INIT:
+            raise ValueError(f"{chosen[0]} starts by itself and does not go with init_lora_weights={init!r}. Use True.")
+        lists = self.use_bdlora
+        both = set(lists.target_modules_bd_a or ()) & set(lists.target_modules_bd_b or ()) if lists else ()
+        if both:
+            raise ValueError(f"BdLoraConfig has {sorted(both)} in both of its lists. Only one factor can be blocked.")
 
     def _check_init_options(self) -> None:
         """An init and its settings belong together."""

@@ -41,6 +41,22 @@ class LoraLayer(ScaledLayer):
                 B = p.lora_embedding_B if p.has("lora_embedding_B") else p.lora_B.weight
                 B.requires_grad_(False)
 
+    def check_active(self, names: Sequence[str]) -> None:
+        """Raise ValueError for several adapters that each take the same part out of the weight."""
+        taking = [n for n in names if n in self.adapters and self.adapters[n].__dict__.get("takes_out")]
+        if len(taking) > 1:
+            raise ValueError(
+                f"Only one adapter of KaSA can be active, but {taking} are: each takes the least directions out of the "
+                "weight, so together they would take them out twice. Activate one of them."
+            )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if not isinstance(adapter_names, str):
+            self.check_active(
+                [*self.merged_adapters, *(self.active_adapters if adapter_names is None else adapter_names)]
+            )
+        super().merge(safe_merge, adapter_names)
+
     def natural_scaling(self, adapter: str) -> float:
         """alpha / r, or alpha / sqrt(r)."""
         p = self.adapters[adapter]

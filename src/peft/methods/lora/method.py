@@ -20,6 +20,7 @@ from ...core.method import LowRank, Method, Site
 from ...core.stack import Adapter, Stack
 from ...kernels import lowrank
 from . import init as starts
+from . import room
 
 
 class LoRA(LowRank):
@@ -94,6 +95,18 @@ class LoRA(LowRank):
     def scaling(self, p: Adapter) -> Any:
         return p.scaling
 
+    def fitted(self, p: Adapter, key: str, value: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        return room.padded(p, key, value, shape)
+
+    def roomy(self, p: Adapter, rank: int) -> dict[str, Tensor]:
+        return room.widened(p, rank)
+
+    def for_file(self, p: Adapter, key: str, value: Tensor) -> Tensor:
+        return room.cut(p, key, value)
+
+    def takes(self, p: Adapter, key: str, shape: tuple[int, ...]) -> bool:
+        return room.fits(p, key, shape)
+
     def up_bias(self, p: Adapter) -> Tensor | None:
         return p.held("lora_B").bias if p.__dict__["lora_bias"] else None
 
@@ -140,6 +153,15 @@ class LoRA(LowRank):
             A0, B0 = self.first_factors(p)
             update = update - F.linear(F.linear(x, A0.to(x.dtype)), B0.to(x.dtype))
         return (y + update * p.scaling).to(y.dtype)
+
+
+class InTraining(LoRA):
+    """A LoRA whose training takes another way, stated by `onto`."""
+
+    def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
+        if p.layer.training:
+            return self.onto(p, inner, inner(x), x)
+        return super().forward(p, inner, x)
 
 
 class OutProjection(LoRA):

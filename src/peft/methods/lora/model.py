@@ -9,12 +9,27 @@ from ...core.method import Method
 from ...core.tuner import BaseTuner
 from ..additive import under_dora
 from . import corda, loraga
+from .alora import ALoRA, Offsets
+from .arrow import Arrow
+from .bdlora import BDLoRA
 from .calibration import at
+from .kasa import KaSA
 from .layer import NAMES
 from .loftq import LoftQ
 from .method import LoRA, OutProjection
+from .monteclora import MonteCLoRA
+from .velora import VeLoRA
+from .whole import Whole
 
 _PLAIN, _LOFTQ, _OUT = LoRA(), LoftQ(), OutProjection()
+_VARIANTS = {
+    "alora_invocation_tokens": ALoRA(),
+    "arrow_config": Arrow(),
+    "use_bdlora": BDLoRA(),
+    "kasa_config": KaSA(),
+    "monteclora_config": MonteCLoRA(),
+    "velora_config": VeLoRA(),
+}
 
 
 class LoraModel(BaseTuner):
@@ -25,10 +40,12 @@ class LoraModel(BaseTuner):
 
     prefix = "lora_"
     layer_classes = NAMES
+    companion = Whole
 
     @classmethod
     def method_of(cls, settings: Any) -> Method:
-        method = _LOFTQ if settings.init_lora_weights == "loftq" else _PLAIN
+        chosen = next((m for field, m in _VARIANTS.items() if getattr(settings, field, None)), None)
+        method = chosen or (_LOFTQ if settings.init_lora_weights == "loftq" else _PLAIN)
         return under_dora(method) if settings.use_dora else method
 
     @classmethod
@@ -39,6 +56,30 @@ class LoraModel(BaseTuner):
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._forget(adapter_name)
+        if getattr(self.peft_config[adapter_name], "alora_invocation_tokens", None) and not self._offsets:
+            look = Offsets(self)
+            for module in (self, self.model):  # a task's class calls the tuner, generation the model; never both
+                self._offsets.append(module.register_forward_pre_hook(look, with_kwargs=True))
+                self._offsets.append(module.register_forward_hook(look.after))
+
+    def unload(self) -> Any:
+        self._look_away()
+        return super().unload()
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        model = super().merge_and_unload(*args, **kwargs)
+        self._look_away()
+        return model
+
+    @property
+    def _offsets(self) -> list[Any]:
+        """The hooks on the model, if an adapter looks for tokens in its input."""
+        return self.__dict__.setdefault("_hooks_on_model", [])
+
+    def _look_away(self) -> None:
+        while self._offsets:
+            self._offsets.pop().remove()
+        self.call.watched = False
 
     def _forget(self, name: str) -> None:
         """Delete what was measured for the adapter's first values, once all of them are made."""

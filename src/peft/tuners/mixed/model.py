@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ..core.tuner import BaseTuner as MixedModel
+from ...core.tuner import BaseTuner as MixedModel
 
 __all__ = ["MixedModel"]

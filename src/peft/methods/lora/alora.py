@@ -1,0 +1,186 @@
+"""Activated LoRA: the adapter acts from the last occurrence of its invocation tokens on.
+
+    y_t = W x_t                   before the invocation
+    y_t = W x_t + s B A x_t       from its first token on
+
+so that what the base model has computed for the text before, its keys and values among them, stays valid. Where the
+update starts in each row is found in the model's `input_ids` before every forward (`Offsets`), whoever calls it; in
+generation the cached part keeps what was found for it. Source: Greenewald et al. 2025, arXiv 2504.12397.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.method import Site
+from ...core.stack import Adapter, Stack
+from ...errors import PeftWarning
+from .method import LoRA
+
+Offset = int | None  # how many positions, from the end of a row, the adapter acts on
+
+
+def last_offset(row: Sequence[int], tokens: Sequence[int]) -> Offset:
+    """How many tokens of a row there are from the last occurrence of `tokens` on; None if they do not occur."""
+    n = len(tokens)
+    for start in range(len(row) - n, -1, -1):
+        if list(row[start : start + n]) == list(tokens):
+            return len(row) - start
+    return None
+
+
+class Offsets:
+    """Stands before a model's forward: finds where each row's adapter starts, and keeps it in the call's record.
+
+    Arguments:
+        tuner: whose configurations and call are looked at.
+    """
+
+    def __init__(self, tuner: Any):
+        self.tuner: Any = tuner
+        self.found: dict[str, list[Offset]] = {}
+        self.last_given: Any = None
+        self.length = 0  # of the rows that given offsets are counted from the end of
+        self.waiting = False  # for the backward pass of a forward that will be computed again
+        tuner.call.watched = True
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        configs = self.tuner.peft_config.items()
+        tokens = {n: list(t) for n, c in configs if (t := getattr(c, "alora_invocation_tokens", None))}
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        call = self.tuner.call
+        if self.waiting:
+            raise ValueError(
+                "An aLoRA adapter under gradient checkpointing: a second forward pass came before the backward pass of "
+                "the first, which would be computed again with the wrong offsets. Call backward() first, or run the "
+                "second under torch.no_grad()."
+            )
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
+            ids = None
+        if call.given_offsets is not None:
+            call.offsets = self._given(tokens, call.given_offsets, ids, _cached(kwargs.get("past_key_values")))
+        elif ids is None:
+            call.offsets = None
+            if any(n in tokens for n in self.tuner.active_adapters):
+                text = "aLoRA needs `input_ids` to find its invocation tokens; without them the adapter does nothing."
+                warnings.warn(text, PeftWarning, stacklevel=2)
+        else:
+            before = self.found if _cached(kwargs.get("past_key_values")) else {}
+            call.offsets = self.found = {n: _of_rows(ids, t, before.get(n)) for n, t in tokens.items()}
+        again = model.training and torch.is_grad_enabled() and _checkpoints(model)
+        self.waiting = bool(again and tokens)
+
+    def _given(
+        self, names: Iterable[str], offsets: list[Offset], ids: Tensor | None, cached: int
+    ) -> dict[str, list[Offset]]:
+        """What the caller says, for rows that may have grown and been repeated since."""
+        repeat = 1 if ids is None else max(1, len(ids) // max(1, len(offsets)))
+        if not cached:
+            length = 0 if ids is None else ids.shape[1]
+            self.length = length if offsets is not self.last_given else self.length
+            self.last_given, grown = offsets, length - self.length
+        else:
+            grown = cached + (0 if ids is None else ids.shape[1]) - self.length
+        rows = [None if o is None else o + max(0, grown) for o in offsets for _ in range(repeat)]
+        return {name: rows for name in names}
+
+    def after(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Hear of the backward pass of what the forward gave."""
+        if self.waiting:
+            values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else [output]
+            first = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
+            for value in first:
+                value.register_hook(self._done)
+            self.waiting = bool(first)
+
+    def _done(self, grad: Tensor) -> None:
+        self.waiting = False
+
+
+def _checkpoints(model: Any) -> bool:
+    """Whether the model's layers are computed again in the backward pass."""
+    found = getattr(model, "is_activation_checkpointing", None)  # its name from transformers 5 on
+    return bool(getattr(model, "is_gradient_checkpointing", False) if found is None else found)
+
+
+def _cached(past: Any) -> int:
+    return int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
+
+
+def _of_rows(ids: Tensor, tokens: list[int], before: list[Offset] | None) -> list[Offset]:
+    """The offset of each row; a row that goes on after what is cached keeps acting."""
+    rows, length = ids.tolist(), ids.shape[1]
+    kept: list[Offset] = before if before is not None and len(before) == len(rows) else [None] * len(rows)
+    return [
+        found if (found := last_offset(row, tokens)) is not None else (None if old is None else old + length)
+        for row, old in zip(rows, kept, strict=True)
+    ]
+
+
+class ALoRA(LoRA):
+    """W' = W + s B A on the last positions of each row; there is no one W', so nothing can be merged."""
+
+    additive = False
+    mergeable = False
+
+    def build(self, site: Site) -> dict[str, Any]:
+        if not site.view.dense:
+            raise ValueError(
+                f"alora_invocation_tokens adapts linear layers, whose input has a position for each token, but "
+                f"{site.path!r} is a {site.view.label}. Leave it out (`exclude_modules`)."
+            )
+        return super().build(site)
+
+    def refuse_merge(self, p: Adapter) -> None:
+        raise NotImplementedError(
+            f"The adapter {p.name!r} is an aLoRA: it acts on some tokens only, so it cannot be merged. Keep it apart."
+        )
+
+    def prepare(self, p: Adapter) -> None:
+        p.hot = None
+
+    def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
+        acting = self.acting(p, x)
+        if acting is None:
+            return y
+        A, B = self.factors(p)
+        h = F.linear(F.dropout(x.to(A.dtype), self.drop_rate(p)), A)
+        update = F.linear(torch.where(acting, h, 0.0), B)
+        extra = self.up_bias(p)
+        update = update if extra is None else update + extra * acting
+        return (y + update * p.scaling).to(y.dtype)
+
+    def acting(self, p: Adapter, x: Tensor) -> Tensor | None:
+        """Which positions of x (rows, tokens, features) the adapter acts on, (rows, tokens, 1); None for none."""
+        call = p.layer.call
+        if not call.watched:
+            raise RuntimeError(
+                f"The aLoRA adapter {p.name!r} was added to a model whose first adapter is no LoRA, so its invocation "
+                "tokens are not looked for. Make a LoRA adapter the first one."
+            )
+        offsets = None if call.offsets is None else call.offsets.get(p.name)
+        if offsets is None:
+            return None
+        if call.names is not None:
+            repeat = len(offsets) // len(call.names)
+            offsets = [o for i, o in enumerate(offsets) if call.names[i // repeat] == p.name]
+        rows, length = len(x), (x.shape[1] if x.dim() > 2 else 1)
+        if len(offsets) != rows:
+            raise ValueError(
+                f"aLoRA: the layer {p.path!r} got {rows} rows, but there are {len(offsets)} offsets, one for each row "
+                "of the batch. Leave layers that regroup rows out (`exclude_modules`)."
+            )
+        if not any(offsets):
+            return None
+        counts = torch.tensor([min(o or 0, length) for o in offsets], device=x.device)
+        if x.dim() == 2:
+            return counts[:, None] > 0
+        place = torch.arange(length, device=x.device)
+        shape = (rows, length, *[1] * (x.dim() - 2))
+        return (place >= length - counts[:, None]).view(shape)

@@ -1,0 +1,89 @@
+"""KaSA: factors as a singular value decomposition, on a weight without its least directions.
+
+    W' = W - U_r S_r V_r' + s B diag(d) A
+
+U_r S_r V_r' are the r smallest singular triplets of W, which the paper takes for noise and the update stands in for.
+The base stays as it is: they are held aside. d (r) is trained and starts normal, B at zero. A term for the loss keeps A
+and B near orthogonal and d small (`_get_kasa_loss`). Source: Wang et al. 2024, arXiv 2412.06071, eq. 5-9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.method import Site
+from ...core.stack import Adapter, Stack
+from .init import refuse_groups
+from .method import LoRA
+
+
+class KaSA(LoRA):
+    """W' = W - P Q + s B diag(d) A, with P Q the least directions of W."""
+
+    def build(self, site: Site) -> dict[str, Any]:
+        c = site.settings
+        small = min(site.view.shape(site.module)[-2:])
+        if c.r >= small:
+            raise ValueError(
+                f"kasa_config takes the r={c.r} least directions out of {site.path!r}, which has only {small}. Lower "
+                "r, or give this layer its own rank with rank_pattern."
+            )
+        shape = (*site.view.shape(site.module)[:-2], c.r)
+        built = super().build(site)
+        return {**built, "lora_diag": nn.Parameter(torch.empty(shape, **site.kwargs)), "takes_out": True}
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        refuse_groups(p, inner)
+        super().init(p, inner)
+        p.lora_diag.normal_()
+
+    def derive(self, p: Adapter, inner: Stack) -> None:
+        U, S, Vh = torch.linalg.svd(p.original_weight().detach().float(), full_matrices=False)
+        r, dtype = p.r, p.lora_diag.dtype
+        p.layer.keep(p, "lora_residual_A", Vh[..., -r:, :].to(dtype).contiguous())
+        p.layer.keep(p, "lora_residual_B", (U[..., -r:] * S[..., None, -r:]).to(dtype).contiguous())
+
+    @torch.no_grad()
+    def follow_base(self, p: Adapter, inner: Stack) -> None:
+        if inner.layer.original_weight_device().type != "meta":
+            self.derive(p, inner)
+
+    def prepare(self, p: Adapter) -> None:
+        p.hot = None
+
+    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        A, B = self.own_factors(p)
+        Q, P = self.first_factors(p)
+        up = B * (p.held("lora_diag") * p.scaling)[..., None, :]
+        return torch.cat([A, Q], -2), torch.cat([up, -P], -1)
+
+    def scaling(self, p: Adapter) -> Any:
+        return 1.0
+
+    def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
+        """The update of the dropped input, but W without its least directions of the whole one."""
+        rate = self.drop_rate(p)
+        if not rate:
+            return super(LoRA, self).onto(p, inner, y, x)
+        (A, B), (Q, P) = self.own_factors(p), self.first_factors(p)
+        dropped, factor = inner.drop(x, rate, A.dtype)
+        h = inner.linear(dropped, A)
+        h = h if factor is None else h * factor.to(h.dtype)
+        update = inner.view.rows(h, B * (p.held("lora_diag") * p.scaling)[..., None, :])
+        return (y + update - inner.view.rows(inner.linear(x, Q), P)).to(y.dtype)
+
+
+def loss(adapters: Iterable[Any]) -> Tensor | float:
+    """beta |d|^2 + gamma (|B'B - I| + |A A' - I|), summed over adapters."""
+    total: Tensor | float = 0.0
+    for p in adapters:
+        options = p.settings.kasa_config
+        A, B = p.method.own_factors(p)
+        eye = torch.eye(p.r, dtype=A.dtype, device=A.device)
+        apart = torch.linalg.matrix_norm(B.mT @ B - eye) + torch.linalg.matrix_norm(A @ A.mT - eye)
+        total = total + options.beta * p.lora_diag.square().sum() + options.gamma * apart.sum()
+    return total

@@ -1,0 +1,88 @@
+"""Room for a larger rank: factors padded with zeros in memory, so that adapters of several ranks fit the same tensors.
+
+A zero row of A beside any column of B adds nothing. Files hold the factors without the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...core.stack import Adapter
+
+
+def padded(p: Adapter, key: str, value: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """A factor of a smaller rank with zeros up to `shape`; None where that is not what makes it fit."""
+    axis, blocks = _axis(p, key)
+    same = [a == b for i, (a, b) in enumerate(zip(value.shape, shape, strict=False)) if i != axis]
+    if axis is None or value.dim() != len(shape) or not all(same):
+        return None
+    if value.shape[axis] > shape[axis] or value.shape[axis] % blocks or shape[axis] % blocks:
+        return None
+    full = value.new_zeros(shape).unflatten(axis, (blocks, -1))
+    full.narrow(axis + 1, 0, value.shape[axis] // blocks).copy_(value.unflatten(axis, (blocks, -1)))
+    return full.flatten(axis, axis + 1)
+
+
+def cut(p: Adapter, key: str, value: Tensor) -> Tensor:
+    """A factor without its padding."""
+    axis, blocks = _axis(p, key)
+    if axis is None:
+        return value
+    rank = wanted(p, axis, int(p.r))
+    if value.shape[axis] <= rank:
+        return value
+    parts = value.unflatten(axis, (blocks, -1)).narrow(axis + 1, 0, rank // blocks)
+    return parts.flatten(axis, axis + 1).contiguous()
+
+
+def fits(p: Adapter, key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a file's tensor is the adapter's own without padding."""
+    axis, _ = _axis(p, key)
+    if axis is None or len(shape) <= axis:
+        return False
+    held = next((list(s.tensor.shape) for s in p.layer.slots(p.name) if s.key == key), [])
+    return len(held) == len(shape) and [*held[:axis], wanted(p, axis, int(p.r)), *held[axis + 1 :]] == list(shape)
+
+
+def wanted(p: Adapter, axis: int, rank: int) -> int:
+    """The size of the rank's axis for a rank: that of A for each expert, of B for each expert, but not each group."""
+    view, base = p.layer.view, p.layer.get_base_layer()
+    experts = view.shape(base)[0] if len(view.shape(base)) > 2 else 1
+    return rank * experts // (view.groups(base) if axis else 1)
+
+
+def _axis(p: Adapter, key: str) -> tuple[int | None, int]:
+    """(the rank's axis of a tensor, into how many blocks it falls: groups or experts follow each other in A)."""
+    name = key.removesuffix(".weight").removeprefix("lora_").removeprefix("embedding_")
+    if name == "B":
+        return 1, 1
+    view, base = p.layer.view, p.layer.get_base_layer()
+    lead = view.shape(base)[0] if len(view.shape(base)) > 2 else view.groups(base)
+    return (0, int(lead)) if name == "A" else (None, 1)
+
+
+def widened(p: Adapter, target: int) -> dict[str, Tensor]:
+    """The adapter's factors with room for the rank `target`, by key.
+
+    Raises ValueError if the rank is larger already, or `target` cannot be shared out to the groups of a convolution.
+    """
+    found: dict[str, Tensor] = {}
+    for slot in p.layer.slots(p.name):
+        axis, _ = _axis(p, slot.key)
+        if axis is None:
+            continue
+        groups = p.layer.view.groups(p.layer.get_base_layer())
+        if target % groups:
+            raise ValueError(
+                f"target_rank={target} is not a multiple of the {groups} groups of {p.path!r}. "
+                f"Use {-(-target // groups) * groups}."
+            )
+        if p.r > target:
+            raise ValueError(f"The adapter {p.name!r} has rank {p.r} at {p.path!r}, more than target_rank={target}.")
+        tensor, shape = slot.tensor.detach(), list(slot.tensor.shape)
+        shape[axis] = wanted(p, axis, target)
+        padding = padded(p, slot.key, tensor, shape)
+        found[slot.key] = tensor if padding is None else padding
+    return found

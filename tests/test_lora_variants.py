@@ -1,0 +1,571 @@
+"""Variants of LoRA beside their weights (conformance rows hold those): what they keep, route, look for and refuse."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from peft import (
+    ArrowConfig,
+    BdLoraConfig,
+    KasaConfig,
+    LoraConfig,
+    MontecloraConfig,
+    PeftModel,
+    PeftWarning,
+    VeloraConfig,
+    create_arrow_model,
+    get_peft_model,
+)
+from peft.methods.lora.alora import last_offset
+
+HERE = Path(__file__).parent
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.c = nn.Linear(10, 12), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.a(x)))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def adapted(**more):
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["a", "c"], **more}
+    model = get_peft_model(net(), LoraConfig(**options))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))) * 0.2)
+    return model
+
+
+def layer_of(model, name="a"):
+    return model.base_model.model.get_submodule(name)
+
+
+X = torch.randn(7, 10, generator=torch.Generator().manual_seed(3))
+
+# ---- choosing one ---------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "alora_invocation_tokens": {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
+    "use_bdlora": {"use_bdlora": BdLoraConfig(target_modules_bd_a=["a"], match_strict=False, nblocks=2)},
+    "kasa_config": {"kasa_config": KasaConfig()},
+    "monteclora_config": {"monteclora_config": MontecloraConfig()},
+    "velora_config": {"velora_config": VeloraConfig(num_groups=3)},
+    "arrow_config": {"arrow_config": ArrowConfig()},
+}
+
+
+@pytest.mark.parametrize("first", VARIANTS)
+def test_two_variants_at_once_are_refused_by_their_names(first):
+    second = next(name for name in VARIANTS if name != first)
+    with pytest.raises(ValueError, match=f"(?=.*{first})(?=.*{second}).*Choose one"):
+        LoraConfig(**VARIANTS[first], **VARIANTS[second])
+    with pytest.raises(ValueError, match=f"{first}.*'pissa'"):
+        LoraConfig(**VARIANTS[first], init_lora_weights="pissa")
+    if first not in ("use_bdlora", "kasa_config"):
+        with pytest.raises(ValueError, match=f"{first} and use_dora"):
+            LoraConfig(**VARIANTS[first], use_dora=True)
+
+
+@pytest.mark.parametrize("name", ["use_bdlora", "kasa_config"])
+def test_dora_goes_with_the_variants_that_have_a_weight(name):
+    model = adapted(**VARIANTS[name], use_dora=True).eval()
+    wanted = model(X)
+    assert not torch.allclose(wanted, net()(X))
+    assert torch.allclose(model.merge_and_unload()(X), wanted, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:aLoRA is currently:peft.PeftWarning")
+@pytest.mark.parametrize("name", ["alora_invocation_tokens", "arrow_config", "use_bdlora", "velora_config"])
+def test_a_variant_of_linear_layers_names_a_layer_that_is_none(name):
+    model = nn.Sequential(nn.Conv1d(4, 8, 3))
+    wrong = TypeError if name == "arrow_config" else ValueError
+    options = {"use_bdlora": {"use_bdlora": BdLoraConfig(target_modules_bd_a=["0"], nblocks=2)}}.get(
+        name, VARIANTS[name]
+    )
+    with pytest.raises(wrong, match=f"{name}.*'0' is a Conv1d"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["0"], **{**options, "task_type": None}))
+    assert type(model[0]) is nn.Conv1d
+
+
+@pytest.mark.parametrize("name", ["kasa_config", "monteclora_config", "velora_config", "use_bdlora"])
+def test_a_variant_is_saved_and_loaded_exactly(name, tmp_path):
+    model = adapted(**VARIANTS[name]).eval()
+    model.save_pretrained(tmp_path)
+    for low in (False, True):
+        again = PeftModel.from_pretrained(net(), tmp_path, low_cpu_mem_usage=low).eval()
+        assert torch.equal(again(X), model(X))
+    pickled = copy.deepcopy(model)
+    assert torch.equal(pickled(X), model(X))
+
+
+# ---- KaSA -----------------------------------------------------------------------------------------------------------
+
+
+def test_kasa_starts_at_the_weight_without_its_least_directions_and_disabled_is_the_base():
+    model = get_peft_model(net(), LoraConfig(r=3, target_modules=["a"], kasa_config={}))
+    U, S, Vh = torch.linalg.svd(net().a.weight.detach(), full_matrices=False)
+    W = (U[:, :-3] * S[:-3]) @ Vh[:-3]
+    assert torch.allclose(layer_of(model)(X), X @ W.mT + net().a.bias, atol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(model(X), net()(X))
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(model.unload()(X), net()(X))
+
+
+def test_kasas_term_for_the_loss_is_the_papers_and_learns():
+    model = adapted(kasa_config=KasaConfig(beta=0.5, gamma=0.25))
+    wanted = 0.0
+    for name in "ac":
+        p = layer_of(model, name)
+        A, B, d = p.lora_A["default"].weight, p.lora_B["default"].weight, p.lora_diag["default"]
+        wanted = wanted + 0.5 * (d**2).sum()
+        wanted = wanted + 0.25 * ((B.mT @ B - torch.eye(4)).norm() + (A @ A.mT - torch.eye(4)).norm())
+    found = model.base_model._get_kasa_loss()
+    assert torch.allclose(found, wanted)
+    found.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert model.base_model._get_kasa_loss(["other"]) == 0.0
+
+
+def test_kasa_drops_the_input_of_its_update_only():
+    model = adapted(kasa_config=KasaConfig(), lora_dropout=0.5, target_modules=["a"]).train()
+    p = layer_of(model)
+    torch.nn.init.zeros_(p.lora_B["default"].weight)
+    assert torch.allclose(p(X), model.eval() and p(X), atol=1e-6)
+    assert not torch.equal(
+        adapted(kasa_config=KasaConfig(), lora_dropout=0.5).train()(X), adapted(kasa_config=KasaConfig())(X)
+    )
+
+
+def test_kasa_refuses_by_name():
+    with pytest.raises(ValueError, match=r"r=8.*'c'"):
+        get_peft_model(net(), LoraConfig(r=8, target_modules=["a", "c"], kasa_config={}))
+    model = adapted(kasa_config=KasaConfig())
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["a"], kasa_config={}))
+    with pytest.raises(ValueError, match="Only one adapter"):
+        model.base_model.set_adapter(["default", "other"])
+
+
+# ---- BD-LoRA --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"target_modules_bd_a": ["a"], "nblocks": 2}, "neither"),
+        ({"target_modules_bd_a": ["a", "c"], "nblocks": 3}, "10 in-features and 4 r"),
+        ({"target_modules_bd_b": ["a"], "match_strict": False, "nblocks": 5}, "12 out-features"),
+        ({"target_modules_bd_a": ["a"], "target_modules_bd_b": ["c"], "nblocks": 2, "match_strict": True}, None),
+    ],
+)
+def test_blocks_have_to_fit(options, match):
+    make = lambda: adapted(use_bdlora=BdLoraConfig(**options))  # noqa: E731
+    if match is None:
+        shapes = {n: tuple(p.shape) for n, p in make().named_parameters() if p.requires_grad}
+        assert sorted(shapes.values()) == sorted([(4, 5), (12, 4), (4, 12), (8, 2)])
+        return
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_a_layer_in_both_lists_is_refused():
+    with pytest.raises(ValueError, match=r"both of its lists"):
+        LoraConfig(use_bdlora={"target_modules_bd_a": ["a"], "target_modules_bd_b": ["a"]})
+    model = nn.ModuleDict({"up_a": nn.Linear(4, 4)})
+    options = {"target_modules_bd_a": ["up"], "target_modules_bd_b": ["_a"]}
+    with pytest.raises(ValueError, match=r"'up_a' is in both lists, by 'up' and '_a'"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["up_a"], use_bdlora=options))
+
+
+# ---- VeLoRA ---------------------------------------------------------------------------------------------------------
+
+
+def test_velora_has_loras_output_and_compresses_the_gradient_of_a_only():
+    options = VeloraConfig(num_groups=3, scale=2.0, init_type="random")
+    model = adapted(velora_config=options, target_modules=["a"]).train()
+    layer = layer_of(model)
+    x = X.clone().requires_grad_()
+    A, B, v = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_velora_embed["default"]
+    assert v.shape == (4,) and torch.allclose(v.norm(), torch.ones(()))
+    y = layer(x)
+    W = net().a.weight.detach()
+    assert torch.allclose(y, x @ W.mT + net().a.bias + 1.5 * x @ A.mT @ B.mT, atol=1e-5)
+    g = torch.randn_like(y)
+    y.backward(g)
+    padded = nn.functional.pad(X, (0, 2)).view(7, 3, 4)
+    rebuilt = (2.0 * (padded @ v)[..., None] * v).flatten(1)[:, :10]
+    assert torch.allclose(A.grad, 1.5 * B.mT.detach() @ g.mT @ rebuilt, atol=1e-4)
+    assert torch.allclose(B.grad, 1.5 * g.mT @ (X @ A.mT), atol=1e-4)
+    assert torch.allclose(x.grad, g @ (W + 1.5 * B @ A), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["batch_average", "batch_average_once"])
+def test_veloras_direction_is_the_mean_group_of_every_batch_or_the_first(kind):
+    model = adapted(velora_config=VeloraConfig(num_groups=5, init_type=kind), target_modules=["a"]).train()
+    layer = layer_of(model)
+    means = []
+    for x in (X, X.flip(1) + 1):
+        layer(x)
+        mean = x.view(7, 5, 2).mean((0, 1))
+        means.append(mean / mean.norm())
+    assert torch.allclose(layer.lora_velora_embed["default"], means[-1 if kind == "batch_average" else 0], atol=1e-6)
+    before = layer.lora_velora_embed["default"].clone()
+    model.eval()(X + 3)
+    assert torch.equal(layer.lora_velora_embed["default"], before), "evaluation changes nothing"
+    layer.train()(torch.zeros(3, 10))
+    assert torch.isfinite(layer.lora_velora_embed["default"]).all()
+
+
+def test_velora_keeps_a_group_of_numbers_instead_of_the_input():
+    def kept(**more):
+        model = get_peft_model(nn.Sequential(nn.Linear(64, 8)), LoraConfig(r=2, target_modules=["0"], **more)).train()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model(torch.randn(32, 64, requires_grad=False))
+        return sizes
+
+    plain, small = kept(), kept(velora_config=VeloraConfig(num_groups=4))
+    assert 32 * 64 in plain and 32 * 64 not in small and 32 * 4 in small
+
+
+# ---- MonteCLoRA -----------------------------------------------------------------------------------------------------
+
+
+def test_monteclora_samples_around_a_in_training_and_is_lora_otherwise():
+    model = adapted(monteclora_config=MontecloraConfig(sample_scaler=0.1), target_modules=["a"])
+    layer = layer_of(model)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    plain = X @ (net().a.weight + 1.5 * B @ A).mT + net().a.bias
+    model.eval()
+    assert torch.allclose(layer(X), plain, atol=1e-5)
+    model.train()
+    torch.manual_seed(1)
+    drawn = torch.stack([layer(X) for _ in range(400)]).detach()
+    assert drawn.std(0).min() > 0
+    assert torch.allclose(drawn.mean(0), plain, atol=5 * (drawn.std(0) / 20).max().item())
+    sampler = layer.lora_monteclora_sampler["default"]
+    assert torch.allclose(sampler.expert_weights.sum(), torch.ones(()))
+    layer(X).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in (A, B, sampler.std_prior, sampler.expert_weights_prior))
+
+
+def test_a_merge_in_training_mode_writes_what_evaluation_computes():
+    model = adapted(monteclora_config=MontecloraConfig(sample_scaler=0.5)).train()
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert torch.allclose(merged(X), model.eval()(X), atol=1e-5)
+
+
+def test_montecloras_terms_are_the_divergences_of_the_distributions():
+    options = MontecloraConfig(kl_loss_weight=1.0, dirichlet_prior=0.4, num_samples=3)
+    model = adapted(monteclora_config=options, target_modules=["a"]).train()
+    sampler = layer_of(model).lora_monteclora_sampler["default"]
+    torch.manual_seed(5)
+    found = model.base_model._get_monteclora_loss()
+    torch.manual_seed(5)
+    variance = sampler.variance()
+    Dirichlet, Normal = torch.distributions.Dirichlet, torch.distributions.MultivariateNormal
+    kl = torch.distributions.kl_divergence
+    wanted = kl(Dirichlet(sampler.expert_weights_prior.exp()), Dirichlet(torch.full((3,), 0.4)))
+    wanted += 3 * kl(Normal(torch.zeros(4), torch.diag(variance)), Normal(torch.zeros(4), torch.eye(4)))
+    v = torch.exp(2 * sampler.std_prior)
+    wanted += 4 / 2 * (v.sum() - v.log().sum() - 4)  # of two Wishart distributions with 4 degrees of freedom
+    assert torch.allclose(found, wanted, rtol=1e-4)
+    assert model.eval().base_model._get_monteclora_loss() == 0.0
+
+
+def test_the_trainer_adds_montecloras_term():
+    from peft.helpers import MontecloraTrainerMixin
+
+    class Base:
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss = model(inputs["x"]).square().mean()
+            return (loss, "outputs") if return_outputs else loss
+
+    class Trainer(MontecloraTrainerMixin, Base):
+        pass
+
+    options = MontecloraConfig(kl_loss_weight=1.0, use_entropy=True, sample_scaler=0.0)
+    model = adapted(monteclora_config=options, lora_dropout=0.0).train()
+    torch.manual_seed(0)
+    found, outputs = Trainer().compute_loss(model, {"x": X}, return_outputs=True)
+    plain = model.eval()(X).square().mean()
+    assert outputs == "outputs" and not torch.allclose(found, plain)
+    assert torch.allclose(Trainer().compute_loss(model, {"x": X}), plain, atol=1e-6), "evaluation has no such term"
+    assert torch.allclose(Trainer().compute_loss(adapted().train(), {"x": X}), adapted()(X).square().mean(), atol=1e-6)
+
+
+# ---- aLoRA ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "tokens", "offset"),
+    [
+        ([1, 5, 7, 2], [5, 7], 3),
+        ([5, 7, 5, 7, 1], [5, 7], 3),
+        ([5, 1, 7], [5, 7], None),
+        ([5], [5, 7], None),
+        ([7, 7], [7], 1),
+    ],
+)
+def test_the_last_occurrence_of_the_tokens_counts(row, tokens, offset):
+    assert last_offset(row, tokens) == offset
+
+
+IDS = torch.tensor([[12, 5, 7, 12, 11, 14], [12, 17, 9, 5, 7, 10], [3, 4, 5, 6, 8, 9]])
+ACTING = torch.tensor([[0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0]]).bool()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def activated(llama, **more):
+    options = {
+        "r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_weights": False,
+        "alora_invocation_tokens": [5, 7], "task_type": "CAUSAL_LM", **more,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    return get_peft_model(copy.deepcopy(llama), LoraConfig(**options)).eval()
+
+
+def test_an_activated_adapter_acts_from_its_tokens_on(llama):
+    model = activated(llama)
+    differs = (model(input_ids=IDS).logits - llama(IDS).logits).abs().amax(-1) > 1e-6
+    assert torch.equal(differs, ACTING)
+    always = activated(llama, alora_invocation_tokens=None)
+    whole = always(input_ids=torch.cat([IDS[:1, 1:]], 1)).logits
+    first = activated(llama)(input_ids=IDS[:1, 1:]).logits
+    assert torch.allclose(whole, first, atol=1e-5), "a row that starts with the tokens is a plain LoRA's"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_is_the_same_with_and_without_a_cache(llama, beams):
+    model = activated(llama)
+    options = {"input_ids": IDS, "max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    cached = model.generate(**options)
+    assert torch.equal(cached, model.generate(**options, use_cache=False))
+    assert not torch.equal(cached[:2], llama.generate(**options)[:2])
+    assert torch.equal(cached[2], llama.generate(**options)[2]), "a row without the tokens is the base model's"
+    given = [5, 3, None]
+    for cache in (True, False):
+        assert torch.equal(model.generate(**options, alora_offsets=given, use_cache=cache), cached)
+
+
+def test_what_the_base_model_has_cached_stays_valid(llama):
+    model = activated(llama)
+    past = llama(IDS[1:2, :3], use_cache=True).past_key_values
+    found = model(input_ids=IDS[1:2, 3:], past_key_values=past).logits
+    assert torch.allclose(found, model(input_ids=IDS[1:2]).logits[:, 3:], atol=1e-5)
+
+
+def test_offsets_can_be_given(llama):
+    model = activated(llama)
+    assert torch.equal(model(input_ids=IDS, alora_offsets=[5, 3, None]).logits, model(input_ids=IDS).logits)
+    assert torch.equal(model(input_ids=IDS, alora_offsets=[None, 0, None]).logits, llama(IDS).logits)
+    differs = model(input_ids=IDS, alora_offsets=[99, 1, None]).logits != llama(IDS).logits
+    assert differs[0].any(-1).all() and differs[1].any(-1).tolist() == [False] * 5 + [True]
+
+
+def test_each_row_of_a_mixed_batch_has_the_tokens_of_its_adapter(llama):
+    model = activated(llama)
+    one = model(input_ids=IDS).logits
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False,
+                                          alora_invocation_tokens=[12], task_type="CAUSAL_LM"))  # fmt: skip
+    mixed = model(input_ids=IDS, adapter_names=["other", "default", "__base__"]).logits
+    model.set_adapter("other")
+    other = model(input_ids=IDS).logits
+    wanted = torch.stack([other[0], one[1], llama(IDS).logits[2]])
+    assert torch.allclose(mixed, wanted, atol=1e-5) and not torch.equal(other[0], llama(IDS).logits[0])
+
+
+def test_inputs_without_tokens_are_told(llama):
+    model = activated(llama)
+    with pytest.warns(PeftWarning, match="input_ids"):
+        found = model(inputs_embeds=llama.model.embed_tokens(IDS)).logits
+    assert torch.equal(found, llama(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_gradients_are_the_same_under_checkpointing_and_a_second_forward_is_refused(llama):
+    model = activated(llama).train()
+
+    def grads():
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = grads()
+    assert any("lora_B" in n for n in plain)
+    model.gradient_checkpointing_enable()
+    again = grads()
+    assert all(torch.allclose(again[n], g, atol=1e-6) for n, g in plain.items())
+    model(input_ids=IDS, labels=IDS)
+    with pytest.raises(ValueError, match=r"backward\(\) first"):
+        model(input_ids=IDS, labels=IDS)
+
+
+def test_an_activated_adapter_is_not_merged_and_leaves_no_trace(llama):
+    model = activated(llama)
+    with pytest.raises(NotImplementedError, match="aLoRA"):
+        model.merge_adapter()
+    with pytest.raises(NotImplementedError, match="aLoRA"):
+        model.merge_and_unload()
+    base = model.unload()
+    assert not base._forward_pre_hooks and not base._forward_hooks
+    assert torch.equal(base(IDS).logits, llama(IDS).logits)
+
+
+def test_rows_that_are_regrouped_are_told():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.a = nn.Embedding(20, 4), nn.Linear(4, 4)
+
+        def forward(self, input_ids):
+            return self.a(self.e(input_ids).flatten(0, 1))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)  # no task
+        model = get_peft_model(Flat(), LoraConfig(r=2, target_modules=["a"], alora_invocation_tokens=[5]))
+    with pytest.raises(ValueError, match="regroup rows"):
+        model(input_ids=torch.tensor([[5, 1, 2]]))
+
+
+# ---- Arrow ----------------------------------------------------------------------------------------------------------
+
+
+def arrow_case():
+    folder = HERE / "data" / "combo-arrow"
+    case = json.loads((folder / "case.json").read_text())
+    return case, load_file(folder / "io.safetensors"), [str(folder / path) for path in case["task_paths"]]
+
+
+def arrow_base(case):
+    transformers = pytest.importorskip("transformers")
+    base = case["base"]
+    model = getattr(transformers, base["model"])(getattr(transformers, base["config"])(**base["kwargs"]))
+    name = Path(case["base_file"]).name
+    model.load_state_dict(load_file(HERE / "golden" / "bases" / name), strict=False)
+    return model.eval()
+
+
+def test_arrow_routes_as_the_other_library_does():
+    case, io, paths = arrow_case()
+    base = arrow_base(case)
+    plain = base(input_ids=io["input.input_ids"], attention_mask=io["input.attention_mask"]).logits
+    model = create_arrow_model(base, paths, ArrowConfig(**case["arrow_config"])).eval()
+    assert model.active_adapter == "arrow_router" and set(model.peft_config) == set(case["saved"])
+    inputs = {key[6:]: value for key, value in io.items() if key.startswith("input.")}
+    with torch.no_grad():
+        assert torch.allclose(model(**inputs).logits, io["output"], atol=1e-4)
+        with model.disable_adapter():
+            assert torch.equal(model(**inputs).logits, plain)
+    with pytest.raises(RuntimeError, match="router"):
+        model.merge_adapter()
+
+
+def experts(tmp_path, count=3, **more):
+    paths = []
+    for i in range(count):
+        base = net()
+        torch.manual_seed(10 + i)
+        options = {"r": 2, "lora_alpha": 3, "target_modules": ["a", "c"], "init_lora_weights": False, **more}
+        get_peft_model(base, LoraConfig(**options)).save_pretrained(tmp_path / f"e{i}")
+        paths.append(str(tmp_path / f"e{i}"))
+    return paths
+
+
+@pytest.mark.parametrize("gks", [False, True])
+def test_arrow_is_its_formula_and_leaves_the_experts_as_they_are(tmp_path, gks):
+    paths = experts(tmp_path, 5)
+    options = ArrowConfig(top_k=2, router_temperature=0.5, use_gks=gks, rng_seed=1)
+    model = create_arrow_model(net(), paths[:3], options, paths[3:] if gks else None).eval()
+    layer = layer_of(model)
+    pairs = [load_file(f"{path}/adapter_model.safetensors") for path in paths]
+    A, B = (torch.stack([p[f"base_model.model.a.lora_{k}.weight"] for p in pairs]) for k in "AB")
+    A, B = (t[:3] - t[3:].mean(0) if gks else t[:3] for t in (A, B))
+    wanted = X @ net().a.weight.mT + net().a.bias
+    for i, x in enumerate(X):
+        likeness = torch.stack([(torch.linalg.svd(b @ a)[2][0] @ x).abs() for a, b in zip(A, B, strict=True)])
+        best = likeness.topk(2)
+        w = (best.values / 0.5).softmax(0)
+        wanted[i] += sum(w[j] * 1.5 * B[e] @ A[e] @ x for j, e in enumerate(best.indices))
+    assert torch.allclose(layer(X), wanted, atol=1e-2)
+    name = "base_model.model.a.lora_A.weight"
+    assert torch.equal(layer.lora_A["task_0"].weight, pairs[0][name]), (
+        "general knowledge is not taken from what is held"
+    )
+    model.set_adapter("task_1")
+    assert torch.allclose(model(X), PeftModel.from_pretrained(net(), paths[1])(X), atol=1e-6)
+
+
+def test_an_expert_that_comes_later_is_routed_to(tmp_path):
+    paths = experts(tmp_path, 3)
+    model = create_arrow_model(net(), paths[:2], ArrowConfig(top_k=3, rng_seed=0)).eval()
+    before = model(X)
+    model.load_adapter(paths[2], "more")
+    model.set_adapter("arrow_router")
+    assert not torch.allclose(model(X), before)
+    model.delete_adapter("more")
+    assert torch.equal(model(X), before)
+
+
+def test_only_the_router_is_saved_in_its_folder(tmp_path):
+    model = create_arrow_model(net(), experts(tmp_path), ArrowConfig(rng_seed=0))
+    model.save_pretrained(tmp_path / "out", selected_adapters=["arrow_router"])
+    saved = load_file(tmp_path / "out" / "arrow_router" / "adapter_model.safetensors")
+    assert set(saved) == {f"base_model.model.{n}.lora_{k}.weight" for n in "ac" for k in "AB"}
+    config = json.loads((tmp_path / "out" / "arrow_router" / "adapter_config.json").read_text())
+    assert config["arrow_config"]["task_adapter_names"] == ["task_0", "task_1", "task_2"]
+
+
+def test_arrow_refuses_by_name(tmp_path):
+    paths = experts(tmp_path, 2)
+    with pytest.raises(ValueError, match="task_specific_adapter_paths"):
+        create_arrow_model(net(), [], ArrowConfig())
+    with pytest.raises(ValueError, match="general_adapter_paths"):
+        create_arrow_model(net(), paths, ArrowConfig(use_gks=True))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="adapter_config"):
+        create_arrow_model(net(), [str(tmp_path / "empty")], ArrowConfig())
+    get_peft_model(net(), LoraConfig(r=3, target_modules=["a", "c"])).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"task_1 has r=3"):
+        create_arrow_model(net(), [paths[0], str(tmp_path / "wide")], ArrowConfig())
+    router = get_peft_model(net(), LoraConfig(r=2, target_modules=["a"], arrow_config=ArrowConfig()))
+    with pytest.raises(ValueError, match="no adapter to route to"):
+        router(X)
+
+
+def test_a_temperature_near_zero_takes_the_best_expert_alone(tmp_path):
+    paths = experts(tmp_path, 3)
+    model = create_arrow_model(net(), paths, ArrowConfig(top_k=3, router_temperature=1e-4, rng_seed=0)).eval()
+    sharp = layer_of(model)(X)
+    one = create_arrow_model(net(), paths, ArrowConfig(top_k=1, rng_seed=0)).eval()
+    assert torch.allclose(sharp, layer_of(one)(X), atol=1e-3)
+    assert math.isfinite(sharp.sum())
