@@ -217,12 +217,11 @@ def test_what_no_single_module_can_have_is_refused(field):
 
 
 def test_submodules_are_attributes():
-    for name in ("tuners", "utils", "peft_model", "mapping", "config", "helpers", "import_utils", "tuners.lora.layer"):
+    for name in ("tuners", "utils", "peft_model", "mapping", "config", "helpers", "optimizers", "tuners.lora.layer"):
         found = peft
         for part in name.split("."):
             found = getattr(found, part)
         assert found is importlib.import_module(f"peft.{name}")
-    assert not hasattr(peft, "optimizers")
     assert not hasattr(peft, "nonsense")
 
 
