@@ -85,7 +85,9 @@ class MonteCLoRA(InTraining):
         z = torch.randn(len(w), *A.shape, dtype=A.dtype, device=A.device)
         noise = (z * sampler.variance().sqrt()[None, :, None]) * scale
         live = A + torch.einsum("n,nri->ri", w, noise)
-        if not torch.isfinite(live.detach().sum()):
+        finite = torch.isfinite(live.detach().sum())
+        live = torch.where(finite, live, A)
+        if not torch.compiler.is_compiling() and not finite:
             warnings.warn(
                 f"MonteCLoRA at {p.path!r}: the samples are not finite; A is used.", PeftWarning, stacklevel=2
             )

@@ -20,9 +20,13 @@ def padded(p: Adapter, key: str, value: Tensor, shape: Sequence[int]) -> Tensor 
         return None
     if value.shape[axis] > shape[axis] or value.shape[axis] % blocks or shape[axis] % blocks:
         return None
-    full = value.new_zeros(shape).unflatten(axis, (blocks, -1))
-    full.narrow(axis + 1, 0, value.shape[axis] // blocks).copy_(value.unflatten(axis, (blocks, -1)))
-    return full.flatten(axis, axis + 1)
+    full = value.new_zeros(shape)
+    if blocks == 1:
+        full.narrow(axis, 0, value.shape[axis]).copy_(value)
+        return full
+    parts = value.unflatten(axis, (blocks, -1))
+    full.unflatten(axis, (blocks, -1)).narrow(axis + 1, 0, parts.shape[axis + 1]).copy_(parts)
+    return full
 
 
 def cut(p: Adapter, key: str, value: Tensor) -> Tensor:

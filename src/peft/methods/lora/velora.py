@@ -52,11 +52,12 @@ class VeLoRA(InTraining):
         extra = self.up_bias(p)
         return (y + (update if extra is None else update + extra * p.scaling)).to(y.dtype)
 
+    @torch.no_grad()
     def _follow(self, p: Adapter, x: Tensor) -> None:
-        """The mean group of the batch as the direction, if it is to follow the batches."""
+        """The mean group of the batch as the direction, if it is to follow the batches; without a look at the values."""
         v, kind = p.held("lora_velora_embed"), p.settings.velora_config.init_type
-        if kind == "random" or (kind == "batch_average_once" and bool(v.any())) or not len(x):
+        if kind == "random" or not len(x):
             return
         mean = F.pad(x, (0, p.groups * len(v) - x.shape[1])).view(-1, len(v)).mean(0)
-        with torch.no_grad():
-            v.copy_(F.normalize(mean if bool(mean.any()) else torch.ones_like(mean), dim=0))
+        new = F.normalize(torch.where(mean.any(), mean, 1.0), dim=0)
+        v.copy_(torch.where(v.any(), v, new) if kind == "batch_average_once" else new)
