@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.core.layer import BaseTunerLayer
 
 from ..layouts import Layout
-from .lora import factors, no_groups, product
+from .lora import factors, product, ungrouped
 from .row import Row, held, on_matrix
 
 ALPHA, BLOCKS = 6, 2
@@ -22,7 +22,9 @@ def kasa(layer: BaseTunerLayer, name: str, W: Tensor, original: Tensor) -> Tenso
     A, B = factors(layer, name)
     d = held(layer, name)["lora_diag"].flatten()
     A = A * d.view(-1, *[1] * (A.dim() - 1))
-    return W - least(layer, name, original, original) + ALPHA / 2 * product(layer, A, B)
+    base: Any = layer.get_base_layer()
+    W = W - least(layer, name, original, original)
+    return (ungrouped(base, W) if getattr(base, "groups", 1) != 1 else W) + ALPHA / 2 * product(layer, A, B)
 
 
 @on_matrix
@@ -54,7 +56,7 @@ def bd_row(side: str) -> Row:
 
 KASA = {"r": 2, "lora_alpha": ALPHA, "kasa_config": {}}
 ROWS = {
-    "kasa": Row(LoraConfig, KASA, kasa, forbidden=no_groups, identity=False, grouped=False, few=False, alone=True),
+    "kasa": Row(LoraConfig, KASA, kasa, identity=False, grouped=False, few=False, alone=True),
     "bdlora-a": bd_row("A"),
     "bdlora-b": bd_row("B"),
 }

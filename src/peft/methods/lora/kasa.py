@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.method import Site
+from ...core.method import Site, low_rank
 from ...core.stack import Adapter, Stack
-from .init import refuse_groups
 from .method import LoRA
 
 
@@ -37,7 +36,6 @@ class KaSA(LoRA):
         return {**built, "lora_diag": nn.Parameter(torch.empty(shape, **site.kwargs)), "takes_out": True}
 
     def init(self, p: Adapter, inner: Stack) -> None:
-        refuse_groups(p, inner)
         super().init(p, inner)
         p.lora_diag.normal_()
 
@@ -67,14 +65,11 @@ class KaSA(LoRA):
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         """The update of the dropped input, but W without its least directions of the whole one."""
         rate = self.drop_rate(p)
-        if not rate:
+        if not rate and inner.view.groups(inner.base) == 1:
             return super(LoRA, self).onto(p, inner, y, x)
         (A, B), (Q, P) = self.own_factors(p), self.first_factors(p)
-        dropped, factor = inner.drop(x, rate, A.dtype)
-        h = inner.linear(dropped, A)
-        h = h if factor is None else h * factor.to(h.dtype)
-        update = inner.view.rows(h, B * (p.held("lora_diag") * p.scaling)[..., None, :])
-        return (y + update - inner.view.rows(inner.linear(x, Q), P)).to(y.dtype)
+        update = low_rank(inner, x, A, B * (p.held("lora_diag") * p.scaling)[..., None, :], rate)
+        return (y + update - inner.linear(x, P @ Q)).to(y.dtype)
 
 
 def loss(adapters: Iterable[Any]) -> Tensor | float:
