@@ -26,7 +26,7 @@ FLOORS = (
     "kernels",
     "core",
     "methods",
-    "names status card persist algebra",
+    "names status card persist algebra hotswap",
     "model",
     "heads create mixed_model auto",
     "mapping mapping_func functional helpers peft_model utils tuners optimizers",

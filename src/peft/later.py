@@ -72,17 +72,13 @@ NAMES = frozenset(
         "_prepare_prompt_learning_config",
         "check_target_module_exists",
         "bloom_model_postprocess_past_key_value",
-        "check_hotswap_configs_compatible",
         "compose_cartridge_adapters",
         "factorization",
         "find_kappa_target_modules",
         "get_gptqmodel_quant_linear",
-        "hotswap_adapter",
-        "hotswap_adapter_from_state_dict",
         "initialize_kv_prefix_from_past_key_values",
         "initialize_kv_prefix_from_text",
         "map_cache_to_layer_device_map",
-        "prepare_model_for_compiled_hotswap",
         "prompt_embeddings_from_past_key_values",
         "reduce_intruder_dimension",
     ]
@@ -189,7 +185,6 @@ LORA = frozenset(
 )
 MODULES = frozenset(
     [
-        "peft.utils.hotswap",
         "peft.utils.quantization_utils",
         "peft.tuners.trainable_tokens.config",
         "peft.tuners.trainable_tokens.model",

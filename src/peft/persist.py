@@ -220,7 +220,9 @@ def save_adapter(
     verify: bool,
 ) -> None:
     """Write one adapter's weights and configuration, both or neither."""
-    config = model.peft_config[name]
+    from .hotswap.compiled import true_ranks
+
+    config = true_ranks(model, name, model.peft_config[name])
     state = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=save_embedding_layers)
     if not state and not _may_be_empty(config):
         raise ValueError(f"Adapter {name!r} has no tensors, so there is nothing to save.")

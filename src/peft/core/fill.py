@@ -37,7 +37,7 @@ def fill(
     Returns the places without a tensor and the keys without a place.
     """
     found, unexpected = _match(root, entries, state)
-    _same_kind(found)
+    same_kind(found)
     found = _same_shape(found, ignore_mismatched_sizes)
     missing = [e for e in entries if e.live not in found]
     if len(missing) == len(entries) and (entries or state):
@@ -54,7 +54,7 @@ def fill(
         )
         report(PeftWarning, text, strict, stacklevel=4)
     with torch.no_grad():
-        ready = [(e, v if _assigned(e) else _fitted(v, e.tensor)) for e, v in found.values()]
+        ready = [(e, v if _assigned(e) else as_held(v, e.tensor)) for e, v in found.values()]
         for entry, value in ready:
             _write(entry, value)
     return missing, unexpected
@@ -67,13 +67,18 @@ def _match(root: nn.Module, entries: list[Entry], state: Mapping[str, Tensor]) -
     """Pair each checkpoint key with its place: the adapter's own first, by its key in files or its name in the live
     model, then a tensor of the base by live name.
     """
-    places = {**{plain(e.live): e for e in entries}, **{plain(e.key): e for e in entries}}
-    found: Found = {}
-    left = [k for k, v in state.items() if not _take(places, found, k, v)]
+    found, left = paired(entries, state)
     if not left:
         return found, []
     base = {plain(e.key): e for e in base_tensors(root)}
     return found, [k for k in left if not _take(base, found, k, state[k])]
+
+
+def paired(entries: list[Entry], state: Mapping[str, Tensor]) -> tuple[Found, list[str]]:
+    """{name in the live model: place and tensor}, and the keys without a place among the entries."""
+    places = {**{plain(e.live): e for e in entries}, **{plain(e.key): e for e in entries}}
+    found: Found = {}
+    return found, [k for k, v in state.items() if not _take(places, found, k, v)]
 
 
 def _torn(found: Found) -> list[str]:
@@ -106,7 +111,8 @@ def _spellings(key: str) -> Iterator[str]:
         yield key[len(PREFIX) :]
 
 
-def _same_kind(found: Found) -> None:
+def same_kind(found: Found) -> None:
+    """Raise TypeError if a tensor and its place hold numbers of different kinds."""
     for entry, value in found.values():
         if value.is_complex() or value.is_floating_point() != entry.tensor.is_floating_point():
             raise TypeError(
@@ -202,7 +208,7 @@ def _home(entry: Entry) -> torch.device:
     return first.device if first is not None else torch.device("cpu")
 
 
-def _fitted(value: Tensor, like: Tensor) -> Tensor:
+def as_held(value: Tensor, like: Tensor) -> Tensor:
     """The value as the parameter's kind of tensor: cast, moved, and sharded if the parameter is."""
     value = value.detach().to(dtype=like.dtype)
     mesh = getattr(like, "device_mesh", None)

@@ -134,6 +134,14 @@ class Method:
         """
         return False
 
+    def fitted(self, p: Adapter, key: str, value: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """A tensor of another size as one of `shape` that does the same; None where there is none."""
+        return None
+
+    def roomy(self, p: Adapter, rank: int) -> dict[str, Tensor]:
+        """The tensors, by key, that get room for adapters up to a rank; raises ValueError if that cannot be."""
+        return {}
+
     def for_file(self, p: Adapter, key: str, value: Tensor) -> Tensor:
         """A tensor as files hold it; arguments as for `takes`."""
         return value

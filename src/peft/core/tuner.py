@@ -65,7 +65,7 @@ class BaseTuner(Combined, nn.Module):
         self.__dict__["call"] = (
             next((m.call for _, m in tuner_layers(model) if isinstance(m, BaseTunerLayer)), None) or Call()
         )
-        with _no_collection():
+        with no_collection():
             self.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self.set_adapter(adapter_name, inference_mode=bool(self.peft_config[adapter_name].inference_mode))
         model.peft_config = self.peft_config
@@ -108,7 +108,7 @@ class BaseTuner(Combined, nn.Module):
         self._check_new_adapter(model, adapter_name, config)
         self.kind_of(config).prepare_config(config, model_type(model))
         undo = [] if undo is None else undo
-        with _no_collection():
+        with no_collection():
             try:
                 Injection(self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, undo).run(state_dict)
                 self._join(self.kind_of(config).companion)
@@ -358,7 +358,7 @@ def _check_once(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Injection makes many small objects and no garbage; the cyclic collector would walk them again and again."""
     was = gc.isenabled()
     gc.disable()

@@ -1,0 +1,13 @@
+"""Exchanging the weights of adapters in a running model."""
+
+from .compatible import CONFIG_KEYS_TO_CHECK, check_hotswap_configs_compatible
+from .compiled import prepare_model_for_compiled_hotswap
+from .swap import hotswap_adapter, hotswap_adapter_from_state_dict
+
+__all__ = [
+    "CONFIG_KEYS_TO_CHECK",
+    "check_hotswap_configs_compatible",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
+    "prepare_model_for_compiled_hotswap",
+]

@@ -1,0 +1,53 @@
+"""Which adapters can take each other's place."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..config import PeftConfig
+
+# The fields in which two adapters must agree: what is built into the layers' modules.
+CONFIG_KEYS_TO_CHECK = {"LORA": ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]}
+# The fields of other methods that need not: what is selected, what is known of the file, and what the weights bring.
+SELECTED = frozenset(
+    [
+        *("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_to_transform"),
+        *("layers_pattern", "trainable_token_indices", "layer_replication", "ensure_weight_tying"),
+        *("feedforward_modules", "target_modules_to_tie", "modules_to_tie"),
+    ]
+)
+OF_THE_FILE = frozenset(
+    [
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "runtime_config"),
+    ]
+)
+OF_THE_WEIGHTS = frozenset(
+    [
+        *("r", "alpha", "lora_alpha", "rank_pattern", "alpha_pattern", "module_config"),
+        *("init_weights", "init_ia3_weights"),
+    ]
+)
+
+
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
+    """Raise ValueError if the weights of one adapter cannot take the place of the other's."""
+    if config0.peft_type != config1.peft_type:
+        raise ValueError(
+            f"Incompatible PEFT types found: {_value(config0.peft_type)} and {_value(config1.peft_type)}. Load the new "
+            "adapter under a name of its own."
+        )
+    kind = str(_value(config0.peft_type))
+    free = SELECTED | OF_THE_FILE | OF_THE_WEIGHTS
+    names = CONFIG_KEYS_TO_CHECK.get(kind) or [f.name for f in dataclasses.fields(config0) if f.name not in free]
+    for name in names:
+        one, other = getattr(config0, name, None), getattr(config1, name, None)
+        if one != other and (one or other):
+            raise ValueError(
+                f"Configs are incompatible: for {name}, {one} != {other}. Load the new adapter under a name of its own."
+            )
+
+
+def _value(member: Any) -> Any:
+    return getattr(member, "value", member)
