@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft import (
@@ -237,6 +237,16 @@ def test_eva_looks_at_tokens_with_a_label_only():
         get_eva_state_dict(model, [{"input_ids": ids}], made, show_progress_bar=False)
 
 
+def test_attention_has_no_inputs_for_eva_and_starts_as_a_plain_lora():
+    model = get_peft_model(
+        nn.Sequential(Self(8)), LoraConfig(r=2, target_modules=["attention"], init_lora_weights="eva", eva_config={})
+    )
+    x = torch.randn(2, 5, 8)
+    with pytest.warns(PeftWarning, match=r"no inputs to look at in '0\.attention'"):
+        initialize_lora_eva_weights(model, [x], **CALL)
+    assert model.get_nb_trainable_parameters()[0] > 0
+
+
 def test_eva_of_a_convolution_takes_its_patches():
     torch.manual_seed(0)
     model = Pixels(stride=2, padding=1)
@@ -332,6 +342,49 @@ def test_corda_leaves_the_base_as_it_was_and_starts_at_it(tmp_path):
     assert torch.allclose(PeftModel.from_pretrained(again, tmp_path / "trained", config=made)(x), wanted, atol=1e-5)
     model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
     assert torch.allclose(PeftModel.from_pretrained(net(), tmp_path / "plain")(x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_what_was_measured_is_not_needed_again_for_a_file_that_was_saved_here(init, tmp_path):
+    model, made = measured(corda_config=CordaConfig()) if init == "corda" else graded()
+    model = get_peft_model(model, made)
+    for name in "abc":
+        factors(model, name)[1].add_(0.1)
+    model.save_pretrained(tmp_path)
+    x = batches()[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for low in (False, True):
+            again = PeftModel.from_pretrained(net(), tmp_path, low_cpu_mem_usage=low)
+            assert torch.equal(again(x), model(x))
+        second = get_peft_model(net(), config("pissa"))
+        second.load_adapter(tmp_path, "second")
+        second.set_adapter("second")
+        assert torch.equal(second(x), model(x))
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(PeftModel.from_pretrained(net(), tmp_path / "again")(x), model(x))
+    with model.disable_adapter():
+        assert torch.equal(model(x), net()(x))
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_a_file_without_first_factors_asks_for_the_measurement(init, tmp_path):
+    model, made = measured(corda_config=CordaConfig()) if init == "corda" else graded()
+    model = get_peft_model(model, made)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "first" not in k}, file)
+    x = batches()[0]
+    base, made = measured(corda_config=CordaConfig()) if init == "corda" else graded()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.allclose(PeftModel.from_pretrained(base, tmp_path, config=made)(x), model(x), atol=1e-5)
+    if init == "corda":
+        with pytest.raises(ValueError, match="lora_first_A"):
+            PeftModel.from_pretrained(net(), tmp_path)
+    else:
+        with pytest.warns(PeftWarning, match="lora_first_A"):
+            PeftModel.from_pretrained(net(), tmp_path)
 
 
 def test_corda_writes_files_and_reads_them(tmp_path):

@@ -25,7 +25,7 @@ from peft import (
     create_arrow_model,
     get_peft_model,
 )
-from peft.methods.lora.alora import last_offset
+from peft.methods.lora.alora import last_offsets
 
 HERE = Path(__file__).parent
 
@@ -268,6 +268,20 @@ def test_monteclora_samples_around_a_in_training_and_is_lora_otherwise():
     assert all(p.grad is not None and p.grad.any() for p in (A, B, sampler.std_prior, sampler.expert_weights_prior))
 
 
+def test_monteclora_samples_where_a_parent_reads_the_weight_too():
+    options = LoraConfig(
+        r=2, target_modules=["0"], init_lora_weights=False, monteclora_config=MontecloraConfig(sample_scaler=1.0)
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True)), options)
+    attention = model.base_model.model[0]
+    x = torch.randn(2, 3, 8)
+    one, other = (attention.train()(x, x, x)[0] for _ in "12")
+    assert not torch.allclose(one, other)
+    one, other = (attention.eval()(x, x, x)[0] for _ in "12")
+    assert torch.equal(one, other)
+
+
 def test_a_merge_in_training_mode_writes_what_evaluation_computes():
     model = adapted(monteclora_config=MontecloraConfig(sample_scaler=0.5)).train()
     merged = copy.deepcopy(model).merge_and_unload()
@@ -321,13 +335,13 @@ def test_the_trainer_adds_montecloras_term():
     [
         ([1, 5, 7, 2], [5, 7], 3),
         ([5, 7, 5, 7, 1], [5, 7], 3),
-        ([5, 1, 7], [5, 7], None),
-        ([5], [5, 7], None),
+        ([5, 1, 7], [5, 7], 0),
+        ([5], [5, 7], 0),
         ([7, 7], [7], 1),
     ],
 )
 def test_the_last_occurrence_of_the_tokens_counts(row, tokens, offset):
-    assert last_offset(row, tokens) == offset
+    assert last_offsets(torch.tensor([row]), tokens).tolist() == [offset]
 
 
 IDS = torch.tensor([[12, 5, 7, 12, 11, 14], [12, 17, 9, 5, 7, 10], [3, 4, 5, 6, 8, 9]])
@@ -402,6 +416,14 @@ def test_each_row_of_a_mixed_batch_has_the_tokens_of_its_adapter(llama):
     other = model(input_ids=IDS).logits
     wanted = torch.stack([other[0], one[1], llama(IDS).logits[2]])
     assert torch.allclose(mixed, wanted, atol=1e-5) and not torch.equal(other[0], llama(IDS).logits[0])
+
+
+def test_an_activated_adapter_compiles_to_one_graph(llama):
+    model = activated(llama)
+    wanted = model(input_ids=IDS).logits
+    torch.compiler.reset()
+    found = torch.compile(model, fullgraph=True, backend="eager")(input_ids=IDS).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_inputs_without_tokens_are_told(llama):
@@ -534,6 +556,16 @@ def test_an_expert_that_comes_later_is_routed_to(tmp_path):
     assert not torch.allclose(model(X), before)
     model.delete_adapter("more")
     assert torch.equal(model(X), before)
+
+
+def test_a_router_compiles_to_one_graph_that_follows_the_experts(tmp_path):
+    model = create_arrow_model(net(), experts(tmp_path, 2), ArrowConfig(top_k=1, rng_seed=0)).eval()
+    torch.compiler.reset()
+    fast = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(fast(X), model(X), atol=1e-5)
+    with torch.no_grad():
+        layer_of(model).lora_A["task_1"].weight.mul_(3)
+    assert torch.allclose(fast(X), model(X), atol=1e-5)
 
 
 def test_only_the_router_is_saved_in_its_folder(tmp_path):

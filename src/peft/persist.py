@@ -16,7 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from .config import PeftConfig
 from .core.checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from .core.defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .core.files import check_written, staged, write_weights
+from .core.files import check_written, in_hand, staged, write_weights
 from .core.hub import DOWNLOAD_ARGUMENTS
 from .errors import PeftWarning, listing, nearest, report
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -118,13 +118,8 @@ class Persistent:
         flags = [(p, p.requires_grad) for p in model.parameters()]
         by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING if cls.__name__ == "PeftModel" else {}
         kind: Any = by_task.get(config.task_type or "", cls)
-        wrapped = kind(
-            model,
-            config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-        )
+        with in_hand(state):
+            wrapped = kind(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
         def undo() -> None:
             wrapped.base_model.delete_adapter(adapter_name)  # trained copies go, originals come back
@@ -159,7 +154,8 @@ class Persistent:
         if new:
             config = read_config(model_id, is_trainable, kwargs)
             set_runtime(config, ephemeral_gpu_offload)
-            self._add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, steps)
+            with in_hand(state):
+                self._add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, steps)
 
         def undo() -> None:
             for step in reversed(steps):

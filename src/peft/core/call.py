@@ -20,7 +20,7 @@ class Call:
         beams: how often each sample may be repeated (beam search).
         length: tokens per sample, where known; rows of flattened tokens are then told apart.
         only: while a module runs on the rows of one adapter, that adapter's name.
-        offsets: adapter -> on how many of each row's last positions it acts; None where nobody has looked.
+        offsets: adapter -> on how many of each row's last positions it acts, (rows,); None where nobody has looked.
         given_offsets: what the caller says of that, one number or None per sample.
         watched: whether somebody finds offsets before each forward.
     """
@@ -30,7 +30,7 @@ class Call:
         self.beams = 1
         self.length: int | None = None
         self.only: str | None = None
-        self.offsets: dict[str, list[int | None]] | None = None
+        self.offsets: dict[str, Tensor] | None = None
         self.given_offsets: list[int | None] | None = None
         self.watched = False
         self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}

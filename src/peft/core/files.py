@@ -7,8 +7,9 @@ import pickle
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -156,3 +157,21 @@ def _read_pickle(file: str | os.PathLike[str], device: str) -> dict[str, Tensor]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{file} does not hold a dictionary of tensors. Expected what `save_pretrained` writes.")
     return state
+
+
+_in_hand: ContextVar[Collection[str]] = ContextVar("in_hand", default=())
+
+
+@contextmanager
+def in_hand(keys: Collection[str]) -> Iterator[None]:
+    """While open, an adapter is made that will be filled from a file with these keys."""
+    token = _in_hand.set(keys)
+    try:
+        yield
+    finally:
+        _in_hand.reset(token)
+
+
+def keys_in_hand() -> Collection[str]:
+    """The keys of the file that the adapter which is being made will be filled from; none if there is no file."""
+    return _in_hand.get()

@@ -23,16 +23,17 @@ from ...core.stack import Adapter, Stack
 from ...errors import PeftWarning
 from .method import LoRA
 
-Offset = int | None  # how many positions, from the end of a row, the adapter acts on
 
-
-def last_offset(row: Sequence[int], tokens: Sequence[int]) -> Offset:
-    """How many tokens of a row there are from the last occurrence of `tokens` on; None if they do not occur."""
-    n = len(tokens)
-    for start in range(len(row) - n, -1, -1):
-        if list(row[start : start + n]) == list(tokens):
-            return len(row) - start
-    return None
+def last_offsets(ids: Tensor, tokens: Sequence[int]) -> Tensor:
+    """How many tokens of each row there are from the last occurrence of `tokens` on, (rows,); 0 where there is none."""
+    n, length = len(tokens), ids.shape[1]
+    if length < n:
+        return ids.new_zeros(len(ids))
+    windows = ids.unfold(1, n, 1)
+    starts = (windows == torch.tensor(list(tokens), device=ids.device)).all(-1)
+    return torch.where(starts, length - torch.arange(length - n + 1, device=ids.device), length + 1).amin(1) % (
+        length + 1
+    )
 
 
 class Offsets:
@@ -44,7 +45,7 @@ class Offsets:
 
     def __init__(self, tuner: Any):
         self.tuner: Any = tuner
-        self.found: dict[str, list[Offset]] = {}
+        self.found: dict[str, Tensor] = {}
         self.last_given: Any = None
         self.length = 0  # of the rows that given offsets are counted from the end of
         self.waiting = False  # for the backward pass of a forward that will be computed again
@@ -52,7 +53,7 @@ class Offsets:
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         configs = self.tuner.peft_config.items()
-        tokens = {n: list(t) for n, c in configs if (t := getattr(c, "alora_invocation_tokens", None))}
+        tokens = {n: c.alora_invocation_tokens for n, c in configs if getattr(c, "alora_invocation_tokens", None)}
         ids = kwargs.get("input_ids", args[0] if args else None)
         call = self.tuner.call
         if self.waiting:
@@ -76,18 +77,14 @@ class Offsets:
         again = model.training and torch.is_grad_enabled() and _checkpoints(model)
         self.waiting = bool(again and tokens)
 
-    def _given(
-        self, names: Iterable[str], offsets: list[Offset], ids: Tensor | None, cached: int
-    ) -> dict[str, list[Offset]]:
+    def _given(self, names: Iterable[str], offsets: Any, ids: Tensor | None, cached: int) -> dict[str, Tensor]:
         """What the caller says, for rows that may have grown and been repeated since."""
-        repeat = 1 if ids is None else max(1, len(ids) // max(1, len(offsets)))
-        if not cached:
-            length = 0 if ids is None else ids.shape[1]
-            self.length = length if offsets is not self.last_given else self.length
-            self.last_given, grown = offsets, length - self.length
-        else:
-            grown = cached + (0 if ids is None else ids.shape[1]) - self.length
-        rows = [None if o is None else o + max(0, grown) for o in offsets for _ in range(repeat)]
+        length = cached + (0 if ids is None else ids.shape[1])
+        if not cached and offsets is not self.last_given:
+            self.length, self.last_given = length, offsets
+        rows = torch.tensor([o or 0 for o in offsets], device=None if ids is None else ids.device)
+        rows = rows if ids is None else rows.repeat_interleave(max(1, len(ids) // max(1, len(offsets))))
+        rows = torch.where(rows > 0, rows + max(0, length - self.length), rows)
         return {name: rows for name in names}
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -113,14 +110,12 @@ def _cached(past: Any) -> int:
     return int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
 
 
-def _of_rows(ids: Tensor, tokens: list[int], before: list[Offset] | None) -> list[Offset]:
+def _of_rows(ids: Tensor, tokens: list[int], before: Tensor | None) -> Tensor:
     """The offset of each row; a row that goes on after what is cached keeps acting."""
-    rows, length = ids.tolist(), ids.shape[1]
-    kept: list[Offset] = before if before is not None and len(before) == len(rows) else [None] * len(rows)
-    return [
-        found if (found := last_offset(row, tokens)) is not None else (None if old is None else old + length)
-        for row, old in zip(rows, kept, strict=True)
-    ]
+    found = last_offsets(ids, tokens)
+    if before is None or len(before) != len(found):
+        return found
+    return torch.where(found > 0, found, torch.where(before > 0, before.to(found) + ids.shape[1], 0))
 
 
 class ALoRA(LoRA):
@@ -169,18 +164,16 @@ class ALoRA(LoRA):
             return None
         if call.names is not None:
             repeat = len(offsets) // len(call.names)
-            offsets = [o for i, o in enumerate(offsets) if call.names[i // repeat] == p.name]
+            mine = [name == p.name for name in call.names for _ in range(repeat)]
+            offsets = offsets[torch.tensor(mine, device=offsets.device)]
         rows, length = len(x), (x.shape[1] if x.dim() > 2 else 1)
         if len(offsets) != rows:
             raise ValueError(
                 f"aLoRA: the layer {p.path!r} got {rows} rows, but there are {len(offsets)} offsets, one for each row "
                 "of the batch. Leave layers that regroup rows out (`exclude_modules`)."
             )
-        if not any(offsets):
-            return None
-        counts = torch.tensor([min(o or 0, length) for o in offsets], device=x.device)
+        offsets = offsets.to(x.device)[:, None]
         if x.dim() == 2:
-            return counts[:, None] > 0
+            return offsets > 0
         place = torch.arange(length, device=x.device)
-        shape = (rows, length, *[1] * (x.dim() - 2))
-        return (place >= length - counts[:, None]).view(shape)
+        return (place >= length - offsets).view(rows, length, *[1] * (x.dim() - 2))

@@ -47,6 +47,9 @@ class Arrow(LoRA):
 
     def prepare(self, p: Adapter) -> None:
         p.hot = None
+        for a in [a for several in self.experts(p) for a in several]:  # under compile they are found by reference
+            a.direct = {k: h[a.name] for k, h in p.layer._modules.items() if k != "base_layer" and a.name in h}
+        p.cache["start"] = start(p.layer.view.shape(p.layer.get_base_layer())[-1], p.settings.arrow_config.rng_seed)
 
     def experts(self, p: Adapter) -> tuple[list[Adapter], list[Adapter]]:
         """The experts and the general adapters of the layer."""
@@ -60,10 +63,14 @@ class Arrow(LoRA):
         if not experts:
             raise ValueError(f"The router {p.name!r} at {p.path!r} has no adapter to route to. Load the experts first.")
         pairs: dict[str, Any] = {a.name: a.method.factors(a) for a in (*experts, *general)}  # type: ignore[attr-defined]
+        options = p.settings.arrow_config
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                return _tables(options, experts, general, pairs, p.cache["start"])
         key = [(n, t.data_ptr(), t._version, t.device, t.dtype) for n, pair in pairs.items() for t in pair]
         if p.cache.get("key") != key:
             with torch.no_grad():
-                p.cache.update(key=key, tables=_tables(p.settings.arrow_config, experts, general, pairs))
+                p.cache.update(key=key, tables=_tables(options, experts, general, pairs, p.cache["start"]))
         return p.cache["tables"]
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
@@ -79,21 +86,24 @@ class Arrow(LoRA):
         return (y + F.dropout(update, self.drop_rate(p))).to(y.dtype)
 
 
-def _tables(options: Any, experts: Any, general: Any, pairs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _tables(options: Any, experts: Any, general: Any, pairs: Any, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A, B = (torch.stack([pairs[a.name][i] for a in experts]) for i in (0, 1))
     if options.use_gks and general:
         A = A - torch.stack([pairs[a.name][0] for a in general]).mean(0)
         B = B - torch.stack([pairs[a.name][1] for a in general]).mean(0)
-    prototypes = torch.stack([prototype(a, b, options.rng_seed) for a, b in zip(A, B, strict=True)])
+    prototypes = torch.stack([prototype(a, b, first) for a, b in zip(A, B, strict=True)])
     scalings = torch.tensor([float(a.scaling) for a in experts], dtype=B.dtype, device=B.device)
     return prototypes, A, B * scalings[:, None, None]
 
 
-def prototype(A: Tensor, B: Tensor, seed: int | None) -> Tensor:
+def start(size: int, seed: int | None) -> Tensor:
+    """Where the power iteration begins, (I,)."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(0 if seed is None else seed))
+
+
+def prototype(A: Tensor, B: Tensor, first: Tensor) -> Tensor:
     """Nearly the first right singular vector of B A, (I,), by power iteration."""
-    generator = torch.Generator().manual_seed(0 if seed is None else seed)
-    v = torch.randn(A.shape[1], generator=generator).to(A.device)
-    A, gram = A.float(), B.float().mT @ B.float()
+    v, A, gram = first.to(A.device), A.float(), B.float().mT @ B.float()
     for _ in range(TURNS):
         v = F.normalize(A.mT @ (gram @ (A @ v)), dim=0)
     return v.to(B.dtype)

@@ -27,6 +27,7 @@ class Spot(NamedTuple):
     module: nn.Module
     view: LinearView
     settings: Any  # the configuration with this path's patterns resolved
+    called: bool = True  # False: its parent reads the weight
 
     def key(self, name: str) -> str:
         """The name of a measurement: the module's weight has the plain one."""
@@ -68,7 +69,7 @@ def _of(target: Any, config: Any) -> Iterator[Spot]:
     for child in () if target.parameter else view_of(base).read_children:
         path = f"{target.path}.{child}" if target.path else child
         below = innermost(base.get_submodule(child))
-        yield Spot(path, below, view_of(below), settings(config, path))
+        yield Spot(path, below, view_of(below), settings(config, path), called=False)
 
 
 def at(p: Any) -> Spot:
@@ -89,7 +90,7 @@ def patches(spot: Spot, x: Tensor) -> Tensor:
 def has_inputs(spot: Spot) -> bool:
     """Whether the vectors that W is multiplied with can be had: a layer that is called, and no table of tokens."""
     view, m = spot.view, spot.module
-    return view.activations and view.groups(m) == 1 and (view.dense or bool(view.kernel(m)))
+    return spot.called and view.activations and view.groups(m) == 1 and (view.dense or bool(view.kernel(m)))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ Source: Yang et al. 2024, arXiv 2406.05223, eq. 1-5.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -75,19 +75,22 @@ def preprocess_corda(
 def factors(spot: Spot, r: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r).
 
-    Raises ValueError if the model was not measured, or for another rank.
+    Raises ValueError for another rank than that which the model was measured for.
     """
     eigens = spot.get(NAME)
-    if eigens is None:
-        raise ValueError(
-            f"init_lora_weights='corda' found no `{NAME}` at {spot.path!r}. Call peft.tuners.lora.corda."
-            "preprocess_corda(model, lora_config, run_model) on the base model first, with the same target_modules. To "
-            "load an adapter without it, save it with `path_initial_model_for_weight_conversion`."
-        )
     if len(eigens.S_WC) != r:
         raise ValueError(f"{spot.path!r} was measured for {len(eigens.S_WC)} directions, but r={r}. Measure it again.")
     root = (eigens.S_WC.float() / scaling).sqrt()
     return root[:, None] * eigens.V_WC.float().mT, eigens.U_WC.float() * root
+
+
+def missing(path: str) -> NoReturn:
+    """Say that a layer was not measured."""
+    raise ValueError(
+        f"init_lora_weights='corda' found no `{NAME}` at {path!r}. Call peft.tuners.lora.corda.preprocess_corda(model, "
+        "lora_config, run_model) on the base model first, with the same target_modules. An adapter whose file lacks "
+        "`lora_first_A` needs it to be loaded, too, unless it is saved with `path_initial_model_for_weight_conversion`."
+    )
 
 
 def _refuse(wrong: list[Spot]) -> None:

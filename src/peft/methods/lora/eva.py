@@ -130,6 +130,7 @@ def initialize_lora_eva_weights(
     config = _config(model, adapter_name)
     if config.init_lora_weights != "eva":
         raise ValueError(f"EVA needs init_lora_weights='eva', but the configuration has {config.init_lora_weights!r}.")
+    measured = eva_state_dict is None
     if eva_state_dict is None:
         if dataloader is None:
             raise ValueError("EVA needs a dataloader, or an eva_state_dict that get_eva_state_dict has made.")
@@ -139,7 +140,7 @@ def initialize_lora_eva_weights(
         )  # fmt: skip
     from .eva_ranks import give
 
-    give(model, adapter_name, {k.removeprefix(PREFIX): v for k, v in eva_state_dict.items()})
+    give(model, adapter_name, {k.removeprefix(PREFIX): v for k, v in eva_state_dict.items()}, told=measured)
 
 
 def _config(model: nn.Module, name: str) -> Any:

@@ -15,13 +15,14 @@ from ...core.tie import places
 from ...errors import PeftWarning, listing
 
 
-def give(model: Any, name: str, found: dict[str, Tensor]) -> None:
+def give(model: Any, name: str, found: dict[str, Tensor], told: bool = False) -> None:
     """Give each adapted layer the factor A that is found under its path, with its rank; B is zero.
 
     Arguments:
         model: a PeftModel.
         name: the adapter.
         found: {path in the base model: (rank, in)}.
+        told: layers without one have been told of.
 
     Raises ValueError for a matrix that does not fit, and where nothing would be left; the model is then unchanged.
     """
@@ -33,7 +34,7 @@ def give(model: Any, name: str, found: dict[str, Tensor]) -> None:
     }
     _check(layers, found)
     lacking = [path for path in layers if path not in found]
-    if lacking:
+    if lacking and not told:
         text = f"EVA has nothing for {listing(lacking)}, which keep their rank and start as with True."
         warnings.warn(text, PeftWarning, stacklevel=4)
     _note(config, layers, name, found)

@@ -24,12 +24,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...core.files import keys_in_hand
 from . import corda, loraga
 from .calibration import Spot, at
 
 if TYPE_CHECKING:
     from ...core.stack import Adapter, Stack
 
+MEASURED = {"corda": corda.NAME, "lora_ga": loraga.NAME}
+FIRST = ("lora_first_A", "lora_first_B")  # in files: A0 and B0 that cannot be found from the base weight again
+DERIVED = ("lora_residual_A", "lora_residual_B")  # found anew at each load
 _HALF = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -43,7 +47,7 @@ def fill(method: Any, p: Adapter, inner: Stack) -> None:
     A, B = _held(p)
     if p.lora_bias:
         p.lora_B.bias.zero_()
-    unmeasured = kind == "lora_ga" and not p.subtracts
+    unmeasured = kind in MEASURED and not measured(at(p))
     if kind is True or not kind or str(kind).lower() == "gaussian" or kind == "eva" or unmeasured:
         _draw(p, A, B, True if unmeasured or kind == "eva" else kind, inner.view.infix != "")
         return
@@ -77,20 +81,42 @@ def put(p: Adapter, inner: Stack, A: Tensor, B: Tensor) -> None:
 def subtracts(site: Any) -> bool:
     """Whether the literature takes the first B A out of the base weight.
 
-    Warns where LoRA-GA has no gradient to start from.
+    Raises ValueError where CorDA has no measurement to start from, and no file; LoRA-GA warns.
     """
     kind = site.settings.init_lora_weights
-    if kind == "lora_ga":
-        found = Spot(site.path, site.module, site.view, site.settings).get(loraga.NAME)
-        if found is None:
-            loraga.missing(site.path)
-        return found is not None
-    return isinstance(kind, str) and (kind.startswith("pissa") or kind in ("olora", "corda"))
+    if kind not in MEASURED:
+        return isinstance(kind, str) and (kind.startswith("pissa") or kind == "olora")
+    if measured(Spot(site.path, site.module, site.view, site.settings)) or first_in_hand():
+        return True
+    if kind == "corda":
+        corda.missing(site.path)
+    loraga.missing(site.path)
+    return False
+
+
+def measured(spot: Spot) -> bool:
+    """Whether the base model holds what the initialisation starts from."""
+    return spot.get(MEASURED[spot.settings.init_lora_weights]) is not None
+
+
+def first_in_hand() -> bool:
+    """Whether the adapter will be filled from a file that holds its first factors."""
+    return any(key.endswith(FIRST[0]) for key in keys_in_hand())
+
+
+def room(site: Any) -> dict[str, Tensor]:
+    """Where the first factors of a file go, if the adapter will be filled from one that holds them."""
+    if site.settings.init_lora_weights not in MEASURED or not first_in_hand():
+        return {}
+    *lead, out, inp = site.view.shape(site.module)
+    r = site.settings.r
+    shapes = ((*lead, r, inp), (*lead, out, r))
+    return {k: torch.nn.Buffer(torch.zeros(s, **site.kwargs)) for k, s in zip(FIRST, shapes, strict=True)}
 
 
 def residual(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor] | None:
     """(A0, B0), whose product the literature takes out of the base weight; None for the other initialisations."""
-    if not p.subtracts:
+    if not p.subtracts or (p.settings.init_lora_weights in MEASURED and not measured(at(p))):
         return None
     A, _ = _held(p)
     A0, B0 = principal(p, inner)

@@ -90,8 +90,8 @@ def missing(path: str) -> None:
     """Say that a layer has no gradient, so that it starts as a plain one."""
     warnings.warn(
         f"init_lora_weights='lora_ga' found no gradient at {path!r}, so its factors start as with True. Call "
-        "preprocess_loraga on the base model first. A saved adapter, too, is relative to factors made from gradients: "
-        "to load it without them, save it with `path_initial_model_for_weight_conversion`.",
+        "preprocess_loraga on the base model first. A saved adapter whose file lacks `lora_first_A` needs it, too, "
+        "unless it is saved with `path_initial_model_for_weight_conversion`.",
         PeftWarning,
         stacklevel=2,
     )

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.files import keys_in_hand
 from ...core.method import LowRank, Method, Site
 from ...core.stack import Adapter, Stack
 from ...kernels import lowrank
@@ -33,6 +34,7 @@ class LoRA(LowRank):
         bias = bool(c.lora_bias)
         root = math.sqrt(c.r) if c.use_rslora else c.r
         return {
+            **starts.room(site),
             "lora_dropout": site.dropout("lora_dropout"),
             f"lora_{view.infix}A": view.down(m, c.r, **site.kwargs),
             f"lora_{view.infix}B": view.up(m, c.r, bias, **site.kwargs),
@@ -51,11 +53,11 @@ class LoRA(LowRank):
 
     def derive(self, p: Adapter, inner: Stack) -> None:
         """A0, B0 of an initialisation that the literature subtracts from the base weight."""
-        pair = starts.residual(p, inner)
+        pair = None if p.has(starts.FIRST[0]) else starts.residual(p, inner)
         if pair is not None:
-            A0, B0 = pair
-            p.layer.keep(p, "lora_residual_A", A0)
-            p.layer.keep(p, "lora_residual_B", B0)
+            saved = p.settings.init_lora_weights in starts.MEASURED and not keys_in_hand()
+            for key, value in zip(starts.FIRST if saved else starts.DERIVED, pair, strict=True):
+                p.layer.keep(p, key, nn.Buffer(value) if saved else value)
 
     def tie(self, p: Adapter, other: Adapter) -> None:
         """(B A)' = A' B': the embedding's factors, transposed, the same numbers in memory."""
@@ -64,8 +66,8 @@ class LoRA(LowRank):
 
     @torch.no_grad()
     def follow_base(self, p: Adapter, inner: Stack) -> None:
-        measured = p.settings.init_lora_weights in ("corda", "lora_ga")  # of a base that is no longer there
-        stays = not p.subtracts or (measured and p.has("lora_residual_A"))
+        measured = p.settings.init_lora_weights in starts.MEASURED  # of a base that is no longer there
+        stays = not p.subtracts or (measured and (p.has(starts.FIRST[0]) or p.has(starts.DERIVED[0])))
         if not stays and inner.layer.original_weight_device().type != "meta":
             self.derive(p, inner)
 
@@ -88,9 +90,11 @@ class LoRA(LowRank):
 
     def first_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """A0, B0; taken now if the base weight was not there when the adapter was made."""
-        if not p.has("lora_residual_A"):
+        if p.has(starts.FIRST[0]):
+            return p.held_buffer(starts.FIRST[0]), p.held_buffer(starts.FIRST[1])
+        if not p.has(starts.DERIVED[0]):
             self.follow_base(p, p.layer.stack(()))
-        return p.held_buffer("lora_residual_A"), p.held_buffer("lora_residual_B")
+        return p.held_buffer(starts.DERIVED[0]), p.held_buffer(starts.DERIVED[1])
 
     def scaling(self, p: Adapter) -> Any:
         return p.scaling

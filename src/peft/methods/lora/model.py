@@ -13,6 +13,7 @@ from .alora import ALoRA, Offsets
 from .arrow import Arrow
 from .bdlora import BDLoRA
 from .calibration import at
+from .init import DERIVED, FIRST
 from .kasa import KaSA
 from .layer import NAMES
 from .loftq import LoftQ
@@ -88,6 +89,6 @@ class LoraModel(BaseTuner):
             return
         for _, layer in tuner_layers(self.model):
             p = getattr(layer, "adapters", {}).get(name)
-            if p is not None and getattr(p, "subtracts", False) and p.has("lora_residual_A"):
+            if p is not None and getattr(p, "subtracts", False) and (p.has(FIRST[0]) or p.has(DERIVED[0])):
                 for measured in (corda.NAME, loraga.NAME):
                     at(p).drop(measured)

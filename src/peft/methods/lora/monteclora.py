@@ -64,11 +64,6 @@ class MonteCLoRA(InTraining):
     """LoRA whose A is sampled while training."""
 
     def build(self, site: Site) -> dict[str, Any]:
-        if len(site.view.shape(site.module)) > 2 or not site.view.activations:
-            raise ValueError(
-                f"monteclora_config samples the A of a layer that is called, but {site.path!r} is a {site.view.label}. "
-                "Leave it out (`exclude_modules`), or give it module_config={...: {'monteclora_config': None}}."
-            )
         c = site.settings
         sampler = Sampler(c.r, c.monteclora_config.num_samples, site.dtype, site.device)
         return {**super().build(site), "lora_monteclora_sampler": sampler}
@@ -83,8 +78,8 @@ class MonteCLoRA(InTraining):
         sampler, scale = p.held("lora_monteclora_sampler"), p.settings.monteclora_config.sample_scaler
         w = sampler.mixture()
         z = torch.randn(len(w), *A.shape, dtype=A.dtype, device=A.device)
-        noise = (z * sampler.variance().sqrt()[None, :, None]) * scale
-        live = A + torch.einsum("n,nri->ri", w, noise)
+        noise = z * (sampler.variance().sqrt() * scale)[:, None]
+        live = A + torch.einsum("n,n...->...", w, noise)
         finite = torch.isfinite(live.detach().sum())
         live = torch.where(finite, live, A)
         if not torch.compiler.is_compiling() and not finite:
@@ -96,6 +91,13 @@ class MonteCLoRA(InTraining):
         with torch.no_grad():
             sampler.expert_weights.copy_(w)
         return live
+
+    def live_delta(self, p: Adapter, W: Tensor) -> Tensor:
+        if not p.layer.training:
+            return self.delta(p, W)
+        self.refuse_merge(p)
+        A, B = self.factors(p)
+        return (B @ self.sampled(p, A)) * p.scaling
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not p.layer.training:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PeftWarning, listing
+from .init import FIRST
 
 RESIDUAL = ("pissa", "olora", "corda", "lora_ga")
 
@@ -38,7 +39,8 @@ def convert(state: Mapping[str, Tensor], initial: Mapping[str, Tensor], config: 
             f"The initial adapter does not fit the trained one: {listing(wrong)} are missing or of another shape. Give "
             "the folder where this adapter was saved before its training."
         )
-    return {k: _joined(k, v, initial) for k, v in state.items()}, _plain_config(config)
+    kept = {k: v for k, v in state.items() if k.rpartition(".")[2] not in FIRST}
+    return {k: _joined(k, v, initial) for k, v in kept.items()}, _plain_config(config)
 
 
 def _check(config: Any) -> None:

@@ -54,7 +54,7 @@ class VeLoRA(InTraining):
 
     @torch.no_grad()
     def _follow(self, p: Adapter, x: Tensor) -> None:
-        """The mean group of the batch as the direction, if it is to follow the batches; without a look at the values."""
+        """The mean group of the batch as the direction, if it is to follow the batches."""
         v, kind = p.held("lora_velora_embed"), p.settings.velora_config.init_type
         if kind == "random" or not len(x):
             return
