@@ -368,6 +368,24 @@ def test_what_was_measured_is_not_needed_again_for_a_file_that_was_saved_here(in
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_hot_swapping_brings_the_first_factors_too(init, tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    models = []
+    for direction in ("ArB2r", "ArBr"):
+        method = "ipm" if direction == "ArBr" else "kpm"
+        made = measured(corda_config=CordaConfig(corda_method=method)) if init == "corda" else graded(direction)
+        models.append(get_peft_model(*made))
+        factors(models[-1])[1].add_(0.1)
+    one, other = models
+    other.save_pretrained(tmp_path)
+    x = batches()[0]
+    assert not torch.allclose(one(x), other(x), atol=1e-3)
+    hotswap_adapter(one, tmp_path, "default")
+    assert torch.equal(one(x), other(x))
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
 def test_a_file_without_first_factors_asks_for_the_measurement(init, tmp_path):
     model, made = measured(corda_config=CordaConfig()) if init == "corda" else graded()
     model = get_peft_model(model, made)

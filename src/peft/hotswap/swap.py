@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..core.checkpoint import adapter_config, load_peft_weights
 from ..core.entries import Entry, entries_of, plain
+from ..core.files import in_hand
 from ..core.fill import as_held, paired, same_kind
 from ..core.hub import DOWNLOAD_ARGUMENTS
 from ..core.layer import BaseTunerLayer, tuner_layers
@@ -175,7 +176,7 @@ class Swap:
         tensor = next((e.tensor for e in group if e.tensor.is_floating_point()), group[0].tensor)
         base = p.layer.get_base_layer()
         site = Site(base, p.layer.view, own, p.path, tensor.dtype, torch.device("meta"), p.shared)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), in_hand([*(e.part for e in group), *more]):
             warnings.simplefilter("ignore")  # what there is to say of the settings was said when the layer was made
             change = Change(p, own, p.method.build(site), group)
         self.changes.append(change)
