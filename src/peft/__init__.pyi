@@ -59,6 +59,12 @@ from .methods.adalora.config import (
 from .methods.adalora.model import (
     AdaLoraModel,
 )
+from .methods.adaption_prompt.config import (
+    AdaptionPromptConfig,
+)
+from .methods.adaption_prompt.model import (
+    AdaptionPromptModel,
+)
 from .methods.boft import (
     BOFTConfig,
     BOFTModel,
@@ -186,6 +192,8 @@ from .utils.other import (
 __all__ = [
     "AdaLoraConfig",
     "AdaLoraModel",
+    "AdaptionPromptConfig",
+    "AdaptionPromptModel",
     "ArrowConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",

@@ -11,8 +11,6 @@ NAMES = frozenset(
     [
         "AdamssConfig",
         "AdamssModel",
-        "AdaptionPromptConfig",
-        "AdaptionPromptModel",
         "BasePromptEncoder",
         "BeftConfig",
         "BeftModel",

@@ -49,6 +49,11 @@ METHODS: dict[PeftType, Method] = {
     PeftType.ADALORA: Method(
         "peft.methods.adalora.config:AdaLoraConfig", "peft.methods.adalora.model:AdaLoraModel", "lora_", True
     ),
+    PeftType.ADAPTION_PROMPT: Method(
+        "peft.methods.adaption_prompt.config:AdaptionPromptConfig",
+        "peft.methods.adaption_prompt.model:AdaptionPromptModel",
+        "adaption_",
+    ),
     PeftType.LN_TUNING: Method(
         "peft.methods.ln_tuning:LNTuningConfig", "peft.methods.ln_tuning:LNTuningModel", "ln_tuning_"
     ),

@@ -42,6 +42,7 @@ class BaseTuner(Combined, nn.Module):
     layer_classes: ClassVar[dict[str, type[BaseTunerLayer]]] = {}  # by the label of a view
     uses_shared_state: ClassVar[bool] = False
     alone: ClassVar[bool] = False  # no other method can be mixed in
+    injection: ClassVar[type[Injection]] = Injection
     companion: ClassVar[type | None] = None  # what a method does over the whole model, made with the tuner
 
     def __init__(
@@ -110,7 +111,8 @@ class BaseTuner(Combined, nn.Module):
         undo = [] if undo is None else undo
         with no_collection():
             try:
-                Injection(self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, undo).run(state_dict)
+                steps = self.injection(self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, undo)
+                steps.run(state_dict)
                 self._join(self.kind_of(config).companion)
             except BaseException:
                 for step in reversed(undo):
