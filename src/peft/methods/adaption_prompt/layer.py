@@ -158,7 +158,7 @@ class AdaptedAttention(AuxiliaryTrainingWrapper):
 
     def _out(self, update: Tensor) -> Tensor:
         m: Any = self.model
-        return m.o_proj(update)  # type: ignore[no-any-return]
+        return m.o_proj(update)
 
     def __getattr__(self, name: str) -> Any:
         try:
