@@ -861,3 +861,27 @@ def test_an_init_works_with_dora_and_learns(init):
         warnings.simplefilter("error")
         wanted = model(x)
         assert torch.allclose(model.merge_and_unload()(x), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "corda", "lora_ga", "loftq", "mica"])
+def test_a_start_decomposes_each_weight_once(init, monkeypatch, tmp_path):
+    if init == "corda":
+        model, made = measured(corda_config=CordaConfig())
+    elif init == "lora_ga":
+        model, made = graded()
+    else:
+        model, made = net(), config(init, **({"loftq_config": LoftQConfig()} if init == "loftq" else {}))
+    calls = []
+    plain = torch.linalg.svd
+
+    def counted(M, *args, **kwargs):
+        calls.append(M.shape)
+        return plain(M, *args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", counted)
+    adapted = get_peft_model(model, made)
+    assert len(calls) == (0 if init == "corda" else 3)
+    adapted.save_pretrained(tmp_path)
+    calls.clear()
+    PeftModel.from_pretrained(net(), tmp_path, low_cpu_mem_usage=True)
+    assert len(calls) == (3 if init == "pissa" else 0), "files hold what is not found again from the weight"

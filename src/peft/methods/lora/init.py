@@ -55,7 +55,8 @@ def fill(method: Any, p: Adapter, inner: Stack) -> None:
     if kind == "orthogonal":
         put(p, inner, *orthogonal(p.r, _in(p, inner), _out(p, inner), A.device))
     else:
-        put(p, inner, *principal(p, inner))
+        p.cache["first"] = principal(p, inner)  # `residual` asks for the same next
+        put(p, inner, *p.cache["first"])
 
 
 def refuse_groups(p: Adapter, inner: Stack) -> None:
@@ -116,10 +117,11 @@ def room(site: Any) -> dict[str, Tensor]:
 
 def residual(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor] | None:
     """(A0, B0), whose product the literature takes out of the base weight; None for the other initialisations."""
+    first = p.cache.pop("first", None)
     if not p.subtracts or (p.settings.init_lora_weights in MEASURED and not measured(at(p))):
         return None
     A, _ = _held(p)
-    A0, B0 = principal(p, inner)
+    A0, B0 = principal(p, inner) if first is None else first
     return A0.to(A.dtype).contiguous(), B0.to(A.dtype).contiguous()
 
 

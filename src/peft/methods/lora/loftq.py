@@ -76,12 +76,12 @@ class LoftQ(Delta):
 
     def init(self, p: Adapter, inner: Stack) -> None:
         starts.refuse_groups(p, inner)
-        starts.put(p, inner, *self._found(p, _read(p))[1:])
+        p.cache["loftq"] = alternate(_read(p), *_options(p), p.r, p.scaling)  # `derive` asks for Q next
+        starts.put(p, inner, *p.cache["loftq"][1:])
 
     def derive(self, p: Adapter, inner: Stack) -> None:
-        W = _read(p)
-        Q = self._found(p, W)[0]
-        p.cache.pop("loftq", None)
+        found = p.cache.pop("loftq", None)
+        Q = found[0] if found is not None else self._base(p, _read(p))
         p.layer.keep(p, "lora_quantised", Q.to(p.original_weight().dtype))
 
     @torch.no_grad()
@@ -93,12 +93,13 @@ class LoftQ(Delta):
         self.of.prepare(p)
         p.hot = None
 
-    def _found(self, p: Adapter, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if "loftq" not in p.cache:
-            options = {"loftq_bits": 4, "loftq_iter": 1, **p.settings.loftq_config}
-            bits, turns = options["loftq_bits"], options["loftq_iter"]
-            p.cache["loftq"] = alternate(W, bits, turns, p.r, p.scaling)
-        return p.cache["loftq"]
+    def _base(self, p: Adapter, W: Tensor) -> Tensor:
+        """Q alone, which needs no decomposition in the last turn."""
+        bits, turns = _options(p)
+        if turns > 1:
+            _, A, B = alternate(W, bits, turns - 1, p.r, p.scaling)
+            W = W - p.scaling * (B @ A)
+        return quantised(W, bits)
 
     def quantised(self, p: Adapter) -> Tensor:
         """Q, (..., O, I); taken now if the base weight was not there when the adapter was made."""
@@ -127,6 +128,12 @@ class LoftQ(Delta):
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         error = self.quantised(p).float() - p.original_weight().float()
         return self.of.onto(p, inner, (y + inner.linear(x, error)).to(y.dtype), x)
+
+
+def _options(p: Adapter) -> tuple[int, int]:
+    """Bits and turns."""
+    options = p.settings.loftq_config
+    return options.get("loftq_bits", 4), options.get("loftq_iter", 1)
 
 
 def _homes(p: Adapter) -> tuple[Tensor, Tensor]:
