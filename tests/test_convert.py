@@ -30,11 +30,11 @@ from peft.algebra import to_lora
 from peft.algebra.factors import Spectrum
 
 SOME = (
-    *("linear-nobias", "linear-Conv1D", "conv-2d-rectangular", "conv-2d-grouped", "conv-3d", "embedding-max-norm"),
-    *("attention-packed", "attention-separate", "attention-encoder", "parameter-2-D", "parameter-3-D", "parameter-two"),
+    *("linear-nobias", "linear-Conv1D", "conv-2d-rectangular", "conv-2d-grouped", "embedding-max-norm"),
+    *("attention-packed", "attention-separate", "parameter-two"),
 )
 # DoRA over LoRA's product that mixes all channels has no weight; and what is no W' has no W' - W
-NONE = {("dora", "conv-2d-grouped")}
+NONE = {("dora", "conv-2d-grouped"), ("kasa", "conv-2d-grouped")}
 CELLS = [c for c in cells([m for m, row in METHODS.items() if row.values is None]) if c[1] in SOME and c not in NONE]
 
 

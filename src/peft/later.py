@@ -78,7 +78,6 @@ NAMES = frozenset(
         "initialize_kv_prefix_from_text",
         "map_cache_to_layer_device_map",
         "prompt_embeddings_from_past_key_values",
-        "reduce_intruder_dimension",
     ]
 )
 
@@ -174,7 +173,6 @@ LORA = frozenset(
         "gptq",
         "hqq",
         "inc",
-        "intruders",
         "te",
         "torchao",
         "tp_layer",

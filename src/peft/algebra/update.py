@@ -99,7 +99,9 @@ class Update:
         method, p = self.method, self.p
         if isinstance(method, LowRank):
             if method.whole or self.form.groups == 1:
-                return self.form.stacked(Pair(*(t.detach() for t in method.factors(p))))
+                A, B = (t.detach() for t in method.factors(p))
+                lead = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])  # a factor may be the same for all experts
+                return self.form.stacked(Pair(*(t.expand(*lead, *t.shape[-2:]) for t in (A, B))))
             return None
         exact = method.exact_factors(p) if isinstance(method, Delta) and self.form.groups == 1 else None
         return None if exact is None else Pair(*(t.detach() for t in exact))

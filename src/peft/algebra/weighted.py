@@ -86,9 +86,9 @@ def add_weighted_adapter(
     if modules or _closed(configs, layers):
         config, report = _same_method(tuner, configs, modules or layers), Report()
         values = {path: _linear(found, recipe) for path, found in layers.items()}
-        with _added(tuner, adapter_name, config):
+        with Added(tuner, adapter_name, config):
             _write_linear(tuner, adapter_name, layers, values)
-            _write_rest(tuner, adapter_name, shares)
+            write_rest(tuner, adapter_name, shares)
         return report
     whole_sum = recipe.kind == "exact" and len(adapters) > 1  # of DoRA's updates it has no magnitude of its own
     dora = not whole_sum and all(c.peft_type == "LORA" and c.use_dora for c in configs)
@@ -97,11 +97,11 @@ def add_weighted_adapter(
     for path, found in layers.items():
         report.add(found[0].p.path, results[path], found[0].form.groups)
     config = _config(tuner, configs, layers, results, report, dora)
-    with _added(tuner, adapter_name, config):
+    with Added(tuner, adapter_name, config):
         for path, layer in tuner_layers(tuner.model):
             if path in results:
-                _write(layer.adapters[adapter_name], results[path])
-        _write_rest(tuner, adapter_name, shares)
+                write(layer.adapters[adapter_name], results[path])
+        write_rest(tuner, adapter_name, shares)
     report.tell("Give a larger svd_rank, or combination_type='exact'.")
     return report
 
@@ -208,7 +208,7 @@ def _config(
     return checked_targets(tuner.model, config, (u for found in layers.values() for u in found))
 
 
-def _write(p: Any, result: Result) -> None:
+def write(p: Any, result: Result) -> None:
     """Put factors into an adapter whose scaling is 1."""
     A, B = Form(p.layer).held(result.pair.scaled(1 / (float(p.scaling) * getattr(_inside(p), "times", 1.0))))
     infix = p.layer.view.infix
@@ -245,7 +245,7 @@ def _tokens(tuner: Any, configs: list[Any]) -> Any:
     return found
 
 
-def _write_rest(tuner: Any, name: str, shares: dict[str, float]) -> None:
+def write_rest(tuner: Any, name: str, shares: dict[str, float]) -> None:
     """Copies of modules and rows of tokens: the original, and the weighted differences from it."""
     for _, layer in tuner_layers(tuner.model):
         if name not in layer._get_available_adapters():
@@ -284,7 +284,7 @@ def _write_tokens(layer: Any, name: str, shares: dict[str, float]) -> None:
         new.trainable_tokens_delta[k] = blended([t for t, _ in found], start[k], [w for _, w in found])
 
 
-class _added:
+class Added:
     """A context with a new adapter in a tuner, which is taken back if what is done in it fails."""
 
     def __init__(self, tuner: Any, name: str, config: Any):
