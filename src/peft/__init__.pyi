@@ -141,6 +141,10 @@ from .methods.oft import (
 from .methods.prefix_tuning import (
     PrefixTuningConfig,
 )
+from .methods.randlora import (
+    RandLoraConfig,
+    RandLoraModel,
+)
 from .methods.road import (
     RoadConfig,
     RoadModel,
@@ -148,6 +152,10 @@ from .methods.road import (
 from .methods.shira import (
     ShiraConfig,
     ShiraModel,
+)
+from .methods.vblora import (
+    VBLoRAConfig,
+    VBLoRAModel,
 )
 from .methods.vera import (
     VeraConfig,
@@ -255,6 +263,8 @@ __all__ = [
     "PeftWarning",
     "PrefixTuningConfig",
     "PromptLearningConfig",
+    "RandLoraConfig",
+    "RandLoraModel",
     "RoadConfig",
     "RoadModel",
     "ShiraConfig",
@@ -264,6 +274,8 @@ __all__ = [
     "UnexpectedTensorsWarning",
     "UnknownFieldWarning",
     "UnmatchedTargetWarning",
+    "VBLoRAConfig",
+    "VBLoRAModel",
     "VeloraConfig",
     "VeraConfig",
     "VeraModel",

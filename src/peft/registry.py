@@ -61,6 +61,10 @@ METHODS: dict[PeftType, Method] = {
     PeftType.MISS: Method("peft.methods.miss:MissConfig", "peft.methods.miss:MissModel", "miss_"),
     PeftType.SHIRA: Method("peft.methods.shira:ShiraConfig", "peft.methods.shira:ShiraModel", "shira_", True),
     PeftType.GRALORA: Method("peft.methods.gralora:GraloraConfig", "peft.methods.gralora:GraloraModel", "gralora_"),
+    PeftType.RANDLORA: Method(
+        "peft.methods.randlora:RandLoraConfig", "peft.methods.randlora:RandLoraModel", "randlora_"
+    ),
+    PeftType.VBLORA: Method("peft.methods.vblora:VBLoRAConfig", "peft.methods.vblora:VBLoRAModel", "vblora_"),
     PeftType.WAVEFT: Method("peft.methods.waveft:WaveFTConfig", "peft.methods.waveft:WaveFTModel", "waveft_"),
 }
 

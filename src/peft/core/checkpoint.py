@@ -21,6 +21,7 @@ from .files import read_weights
 from .fill import fill
 from .hub import fetch
 from .layer import tuner_layers
+from .parts import joined, split, written
 
 __all__ = [
     "adapter_config",
@@ -65,7 +66,8 @@ def get_peft_model_state_dict(
             "gather the full state on the saving process and pass it as `state_dict`."
         )
     keys = [plain(e.key) if unwrap_compiled else prefix + e.key for e in entries]
-    return {k: _for_file(e, _whole(t.detach())) for k, e, t in zip(keys, entries, tensors, strict=True)}
+    held = zip(keys, entries, tensors, strict=True)
+    return {name: t for k, e, value in held for name, t in split(e, k, _whole(value.detach())).items()}
 
 
 def set_peft_model_state_dict(
@@ -94,8 +96,9 @@ def set_peft_model_state_dict(
     config = adapter_config(root, adapter_name)
     entries = entries_of(root, config, adapter_name)
     _refuse_merged(root, adapter_name)
-    state = fused(root, peft_model_state_dict)
+    state = joined(entries, fused(root, peft_model_state_dict))
     missing, unexpected = fill(root, entries, state, adapter_name, ignore_mismatched_sizes, strict)
+    written(entries)
     return _IncompatibleKeys([e.live for e in missing], unexpected)
 
 
@@ -160,11 +163,6 @@ def _gathered(entries: list[Entry], state: Mapping[str, Tensor]) -> list[Tensor]
 def _no_rank(entry: Entry, tensor: Tensor) -> bool:
     """Whether an empty tensor is what the adapter has: a matrix whose rank was cut to nothing."""
     return tensor.dim() > 1 and entry.adapter is not None and not entry.tensor.numel()
-
-
-def _for_file(entry: Entry, tensor: Tensor) -> Tensor:
-    p = entry.adapter
-    return tensor if p is None else p.method.for_file(p, entry.part, tensor)
 
 
 def _whole(tensor: Tensor) -> Tensor:

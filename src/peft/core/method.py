@@ -55,6 +55,7 @@ class Method:
     by_rows = True  # some out-features of W' can be computed from the same ones of W
     # tensors in which W' is affine, all else of an adapter being the same, with the values at which W' is W
     linear: ClassVar[Mapping[str, float]] = {}
+    copies: ClassVar[tuple[str, ...]] = ()  # keys under which files may hold shared tensors again, for every layer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Method:
         return self
@@ -145,6 +146,21 @@ class Method:
     def for_file(self, p: Adapter, key: str, value: Tensor) -> Tensor:
         """A tensor as files hold it; arguments as for `takes`."""
         return value
+
+    def split(self, p: Adapter, key: str, value: Tensor) -> dict[str, Tensor]:
+        """A tensor as files hold it, by key: itself, or in the parts that `join` puts together."""
+        return {key: self.for_file(p, key, value)}
+
+    def parts(self, key: str) -> tuple[str, ...]:
+        """The keys under which files may hold a tensor in parts."""
+        return ()
+
+    def join(self, p: Adapter, key: str, parts: list[Tensor]) -> Tensor:
+        """The tensor of which files hold the parts."""
+        raise NotImplementedError
+
+    def written(self, p: Adapter) -> None:
+        """A file was written into p's tensors."""
 
 
 class Delta(Method):

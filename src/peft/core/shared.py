@@ -29,7 +29,7 @@ class SharedTensors(AdapterHost):
     def add(self, name: str, new: Shared) -> None:
         """File the tensor of an adapter."""
         if isinstance(new.tensor, nn.Parameter):
-            self._parameters[name] = new.tensor
+            self._parameters[name] = new.tensor.requires_grad_(False)  # until it is activated
         else:
             self.register_buffer(name, new.tensor, persistent=new.saved)
 
@@ -71,6 +71,8 @@ class SharedTensors(AdapterHost):
         return f"SharedTensors({shapes})"
 
 
-def drawn(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+def drawn(
+    shape: tuple[int, ...], bound: float, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Uniform in +-bound from a generator of its own, so that files may leave it out."""
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, dtype=dtype).uniform_(-bound, bound, generator=generator)

@@ -45,6 +45,8 @@ class DoRA(Delta):
         self.of = of
         self.shared, self.takes, self.for_file = of.shared, of.takes, of.for_file  # type: ignore[method-assign]
         self.fitted, self.roomy = of.fitted, of.roomy  # type: ignore[method-assign]
+        self.split, self.parts, self.join, self.written = of.split, of.parts, of.join, of.written  # type: ignore
+        self.copies = of.copies  # type: ignore[misc]
         self.refuse_merge, self.rowwise = of.refuse_merge, of.rowwise  # type: ignore[method-assign]
         self.prepare, self.tie, self.follow_base = of.prepare, of.tie, of.follow_base  # type: ignore[method-assign]
 

@@ -43,13 +43,17 @@ class VeraConfig(AdditiveConfig):
     def check(self) -> None:
         """Numbers, and a word about what files will lack."""
         probability("vera_dropout", self.vera_dropout)
-        if not self.save_projection:
-            warnings.warn(
-                "save_projection=False keeps vera_A and vera_B out of files; they are drawn again from "
-                "projection_prng_key, which gives the same numbers only where the generator is the same.",
-                PeftWarning,
-                stacklevel=5,
-            )
+        warn_unsaved(self, "vera_A and vera_B")
+
+
+def warn_unsaved(config: Any, names: str) -> None:
+    """Say what files will lack under save_projection=False."""
+    if not config.save_projection:
+        text = (
+            f"save_projection=False keeps {names} out of files; they are drawn again from projection_prng_key, which "
+            "gives the same numbers only where the generator is the same."
+        )
+        warnings.warn(text, PeftWarning, stacklevel=6)
 
 
 class VeRA(LowRank):

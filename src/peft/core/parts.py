@@ -1,0 +1,43 @@
+"""Tensors that files hold in another form than the model: in several parts, or once more beside what is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .entries import PREFIX, Entry
+
+
+def split(entry: Entry, key: str, value: Tensor) -> dict[str, Tensor]:
+    """What a file holds of a tensor whose key there is `key`."""
+    p = entry.adapter
+    if p is None:
+        return {key: value}
+    parts = p.method.split(p, entry.part, value)
+    before = key.removesuffix(entry.part)
+    return {before + part: t for part, t in parts.items()}
+
+
+def joined(entries: list[Entry], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors, those in parts put together, and copies of shared tensors left out."""
+    state = dict(state)
+    for entry in entries:
+        p = entry.adapter
+        if p is None:
+            continue
+        before = entry.key.removesuffix(entry.part)
+        for spelled in (before, PREFIX + before, before.removeprefix(PREFIX)):
+            for name in p.method.copies:
+                state.pop(spelled + name, None)
+            keys = [spelled + part for part in p.method.parts(entry.part)]
+            if keys and all(k in state for k in keys):
+                state[spelled + entry.part] = p.method.join(p, entry.part, [state.pop(k) for k in keys])
+    return state
+
+
+def written(entries: list[Entry]) -> None:
+    """Tell the adapters' methods that a file was written into their tensors."""
+    adapters = {id(e.adapter): e.adapter for e in entries if e.adapter is not None}
+    for p in adapters.values():
+        p.method.written(p)

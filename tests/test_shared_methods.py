@@ -1,0 +1,158 @@
+"""Methods whose layers share tensors, or what a call carries: VB-LoRA's bank, RandLoRA's matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import peft
+from peft import PeftModel, RandLoraConfig, VBLoRAConfig, get_peft_model
+
+
+class Two(nn.Module):
+    """Two layers of different sizes and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.head = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.down(torch.tanh(self.up(x)))))
+
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+TARGETS = {"target_modules": ["up", "down"]}
+
+
+def vblora(**more):
+    fields = {"r": 3, "num_vectors": 16, "vector_length": 2, "init_vector_bank_bound": 1.0, **more}
+    return VBLoRAConfig(**TARGETS, **fields)
+
+
+# ---- VB-LoRA -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("h, kind", [(16, torch.uint8), (300, torch.int16)])
+def test_a_file_of_the_weights_in_use_gives_the_same_output(tmp_path, h, kind, dora):
+    model = get_peft_model(Two(), vblora(num_vectors=h, topk=3, save_only_topk_weights=True, use_dora=dora)).eval()
+    model.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.up.vblora_logits_A_topk"
+    assert held[f"{name}_indices"].dtype is kind
+    assert held[f"{name}_weights"].shape == (3, 3, 2)
+    assert not any(key.endswith(("logits_A", "logits_B")) for key in held)
+    again = PeftModel.from_pretrained(Two(), tmp_path).eval()
+    torch.testing.assert_close(again(X), model(X))
+    again.save_pretrained(tmp_path / "again")
+    for key, value in load_file(tmp_path / "again" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(value, held[key])
+
+
+def test_an_adapter_whose_other_logits_are_lost_is_not_trained(tmp_path):
+    get_peft_model(Two(), vblora(save_only_topk_weights=True)).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(Two(), tmp_path, is_trainable=True).train()
+    with pytest.raises(RuntimeError, match=r"'default' cannot be trained.*save_only_topk_weights"):
+        model(X)
+    whole = get_peft_model(Two(), vblora())
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(whole))
+    model(X).sum().backward()
+    assert model.base_model.vblora_vector_bank.tensor("default").grad.abs().sum() > 0
+
+
+def test_each_adapter_has_a_bank_of_its_own():
+    model = get_peft_model(Two(), vblora())
+    first = model.base_model.vblora_vector_bank.tensor("default").clone()
+    model.add_adapter("second", vblora(num_vectors=5))
+    bank = model.base_model.vblora_vector_bank
+    assert torch.equal(bank.tensor("default"), first)
+    assert bank.tensor("second").shape == (5, 2)
+    assert bank.tensor("default").requires_grad
+    assert not bank.tensor("second").requires_grad
+
+
+def test_vectors_that_do_not_fit_a_layer_name_it():
+    with pytest.raises(ValueError, match=r"vector_length=4 does not divide .*'up', 6 and 8"):
+        get_peft_model(Two(), vblora(vector_length=4))
+    with pytest.raises(ValueError, match="topk=17 is more than num_vectors=16"):
+        vblora(topk=17)
+
+
+@pytest.mark.parametrize(
+    "h, only, wanted", [(16, False, 608), (300, False, 8400 + 600), (16, True, 32 + 99), (300, True, 600 + 140)]
+)
+def test_what_a_file_would_hold_is_counted_in_float32(capsys, h, only, wanted):
+    config = vblora(num_vectors=h, topk=3, save_only_topk_weights=only, modules_to_save=["head"])
+    model = get_peft_model(Two(), config)
+    own, others = model.get_nb_savable_parameters()
+    pieces = 3 * (6 + 8 + 8 + 4) // 2
+    assert pieces == 39
+    each = (2 + 3 * (0.25 if h == 16 else 0.5)) if only else h
+    assert own == int(h * 2 + pieces * each)
+    assert others == 10
+    model.print_savable_parameters()
+    assert f"{own + others:,d}" in capsys.readouterr().out
+
+
+# ---- RandLoRA ----------------------------------------------------------------------------------------------------
+
+
+def randlora(**more):
+    return RandLoraConfig(**TARGETS, r=3, init_weights=False, **more)
+
+
+def test_copies_of_the_shared_matrices_in_a_file_are_passed_over(tmp_path, recwarn):
+    model = get_peft_model(Two(), randlora()).eval()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    held = load_file(file)
+    assert sum(key.endswith("randlora_A") for key in held) == 1
+    held.update({f"base_model.model.up.randlora_{k}": held[f"base_model.randlora_{k}"].clone() + 1 for k in "AB"})
+    save_file(held, file, metadata={"format": "pt"})
+    again = PeftModel.from_pretrained(Two(), tmp_path).eval()
+    assert torch.equal(again(X), model(X))
+    assert not [w for w in recwarn if issubclass(w.category, peft.PeftWarning)]
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "very_sparse"])
+def test_matrices_left_out_of_a_file_are_drawn_again(tmp_path, kind):
+    more = {} if kind == "dense" else {kind: True}
+    with pytest.warns(peft.PeftWarning, match="keeps randlora_A and randlora_B out of files"):
+        model = get_peft_model(Two(), randlora(save_projection=False, projection_prng_key=5, **more)).eval()
+    model.save_pretrained(tmp_path)
+    assert not any("randlora_A" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    with pytest.warns(peft.PeftWarning, match="keeps randlora_A and randlora_B out of files"):
+        again = PeftModel.from_pretrained(Two(), tmp_path).eval()
+    assert torch.equal(again(X), model(X))
+    shared = model.base_model.randlora_B.tensor("default")
+    torch.testing.assert_close(shared.std(), torch.tensor(1.0), atol=1e-2, rtol=0)
+    assert (kind != "dense") == bool((shared == 0).any())
+
+
+def test_a_second_adapter_that_needs_larger_matrices_is_refused():
+    model = get_peft_model(Two(), RandLoraConfig(target_modules=["down"], r=2))
+    with pytest.raises(ValueError, match=r"too small for this adapter, which needs \(2, 1, 6\)"):
+        model.add_adapter("second", RandLoraConfig(target_modules=["up"], r=2))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_the_scaled_rows_keep_only_their_factors_and_give_their_gradients():
+    from peft.kernels.product import plain, scaled_rows
+
+    generator = torch.Generator().manual_seed(0)
+    scale, A, gains = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((2, 3, 4), (3, 5), (2, 4, 5)))
+    learnt = [t.requires_grad_() for t in (scale, gains)]
+    found, wanted = scaled_rows(scale, A, gains), plain(scale, A, gains)
+    assert torch.equal(found, wanted)
+    seed = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad(found, learnt, seed), torch.autograd.grad(wanted, learnt, seed), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        scaled_rows(scale, A, gains)
+    assert sum(saved) == scale.numel() + A.numel() + gains.numel()
