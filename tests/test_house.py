@@ -25,6 +25,7 @@ FLOORS = (
     "registry config import_utils target_config",
     "kernels",
     "core",
+    "prompts",
     "methods",
     "names status card persist algebra hotswap",
     "model",

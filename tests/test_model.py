@@ -98,7 +98,7 @@ def test_the_tree_and_the_names_are_the_usual_ones():
     assert model.active_adapter == "default" and model.active_adapters == ["default"]
     assert model.active_peft_config is model.peft_config["default"]
     assert model.get_base_model() is model.base_model.model
-    assert model.special_peft_forward_args == {"adapter_names", "alora_offsets"}
+    assert model.special_peft_forward_args == {"adapter_names", "alora_offsets", "task_ids"}
     assert model.base_model_torch_dtype is None or model.base_model_torch_dtype == torch.float32
 
 

@@ -66,19 +66,15 @@ def test_an_unknown_deep_name_is_an_ordinary_import_error():
         exec("from peft.helpers import nonsense", {})
 
 
-def test_a_later_method_has_the_configuration_that_trainers_ask_about(tmp_path):
+def test_prefix_tuning_has_the_configuration_that_trainers_ask_about(tmp_path):
     config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", prefix_projection=True)
     assert isinstance(config, peft.PromptLearningConfig)
     assert config.is_prompt_learning
     config.save_pretrained(tmp_path)
-    values = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (values["num_virtual_tokens"], values["prefix_projection"]) == (3, True)
-    assert values["peft_type"] == PeftType.PREFIX_TUNING
-    with pytest.raises(NotImplementedError, match="PREFIX_TUNING comes with a later release"):
-        peft.PeftConfig.from_pretrained(tmp_path)
-    with pytest.raises(NotImplementedError, match="PREFIX_TUNING comes with a later release"):
-        peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), config)
-    with pytest.raises(ValueError, match="init_weights is 'ones'"):
+    again = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (again.num_virtual_tokens, again.prefix_projection) == (3, True)
+    assert again.peft_type == PeftType.PREFIX_TUNING
+    with pytest.raises(ValueError, match="init_weights='ones'"):
         peft.PrefixTuningConfig(init_weights="ones")
 
 

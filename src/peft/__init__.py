@@ -29,7 +29,12 @@ _NAMES = {
     "peft.methods.lora.loftq": "replace_lora_weights_loftq",
     "peft.methods.lora.loraga": "preprocess_loraga",
     "peft.tuners.lora.arrow": "create_arrow_model",
-    "peft.methods.prefix_tuning": "PrefixTuningConfig",
+    "peft.methods.prompt_tuning": "PromptTuningInit",
+    "peft.methods.p_tuning": "PromptEncoderReparameterizationType",
+    "peft.methods.multitask_prompt_tuning": "MultitaskPromptTuningInit",
+    "peft.methods.cartridge.utils": """
+        compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
+        prompt_embeddings_from_past_key_values""",
     "peft.registry": """
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING
         PEFT_TYPE_TO_TUNER_MAPPING""",

@@ -73,6 +73,22 @@ from .methods.c3a import (
     C3AConfig,
     C3AModel,
 )
+from .methods.cartridge.config import (
+    CartridgeConfig,
+)
+from .methods.cartridge.model import (
+    CartridgeEncoder,
+)
+from .methods.cartridge.utils import (
+    compose_cartridge_adapters,
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+    prompt_embeddings_from_past_key_values,
+)
+from .methods.cpt import (
+    CPTConfig,
+    CPTEmbedding,
+)
 from .methods.delora import (
     DeloraConfig,
     DeloraModel,
@@ -134,12 +150,32 @@ from .methods.miss import (
     MissConfig,
     MissModel,
 )
+from .methods.multitask_prompt_tuning import (
+    MultitaskPromptEmbedding,
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
+)
 from .methods.oft import (
     OFTConfig,
     OFTModel,
 )
+from .methods.p_tuning import (
+    PromptEncoder,
+    PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
+)
+from .methods.poly import (
+    PolyConfig,
+    PolyModel,
+)
 from .methods.prefix_tuning import (
+    PrefixEncoder,
     PrefixTuningConfig,
+)
+from .methods.prompt_tuning import (
+    PromptEmbedding,
+    PromptTuningConfig,
+    PromptTuningInit,
 )
 from .methods.randlora import (
     RandLoraConfig,
@@ -215,6 +251,10 @@ __all__ = [
     "BdLoraConfig",
     "C3AConfig",
     "C3AModel",
+    "CPTConfig",
+    "CPTEmbedding",
+    "CartridgeConfig",
+    "CartridgeEncoder",
     "DeloraConfig",
     "DeloraModel",
     "EvaConfig",
@@ -243,6 +283,9 @@ __all__ = [
     "MissModel",
     "MissingTensorsWarning",
     "MontecloraConfig",
+    "MultitaskPromptEmbedding",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "NoMatchingPeftModuleError",
     "OFTConfig",
     "OFTModel",
@@ -261,8 +304,17 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftWarning",
+    "PolyConfig",
+    "PolyModel",
+    "PrefixEncoder",
     "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
     "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
     "RandLoraConfig",
     "RandLoraModel",
     "RoadConfig",
@@ -283,6 +335,7 @@ __all__ = [
     "WaveFTModel",
     "adapter_parameters",
     "cast_mixed_precision_params",
+    "compose_cartridge_adapters",
     "convert_to_lora",
     "create_arrow_model",
     "get_base_model_state_dict",
@@ -292,12 +345,15 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
     "plan",
     "prepare_model_for_kbit_training",
     "preprocess_loraga",
+    "prompt_embeddings_from_past_key_values",
     "replace_lora_weights_loftq",
     "save_as_lora",
     "set_base_model_state_dict",

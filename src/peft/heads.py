@@ -32,7 +32,7 @@ class PeftModelForSequenceClassification(PeftModel):
         named = _given(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels,
             output_attentions=output_attentions, output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
+            return_dict=return_dict, task_ids=task_ids,
         )  # fmt: skip
         return self._run(self.base_model, (), {**named, **kwargs})
 
@@ -43,6 +43,7 @@ class PeftModelForTokenClassification(PeftModel):
     """
 
     head_names = ("classifier", "score")
+    label_kind = "tokens"
     forward = PeftModelForSequenceClassification.forward
 
 
@@ -64,11 +65,14 @@ class _Generating(PeftModel):
 class PeftModelForCausalLM(_Generating):
     """A language model that continues a text; `labels` are (batch, tokens), -100 where there is no loss."""
 
+    label_kind = "tokens"
     forward = PeftModelForSequenceClassification.forward
 
 
 class PeftModelForSeq2SeqLM(_Generating):
     """A language model with an encoder and a decoder."""
+
+    label_kind = "decoder"
 
     def forward(
         self, input_ids=None, attention_mask=None, inputs_embeds=None, decoder_input_ids=None,
@@ -82,7 +86,7 @@ class PeftModelForSeq2SeqLM(_Generating):
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
             decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask,
             decoder_inputs_embeds=decoder_inputs_embeds, labels=labels, output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states, return_dict=return_dict,
+            output_hidden_states=output_hidden_states, return_dict=return_dict, task_ids=task_ids,
         )  # fmt: skip
         return self._run(self.base_model, (), {**named, **kwargs})
 
@@ -108,7 +112,7 @@ class PeftModelForQuestionAnswering(PeftModel):
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
             position_ids=position_ids, inputs_embeds=inputs_embeds, start_positions=start_positions,
             end_positions=end_positions, output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states, return_dict=return_dict,
+            output_hidden_states=output_hidden_states, return_dict=return_dict, task_ids=task_ids,
         )  # fmt: skip
         return self._run(self.base_model, (), {**named, **kwargs})
 
@@ -124,6 +128,6 @@ class PeftModelForFeatureExtraction(PeftModel):
         named = _given(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
             output_attentions=output_attentions, output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
+            return_dict=return_dict, task_ids=task_ids,
         )  # fmt: skip
         return self._run(self.base_model, (), {**named, **kwargs})

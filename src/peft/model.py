@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .config import PeftConfig, check_config
-from .core.call import BASE
+from .core.call import BASE, first_tensor
 from .core.embeddings import recorded_vocabulary
 from .core.layer import tuner_layers
 from .core.state import adapter_parameters, disabled
@@ -27,7 +27,7 @@ from .registry import tuner_class
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 
 CHECKPOINTING = ("gradient_checkpointing_enable", "activation_checkpointing_enable")  # of transformers
-SPECIAL_ARGUMENTS = frozenset({"adapter_names", "alora_offsets"})
+SPECIAL_ARGUMENTS = frozenset({"adapter_names", "alora_offsets", "task_ids"})
 
 
 class PeftModel(Persistent, nn.Module):
@@ -42,6 +42,7 @@ class PeftModel(Persistent, nn.Module):
     """
 
     head_names: tuple[str, ...] = ()  # modules of the task's head, trained and saved with every adapter
+    label_kind = "sample"  # what `labels` are: of each sample, of "tokens", or of the "decoder"
 
     def __init__(
         self,
@@ -58,6 +59,10 @@ class PeftModel(Persistent, nn.Module):
         self._input_gradients = False
         self._check_model(model)
         self._add_heads(peft_config)
+        if peft_config.is_prompt_learning:
+            from .prompts.holder import stand_beside
+
+            return stand_beside(self, model, peft_config, adapter_name)
         tuner = tuner_class(peft_config.peft_type)  # type: ignore[arg-type]
         self.base_model = tuner(
             model,
@@ -71,6 +76,10 @@ class PeftModel(Persistent, nn.Module):
             self.prepare_model_for_gradient_checkpointing(model)
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             model.config.pretraining_tp = 1  # type: ignore[union-attr]
+
+    @property
+    def _tuner(self) -> Any:
+        return self.__dict__.get("prompts") or self.base_model
 
     def _check_model(self, model: nn.Module) -> None:
         """What a task asks of the model; nothing here."""
@@ -86,17 +95,17 @@ class PeftModel(Persistent, nn.Module):
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """The configurations by adapter name."""
-        return self.base_model.peft_config
+        return self._tuner.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
         """The names of the active adapters."""
-        return list(self.base_model.active_adapters)
+        return list(self._tuner.active_adapters)
 
     @property
     def active_adapter(self) -> str | None:
         """The name of the (first) active adapter; None if there is none."""
-        return next(iter(self.base_model.active_adapters), None)
+        return next(iter(self._tuner.active_adapters), None)
 
     @active_adapter.setter
     def active_adapter(self, adapter_name: str) -> None:
@@ -118,7 +127,7 @@ class PeftModel(Persistent, nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether a forward pass uses some adapter now."""
-        names = set(self.base_model.active_adapters)
+        names = set(self._tuner.active_adapters)
         layers = (layer for _, layer in tuner_layers(self.base_model))
         return any(not layer.disable_adapters and names & set(layer.active_adapters) for layer in layers)
 
@@ -129,7 +138,7 @@ class PeftModel(Persistent, nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with its targeted layers replaced."""
-        return self.base_model.model
+        return self._tuner.model
 
     def adapter_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter by their names in this model; an optimizer for it takes their
@@ -173,39 +182,36 @@ class PeftModel(Persistent, nn.Module):
         except AttributeError:
             if name == "base_model" or (name.startswith("__") and name.endswith("__")):
                 raise
-        found = getattr(self.base_model, name)
+        prompts = self.__dict__.get("prompts")
+        found = getattr(prompts if hasattr(prompts, name) else self.base_model, name)
         return self._with_input_gradients(found) if name in CHECKPOINTING else found
 
     # Running ----------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base model. `adapter_names` gives each sample its own adapter ("__base__": none)."""
-        return self.base_model.completed(self._run(self.get_base_model(), args, kwargs))
+        return self._tuner.completed(self._run(self.get_base_model(), args, kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the base model; `adapter_names` as in `forward`."""
         model = self.get_base_model()
-        beams = kwargs.get("num_beams")
-        for source in (kwargs.get("generation_config"), getattr(model, "generation_config", None)):
-            beams = beams or getattr(source, "num_beams", None)
-        return self._run(model.generate, args, kwargs, beams=beams or 1)
+        sources = (kwargs, kwargs.get("generation_config"), getattr(model, "generation_config", None))
+        beams = [setting(sources, key) or 1 for key in ("num_beams", "num_return_sequences")]
+        return self._run(model.generate, args, kwargs, beams=max(beams))
 
     def _run(self, function: Any, args: tuple, kwargs: dict[str, Any], beams: int | None = None) -> Any:
         """Call the base model without the arguments that are ours; the call's record is restored in any
         case.
         """
-        offsets = kwargs.pop("alora_offsets", None)
-        if offsets is not None:
-            with self.base_model.call.given(offsets):
-                return self._run(function, args, kwargs, beams)
-        names = kwargs.get("adapter_names")
+        if "prompts" in self.__dict__:
+            return self._tuner.run(function, args, kwargs, None if beams else self.label_kind)
+        given = {k: kwargs.get(k) for k in ("adapter_names", "task_ids", "alora_offsets")}
         kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
-        if names is None:
+        if all(v is None for v in given.values()):
             return function(*args, **kwargs)
-        first = _first_tensor(args, kwargs)
-        self._check_names(names, first)
-        length = _tokens(first) if beams is None else None
-        with self.base_model.call.mixed(names, beams=beams or 1, length=length):
+        if given["adapter_names"] is not None:
+            self._check_names(given["adapter_names"], first_tensor(args, kwargs))
+        with self._tuner.call.of(args, kwargs, beams, **given):
             return function(*args, **kwargs)
 
     def _check_names(self, names: Any, first: torch.Tensor | None) -> None:
@@ -236,8 +242,8 @@ class PeftModel(Persistent, nn.Module):
 
     @contextmanager
     def _disabled(self) -> Iterator[None]:
-        self.base_model._warn_of_bias()
-        with disabled(self.base_model):
+        self._tuner._warn_of_bias()
+        with disabled(self.base_model), self._tuner.switched_off():
             yield
 
     # Changing adapters ------------------------------------------------------------------------------------
@@ -270,26 +276,26 @@ class PeftModel(Persistent, nn.Module):
         self._check_mix(adapter_name, peft_config)
         warn_about_name(adapter_name, peft_config)
         self._add_heads(peft_config)
-        self.base_model.peft_config[adapter_name] = peft_config
+        self._tuner.peft_config[adapter_name] = peft_config
         try:
-            self.base_model.inject_adapter(
-                self.base_model.model,
+            self._tuner.inject_adapter(
+                self._tuner.model,
                 adapter_name,
                 autocast_adapter_dtype=autocast,
                 low_cpu_mem_usage=meta,
                 undo=undo,
             )
         except BaseException:
-            self.base_model.peft_config.pop(adapter_name, None)
+            self._tuner.peft_config.pop(adapter_name, None)
             raise
-        undo.append(lambda: self.base_model.peft_config.pop(adapter_name))
+        undo.append(lambda: self._tuner.peft_config.pop(adapter_name))
 
     def _check_mix(self, adapter_name: str, peft_config: PeftConfig) -> None:
         """Raise ValueError for a method that cannot stand beside the model's others."""
         if peft_config.peft_type == self.peft_type:
             return
         kind = tuner_class(peft_config.peft_type)  # type: ignore[arg-type]
-        other = next((k for k in (kind, type(self.base_model)) if getattr(k, "alone", True)), None)
+        other = next((k for k in (kind, type(self._tuner)) if getattr(k, "alone", True)), None)
         if other is not None:
             raise ValueError(
                 f"Adapter {adapter_name!r} is {_value(peft_config.peft_type)}, but the model's first adapter is "
@@ -304,16 +310,16 @@ class PeftModel(Persistent, nn.Module):
                 "`model.base_model.set_adapter([...])`."
             )
         self._known(adapter_name)
-        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+        self._tuner.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable or not, whether or not they are active."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad=requires_grad)
+        self._tuner.set_requires_grad(adapter_names, requires_grad=requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. After the last one the model behaves as the base model."""
         self._known(adapter_name)
-        self.base_model.delete_adapter(adapter_name)
+        self._tuner.delete_adapter(adapter_name)
 
     def _known(self, adapter_name: str) -> None:
         if adapter_name not in self.peft_config:
@@ -366,18 +372,10 @@ def _require_gradient(module: nn.Module, inputs: Any, output: torch.Tensor) -> N
     output.requires_grad_(True)
 
 
-def _first_tensor(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    preferred = [kwargs.get(k) for k in ("input_ids", "inputs_embeds", "inputs", "input_features", "pixel_values")]
-    values = (*args, *preferred, *kwargs.values())
-    return next((v for v in values if isinstance(v, torch.Tensor) and v.dim()), None)
-
-
-def _tokens(first: torch.Tensor | None) -> int | None:
-    """Tokens per sample: of ids (batch, tokens), or embeddings (batch, tokens, size)."""
-    if first is None:
-        return None
-    ids = first.dim() == 2 and not first.is_floating_point()
-    return first.shape[1] if ids or first.dim() == 3 else None
+def setting(sources: Sequence[Any], key: str) -> Any:
+    """The first of the sources, dictionaries or objects, that sets a key."""
+    found = (s.get(key) if isinstance(s, dict) else getattr(s, key, None) for s in sources)
+    return next((v for v in found if v), None)
 
 
 def _value(member: Any) -> Any:

@@ -57,8 +57,25 @@ METHODS: dict[PeftType, Method] = {
     PeftType.LN_TUNING: Method(
         "peft.methods.ln_tuning:LNTuningConfig", "peft.methods.ln_tuning:LNTuningModel", "ln_tuning_"
     ),
+    PeftType.POLY: Method("peft.methods.poly:PolyConfig", "peft.methods.poly:PolyModel", "poly_"),
     PeftType.LORA: Method("peft.methods.lora.config:LoraConfig", "peft.methods.lora.model:LoraModel", "lora_", True),
     PeftType.MISS: Method("peft.methods.miss:MissConfig", "peft.methods.miss:MissModel", "miss_"),
+    PeftType.PROMPT_TUNING: Method(
+        "peft.methods.prompt_tuning:PromptTuningConfig", "peft.methods.prompt_tuning:PromptEmbedding", None
+    ),
+    PeftType.P_TUNING: Method("peft.methods.p_tuning:PromptEncoderConfig", "peft.methods.p_tuning:PromptEncoder", None),
+    PeftType.PREFIX_TUNING: Method(
+        "peft.methods.prefix_tuning:PrefixTuningConfig", "peft.methods.prefix_tuning:PrefixEncoder", None
+    ),
+    PeftType.MULTITASK_PROMPT_TUNING: Method(
+        "peft.methods.multitask_prompt_tuning:MultitaskPromptTuningConfig",
+        "peft.methods.multitask_prompt_tuning:MultitaskPromptEmbedding",
+        None,
+    ),
+    PeftType.CPT: Method("peft.methods.cpt:CPTConfig", "peft.methods.cpt:CPTEmbedding", None),
+    PeftType.CARTRIDGE: Method(
+        "peft.methods.cartridge.config:CartridgeConfig", "peft.methods.cartridge.model:CartridgeEncoder", None
+    ),
     PeftType.SHIRA: Method("peft.methods.shira:ShiraConfig", "peft.methods.shira:ShiraModel", "shira_", True),
     PeftType.GRALORA: Method("peft.methods.gralora:GraloraConfig", "peft.methods.gralora:GraloraModel", "gralora_"),
     PeftType.RANDLORA: Method(

@@ -66,8 +66,10 @@ def get_peft_model_state_dict(
             "gather the full state on the saving process and pass it as `state_dict`."
         )
     keys = [plain(e.key) if unwrap_compiled else prefix + e.key for e in entries]
+    beside = root.__dict__.get("prompts")  # what stands beside the model writes its own
+    own = {} if beside is None else beside.for_file(adapter_name)
     held = zip(keys, entries, tensors, strict=True)
-    return {name: t for k, e, value in held for name, t in split(e, k, _whole(value.detach())).items()}
+    return {**own, **{name: t for k, e, value in held for name, t in split(e, k, _whole(value.detach())).items()}}
 
 
 def set_peft_model_state_dict(
@@ -97,8 +99,15 @@ def set_peft_model_state_dict(
     entries = entries_of(root, config, adapter_name)
     _refuse_merged(root, adapter_name)
     state = joined(entries, fused(root, peft_model_state_dict))
-    missing, unexpected = fill(root, entries, state, adapter_name, ignore_mismatched_sizes, strict)
+    beside = root.__dict__.get("prompts")
+    state, write = (state, None) if beside is None else beside.take(state, adapter_name)
+    missing: list[Entry] = []
+    unexpected = list(state)
+    if entries or write is None:
+        missing, unexpected = fill(root, entries, state, adapter_name, ignore_mismatched_sizes, strict)
     written(entries)
+    if write is not None:
+        write()
     return _IncompatibleKeys([e.live for e in missing], unexpected)
 
 

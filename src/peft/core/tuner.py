@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -326,14 +326,21 @@ class BaseTuner(Combined, nn.Module):
 
     # ---- python ------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.completed(self.model.forward(*args, **kwargs))
+    def forward(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        if task_ids is None:
+            return self.completed(self.model.forward(*args, **kwargs))
+        with self.call.of(args, kwargs, task_ids=task_ids):
+            return self.completed(self.model.forward(*args, **kwargs))
 
     def completed(self, output: Any) -> Any:
         """The model's output, with what methods add to it."""
         for companion in self.companions.values():
             output = companion.completed(output)
         return output
+
+    def switched_off(self) -> AbstractContextManager[None]:
+        """A context for what a tuner does beside its layers; nothing here."""
+        return nullcontext()
 
     def __getattr__(self, name: str) -> Any:
         try:

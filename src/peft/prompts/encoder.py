@@ -1,0 +1,117 @@
+"""What a prompt method states: the module that makes the prompt, and what files hold of it.
+
+A method is a subclass of `BasePromptEncoder`: its tensors, and `forward` from the numbers of the virtual tokens to
+their embeddings (THE DEFINITION). How those enter a model, for every task, is written in `inputs` and `generating`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PromptLearningConfig
+from ..errors import listing
+
+
+class BasePromptEncoder(nn.Module):
+    """Makes the prompt of one adapter.
+
+    Arguments:
+        config: the adapter's configuration, filled in from the model's.
+    """
+
+    caches: ClassVar[bool] = False  # the prompt is keys and values of every layer, not tokens in front of the text
+    by_task: ClassVar[bool] = False  # each sample has the prompt of its task
+    in_decoder: ClassVar[bool] = False  # an encoder-decoder has tokens in front of the decoder's text too
+    own_loss: ClassVar[bool] = False  # `loss` takes the place of the model's own
+    network: tuple[str, ...] = ()  # children that are needed for training only: files hold what they make
+
+    heads: int  # of keys and values
+    layers: int
+    embedding: Any  # the table of virtual tokens
+
+    def __init__(self, config: PromptLearningConfig) -> None:
+        super().__init__()
+        self.num_virtual_tokens = int(config.num_virtual_tokens or 0)
+        self.token_dim = int(config.token_dim or 0)
+        self.rows = self.num_virtual_tokens * int(config.num_transformer_submodules or 1)
+
+    @classmethod
+    def make(cls, config: Any, words: nn.Module) -> BasePromptEncoder:
+        """The encoder of a configuration.
+
+        Arguments:
+            config: as for the class.
+            words: the model's embedding of words, from which a prompt may start.
+        """
+        return cls(config)
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that training moves."""
+        return list(self.parameters())
+
+    def prompt(self, batch: int, task_ids: Tensor | None = None) -> Tensor:
+        """The prompt of each sample, (batch, tokens, size)."""
+        indices = torch.arange(self.rows, device=next(self.parameters()).device)
+        if self.by_task:
+            return self(indices.expand(batch, -1), task_ids)
+        return self(indices).expand(batch, -1, -1)
+
+    def loss(self, logits: Tensor, labels: Tensor, given: dict[str, Any]) -> Tensor:
+        """The loss, of a method that has its own."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def for_file(self) -> dict[str, Tensor]:
+        """The tensors of a file: the prompt itself, whatever made it."""
+        return {"prompt_embeddings": self.prompt(1)[0].detach().clone()}
+
+    def homes(self) -> dict[str, nn.Parameter]:
+        """{key in files: the parameter that holds it} once there is no network."""
+        return {"prompt_embeddings": self.embedding.weight}
+
+    @torch.no_grad()
+    def flatten(self) -> None:
+        """Leave the network behind, and hold the prompt that it makes."""
+        made = self.for_file()["prompt_embeddings"]
+        for name in self.network:
+            if name in self._modules:
+                delattr(self, name)
+        old = self.embedding.weight
+        self.embedding = nn.Embedding(made.shape[0], made.shape[1], _weight=made.to(old.dtype))
+
+    @property
+    def flat(self) -> bool:
+        """Whether there is no network."""
+        return not any(name in self._modules for name in self.network)
+
+    def check(self, state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+        """The tensors of a file by key; raises RuntimeError for wrong shapes, ValueError for missing tensors."""
+        wanted = {k: tuple(v.shape) for k, v in self.for_file().items()}
+        missing = [k for k in wanted if k not in state]
+        if missing:
+            raise ValueError(f"The file of adapter {name!r} lacks {listing(missing)}; it holds {listing(state)}.")
+        wrong = [
+            f"{k}: {tuple(state[k].shape)} in the file, {s} here" for k, s in wanted.items() if state[k].shape != s
+        ]
+        if wrong:
+            raise RuntimeError(
+                f"The prompt of adapter {name!r} does not fit: {'; '.join(wrong)}. It belongs to another number of "
+                "virtual tokens, or to another base model."
+            )
+        return {k: state[k] for k in wanted}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take the tensors of a file, as `check` returns them; a network is left behind."""
+        if not self.flat:
+            self.flatten()
+        for key, held in self.homes().items():
+            held.copy_(state[key])
+
+
+def embedding(rows: int, size: int, start: Tensor | None = None) -> nn.Embedding:
+    """A table of virtual tokens, float32; N(0, 1) without `start`."""
+    return nn.Embedding(rows, size) if start is None else nn.Embedding(rows, size, _weight=start.float().clone())

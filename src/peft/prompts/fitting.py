@@ -1,0 +1,84 @@
+"""What a prompt configuration leaves to the model, and the parts of the model that prompts touch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..config import PromptLearningConfig
+from ..types import PeftType
+
+_NAMES = {
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "token_dim": ("hidden_size", "n_embd", "d_model"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the model's text part; None if the model has no configuration."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        return config.get_text_config()  # type: ignore[union-attr]
+    return getattr(config, "text_config", config)
+
+
+def fit(model: nn.Module, config: PromptLearningConfig) -> None:
+    """Fill in the sizes that the configuration leaves open.
+
+    Raises ValueError for what the model's configuration does not say either.
+    """
+    if not isinstance(config.num_virtual_tokens, int) or config.num_virtual_tokens < 1:
+        raise ValueError(f"num_virtual_tokens is {config.num_virtual_tokens!r}. Give the number of tokens, at least 1.")
+    base = text_config(model)
+    for name, sources in _NAMES.items():
+        if getattr(config, name) is None:
+            found = next((getattr(base, s) for s in sources if getattr(base, s, None) is not None), None)
+            if found is None:
+                raise ValueError(
+                    f"{name} is not set, and the configuration of {type(model).__name__} has none of "
+                    f"{', '.join(sources)}. Set {name} in the {type(config).__name__}."
+                )
+            setattr(config, name, found)
+    if config.num_transformer_submodules is None:
+        config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
+    if getattr(config, "encoder_hidden_size", 0) is None:
+        config.encoder_hidden_size = config.token_dim  # type: ignore[attr-defined]
+    if config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
+        _fit_heads(base, config)
+
+
+def _fit_heads(base: Any, config: Any) -> None:
+    """Keys and values have the size of the key heads, which grouped attention has fewer of."""
+    heads = getattr(base, "num_key_value_heads", None)
+    if heads is None:
+        return
+    size = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+    if getattr(base, "global_head_dim", None):
+        size, heads = base.global_head_dim, getattr(base, "num_global_key_value_heads", None) or heads
+    config.token_dim, config.num_attention_heads = size * heads, heads
+
+
+def word_embeddings(model: nn.Module) -> nn.Module:
+    """The model's embedding of words.
+
+    Raises ValueError if the model does not tell, and no parameter has a row for each word.
+    """
+    known = getattr(model, "get_input_embeddings", None)
+    if known is not None:
+        try:
+            found = known()
+        except NotImplementedError:
+            found = None
+        if isinstance(found, nn.Module):
+            return found
+    size = getattr(text_config(model), "vocab_size", None)
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and size is not None and weight.dim() == 2 and weight.shape[0] == size:
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no embedding of words that prompts could stand beside: it has no "
+        "get_input_embeddings(), and no weight with a row for each word of its configuration's vocab_size."
+    )

@@ -1,0 +1,119 @@
+"""How a prompt enters `generate`: by the public arguments of transformers, in the first step; the cache carries it on.
+
+In front of the text: embeddings are given beside the ids. As keys and values: a filled cache and a mask that counts it,
+from which transformers sees that the ids are new ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .cache import prefix_cache
+from .encoder import BasePromptEncoder
+from .inputs import batch_of, checked_tasks, in_front, padded
+from .running import OURS, refuse_mixed
+
+if TYPE_CHECKING:
+    from .holder import Prompts
+
+LENGTHS = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
+
+
+def generate(prompts: Prompts, run: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    """The base model's `generate` with the prompt.
+
+    Arguments:
+        prompts: of the model.
+        run: the base model's `generate`.
+        args: the ids, if they are given by position, and what may follow.
+        given: the arguments by name.
+    """
+    encoder = prompts.encoder
+    refuse_mixed(given)
+    if encoder is None:
+        return run(*args, **{k: v for k, v in given.items() if k not in OURS})
+    given = {k: v for k, v in given.items() if v is not None}
+    args = _named(args, given)
+    task_ids = given.pop("task_ids", None)
+    batch = batch_of(given)
+    _give_mask(prompts.model, given)
+    two = bool(getattr(prompts.model.config, "is_encoder_decoder", False))
+    if encoder.caches:
+        return run(*args, **_cached(prompts, encoder, given, batch, two))
+    made = encoder.prompt(batch, checked_tasks(encoder, task_ids, batch))[:, : encoder.num_virtual_tokens]
+    out = in_front(prompts, given, made)
+    if not two and "input_ids" in given:
+        out["input_ids"] = given["input_ids"]  # generated tokens follow them in the result
+        _lengths(prompts.model, out, given["input_ids"].shape[1])
+    return run(*args, **out)
+
+
+def _named(args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments by position that are left once the first, the ids, has its name."""
+    if args:
+        given["input_ids"] = args[0]
+        given.update(zip(("generation_config",), args[1:2], strict=False))
+    elif "inputs" in given:
+        given["input_ids"] = given.pop("inputs")
+    return args[2:]
+
+
+def _give_mask(model: nn.Module, given: dict[str, Any]) -> None:
+    """The mask that transformers would make of the ids: padding is left out where it can be told."""
+    ids = given.get("input_ids")
+    if given.get("attention_mask") is not None:
+        return
+    source = given.get("generation_config") or getattr(model, "generation_config", None)
+    pad = given.get("pad_token_id", getattr(source, "pad_token_id", None))
+    end = given.get("eos_token_id", getattr(source, "eos_token_id", None))
+    if ids is None:
+        given["attention_mask"] = torch.ones(given["inputs_embeds"].shape[:2], dtype=torch.long)
+    elif pad is not None and pad not in (end if isinstance(end, (list, tuple)) else [end]) and bool((ids == pad).any()):
+        given["attention_mask"] = ids.ne(pad).long()
+    else:
+        given["attention_mask"] = torch.ones_like(ids)
+
+
+def _lengths(model: nn.Module, out: dict[str, Any], tokens: int) -> None:
+    """Lengths that count the ids as numbers of new tokens: the embeddings are longer than the ids."""
+    config = out.get("generation_config")
+    for whole, new in LENGTHS:
+        if out.get(new) is not None or getattr(config, new, None) is not None:
+            continue
+        wanted = out.pop(whole, None)
+        wanted = getattr(config, whole, None) if wanted is None else wanted
+        if wanted:
+            out[new] = max(int(wanted) - tokens, 1 if new == "max_new_tokens" else 0)
+            if config is not None:
+                config = out["generation_config"] = copy.deepcopy(config)
+                setattr(config, whole, None)
+
+
+def _cached(
+    prompts: Prompts, encoder: BasePromptEncoder, given: dict[str, Any], batch: int, two: bool
+) -> dict[str, Any]:
+    model, out = prompts.model, dict(given)
+    config = out.get("generation_config") or getattr(model, "generation_config", None)
+    if out.get("use_cache", getattr(config, "use_cache", True)) is False:
+        raise ValueError("use_cache=False: prefix tuning lives in the cache of keys and values. Leave use_cache out.")
+    wanted = (out.get(n, getattr(config, n, None)) or 1 for n in ("num_beams", "num_return_sequences"))
+    out["past_key_values"] = prefix_cache(model, encoder, batch * max(*wanted))
+    k = encoder.num_virtual_tokens
+    if not two:
+        out["attention_mask"] = padded(out["attention_mask"], k, 1)
+        if out.get("position_ids") is not None:
+            out["position_ids"] = out["position_ids"] + k
+        return out
+    if "encoder_outputs" not in out:
+        encode: Any = model.get_encoder()  # type: ignore[operator]
+        text = {n: out[n] for n in ("input_ids", "inputs_embeds", "attention_mask") if n in out}
+        out["encoder_outputs"] = encode(**text, return_dict=True)
+    start: Tensor | None = out.get("decoder_input_ids")
+    length = 1 if start is None else start.shape[1]
+    out["decoder_attention_mask"] = out["attention_mask"].new_ones(batch, k + length)
+    return out

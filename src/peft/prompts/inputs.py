@@ -1,0 +1,142 @@
+"""How a prompt enters one forward: in front of the text, or as keys and values that every layer attends to.
+
+k is the number of virtual tokens. In front of the text: ids become embeddings (batch, k + n, size), the mask gets k
+ones in its own dtype, given positions move by k, token types get k zeros, and labels of tokens get k times -100. As
+keys and values: the text stays (batch, n), the mask is longer, and given positions move by k.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .cache import prefix_cache
+from .encoder import BasePromptEncoder
+
+if TYPE_CHECKING:
+    from .holder import Prompts
+
+IGNORED = -100  # what losses leave out
+
+
+def extended(prompts: Prompts, encoder: BasePromptEncoder, given: dict[str, Any], labels: str) -> dict[str, Any]:
+    """The arguments of the base model's forward, with the prompt in them.
+
+    Arguments:
+        prompts: of the model.
+        encoder: of the active adapter.
+        given: the arguments by name.
+        labels: what `labels` are: "tokens", one for each token of the text; "decoder"; or "sample".
+    """
+    given = {k: v for k, v in given.items() if v is not None}
+    batch = batch_of(given)
+    task_ids = given.pop("task_ids", None)
+    if encoder.caches:
+        return _with_cache(prompts, encoder, given, batch, decoder=labels == "decoder")
+    made = encoder.prompt(batch, checked_tasks(encoder, task_ids, batch))
+    k = encoder.num_virtual_tokens
+    out = in_front(prompts, given, made[:, :k])
+    if labels == "tokens" and out.get("labels") is not None:
+        out["labels"] = padded(out["labels"], k, IGNORED)
+    if labels == "decoder" and encoder.in_decoder and made.shape[1] > k:
+        return _decoder_in_front(prompts, out, made[:, k:])
+    return out
+
+
+def batch_of(given: dict[str, Any]) -> int:
+    """The number of samples."""
+    for name in ("input_ids", "inputs_embeds"):
+        if given.get(name) is not None:
+            return int(given[name].shape[0])
+    raise ValueError("You have to provide either input_ids or inputs_embeds: prompts stand in front of a text.")
+
+
+def checked_tasks(encoder: BasePromptEncoder, task_ids: Any, batch: int) -> Tensor | None:
+    """The task of each sample, where the method asks for it."""
+    if not encoder.by_task:
+        return None
+    if task_ids is None:
+        raise ValueError("task_ids is missing: each sample has the prompt of its task. Pass a tensor with one id each.")
+    task_ids = torch.as_tensor(task_ids, device=next(encoder.parameters()).device)
+    if task_ids.shape != (batch,):
+        raise ValueError(f"task_ids has the shape {tuple(task_ids.shape)}, but the batch has {batch} samples.")
+    return task_ids
+
+
+def in_front(prompts: Prompts, given: dict[str, Any], made: Tensor) -> dict[str, Any]:
+    """The arguments with virtual tokens in front of the text; `made` is (batch, k, size)."""
+    out, k = dict(given), made.shape[1]
+    ids = out.pop("input_ids", None)
+    text = out["inputs_embeds"] if ids is None else prompts.words(ids)
+    out["inputs_embeds"] = torch.cat([made.to(text.dtype).to(text.device), text], dim=1)
+    if out.get("attention_mask") is not None:
+        out["attention_mask"] = padded(out["attention_mask"], k, 1)
+    if out.get("position_ids") is not None:
+        out["position_ids"] = moved(out["position_ids"], k)
+    if out.get("token_type_ids") is not None:
+        out["token_type_ids"] = padded(out["token_type_ids"], k, 0)
+    return out
+
+
+def padded(values: Tensor, k: int, value: int) -> Tensor:
+    """k columns of `value` in front, in the tensor's own dtype.
+
+    Raises ValueError for a mask of four axes, which says more than which tokens there are.
+    """
+    if values.dim() != 2:
+        raise ValueError(
+            f"A mask or tensor of shape {tuple(values.shape)} cannot be made longer for virtual tokens. Pass one of "
+            "shape (batch, tokens)."
+        )
+    return torch.cat([values.new_full((values.shape[0], k), value), values], dim=1)
+
+
+def moved(positions: Tensor, k: int) -> Tensor:
+    """Positions of the text after k virtual tokens, with theirs in front."""
+    own = torch.arange(k, device=positions.device, dtype=positions.dtype).expand(*positions.shape[:-1], k)
+    return torch.cat([own, positions + k], dim=-1)
+
+
+def _with_cache(
+    prompts: Prompts, encoder: BasePromptEncoder, given: dict[str, Any], batch: int, decoder: bool
+) -> dict[str, Any]:
+    _check_cache(prompts.model, given)
+    out, k = dict(given), encoder.num_virtual_tokens
+    out["past_key_values"] = prefix_cache(prompts.model, encoder, batch)
+    mask = "decoder_attention_mask" if decoder else "attention_mask"
+    if out.get(mask) is not None:
+        out[mask] = padded(out[mask], k, 1)
+    if not decoder and out.get("position_ids") is not None:
+        out["position_ids"] = out["position_ids"] + k
+    return out
+
+
+def _check_cache(model: nn.Module, given: dict[str, Any]) -> None:
+    if given.get("past_key_values") is not None:
+        raise ValueError("past_key_values is given, but prefix tuning fills it. Use `generate`, or leave it out.")
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise ValueError(
+            "Gradient checkpointing and prefix tuning exclude each other: checkpointed layers take no keys and values "
+            "from outside. Call `gradient_checkpointing_disable()`, or use prompt tuning."
+        )
+
+
+def _decoder_in_front(prompts: Prompts, out: dict[str, Any], made: Tensor) -> dict[str, Any]:
+    """Virtual tokens in front of the decoder's text too; without one, the labels moved right are the text."""
+    k, labels = made.shape[1], out.get("labels")
+    text = out.pop("decoder_inputs_embeds", None)
+    ids = out.pop("decoder_input_ids", None)
+    if text is None:
+        if ids is None and labels is not None:
+            ids = prompts.model.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[operator]
+        if ids is None:
+            raise ValueError("Give labels, decoder_input_ids or decoder_inputs_embeds: the decoder needs a text.")
+        text = prompts.words(ids)
+    out["decoder_inputs_embeds"] = torch.cat([made.to(text.dtype).to(text.device), text], dim=1)
+    if out.get("decoder_attention_mask") is not None:
+        out["decoder_attention_mask"] = padded(out["decoder_attention_mask"], k, 1)
+    if labels is not None:
+        out["labels"] = padded(labels, k, IGNORED)
+    return out
