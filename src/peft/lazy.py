@@ -127,7 +127,7 @@ def _place(fullname: str) -> str | None:
         return None
     if found[2] and spec.submodule_search_locations is not None and find_spec(f"{method}.{found[2]}"):
         return f"{method}.{found[2]}"
-    return method if found[2] in (None, "config", "layer", "model") else None
+    return method if found[2] in (None, "config", "layer", "model", "router") else None
 
 
 def install() -> None:

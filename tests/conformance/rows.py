@@ -7,6 +7,7 @@ from the library, and it is differentiable.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from peft.core.layer import tuner_layers as hosts
 
 from .layouts import LAYOUTS, Layout
 from .oracles import METHODS
+from .oracles.row import Row
 
 SEVERAL = tuple(name for name, row in METHODS.items() if not row.alone)  # two of them can be active
 FEW = tuple(name for name, row in METHODS.items() if row.few)  # where first values do not matter
@@ -40,7 +42,7 @@ def forbidden(method: str, layout: Layout) -> str | None:
 
 def mergeable(method: str, layout: Layout) -> bool:
     """Whether the layer can hold the method's W'."""
-    return METHODS[method].grouped or not layout.grouped
+    return METHODS[method].merges and (METHODS[method].grouped or not layout.grouped)
 
 
 def cells(methods: Any = METHODS, only: Any = None, merged: bool = False) -> list[tuple[str, str]]:
@@ -70,13 +72,38 @@ def adapted(
     **changes: Any,
 ) -> PeftModel:
     """A model with trained-looking adapters of these names, of which the first is active."""
-    model = get_peft_model(layout.model(dtype), config(method, layout, **changes), adapter_name=names[0])
+    wrapped = get_peft_model(layout.model(dtype), config(method, layout, **changes), adapter_name=names[0])
+    model = told(wrapped, method, layout)
     for name in names[1:]:
         model.add_adapter(name, config(method, layout, **changes))
     model.__dict__["noise"] = METHODS[method].noise
     for i, name in enumerate(names):
         train(model, name, seed=i)
     return model.eval()
+
+
+def given(method: str, samples: slice = slice(None)) -> dict[str, Any]:
+    """What a model must be told of these samples of a layout's input."""
+    tasks = METHODS[method].tasks
+    return {"task_ids": torch.tensor(tasks[samples])} if tasks else {}
+
+
+class Telling:
+    """Stands before a model's forward, and tells it what it must know of the samples, unless the caller does."""
+
+    def __init__(self, method: str, batched: bool):
+        self.method, self.batched = method, batched
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        samples = slice(len(args[0]) if self.batched else 1)
+        return args, {**given(self.method, samples), **kwargs}
+
+
+def told(model: PeftModel, method: str, layout: Layout) -> PeftModel:
+    """The model, which from now on knows the tasks of a layout's samples."""
+    if METHODS[method].tasks:
+        model.register_forward_pre_hook(Telling(method, layout.batched), with_kwargs=True)
+    return model
 
 
 @torch.no_grad()
@@ -108,17 +135,31 @@ def expected(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The output by the formulas in double precision, differentiable in the adapters' tensors and in x."""
+    row = METHODS[method]
+    if row.of_task is None:
+        return by_formulas(model, row, layout, x, names, dtype)
+    parts = x.split(1) if layout.batched else [x]
+    weights = map(row.of_task, row.tasks)
+    return torch.cat(
+        [by_formulas(model, replace(row, weight=w), layout, part, names, dtype) for w, part in zip(weights, parts, strict=layout.batched)]
+    )
+
+
+def by_formulas(
+    model: PeftModel, row: Row, layout: Layout, x: Tensor, names: tuple[str, ...], dtype: torch.dtype
+) -> Tensor:
+    """`expected` where all samples have the same weight."""
     plain = layout.plain(dtype).double()
     values: dict[str, Tensor] = {}
     for path, layer in tuner_layers(model.base_model.model):
         where = path.replace("base_layer.", "").removesuffix("base_layer").rstrip(".")
         module, prefix = plain.get_submodule(where), f"{where}." if where else ""
-        if METHODS[method].values is not None:
-            values.update({prefix + key: value for key, value in METHODS[method].values(layer, names[-1]).items()})
+        if row.values is not None:
+            values.update({prefix + key: value for key, value in row.values(layer, names[-1]).items()})
             continue
         attr, b_name = names_of(layer)
         W, b = getattr(module, attr), getattr(module, b_name, None)
-        row, original = METHODS[method], W
+        original = W
         for name in names:
             W = row.weight(layer, name, W, original)
             b = b if row.bias is None else row.bias(layer, name, b)

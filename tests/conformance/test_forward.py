@@ -23,7 +23,9 @@ from .rows import (
     config,
     expected,
     forbidden,
+    given,
     same,
+    told,
     tuner_layers,
 )
 
@@ -77,7 +79,7 @@ def test_a_new_adapter_changes_nothing(method, name):
         pytest.skip("experts share one pair of factors")
     with torch.no_grad():
         wanted = layout.plain()(layout.x())
-        found = get_peft_model(layout.model(), config(method, layout)).eval()(layout.x())
+        found = told(get_peft_model(layout.model(), config(method, layout)), method, layout).eval()(layout.x())
     close(found, wanted)
 
 
@@ -174,7 +176,7 @@ def test_a_mixed_batch_is_separate_runs(method, name):
                 parts.append(layout.plain()(x[i : i + 1]))
             else:
                 model.set_adapter(adapter)
-                parts.append(model(x[i : i + 1]))
+                parts.append(model(x[i : i + 1], **given(method, slice(i, i + 1))))
     assert len(names) == SAMPLES
     close(found, torch.cat(parts))
 
@@ -208,7 +210,7 @@ def test_saved_is_loaded(method, name, meta):
     layout = LAYOUTS[name]
     model, x = adapted(method, layout), layout.x()
     saved = get_peft_model_state_dict(model)
-    fresh = get_peft_model(layout.model(), config(method, layout), low_cpu_mem_usage=meta)
+    fresh = told(get_peft_model(layout.model(), config(method, layout), low_cpu_mem_usage=meta), method, layout)
     if meta:
         assert all(p.is_meta for n, p in fresh.named_parameters() if METHODS[method].prefix in n)
     result = set_peft_model_state_dict(fresh, saved, low_cpu_mem_usage=meta)

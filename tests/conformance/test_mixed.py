@@ -18,7 +18,7 @@ from .rows import FEW, adapted, close, config, forbidden, same, train, tuner_lay
 def mixable(method: str) -> bool:
     kind = next(k for k in registry.METHODS if registry.config_class(k) is METHODS[method].config)
     whole = getattr(METHODS[method].config, "any_module", False)  # it replaces the layer, so that none can share it
-    return not registry.tuner_class(kind).alone and not whole
+    return METHODS[method].merges and not registry.tuner_class(kind).alone and not whole
 
 
 ONE_EACH = {METHODS[m].config: m for m in reversed(FEW) if mixable(m)}

@@ -50,11 +50,12 @@ class MixedBatch(nn.Module):
         for name, index in present.items():
             p = self.adapters[name]
             rows = x.index_select(0, index)
-            part = (
-                p.method.onto(p, root, y.index_select(0, index), rows)
-                if isinstance(p.method, Delta)
-                else p.method.forward(p, root, rows)
-            )
+            with self.call.rows(index, len(x)):
+                part = (
+                    p.method.onto(p, root, y.index_select(0, index), rows)
+                    if isinstance(p.method, Delta)
+                    else p.method.forward(p, root, rows)
+                )
             out = out.index_copy(0, index, part)
         return self.view.finish(root.base, out)
 
@@ -67,7 +68,8 @@ class MixedBatch(nn.Module):
             for name, index in groups.items():
                 self.call.only = name
                 take = rows_of(index, rows, axis)
-                parts.append(self._alone(tuple(map(take, args)), {k: take(v) for k, v in kwargs.items()}))
+                with self.call.rows(index, rows):
+                    parts.append(self._alone(tuple(map(take, args)), {k: take(v) for k, v in kwargs.items()}))
         finally:
             self.call.only = before
         return join_parts(parts, order, axis)

@@ -3,58 +3,161 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .tasks import Tasks
+
 BASE = "__base__"
+REMEMBERED = 1024  # forward passes that may wait for their backward pass
 
 
 class Call:
     """The per-call record, one object shared by all tuner layers of a model.
 
+    Under gradient checkpointing a layer runs again in the backward pass, when its call is long over. The facts of each
+    call are therefore remembered beside the numbers of the autograd nodes that it made; `fact` finds them by the node
+    that is being evaluated, in whatever order the backward passes come.
+
     Attributes:
         names: one adapter name per sample of the batch, or None for the active adapters.
         beams: how often each sample may be repeated (beam search).
         length: tokens per sample, where known; rows of flattened tokens are then told apart.
+        tasks: the task of each sample, where the caller says so.
         only: while a module runs on the rows of one adapter, that adapter's name.
+        part: while a module runs on some rows of a batch, which these are, and of how many.
         offsets: adapter -> on how many of each row's last positions it acts, (rows,); None where nobody has looked.
         given_offsets: what the caller says of that, one number or None per sample.
         watched: whether somebody finds offsets before each forward.
+        plain: whether no call was or is mixed, so that layers need not ask.
     """
+
+    FACTS = ("names", "beams", "length", "tasks", "offsets", "given_offsets")
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] | None = None
         self.beams = 1
         self.length: int | None = None
+        self.tasks: Tasks | None = None
         self.only: str | None = None
+        self.part: tuple[Tensor, int] | None = None
         self.offsets: dict[str, Tensor] | None = None
         self.given_offsets: list[int | None] | None = None
         self.watched = False
+        self.plain = True
         self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._past: deque[tuple[int, int, dict[str, Any]]] = deque(maxlen=REMEMBERED)
+        self._node: int | None = None  # the autograd node in whose evaluation the facts were set; None outside backward
+        self._recalled: dict[str, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_past", "_node", "_recalled")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    # ---- the facts of a call -----------------------------------------------------------------------------------
 
     @contextmanager
-    def mixed(self, names: Sequence[str] | None, beams: int = 1, length: int | None = None) -> Iterator[None]:
-        """Route each sample to its own adapter while the context is open; restores the previous call on exit."""
-        before = (self.names, self.beams, self.length)
-        self.names, self.beams, self.length = (tuple(names) if names is not None else None), beams, length
-        self._groups = {}
+    def open(self, **facts: Any) -> Iterator[None]:
+        """While open, these facts hold (see `FACTS`); restores those of the call around it on exit."""
+        before = {key: getattr(self, key) for key in facts}
+        node, plain, self._groups = self._node, self.plain, {}
+        for key, value in facts.items():
+            setattr(self, key, value)
+        self.plain = plain and self.names is None
+        start = self.begin()
         try:
             yield
         finally:
-            self.names, self.beams, self.length = before
-            self._groups = {}
+            kept = self.remember(start)
+            for key, value in before.items():
+                setattr(self, key, value)
+            self.plain = plain and not (kept and facts.get("names"))
+            self._node, self._groups = node, {}
+
+    def begin(self) -> int:
+        """The facts are being set: the number that `remember` asks for when the forward is over."""
+        if torch.compiler.is_compiling():
+            return 0
+        self._node = evaluated()
+        return int(torch.autograd._get_sequence_nr())
+
+    def remember(self, start: int) -> bool:
+        """The forward is over: keep its facts for the backward pass. Tells whether there can be one."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return False
+        end = int(torch.autograd._get_sequence_nr())
+        if start < end:
+            self._past.append((start, end, {key: getattr(self, key) for key in self.FACTS}))
+        return start < end
+
+    def fact(self, key: str) -> Any:
+        """A fact of the running call, or of the one of which a part is computed again in the backward pass."""
+        now = None if torch.compiler.is_compiling() else evaluated()
+        if now is None or now == self._node or not self._past:
+            return getattr(self, key)
+        found = next((facts for start, end, facts in reversed(self._past) if start <= now < end), None)
+        if found is None and now >= self._past[-1][1]:
+            found = self._recalled  # the node was made in the backward pass: checkpoints within checkpoints
+        if found is None and len(self._past) == REMEMBERED and now < self._past[0][0]:
+            raise ValueError(
+                f"A part of a forward pass is computed again (gradient checkpointing), but more than {REMEMBERED} passes "
+                "came between, so what it was called with is forgotten. Call backward() earlier."
+            )
+        if found is None:
+            return getattr(self, key)  # of a forward that said nothing
+        self._recalled = found
+        return found[key]
+
+    def of(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        beams: int | None = None,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: Any = None,
+        alora_offsets: Sequence[int | None] | None = None,
+    ) -> AbstractContextManager[None]:
+        """`open` for a model that is called with these arguments.
+
+        Arguments:
+            args, kwargs: what the model receives.
+            beams: how often each sample may be repeated; None for a forward.
+            adapter_names, task_ids, alora_offsets: what the caller says of each sample, or None.
+        """
+        facts: dict[str, Any] = {} if alora_offsets is None else {"given_offsets": list(alora_offsets)}
+        first = first_tensor(args, kwargs)
+        length = tokens(first) if beams is None else None
+        if adapter_names is not None:
+            facts["names"] = tuple(adapter_names)
+        if task_ids is not None:
+            facts["tasks"] = given = Tasks(task_ids)
+            if first is not None and len(given.ids) != len(first):
+                length = None  # else a wrong number of ids might pass for one per sample
+        return self.open(beams=beams or 1, length=length, **facts)
+
+    def mixed(self, names: Sequence[str] | None, beams: int = 1, length: int | None = None) -> AbstractContextManager[None]:
+        """Route each sample to its own adapter while the context is open."""
+        return self.open(names=tuple(names) if names is not None else None, beams=beams, length=length)
 
     @contextmanager
-    def given(self, offsets: Sequence[int | None]) -> Iterator[None]:
-        """While open, these are the offsets of the samples."""
-        before, self.given_offsets = self.given_offsets, list(offsets)
+    def rows(self, index: Tensor, count: int) -> Iterator[None]:
+        """While open, a module runs on these rows of a batch that has `count`."""
+        before, self.part = self.part, (index, count)
         try:
             yield
         finally:
-            self.given_offsets = before
+            self.part = before
 
     def groups(self, rows: int, device: torch.device, where: str, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Row indices of each adapter, (rows of that adapter,) int64, for an input of `rows` rows.
@@ -67,7 +170,9 @@ class Call:
         known = self._groups.get(key) if names is self.names else None
         if known is not None:
             return known
-        repeat = self._repeat(rows, len(names), where)
+        repeat = self._repeat(rows, len(names))
+        if not repeat:
+            raise self._unclear(rows, len(names), where)
         found = {
             name: torch.tensor(
                 [i * repeat + k for i, n in enumerate(names) if n == name for k in range(repeat)],
@@ -79,14 +184,64 @@ class Call:
             self._groups[key] = found
         return found
 
-    def _repeat(self, rows: int, samples: int, where: str) -> int:
-        allowed = {1, self.beams, self.length}
-        if samples and rows % samples == 0 and rows // samples in allowed:
-            return rows // samples
-        raise self._unclear(rows, samples, where)
+    def _repeat(self, rows: int, samples: int) -> int:
+        """How often each sample stands among the rows of a layer's input; 0 if that is not clear."""
+        allowed = {1, self.fact("beams"), self.fact("length")}
+        return rows // samples if samples and rows % samples == 0 and rows // samples in allowed else 0
+
+    def task_of_row(self, rows: int, count: int, device: torch.device, where: str) -> Tensor:
+        """The task of each row of a layer's input, (rows,) int64.
+
+        Arguments:
+            rows: of the input.
+            count: how many tasks there are.
+            device: of the input.
+            where: the layer's path, for messages.
+
+        Raises ValueError if the caller gave none, one that does not exist, or not one for each sample.
+        """
+        tasks, part = self.fact("tasks"), self.part
+        if tasks is None:
+            raise ValueError(
+                f"task_ids is missing: the adapter at {where!r} needs the task of each sample. Pass task_ids, a tensor "
+                "with one id per sample, to the forward or generate of the model."
+            )
+        tasks.check(count)
+        whole = rows if part is None else part[1]
+        repeat = self._repeat(whole, len(tasks.ids))
+        if not repeat:
+            raise ValueError(
+                f"task_ids has {len(tasks.ids)} entries, but the layer {where!r} received {whole} rows, so its rows "
+                "cannot be assigned to tasks. Pass one id per sample; layers that regroup samples cannot be adapted "
+                "by task (`exclude_modules`)."
+            )
+        ids = tasks.ids.to(device)
+        ids = ids.repeat_interleave(repeat) if repeat > 1 else ids
+        return ids if part is None else ids[part[0]]
 
     def _unclear(self, rows: int, samples: int, where: str) -> ValueError:
         return ValueError(
             f"adapter_names has {samples} entries, but the layer {where!r} received {rows} rows, so its rows cannot be "
             "assigned to adapters. Pass one name per sample; layers that regroup samples cannot take a mixed batch."
         )
+
+
+def evaluated() -> int | None:
+    """The number of the autograd node that is being evaluated; None outside a backward pass."""
+    node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+    return None if node is None else int(node._sequence_nr())
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The main input of a model."""
+    preferred = [kwargs.get(k) for k in ("input_ids", "inputs_embeds", "inputs", "input_features", "pixel_values")]
+    values = (*args, *preferred, *kwargs.values())
+    return next((v for v in values if isinstance(v, Tensor) and v.dim()), None)
+
+
+def tokens(first: Tensor | None) -> int | None:
+    """Tokens per sample: of ids (batch, tokens), or embeddings (batch, tokens, size)."""
+    if first is None:
+        return None
+    ids = first.dim() == 2 and not first.is_floating_point()
+    return first.shape[1] if ids or first.dim() == 3 else None

@@ -312,13 +312,13 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
     # ---- forward -----------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) != 1 or self.call.names is not None:
+        if kwargs or len(args) != 1 or not self.call.plain:
             return self._forward(args, kwargs)
         run = self._run
         return self._modules["base_layer"](*args) if run is None else run(*args)  # type: ignore[misc]
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = kwargs.pop("adapter_names", None) or self.call.names
+        names = kwargs.pop("adapter_names", None) or self.call.fact("names")
         if self.call.only is not None and not self._disabled:
             return self._alone(args, kwargs)
         if names is not None and not self._disabled:

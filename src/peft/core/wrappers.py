@@ -141,7 +141,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return self.original_module if name is None else self.adapters[name]
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        names = kwargs.pop("adapter_names", None) or self.call.names
+        names = kwargs.pop("adapter_names", None) or self.call.fact("names")
         if names is None or self._disabled:
             return self._module()(x, *args, **kwargs)
         return self._mixed(tuple(names), x, args, kwargs)

@@ -31,6 +31,9 @@ class Row:
         noise: how far "training" moves its tensors.
         alone: whether only one adapter can be active.
         own_dtype: whether its tensors are of the base weight's dtype, also of half precision.
+        merges: whether there is one W', into which it can be merged.
+        tasks: the task of each sample, where the method must be told.
+        of_task: a task -> the `weight` of its samples.
         values: (layer, adapter's name) -> the module's tensors by name, where it is replaced as a whole.
     """
 
@@ -46,6 +49,9 @@ class Row:
     noise: float = 1 / 3
     alone: bool = False
     own_dtype: bool = False
+    merges: bool = True
+    tasks: tuple[int, ...] = ()
+    of_task: Callable[[int], Callable[[BaseTunerLayer, str, Tensor, Tensor], Tensor]] | None = None
     values: Callable[[BaseTunerLayer, str], dict[str, Tensor]] | None = None
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by the first word of a layout's name
 

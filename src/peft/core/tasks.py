@@ -1,0 +1,38 @@
+"""The task of each sample of a batch, as the caller of a model gives it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Tasks:
+    """The ids, (samples,) int64.
+
+    Arguments:
+        ids: a tensor, or a sequence of integers.
+    """
+
+    def __init__(self, ids: Any):
+        held = torch.as_tensor(ids)
+        if held.dim() != 1 or held.is_floating_point() or held.dtype is torch.bool:
+            raise ValueError(
+                f"task_ids must hold one integer per sample, (samples,), but is {tuple(held.shape)} of {held.dtype}. "
+                "Pass a tensor like torch.tensor([0, 2, 1])."
+            )
+        self.ids = held.long()
+        self._range: tuple[int, int] | None = None
+
+    def check(self, count: int) -> None:
+        """Raise ValueError if an id is none of `count` tasks; a compiled graph leaves that to the look-up."""
+        if torch.compiler.is_compiling() or not len(self.ids):
+            return
+        if self._range is None:
+            self._range = int(self.ids.min()), int(self.ids.max())  # once a call, as it waits for the device
+        low, high = self._range
+        if low < 0 or high >= count:
+            raise ValueError(
+                f"task_ids holds {low if low < 0 else high}, but there are {count} tasks (n_tasks={count}). Use ids from "
+                f"0 to {count - 1}, or more tasks in the configuration."
+            )
