@@ -40,7 +40,7 @@ def row(splits: int, few: bool = True) -> Row:
     fields = {"r": R, "n_tasks": 3, "n_skills": SKILLS, "n_splits": splits}
     return Row(
         PolyConfig, fields, of_task(0), forbidden=one_weight, prefix="poly_", few=few, merges=False,
-        tasks=(0, 2, 1, 2), of_task=of_task,
+        noise=0.5, tasks=(0, 2, 1, 2), of_task=of_task,
     )  # fmt: skip
 
 
