@@ -23,7 +23,8 @@ SOME = (
     *("attention-packed", "attention-separate", "parameter-3-D-transposed"),
 )
 # KaSA's least directions of a grouped kernel and LoRA's product over all channels are no one product
-CELLS = [c for c in cells() if c[1] in SOME and c != ("kasa", "conv-2d-grouped")]
+SUMMED = [m for m, row in METHODS.items() if getattr(row, "merges", True)]
+CELLS = [c for c in cells(SUMMED) if c[1] in SOME and c != ("kasa", "conv-2d-grouped")]
 PRUNED = [t for t in TYPES if t.startswith(("ties", "dare", "magnitude"))]
 
 
@@ -38,7 +39,7 @@ def lora(**fields: Any) -> LoraConfig:
 
 def model(*configs: Any) -> Any:
     made = get_peft_model(net(), configs[0], adapter_name="x1")
-    for name, config in zip(("x2", "x3"), configs[1:], strict=False):
+    for name, config in zip(("x2", "x3", "x4"), configs[1:], strict=False):
         made.add_adapter(name, config)
     for i, name in enumerate(made.peft_config):
         train(made, name, seed=i)
@@ -290,6 +291,17 @@ def test_adapters_of_several_methods_are_combined() -> None:
     layer = made.base_model.model[0]
     expected = 0.5 * update(layer, "x1") + 0.7 * update(layer, "x2") + 0.1 * update(layer, "x3")
     assert torch.allclose(update(layer, "mix"), expected, atol=1e-5)
+
+
+def test_adapters_that_act_from_a_token_on_are_combined_if_it_is_the_same() -> None:
+    with pytest.warns(PeftWarning, match="CAUSAL_LM"):
+        configs = [lora(alora_invocation_tokens=t) for t in ([1, 2], [1, 2], [3], None)]
+    made = model(*configs)
+    combined(made, ["x1", "x2"], [0.5, 0.5], "cat")
+    assert made.peft_config["mix"].alora_invocation_tokens == [1, 2]
+    for second in ("x3", "x4"):
+        with pytest.raises(ValueError, match="same alora_invocation_tokens"):
+            made.add_weighted_adapter(["x1", second], [0.5, 0.5], "no", "cat")
 
 
 # ---- the rest of an adapter -------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ SOME = (
 )
 # DoRA over LoRA's product that mixes all channels has no weight; and what is no W' has no W' - W
 NONE = {("dora", "conv-2d-grouped"), ("kasa", "conv-2d-grouped")}
-CELLS = [c for c in cells([m for m, row in METHODS.items() if row.values is None]) if c[1] in SOME and c not in NONE]
+WEIGHTS = [m for m, row in METHODS.items() if row.values is None and getattr(row, "merges", True)]
+CELLS = [c for c in cells([m for m in WEIGHTS if m != "tokens"]) if c[1] in SOME and c not in NONE]
 
 
 def net() -> nn.Module:
@@ -170,6 +171,10 @@ def test_what_cannot_be_converted_says_why(tmp_path: Path) -> None:
     assert not made.supports_lora_conversion()
     with pytest.raises(TypeError, match="LN_TUNING"):
         convert_to_lora(made, 2)
+    with pytest.warns(PeftWarning, match="CAUSAL_LM"):
+        late = get_peft_model(net(), LoraConfig(r=2, target_modules=["0"], alora_invocation_tokens=[1]))
+    with pytest.raises(TypeError, match="depends on its input"), pytest.warns(PeftWarning, match="LoRA already"):
+        convert_to_lora(late, 2)
     with pytest.raises(ValueError, match="bias='all'"):
         convert_to_lora(get_peft_model(net(), LoraConfig(r=2, target_modules=["0"], bias="all")), 2)
     with pytest.raises(ValueError, match="changes nothing"):

@@ -275,3 +275,23 @@ def test_dropout_of_attention_warns_once_when_the_layer_is_made() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         swap(model, other)
+
+
+def test_prompts_are_exchanged() -> None:
+    transformers = pytest.importorskip("transformers")
+    from peft import PromptTuningConfig
+
+    def model(seed: int) -> Any:
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=16)
+        found = get_peft_model(
+            transformers.GPT2LMHeadModel(config), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+        )
+        torch.manual_seed(seed)
+        for parameter in (p for p in found.parameters() if p.requires_grad):
+            parameter.data.normal_()
+        return found.eval()
+
+    one, other, tokens = model(1), model(2), torch.tensor([[1, 2, 3]])
+    swap(one, other)
+    assert torch.equal(one(tokens).logits, other(tokens).logits)

@@ -54,6 +54,8 @@ def to_lora(model: nn.Module, rank: float, adapter_name: str = "default", progre
         raise TypeError(
             f"The adapter {adapter_name!r} ({_kind(config)}) does not change weights: it is no sum W + B A."
         )
+    if any(not u.method.mergeable for (u,) in layers.values()):
+        raise TypeError(f"The adapter {adapter_name!r} depends on its input: no W + B A is the same function.")
     results = {path: _convert(found[0], rank) for path, found in _progress(layers, progressbar)}
     results = even(layers, results)
     kept = {path: found for path, found in layers.items() if results[path].pair.rank or path in parts(layers)}
@@ -147,12 +149,12 @@ def _convert(update: Update, rank: float) -> Result:
     wanted = None
     if isinstance(rank, int):
         wanted = math.ceil(rank / groups)
+        if pair is not None and pair.rank <= wanted:
+            return Result(pair, bias=bias)
         if wanted > size:
             raise ValueError(
                 f"rank={rank} is more than the update of {update.p.path!r} can have, {size * groups}. Use at most that."
             )
-        if pair is not None and pair.rank <= wanted:
-            return Result(pair, bias=bias)
     spectrum = Spectrum(matrix, wanted)
     r = spectrum.rank(rank) if wanted is None else wanted
     cut = spectrum.cut(r, torch.float32)

@@ -77,13 +77,14 @@ def add_weighted_adapter(
     configs = [tuner.peft_config[name] for name in adapters]
     layers = updates(tuner.model, shares)
     modules = updates(tuner.model, shares, whole=True)
-    if bool(layers) == bool(modules):
+    tokens = all(c.peft_type == "TRAINABLE_TOKENS" and c.token_indices == configs[0].token_indices for c in configs)
+    if bool(layers) == bool(modules) and not tokens:
         raise ValueError(
             f"The adapters {listing(adapters)} have no weights to combine, or change weights and replace whole modules."
         )
     if len(adapters) == 1 and recipe.rank is None:
         recipe = Recipe("linear" if configs[0].peft_type == "LORA" else "exact")
-    if modules or _closed(configs, layers):
+    if tokens or modules or _closed(configs, layers):
         config, report = _same_method(tuner, configs, modules or layers), Report()
         values = {path: _linear(found, recipe) for path, found in layers.items()}
         with Added(tuner, adapter_name, config):
@@ -176,7 +177,7 @@ def _same_method(tuner: Any, configs: list[Any], layers: dict[str, list[Update]]
     config = copy.copy(configs[0])
     config.bias, config.inference_mode = "none", False
     config.target_modules = union([c.target_modules for c in configs])
-    return checked_targets(tuner.model, config, (u for found in layers.values() for u in found))
+    return checked_targets(tuner.model, config, (u for found in layers.values() for u in found)) if layers else config
 
 
 def _write_linear(tuner: Any, name: str, layers: dict[str, list[Update]], values: dict[str, dict[str, Tensor]]) -> None:
@@ -202,10 +203,28 @@ def _config(
     report: Report,
     dora: bool,
 ) -> Any:
-    changes = {"use_dora": dora, "trainable_token_indices": _tokens(tuner, configs), **biases(layers, results)}
+    changes = {
+        "use_dora": dora,
+        **_invocation(configs, layers),
+        "trainable_token_indices": _tokens(tuner, configs),
+        **biases(layers, results),
+    }
     usual = next((results[path].pair.rank for path in parts(layers)), None)
     config = plain_config(configs, report.ranks, usual, **changes)
     return checked_targets(tuner.model, config, (u for found in layers.values() for u in found))
+
+
+def _invocation(configs: list[Any], layers: dict[str, list[Update]]) -> dict[str, Any]:
+    """The tokens from which the sources act, if they act on a part of the input; all on the same part, or it raises."""
+    if all(u.method.mergeable for found in layers.values() for u in found):
+        return {}
+    given = [getattr(c, "alora_invocation_tokens", None) for c in configs]
+    if not given[0] or any(tokens != given[0] for tokens in given):
+        raise ValueError(
+            "The adapters depend on their input, each in its own way, so no adapter is their sum. Combine adapters "
+            "that act on all of the input, or with the same alora_invocation_tokens."
+        )
+    return {"alora_invocation_tokens": given[0]}
 
 
 def write(p: Any, result: Result) -> None:
@@ -274,7 +293,8 @@ def _write_module(layer: Any, name: str, shares: dict[str, float]) -> None:
 def _write_tokens(layer: Any, name: str, shares: dict[str, float]) -> None:
     new = layer.adapters[name]
     at = {int(i): k for k, i in enumerate(new.held_buffer("token_indices"))}
-    start = layer.get_base_layer().weight[new.held_buffer("token_indices")].to(new.trainable_tokens_delta)
+    W = layer.original_weight()
+    start = (W.mT if layer.view.infix else W)[new.held_buffer("token_indices")].to(new.trainable_tokens_delta)
     rows: dict[int, list[tuple[Tensor, float]]] = {}
     for n, w in shares.items():
         p = layer.adapters.get(n)

@@ -26,7 +26,8 @@ OF_THE_FILE = frozenset(
 OF_THE_WEIGHTS = frozenset(
     [
         *("r", "alpha", "lora_alpha", "rank_pattern", "alpha_pattern", "module_config"),
-        *("init_weights", "init_ia3_weights"),
+        *("init_weights", "init_ia3_weights", "prompt_tuning_init", "prompt_tuning_init_text"),
+        *("tokenizer_name_or_path", "tokenizer_kwargs"),
     ]
 )
 

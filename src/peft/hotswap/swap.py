@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..core.checkpoint import adapter_config, load_peft_weights
+from ..core.checkpoint import adapter_config, load_peft_weights, set_peft_model_state_dict
 from ..core.entries import Entry, entries_of, plain
 from ..core.files import in_hand
 from ..core.fill import as_held, paired, same_kind
@@ -81,6 +81,9 @@ def hotswap_adapter_from_state_dict(
     root = model._modules.get("_orig_mod", model) or model
     old = adapter_config(root, adapter_name)
     check_hotswap_configs_compatible(old, config)
+    if old.is_prompt_learning:
+        set_peft_model_state_dict(root, state_dict, adapter_name, strict=True)
+        return
     with torch.no_grad(), no_collection():
         swap = Swap(root, adapter_name, old, config)
         swap.match(state_dict)
