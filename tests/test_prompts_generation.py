@@ -367,3 +367,21 @@ def test_the_forward_compiles(method):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(input_ids=text, **tasks(method, 2)).logits, wanted)
+
+
+@each_model
+@each_method
+@pytest.mark.parametrize("covered", ["text", "all", None])
+@torch.no_grad()
+def test_a_loop_over_the_cache_by_hand_gives_what_whole_forwards_give(family, method, covered):
+    """The mask of a further step may cover the text, or what the cache holds, or be left out."""
+    model, text = prompted(family, method), ids()
+    out = model(input_ids=text, use_cache=True, **tasks(method, 2))
+    for _ in range(3):
+        new = out.logits[:, -1:].argmax(-1)
+        text = torch.cat([text, new], 1)
+        length = text.shape[1] + (K if covered == "all" else 0)
+        mask = {} if covered is None else {"attention_mask": torch.ones(2, length, dtype=torch.long)}
+        out = model(input_ids=new, past_key_values=out.past_key_values, **mask, **tasks(method, 2))
+        wanted = by_hand(model, method, text)[:, -1:]
+        torch.testing.assert_close(out.logits, wanted, atol=1e-5, rtol=1e-5)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .holder import Prompts
 
 IGNORED = -100  # what losses leave out
+_TEXTS = {False: ("input_ids", "inputs_embeds"), True: ("decoder_input_ids", "decoder_inputs_embeds")}
 
 
 def extended(prompts: Prompts, encoder: BasePromptEncoder, given: dict[str, Any], labels: str) -> dict[str, Any]:
@@ -33,6 +34,8 @@ def extended(prompts: Prompts, encoder: BasePromptEncoder, given: dict[str, Any]
     given = {k: v for k, v in given.items() if v is not None}
     batch = batch_of(given)
     task_ids = given.pop("task_ids", None)
+    if _stands_in_cache(encoder, given, decoder=labels == "decoder"):
+        return _continued(encoder, given, decoder=labels == "decoder")
     if encoder.caches:
         return _with_cache(prompts, encoder, given, batch, decoder=labels == "decoder")
     made = encoder.prompt(batch, checked_tasks(encoder, task_ids, batch))
@@ -109,6 +112,28 @@ def _with_cache(
     if out.get(mask) is not None:
         out[mask] = padded(out[mask], k, 1)
     if not decoder and out.get("position_ids") is not None:
+        out["position_ids"] = out["position_ids"] + k
+    return out
+
+
+def _stands_in_cache(encoder: BasePromptEncoder, given: dict[str, Any], decoder: bool) -> bool:
+    """Whether an earlier step has put the prompt into the cache that is given (an encoder's prompt is never there)."""
+    cache = given.get("past_key_values")
+    return cache is not None and (encoder.caches or not decoder) and _held(cache) > 0
+
+
+def _held(cache: Any) -> int:
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else int(cache[0][0].shape[2])
+
+
+def _continued(encoder: BasePromptEncoder, given: dict[str, Any], decoder: bool) -> dict[str, Any]:
+    """A further step of a text: the mask may cover the text alone, and positions count it alone."""
+    out, k = dict(given), encoder.num_virtual_tokens
+    text = given[next(n for n in _TEXTS[decoder] if n in given)]
+    mask = "decoder_attention_mask" if decoder else "attention_mask"
+    if mask in out and out[mask].shape[-1] < _held(out["past_key_values"]) + text.shape[1]:
+        out[mask] = padded(out[mask], k, 1)
+    if not decoder and "position_ids" in out:
         out["position_ids"] = out["position_ids"] + k
     return out
 
