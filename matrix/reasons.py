@@ -39,7 +39,7 @@ REASONS: list[tuple[str, str, str]] = [
     (BASE_WEIGHT, "Conv2d grouped", "LoRA's factors read all channels there; the start has no such kernel."),
     ("poly, lora:alora, lora:arrow, xlora", "merge*, safe merge, unmerge*, convert to LoRA, add_weighted_adapter",
      "The update depends on the input (or the task), so no weight holds it."),
-    ("poly", "MultiheadAttention, Parameter*", "The module reads one weight for the whole batch; Poly has one a sample."),
+    ("poly", "MultiheadAttention, Parameter*", "The module reads one weight for the batch; Poly has one a sample."),
     ("poly", "DoRA*", "The magnitude belongs to one weight; Poly has another for each sample."),
 ]  # fmt: skip
 

@@ -180,7 +180,7 @@ def test_trained_tokens_of_a_half_precision_model_are_float32():
 
 def test_rows_of_single_experts_are_not_guessed():
     call = Call()
-    with call.mixed(["a", "b"], length=4):
+    with call.open(names=("a", "b"), length=4):
         assert call.groups(8, torch.device("cpu"), "mlp.up", call.names)["b"].tolist() == [4, 5, 6, 7]
         for rows in (1, 2, 8):
             with pytest.raises(ValueError, match=r"'mlp.experts.0.up' received"):

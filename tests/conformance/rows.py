@@ -141,7 +141,10 @@ def expected(
     parts = x.split(1) if layout.batched else [x]
     weights = map(row.of_task, row.tasks)
     return torch.cat(
-        [by_formulas(model, replace(row, weight=w), layout, part, names, dtype) for w, part in zip(weights, parts, strict=layout.batched)]
+        [
+            by_formulas(model, replace(row, weight=w), layout, part, names, dtype)
+            for w, part in zip(weights, parts, strict=layout.batched)
+        ]
     )
 
 

@@ -111,8 +111,8 @@ class Call:
             found = self._recalled  # the node was made in the backward pass: checkpoints within checkpoints
         if found is None and len(self._past) == REMEMBERED and now < self._past[0][0]:
             raise ValueError(
-                f"A part of a forward pass is computed again (gradient checkpointing), but more than {REMEMBERED} passes "
-                "came between, so what it was called with is forgotten. Call backward() earlier."
+                "A part of a forward pass is computed again (gradient checkpointing), but more than "
+                f"{REMEMBERED} passes came between, so what it was called with is forgotten. Call backward() earlier."
             )
         if found is None:
             return getattr(self, key)  # of a forward that said nothing
@@ -145,10 +145,6 @@ class Call:
             if first is not None and len(given.ids) != len(first):
                 length = None  # else a wrong number of ids might pass for one per sample
         return self.open(beams=beams or 1, length=length, **facts)
-
-    def mixed(self, names: Sequence[str] | None, beams: int = 1, length: int | None = None) -> AbstractContextManager[None]:
-        """Route each sample to its own adapter while the context is open."""
-        return self.open(names=tuple(names) if names is not None else None, beams=beams, length=length)
 
     @contextmanager
     def rows(self, index: Tensor, count: int) -> Iterator[None]:
@@ -228,7 +224,7 @@ class Call:
 
 def evaluated() -> int | None:
     """The number of the autograd node that is being evaluated; None outside a backward pass."""
-    node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+    node = torch._C._current_autograd_node()
     return None if node is None else int(node._sequence_nr())
 
 

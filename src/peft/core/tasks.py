@@ -33,6 +33,6 @@ class Tasks:
         low, high = self._range
         if low < 0 or high >= count:
             raise ValueError(
-                f"task_ids holds {low if low < 0 else high}, but there are {count} tasks (n_tasks={count}). Use ids from "
-                f"0 to {count - 1}, or more tasks in the configuration."
+                f"task_ids holds {low if low < 0 else high}, but there are {count} tasks (n_tasks={count}). Use ids "
+                f"from 0 to {count - 1}, or more tasks in the configuration."
             )

@@ -1,10 +1,11 @@
 """Poly: a low-rank update for each task, mixed from an inventory of skills that all tasks share.
 
-    y_e = W x_e + B_e A_e x_e / r,   A_e = [sum_s w_eqs A_qs] side by side,   B_e = [sum_s w_eqs B_qs] one below the other
+    y_e = W x_e + B_e A_e x_e / r
+    A_e: sum_s w_eqs A_qs of each block q of in-features, side by side;   B_e: of out-features, one below another
 
-for an example e of task t. The weights w are sigmoid(Z_t), over their sum over the skills s; Z is learnt, a row for each
-task. In training the sigmoid is replaced by a sample of a relaxed Bernoulli variable. With n_splits > 1 each block q of
-the features has weights of its own (multi-head routing). B starts at zero, so training starts at the base model.
+for an example e of task t. The weights w are sigmoid(Z_t), over their sum over the skills s; Z is learnt, a row for
+each task. In training the sigmoid is replaced by a sample of a relaxed Bernoulli variable (temperature 1). With
+n_splits > 1 each block has weights of its own (multi-head routing). B starts at zero, so training starts at the base.
 Sources: Ponti et al. 2022, arXiv 2202.13914, section 3; Caccia et al. 2022, arXiv 2211.03831.
 
 Which task each sample has is given with each call: `model(x, task_ids=ids)`. There is no one W', so nothing is merged.
@@ -64,8 +65,8 @@ class Poly(Delta):
         c, q, view = site.settings, site.settings.n_splits, site.view
         if not view.activations:
             raise ValueError(
-                f"Poly gives each example a weight of its own, but {site.path!r} ({type(site.module).__name__}) reads one "
-                "weight for the whole batch. Leave it out (`exclude_modules`, `target_parameters`)."
+                f"Poly gives each example a weight of its own, but {site.path!r} ({type(site.module).__name__}) reads "
+                "one weight for the whole batch. Leave it out (`exclude_modules`, `target_parameters`)."
             )
         out, inp = view.shape(site.module)
         if out % q or inp % q:
@@ -90,8 +91,8 @@ class Poly(Delta):
 
     def refuse_merge(self, p: Adapter) -> NoReturn:
         raise NotImplementedError(
-            f"The adapter {p.name!r} at {p.path!r} has another update for each task (Poly), so no weight holds it and it "
-            "cannot be merged. Keep it apart."
+            f"The adapter {p.name!r} at {p.path!r} has another update for each task (Poly), so no weight holds it and "
+            "it cannot be merged. Keep it apart."
         )
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:

@@ -48,7 +48,7 @@ class Offsets:
         self.found: dict[str, Tensor] = {}
         self.last_given: Any = None
         self.length = 0  # of the rows that given offsets are counted from the end of
-        self.waiting = False  # for the backward pass of a forward that will be computed again
+        self.start = 0  # of the running forward, see `Call.begin`
         tuner.call.watched = True
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -56,12 +56,7 @@ class Offsets:
         tokens = {n: c.alora_invocation_tokens for n, c in configs if getattr(c, "alora_invocation_tokens", None)}
         ids = kwargs.get("input_ids", args[0] if args else None)
         call = self.tuner.call
-        if self.waiting:
-            raise ValueError(
-                "An aLoRA adapter under gradient checkpointing: a second forward pass came before the backward pass of "
-                "the first, which would be computed again with the wrong offsets. Call backward() first, or run the "
-                "second under torch.no_grad()."
-            )
+        self.start = call.begin()
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
             ids = None
         if call.given_offsets is not None:
@@ -74,8 +69,6 @@ class Offsets:
         else:
             before = self.found if _cached(kwargs.get("past_key_values")) else {}
             call.offsets = self.found = {n: _of_rows(ids, t, before.get(n)) for n, t in tokens.items()}
-        again = model.training and torch.is_grad_enabled() and _checkpoints(model)
-        self.waiting = bool(again and tokens)
 
     def _given(self, names: Iterable[str], offsets: Any, ids: Tensor | None, cached: int) -> dict[str, Tensor]:
         """What the caller says, for rows that may have grown and been repeated since."""
@@ -88,22 +81,8 @@ class Offsets:
         return {name: rows for name in names}
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Hear of the backward pass of what the forward gave."""
-        if self.waiting:
-            values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else [output]
-            first = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
-            for value in first:
-                value.register_hook(self._done)
-            self.waiting = bool(first)
-
-    def _done(self, grad: Tensor) -> None:
-        self.waiting = False
-
-
-def _checkpoints(model: Any) -> bool:
-    """Whether the model's layers are computed again in the backward pass."""
-    found = getattr(model, "is_activation_checkpointing", None)  # its name from transformers 5 on
-    return bool(getattr(model, "is_gradient_checkpointing", False) if found is None else found)
+        """Keep what was found for parts of the forward that are computed again in the backward pass."""
+        self.tuner.call.remember(self.start)
 
 
 def _cached(past: Any) -> int:
@@ -159,12 +138,13 @@ class ALoRA(LoRA):
                 f"The aLoRA adapter {p.name!r} was added to a model whose first adapter is no LoRA, so its invocation "
                 "tokens are not looked for. Make a LoRA adapter the first one."
             )
-        offsets = None if call.offsets is None else call.offsets.get(p.name)
+        found, names = call.fact("offsets"), call.fact("names")
+        offsets = None if found is None else found.get(p.name)
         if offsets is None:
             return None
-        if call.names is not None:
-            repeat = len(offsets) // len(call.names)
-            mine = [name == p.name for name in call.names for _ in range(repeat)]
+        if names is not None:
+            repeat = len(offsets) // len(names)
+            mine = [name == p.name for name in names for _ in range(repeat)]
             offsets = offsets[torch.tensor(mine, device=offsets.device)]
         rows, length = len(x), (x.shape[1] if x.dim() > 2 else 1)
         if len(offsets) != rows:
