@@ -103,7 +103,6 @@ TUNERS = frozenset(
         "beft",
         "boft",
         "c3a",
-        "cartridge",
         "cpt",
         "deft",
         "delora",
