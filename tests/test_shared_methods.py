@@ -1,4 +1,4 @@
-"""Methods whose layers share tensors, or what a call carries: VB-LoRA's bank, RandLoRA's matrices."""
+"""Methods whose layers share tensors: VB-LoRA (a bank), RandLoRA (matrices), trainable tokens (rows of tied layers)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft
-from peft import PeftModel, RandLoraConfig, VBLoRAConfig, get_peft_model
+from peft import PeftModel, RandLoraConfig, TrainableTokensConfig, VBLoRAConfig, get_peft_model
 
 
 class Two(nn.Module):
@@ -156,3 +156,110 @@ def test_the_scaled_rows_keep_only_their_factors_and_give_their_gradients():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
         scaled_rows(scale, A, gains)
     assert sum(saved) == scale.numel() + A.numel() + gains.numel()
+
+
+# ---- Trainable tokens --------------------------------------------------------------------------------------------
+
+
+class Language(nn.Module):
+    """An embedding and an output layer, tied or not."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens, self.head = nn.Embedding(10, 6), nn.Linear(6, 10)
+        if tied:
+            self.head.weight = self.embed_tokens.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.embed_tokens(ids)))
+
+
+IDS = torch.tensor([[3, 1, 4], [1, 5, 9]])
+
+
+def tokens(tied: bool, indices: tuple[int, ...] = (4, 1), **more) -> PeftModel:
+    model = get_peft_model(Language(tied), TrainableTokensConfig(token_indices=list(indices), **more)).eval()
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "delta" in n:
+                p.add_(torch.arange(p.numel()).view_as(p) / 8)
+    return model
+
+
+def changed(model: PeftModel, tied: bool) -> torch.Tensor:
+    """The output by the definition."""
+    plain = Language(tied)
+    delta = model.base_model.model.embed_tokens.trainable_tokens_delta["default"]
+    with torch.no_grad():
+        plain.embed_tokens.weight[[4, 1]] = delta
+    return plain(IDS)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_of_the_input_embedding_are_replaced_and_the_tied_layer_follows(tmp_path, tied):
+    model = tokens(tied)
+    wanted = changed(model, tied)
+    torch.testing.assert_close(model(IDS), wanted)
+    assert model.get_nb_trainable_parameters()[0] == 12
+    with model.disable_adapter():
+        assert torch.equal(model(IDS), Language(tied)(IDS))
+    model.save_pretrained(tmp_path)
+    keys = set(load_file(tmp_path / "adapter_model.safetensors"))
+    names = ["embed_tokens", "head"] if tied else ["embed_tokens"]
+    assert keys == {f"base_model.model.{n}.trainable_tokens_delta" for n in names}
+    again = PeftModel.from_pretrained(Language(tied), tmp_path).eval()
+    assert torch.equal(again(IDS), model(IDS))
+    before = model.base_model.model.embed_tokens.base_layer.weight.clone()
+    model.merge_adapter()
+    torch.testing.assert_close(model(IDS), wanted)
+    model.unmerge_adapter()
+    assert torch.equal(model.base_model.model.embed_tokens.base_layer.weight, before)
+    torch.testing.assert_close(model.merge_and_unload()(IDS), wanted)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_delta_is_one_parameter_also_after_training(tied):
+    model = tokens(tied, init_weights=False).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(IDS).square().mean().backward()
+    optimizer.step()
+    model.eval()
+    torch.testing.assert_close(model(IDS), changed(model, tied))
+
+
+def test_two_adapters_may_be_active_if_their_tokens_differ():
+    model = tokens(True)
+    model.add_adapter("same", TrainableTokensConfig(token_indices=[1, 2]))
+    model.add_adapter("other", TrainableTokensConfig(token_indices=[3]))
+    with pytest.raises(ValueError, match="both train token 1"):
+        model.base_model.set_adapter(["default", "same"])
+    with pytest.raises(ValueError, match="both train token 1"):
+        model.merge_adapter(["default", "same"])
+    model.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(model(IDS), changed(model, True))
+
+
+def test_tokens_that_do_not_exist_or_a_layer_without_any_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"token_indices has \[12\], but 'embed_tokens' has only 10 tokens"):
+        tokens(False, (12,))
+    with pytest.raises(ValueError, match=r"^token_indices names token 3 of 'embed_tokens'"):
+        tokens(False, (3, 3))
+    with pytest.raises(ValueError, match="'0' has no tokens"):
+        get_peft_model(
+            nn.Sequential(nn.Conv1d(2, 4, 1)), TrainableTokensConfig(token_indices=[0], target_modules=["0"])
+        )
+
+
+def test_the_usual_paths_of_trainable_tokens_exist():
+    from peft.tuners.trainable_tokens import TrainableTokensModel as one
+    from peft.tuners.trainable_tokens.config import TrainableTokensConfig as config
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer as layer
+    from peft.tuners.trainable_tokens.model import TrainableTokensModel as other
+
+    assert one is other is peft.TrainableTokensModel
+    assert config is TrainableTokensConfig
+    assert issubclass(layer, nn.Module)

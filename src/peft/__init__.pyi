@@ -189,6 +189,10 @@ from .methods.shira import (
     ShiraConfig,
     ShiraModel,
 )
+from .methods.trainable_tokens import (
+    TrainableTokensConfig,
+    TrainableTokensModel,
+)
 from .methods.vblora import (
     VBLoRAConfig,
     VBLoRAModel,
@@ -323,6 +327,8 @@ __all__ = [
     "ShiraModel",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "TaskType",
+    "TrainableTokensConfig",
+    "TrainableTokensModel",
     "UnexpectedTensorsWarning",
     "UnknownFieldWarning",
     "UnmatchedTargetWarning",

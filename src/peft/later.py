@@ -41,8 +41,6 @@ NAMES = frozenset(
         "SupertuningModel",
         "TinyLoraConfig",
         "TinyLoraModel",
-        "TrainableTokensConfig",
-        "TrainableTokensModel",
         "UniLoraConfig",
         "UniLoraModel",
         "XLoraConfig",
@@ -156,8 +154,6 @@ LORA = frozenset(
 MODULES = frozenset(
     [
         "peft.utils.quantization_utils",
-        "peft.tuners.trainable_tokens.config",
-        "peft.tuners.trainable_tokens.model",
     ]
 )
 

@@ -81,6 +81,11 @@ METHODS: dict[PeftType, Method] = {
     PeftType.RANDLORA: Method(
         "peft.methods.randlora:RandLoraConfig", "peft.methods.randlora:RandLoraModel", "randlora_"
     ),
+    PeftType.TRAINABLE_TOKENS: Method(
+        "peft.methods.trainable_tokens:TrainableTokensConfig",
+        "peft.methods.trainable_tokens:TrainableTokensModel",
+        "trainable_tokens_",
+    ),
     PeftType.VBLORA: Method("peft.methods.vblora:VBLoRAConfig", "peft.methods.vblora:VBLoRAModel", "vblora_"),
     PeftType.WAVEFT: Method("peft.methods.waveft:WaveFTConfig", "peft.methods.waveft:WaveFTModel", "waveft_"),
 }

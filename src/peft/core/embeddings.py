@@ -52,7 +52,8 @@ def _base_entries(path: str, layer: nn.Module, adapter_name: str, entry: Callabl
 
 
 def _wanted(root: nn.Module, config: Any, targeted: dict[str, nn.Module]) -> bool:
-    if targeted and not getattr(config, "trainable_token_indices", None):
+    rows = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None)
+    if targeted and not rows:
         why = "they are targets of the adapter"
     elif _vocabulary_changed(root):
         why = "the vocabulary's size has changed"

@@ -201,7 +201,7 @@ def _write(entry: Entry, value: Tensor) -> None:
 
 def _home(entry: Entry) -> torch.device:
     base = entry.layer
-    while isinstance(base, AdapterHost):
+    while isinstance(base, AdapterHost) and base._below:
         base = base._modules[base._below[0]]  # type: ignore[assignment]
     tensors = (t for t in (*base.parameters(), *base.buffers()) if t.device.type != "meta")
     first = next(tensors, None)

@@ -130,7 +130,7 @@ class Injection:
                 self.undo.append(partial(homes.pop, key))
             else:
                 self.undo.append(partial(home.delete_adapter, self.name))
-            home.add(self.name, new)
+            home.add(self.name, new, self.meta)
             self.shared[key] = home
 
     def _shapes(self, plan: Any) -> Iterator[tuple[int, ...]]:

@@ -26,10 +26,11 @@ class SharedTensors(AdapterHost):
     merged: ClassVar[bool] = False
     merged_adapters: ClassVar[tuple[str, ...]] = ()
 
-    def add(self, name: str, new: Shared) -> None:
-        """File the tensor of an adapter."""
+    def add(self, name: str, new: Shared, meta: bool = False) -> None:
+        """File the tensor of an adapter; one that is trained without its numbers, if a file will bring them."""
         if isinstance(new.tensor, nn.Parameter):
-            self._parameters[name] = new.tensor.requires_grad_(False)  # until it is activated
+            self._parameters[name] = nn.Parameter(new.tensor.to("meta")) if meta else new.tensor
+            self.set_requires_grad(name, False)  # until it is activated
         else:
             self.register_buffer(name, new.tensor, persistent=new.saved)
 

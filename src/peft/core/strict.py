@@ -243,6 +243,8 @@ def _complain_of_ties(plan: Plan) -> None:
                 "changes it in one place only. Merging the adapter would untie them. Set ensure_weight_tying=True to "
                 "keep them tied.", stacklevel=5,
             )  # fmt: skip
+    elif "ensure_weight_tying" not in vars(plan.config):
+        return  # the method ties where there is something to tie
     elif not plan.tied:
         warnings.warn("ensure_weight_tying is set, but no modules of this model share a weight.", stacklevel=5)
     elif not touched and not getattr(plan.config, "trainable_token_indices", None):

@@ -124,10 +124,13 @@ def _tie(plan: Plan, model: nn.Module, modules: list[tuple[str, nn.Module]]) -> 
 
 def _tie_targets(plan: Plan, embedding: tuple[str, nn.Module], modules: list[tuple[str, nn.Module]]) -> None:
     path = embedding[0]
+    chosen = {t.path for t in plan.targets if t.parameter is None}
     kept = [t for t in plan.targets if t.path not in plan.tied]
     if not any(t.path == path for t in kept):
         kept = in_order(modules, kept, [Target(*embedding, None, "ensure_weight_tying")])
     plan.targets, plan.target_modules_to_tie = kept, list(plan.tied)
+    if path in chosen and not chosen & set(plan.tied):
+        return  # the selection says so already
     if isinstance(plan.selection, str):
         plan.selection = rf"(?:{plan.selection}|^{re.escape(path)}$)"
     elif plan.selection is not None:

@@ -23,20 +23,37 @@ from .wrappers import AuxiliaryTrainingWrapper
 
 
 class TokenRows(Method):
-    """W' = W with rows replaced."""
+    """W' = W with rows replaced.
 
-    def __init__(self, indices: Sequence[int], share: nn.Parameter | None = None):
-        self.indices, self.share = list(indices), share
+    Arguments:
+        indices: the tokens.
+        share: the rows of a tied layer, to be trained as one with these.
+        at_base: whether the rows start as the base's; else random.
+        argument: the name of the field that gave the tokens, for messages.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        share: nn.Parameter | None = None,
+        at_base: bool = True,
+        argument: str = "trainable_token_indices",
+    ):
+        self.indices, self.share, self.at_base, self.argument = list(indices), share, at_base, argument
 
     def build(self, site: Site) -> dict[str, Any]:
-        raw: Any = site.module.weight
-        count, width = raw.shape
+        if site.view.label not in ("Embedding", "Linear"):
+            raise ValueError(
+                f"{site.path!r} has no tokens: rows are trained of embeddings and linear layers, and this is "
+                f"{type(site.module).__name__}. Take it out of target_modules."
+            )
+        count, width = site.view.shape(site.module)[:: -1 if site.view.infix else 1]
         bad = [i for i in self.indices if not -count <= i < count]
         if bad:
             raise ValueError(
-                f"trainable_token_indices has {bad}, but {site.path!r} has only {count} tokens (0 to {count - 1})."
+                f"{self.argument} has {bad}, but {site.path!r} has only {count} tokens (0 to {count - 1})."
             )
-        _check_once(self.indices, count, site.path)
+        _check_once(self.indices, count, site.path, self.argument)
         held = self.share
         if held is None:
             held = nn.Parameter(torch.empty(len(self.indices), width, **site.kwargs))
@@ -46,8 +63,14 @@ class TokenRows(Method):
         return {"trainable_tokens_delta": held, "token_indices": index}
 
     def init(self, p: Adapter, inner: Stack) -> None:
-        if self.share is None:
-            p.trainable_tokens_delta.copy_(inner.base.weight[p.held_buffer("token_indices")])  # type: ignore[index]
+        if not self.at_base:
+            p.trainable_tokens_delta.normal_()
+        elif self.share is None:
+            W = inner.view.read(inner.base)
+            p.trainable_tokens_delta.copy_((W.mT if inner.view.infix else W)[p.held_buffer("token_indices")])
+
+    def tie(self, p: Adapter, other: Adapter) -> None:
+        p.layer._modules["trainable_tokens_delta"][p.name] = other.trainable_tokens_delta
 
     def _rows(self, p: Adapter) -> tuple[Tensor, Tensor]:
         return p.held_buffer("token_indices"), p.held("trainable_tokens_delta")
@@ -76,16 +99,14 @@ class TokenRows(Method):
         return torch.where(match.any(-1, keepdim=True), found.to(y.dtype), y)
 
 
-def _check_once(indices: Sequence[int], count: int, path: str) -> None:
+def _check_once(indices: Sequence[int], count: int, path: str, argument: str) -> None:
     """Raise ValueError if two indices are the same token: each would train a row of its own, and one would win."""
     seen: dict[int, int] = {}
     for index in indices:
         token = index % count
         if token in seen:
             same = "twice" if seen[token] == index else f"as {seen[token]} and as {index}"
-            raise ValueError(
-                f"trainable_token_indices names token {token} of {path!r} ({count} tokens) {same}. Name each once."
-            )
+            raise ValueError(f"{argument} names token {token} of {path!r} ({count} tokens) {same}. Name each once.")
         seen[token] = index
 
 
@@ -190,16 +211,15 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return getattr(self.token_adapter, name)
 
 
-def check_disjoint(layer: TrainableTokensLayer, names: Sequence[str]) -> None:
+def check_disjoint(layer: BaseTunerLayer, names: Sequence[str]) -> None:
     """Raise ValueError if two of these adapters claim the same token."""
     seen: dict[int, str] = {}
-    for name in names:
-        if name not in layer.adapters:
-            continue
-        for token in layer.adapters[name].method.indices:  # type: ignore[attr-defined]
+    found = ((n, layer.adapters[n].method) for n in names if n in layer.adapters)
+    for name, method in found:
+        for token in method.indices if isinstance(method, TokenRows) else ():
             if token in seen:
                 raise ValueError(
                     f"The adapters {seen[token]!r} and {name!r} both train token {token}; they cannot be active "
-                    "together."
+                    "together. Only one adapter at a time can train a token."
                 )
             seen[token] = name

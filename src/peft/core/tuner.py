@@ -125,8 +125,13 @@ class BaseTuner(Combined, nn.Module):
 
     def match(self, model: nn.Module, config: Any, adapter_name: str, state_dict: Any = None) -> Any:
         """The plan of a configuration on this model."""
+        return self.kind_of(config).plan_of(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def plan_of(cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any = None) -> Any:
+        """The plan of a configuration of this method."""
         keys = None if state_dict is None else list(state_dict)
-        return match(model, config, keys, prefix=self.kind_of(config).prefix, adapter_name=adapter_name)
+        return match(model, config, keys, prefix=cls.prefix, adapter_name=adapter_name)
 
     def kind_of(self, config: Any) -> type[BaseTuner]:
         """The tuner class of a configuration's method: this one's, or another's that is mixed in."""
@@ -292,6 +297,7 @@ class BaseTuner(Combined, nn.Module):
                 f"There is no adapter {unknown[0]!r} to merge.{nearest(unknown[0], self.peft_config)} "
                 f"The model has {sorted(self.peft_config)}."
             )
+        unloading.check_merge(self.layers(), self.active_adapters if names is None else names)
 
     def unmerge_adapter(self) -> None:
         """Give back the base weights as they were before the first merge, bit for bit."""

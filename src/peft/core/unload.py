@@ -13,7 +13,7 @@ from ..errors import PeftWarning, report
 from .layer import BaseTunerLayer, tuner_layers
 from .search import walk
 from .tie import Place, input_embedding, places, storage_key, tied_modules
-from .tokens import TrainableTokensLayer, check_disjoint
+from .tokens import check_disjoint
 from .wrappers import AuxiliaryTrainingWrapper
 
 Holder = tuple[nn.Module, str]
@@ -21,10 +21,17 @@ Holder = tuple[nn.Module, str]
 
 def check_together(layer: Any, names: Sequence[str]) -> None:
     """Raise ValueError if these adapters cannot be active together in a layer."""
-    if isinstance(layer, TrainableTokensLayer):
+    if isinstance(layer, BaseTunerLayer) and len(names) > 1:
         check_disjoint(layer, names)
-    elif hasattr(type(layer), "check_active"):
+    if hasattr(type(layer), "check_active"):
         layer.check_active(names)
+
+
+def check_merge(layers: Iterator[tuple[str, Any]], names: Sequence[str]) -> None:
+    """Raise ValueError if these adapters cannot be merged together, or with those that are."""
+    for _, layer in layers:
+        if isinstance(layer, BaseTunerLayer):
+            check_together(layer, tuple(dict.fromkeys([*layer.merged_adapters, *names])))
 
 
 def shared(model: nn.Module) -> dict[Any, list[Holder]]:

@@ -29,7 +29,7 @@ class _ScaledRows(torch.autograd.Function):
         return plain(scale, A, gains)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         scale, A, gains = ctx.saved_tensors
         part = grad * A[:, None]
         return (
