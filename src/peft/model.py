@@ -205,13 +205,13 @@ class PeftModel(Persistent, nn.Module):
         """
         if "prompts" in self.__dict__:
             return self._tuner.run(function, args, kwargs, None if beams else self.label_kind)
-        given = {k: kwargs.get(k) for k in ("adapter_names", "task_ids", "alora_offsets")}
+        given = names, _, _ = [kwargs.get(k) for k in ("adapter_names", "task_ids", "alora_offsets")]
         kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
-        if all(v is None for v in given.values()):
+        if all(v is None for v in given):
             return function(*args, **kwargs)
-        if given["adapter_names"] is not None:
-            self._check_names(given["adapter_names"], first_tensor(args, kwargs))
-        with self._tuner.call.of(args, kwargs, beams, **given):
+        if names is not None:
+            self._check_names(names, first_tensor(args, kwargs))
+        with self._tuner.call.of(args, kwargs, beams, *given):
             return function(*args, **kwargs)
 
     def _check_names(self, names: Any, first: torch.Tensor | None) -> None:

@@ -124,22 +124,22 @@ class Call:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         beams: int | None = None,
-        adapter_names: Sequence[str] | None = None,
+        names: Sequence[str] | None = None,
         task_ids: Any = None,
-        alora_offsets: Sequence[int | None] | None = None,
+        offsets: Sequence[int | None] | None = None,
     ) -> AbstractContextManager[None]:
         """`open` for a model that is called with these arguments.
 
         Arguments:
             args, kwargs: what the model receives.
             beams: how often each sample may be repeated; None for a forward.
-            adapter_names, task_ids, alora_offsets: what the caller says of each sample, or None.
+            names, task_ids, offsets: what the caller says of each sample, or None.
         """
-        facts: dict[str, Any] = {} if alora_offsets is None else {"given_offsets": list(alora_offsets)}
+        facts: dict[str, Any] = {} if offsets is None else {"given_offsets": list(offsets)}
         first = first_tensor(args, kwargs)
         length = tokens(first) if beams is None else None
-        if adapter_names is not None:
-            facts["names"] = tuple(adapter_names)
+        if names is not None:
+            facts["names"] = tuple(names)
         if task_ids is not None:
             facts["tasks"] = given = Tasks(task_ids)
             if first is not None and len(given.ids) != len(first):

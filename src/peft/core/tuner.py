@@ -333,9 +333,7 @@ class BaseTuner(Combined, nn.Module):
     # ---- python ------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
-        if task_ids is None:
-            return self.completed(self.model.forward(*args, **kwargs))
-        with self.call.of(args, kwargs, task_ids=task_ids):
+        with nullcontext() if task_ids is None else self.call.of(args, kwargs, task_ids=task_ids):
             return self.completed(self.model.forward(*args, **kwargs))
 
     def completed(self, output: Any) -> Any:

@@ -111,7 +111,7 @@ class AdaptedAttention(AuxiliaryTrainingWrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.model(*args, **kwargs)
-        names = None if self._disabled else self.call.names
+        names = None if self._disabled else self.call.fact("names")
         if self._disabled or not (names or self._active):
             return out
         x = args[0] if args else kwargs["hidden_states"]
