@@ -320,6 +320,8 @@ def whole_modules(p: Probe) -> str:
 @ability("bias", grad=True)
 def biases(p: Probe) -> str:
     need("bias" in fields(p.row), "no such option")
+    if not any(n.endswith("bias") for n, _ in p.base()[0].named_parameters()):
+        raise NotAsked
     model, inputs = p.wrapped(bias="all")
     trained = [n for n, q in model.named_parameters() if q.requires_grad and n.endswith("bias")]
     need(bool(trained), "no bias is trained")

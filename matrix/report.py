@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .reasons import reason
+from .reasons import GAPS, reason
 
 ABSENT = ("no (AttributeError)", "no (ImportError)", "no (MissingMethodError)")
 
@@ -44,8 +44,8 @@ def write(ours: dict[str, Any], peers: dict[str, Any], path: Path) -> None:
     for why, pairs in reasons(mine, ours["cells"]).items():
         rows, cols = dict.fromkeys(r for r, _ in pairs), dict.fromkeys(c for _, c in pairs)
         text.append(f"| {why} | {', '.join(rows)} | {', '.join(cols)} |\n")
-    left = [f"{r}: {c} ({a})" for (r, c), a in mine.items() if a.startswith("no")]
-    text.append("\n" + ("Nothing else is missing.\n" if not left else "Missing:\n\n"))
+    left = [f"{r}: {c}. {reason(r, c, GAPS) or a}" for (r, c), a in mine.items() if a.startswith("no")]
+    text.append("\n## Missing\n\n" + ("" if left else "Nothing.\n"))
     text.extend(f"- {line}\n" for line in left)
     if missing:
         text.append(f"\nNot in this release: {', '.join(missing)}.\n")

@@ -70,7 +70,7 @@ ROWS: dict[str, Row] = {
     ),
     "boft": Row("BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 1}, pattern={"boft_block_size": 8}),
     "vera": Row("VeraConfig", {"r": 4}),
-    "randlora": Row("RandLoraConfig", {"r": 4, "randlora_alpha": 8}),
+    "randlora": Row("RandLoraConfig", {"r": 4, "randlora_alpha": 8}, pattern={"init_weights": False}),
     "vblora": Row("VBLoRAConfig", {"r": 4, "num_vectors": 6, "vector_length": 4, "topk": 2}),
     "fourierft": Row("FourierFTConfig", {"n_frequency": 20, "scaling": 10.0}),
     "waveft": Row("WaveFTConfig", {"n_frequency": 20, "scaling": 5.0}),

@@ -51,6 +51,9 @@ class RandLoraConfig(AdditiveConfig):
         """Numbers, and a word about what files will lack."""
         probability("randlora_dropout", self.randlora_dropout)
         number("randlora_alpha", self.randlora_alpha)
+        for pattern, settings in (self.module_config or {}).items():
+            if "r" in settings:
+                raise ValueError(f"module_config[{pattern!r}] sets r, but the shared matrices are cut for one rank.")
         warn_unsaved(self, "randlora_A and randlora_B")
 
 
