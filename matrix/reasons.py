@@ -42,7 +42,7 @@ REASONS: list[tuple[str, str, str]] = [
     ("poly, lora:alora, lora:arrow, xlora", "DoRA*", "Its W' differs from token to token, so there is no one norm."),
     ("lora:lora_bias", "Embedding, Parameter*", "The layer has no bias that could hold it."),
     (UNCUT, "Conv2d grouped", "LoRA's factors read all channels there; the start has no such kernel."),
-    ("lora:corda", "Embedding, MultiheadAttention, Parameter*", "It starts from the inputs of a layer; these show none."),
+    ("lora:corda", "Embedding, MultiheadAttention, Parameter*", "It starts from a layer's inputs; these show none."),
     ("lora:bdlora, lora:velora", LAYERS, "Defined for linear layers: blocks of features, and of their inputs."),
     ("lora:velora, lora:monteclora", "DoRA*", "Changes how the factors are trained; the paper has no magnitude."),
     ("poly", "MultiheadAttention, Parameter*", "The module reads one weight for the whole batch."),
