@@ -65,6 +65,10 @@ from .methods.adaption_prompt.config import (
 from .methods.adaption_prompt.model import (
     AdaptionPromptModel,
 )
+from .methods.beft import (
+    BeftConfig,
+    BeftModel,
+)
 from .methods.boft import (
     BOFTConfig,
     BOFTModel,
@@ -89,6 +93,10 @@ from .methods.cpt import (
     CPTConfig,
     CPTEmbedding,
 )
+from .methods.deft import (
+    DeftConfig,
+    DeftModel,
+)
 from .methods.delora import (
     DeloraConfig,
     DeloraModel,
@@ -100,6 +108,10 @@ from .methods.fourierft import (
 from .methods.gralora import (
     GraloraConfig,
     GraloraModel,
+)
+from .methods.hira import (
+    HiraConfig,
+    HiraModel,
 )
 from .methods.hra import (
     HRAConfig,
@@ -238,6 +250,11 @@ from .utils.other import (
 )
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "AdaLoraConfig",
     "AdaLoraModel",
     "AdaptionPromptConfig",
@@ -253,12 +270,16 @@ __all__ = [
     "BOFTConfig",
     "BOFTModel",
     "BdLoraConfig",
+    "BeftConfig",
+    "BeftModel",
     "C3AConfig",
     "C3AModel",
     "CPTConfig",
     "CPTEmbedding",
     "CartridgeConfig",
     "CartridgeEncoder",
+    "DeftConfig",
+    "DeftModel",
     "DeloraConfig",
     "DeloraModel",
     "EvaConfig",
@@ -268,6 +289,8 @@ __all__ = [
     "GraloraModel",
     "HRAConfig",
     "HRAModel",
+    "HiraConfig",
+    "HiraModel",
     "IA3Config",
     "IA3Model",
     "KasaConfig",
@@ -282,7 +305,6 @@ __all__ = [
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "MissConfig",
     "MissModel",
     "MissingTensorsWarning",
@@ -293,9 +315,6 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "OFTConfig",
     "OFTModel",
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
     "PeftConfig",
     "PeftError",
     "PeftMixedModel",
@@ -325,7 +344,6 @@ __all__ = [
     "RoadModel",
     "ShiraConfig",
     "ShiraModel",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "TaskType",
     "TrainableTokensConfig",
     "TrainableTokensModel",

@@ -81,6 +81,9 @@ METHODS: dict[PeftType, Method] = {
     PeftType.RANDLORA: Method(
         "peft.methods.randlora:RandLoraConfig", "peft.methods.randlora:RandLoraModel", "randlora_"
     ),
+    PeftType.BEFT: Method("peft.methods.beft:BeftConfig", "peft.methods.beft:BeftModel", "beft_", True),
+    PeftType.DEFT: Method("peft.methods.deft:DeftConfig", "peft.methods.deft:DeftModel", "deft_"),
+    PeftType.HIRA: Method("peft.methods.hira:HiraConfig", "peft.methods.hira:HiraModel", "hira_", True),
     PeftType.TRAINABLE_TOKENS: Method(
         "peft.methods.trainable_tokens:TrainableTokensConfig",
         "peft.methods.trainable_tokens:TrainableTokensModel",

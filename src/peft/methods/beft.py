@@ -1,0 +1,75 @@
+"""BEFT: what is learnt is added to the biases, and nothing else.
+
+    W' = W,   b' = b + beta;   beta starts at zero
+
+A layer without a bias gets one, which only a merge cannot hold. Source: Huang et al. 2025, arXiv 2509.15974. Different
+from the peer: convolutions and attention, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import describe
+from ..core.layer import BaseTunerLayer, name_layers
+from ..core.method import Method, Site
+from ..core.stack import Adapter, Stack
+from ..core.tuner import BaseTuner
+from ..target_config import TargetConfig
+
+
+@dataclass
+class BeftConfig(TargetConfig):
+    """The configuration of BEFT."""
+
+    kind = "BEFT"
+    added = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern", "bias"})
+    ranks = ()
+    init_weights: bool = field(default=True, metadata=describe("Start at the base model; else random."))
+
+
+class BEFT(Method):
+    """b' = b + beta."""
+
+    additive = True
+    linear: ClassVar[dict[str, float]] = {"beft_bias": 0.0}
+
+    def build(self, site: Site) -> dict[str, Any]:
+        *lead, out, _ = site.view.shape(site.module)
+        if lead or not site.view.bias_name:
+            raise ValueError(f"{site.path!r} has no bias, nor room for one. Leave it out (`exclude_modules`).")
+        return {"beft_bias": nn.Parameter(torch.zeros(1, out, **site.kwargs))}
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        if not p.settings.init_weights:
+            p.beft_bias.normal_()
+
+    def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
+        extra = p.held("beft_bias").flatten()
+        return extra if b is None else (b + extra).to(b.dtype)
+
+    def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
+        y = inner(x)
+        return (y + inner.spread(p.held("beft_bias").flatten())).to(y.dtype)
+
+
+class BeftLayer(BaseTunerLayer):
+    """A target under BEFT adapters."""
+
+    family = "beft"
+    adapter_layer_names = ("beft_bias",)
+    other_param_names = ()
+    _home_order = ("beft_bias",)
+    _parameter_homes = frozenset({"beft_bias"})
+
+
+class BeftModel(BaseTuner):
+    """BEFT adapters on a model."""
+
+    prefix = "beft_"
+    layer_classes = name_layers(BeftLayer, globals())
+    method: ClassVar[BEFT] = BEFT()

@@ -1,0 +1,128 @@
+"""DEFT: what the weight does in a learnt subspace of the out-features is taken out, and replaced.
+
+    W' = W + Q (s R - P' W0),   P (out, r), R (r, in), W0 the base weight,   s = alpha / r, or 1 without alpha
+
+`relu`: Q = P and P' the transpose of relu(P). `qr`: Q is the orthonormal factor of P, and P' its transpose. With `para`
+there is no R: the subspace is only taken out. R starts at P' W0 / s, so training starts at the base model. Different
+from the peer: unmerging restores every bit of the weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import describe
+from ..core.layer import BaseTunerLayer, name_layers
+from ..core.method import LowRank, Site, low_rank
+from ..core.stack import Adapter, Stack
+from ..target_config import choice, number, probability
+from .additive import AdditiveConfig, AdditiveModel
+
+
+@dataclass
+class DeftConfig(AdditiveConfig):
+    """The configuration of DEFT."""
+
+    kind = "DEFT"
+    r: int = field(default=8, metadata=describe("Dimensions of the subspace; at most the out-features."))
+    decomposition_method: str = field(default="relu", metadata=describe("How P gives the subspace: 'relu' or 'qr'."))
+    init_scale: float = field(default=1.0, metadata=describe("Scale of a random R."))
+    alpha: int | None = field(default=None, metadata=describe("R is multiplied by alpha / r; by 1 if not set."))
+    para: bool = field(default=False, metadata=describe("Take the subspace out, and put nothing in its place."))
+    fan_in_fan_out: bool = field(default=False, metadata=describe("The weight is stored as (in, out)."))
+    deft_dropout: float = field(default=0.0, metadata=describe("Dropout on the input of R, in [0, 1)."))
+    init_weights: bool = field(default=True, metadata=describe("Start at the base model; else R is random."))
+
+    def check(self) -> None:
+        """Numbers and choices."""
+        choice("decomposition_method", self.decomposition_method, ("relu", "qr"))
+        probability("deft_dropout", self.deft_dropout)
+        number("init_scale", self.init_scale)
+        if self.alpha is not None:
+            number("alpha", self.alpha)
+            if not self.alpha:
+                raise ValueError("alpha=0 gives R no effect. Leave it out for a factor of 1, or use para=True.")
+
+
+class DEFT(LowRank):
+    """W' = W + Q (s R - P' W0)."""
+
+    by_rows = False
+
+    def build(self, site: Site) -> dict[str, Any]:
+        c = site.settings
+        *lead, out, inp = site.view.shape(site.module)
+        r = min(c.r, out)
+        learnt = {} if c.para else {"deft_R": nn.Parameter(torch.empty(*lead, r, inp, **site.kwargs))}
+        return {
+            "deft_dropout": site.dropout("deft_dropout"),
+            "deft_P": nn.Parameter(torch.empty(*lead, out, r, **site.kwargs)),
+            **learnt,
+            "deft_r": r,
+            "deft_decomposition": c.decomposition_method,
+            "deft_init_scale": c.init_scale,
+            "deft_para": c.para,
+            "deft_scaling": c.alpha / r if c.alpha else 1.0,
+        }
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        p.deft_P.normal_(0, 0.02)
+        if p.deft_para:
+            return
+        if p.settings.init_weights:
+            p.deft_R.copy_(self.removed(p)[1] / p.deft_scaling)
+        else:
+            p.deft_R.normal_(0, 0.02 * p.deft_init_scale)
+
+    def removed(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """(Q, P' W0), in single precision at least."""
+        P = p.held("deft_P")
+        wide = P.to(torch.promote_types(P.dtype, torch.float32))
+        Q, project = (wide, wide.relu()) if p.deft_decomposition == "relu" else (torch.linalg.qr(wide)[0],) * 2
+        return Q, project.mT @ p.original_weight().to(wide.dtype)
+
+    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        Q, taken = self.removed(p)
+        return (-taken if p.deft_para else p.held("deft_R") * p.deft_scaling - taken), Q
+
+    def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
+        rate = p.drop_rate("deft_dropout")
+        if not rate or p.deft_para:
+            return super().onto(p, inner, y, x)
+        Q, taken = self.removed(p)
+        given = (p.held("deft_R") * p.deft_scaling).to(Q.dtype)
+        if inner.view.groups(inner.base) == 1:
+            return (y + low_rank(inner, x, given, Q, rate) - low_rank(inner, x, taken, Q)).to(y.dtype)
+        thin, factor = inner.drop(x, rate, Q.dtype)
+        update = inner.linear(thin, Q @ given)
+        update = update if factor is None else update * factor
+        return (y + update - inner.linear(x, Q @ taken)).to(y.dtype)
+
+
+class DeftLayer(BaseTunerLayer):
+    """A target under DEFT adapters."""
+
+    family = "deft"
+    adapter_layer_names = ("deft_P", "deft_R")
+    other_param_names = (
+        "deft_r",
+        "deft_decomposition",
+        "deft_init_scale",
+        "deft_para",
+        "deft_scaling",
+        "deft_dropout",
+    )
+    _home_order = ("deft_dropout", "deft_P", "deft_R")
+    _parameter_homes = frozenset({"deft_P", "deft_R"})
+
+
+class DeftModel(AdditiveModel):
+    """DEFT adapters on a model."""
+
+    prefix = "deft_"
+    layer_classes = name_layers(DeftLayer, globals())
+    method: ClassVar[DEFT] = DEFT()
