@@ -423,6 +423,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: made("prompt").add_adapter("b", peft.LoraConfig(target_modules=["q_proj"])), ValueError, "own method"),
     (lambda: made("prompt").set_adapter("other"), ValueError, "no adapter 'other'"),
     (lambda: get_peft_model(nn.Linear(2, 2), config("prompt", "FEATURE_EXTRACTION")), ValueError, "num_layers"),
+    (lambda: get_peft_model(llama(), config("prompt"), mixed=True), ValueError, "mixed=True"),
     (lambda: made("p-tuning", encoder_reparameterization_type="GRU"), ValueError, "'LSTM'"),
 ]
 
@@ -431,6 +432,12 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
 def test_what_cannot_be_is_refused_by_name(act, kind, words):
     with pytest.raises(kind, match=words):
         act()
+
+
+def test_a_loss_without_labels_says_so():
+    model = get_peft_model(llama(), config("cpt", cpt_tokens_type_mask=[1, 2, 3]))
+    with pytest.warns(peft.PeftWarning, match="no word of the batch counts as a label"):
+        assert model(**text(), labels=text()["input_ids"]).loss == 0
 
 
 def test_a_failed_start_leaves_the_model_as_it_was():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..config import PromptLearningConfig, describe
+from ..errors import PeftWarning, report
 from ..prompts.encoder import BasePromptEncoder, embedding
 from ..target_config import choice
 from ..types import PeftType, TaskType
@@ -142,6 +143,12 @@ class CPTEmbedding(BasePromptEncoder):
         target = torch.where(kept, torch.cat([words, labels], 1), -100)[:, 1:]
         each = cross_entropy(logits[:, :-1].transpose(1, 2).float(), target, reduction="none", ignore_index=-100)
         kept = target != -100
+        if not torch.compiler.is_compiling() and not kept.any():
+            text = (
+                "CPT: no word of the batch counts as a label (a type that is a multiple of 4), so the loss is 0. Check "
+                "cpt_tokens_type_mask and input_type_mask."
+            )
+            report(PeftWarning, text, strict=False, stacklevel=5)
         weight = kept.to(each.dtype)
         if c.opt_weighted_loss_type == "decay":
             for row, kinds_of_row, chosen in zip(weight, mask[:, 1:], kept, strict=True):

@@ -141,7 +141,9 @@ def _continued(encoder: BasePromptEncoder, given: dict[str, Any], decoder: bool)
 def _check_cache(model: nn.Module, given: dict[str, Any]) -> None:
     if given.get("past_key_values") is not None:
         raise ValueError("past_key_values is given, but prefix tuning fills it. Use `generate`, or leave it out.")
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    flag = "is_activation_checkpointing"  # its older name warns
+    flag = flag if hasattr(type(model), flag) else "is_gradient_checkpointing"
+    if model.training and getattr(model, flag, False):
         raise ValueError(
             "Gradient checkpointing and prefix tuning exclude each other: checkpointed layers take no keys and values "
             "from outside. Call `gradient_checkpointing_disable()`, or use prompt tuning."
