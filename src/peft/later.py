@@ -27,8 +27,6 @@ NAMES = frozenset(
         "PeanutModel",
         "PsoftConfig",
         "PsoftModel",
-        "PveraConfig",
-        "PveraModel",
         "ShadowConfig",
         "ShadowModel",
         "SupertuningConfig",

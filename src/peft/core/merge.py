@@ -117,8 +117,8 @@ class Mergeable(nn.Module):
             self.adapters[n].method.bias(self.adapters[n], None) is not None for n in names
         ):
             raise RuntimeError(
-                f"The adapter has a bias (lora_bias=True) but the layer {self._where()!r} has none to merge it into. "
-                "Keep the adapter unmerged, or train with lora_bias=False."
+                f"The adapter has a bias but the layer {self._where()!r} has none to merge it into. Keep the adapter "
+                "unmerged, or train it without a bias (for LoRA: lora_bias=False)."
             )
 
     def _payload(self) -> dict[str, Any]:

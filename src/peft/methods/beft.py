@@ -40,7 +40,7 @@ class BEFT(Method):
 
     def build(self, site: Site) -> dict[str, Any]:
         *lead, out, _ = site.view.shape(site.module)
-        if lead or not site.view.bias_name:
+        if lead or site.view.infix or not site.view.bias_name:
             raise ValueError(f"{site.path!r} has no bias, nor room for one. Leave it out (`exclude_modules`).")
         return {"beft_bias": nn.Parameter(torch.zeros(1, out, **site.kwargs))}
 
@@ -50,7 +50,10 @@ class BEFT(Method):
 
     def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
         extra = p.held("beft_bias").flatten()
-        return extra if b is None else (b + extra).to(b.dtype)
+        if b is not None:
+            return (b + extra).to(b.dtype)
+        weight = p.layer.view.sample(p.layer.get_base_layer())  # attention wants a bias of its weight's dtype
+        return extra.to(weight.dtype) if weight is not None and weight.is_floating_point() else extra
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         y = inner(x)

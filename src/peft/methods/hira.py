@@ -10,6 +10,7 @@ unmerging takes one adapter at a time.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from ..config import describe
 from ..core.draw import kaiming
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
+from ..core.shared import Shared
 from ..core.stack import Adapter, Stack
 from ..target_config import choice, probability
 from .additive import AdditiveConfig, AdditiveModel
@@ -51,6 +53,11 @@ class HiraConfig(AdditiveConfig):
 
 class HiRA(Delta):
     """W' = W + W0 * (B A)."""
+
+    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+        """Nothing but a note that ranks differ: the peer's files have rank r all the same, and are taken."""
+        settings.__dict__["patterned"] = bool(settings.rank_pattern)
+        return {}
 
     def build(self, site: Site) -> dict[str, Any]:
         c, view, kernel = site.settings, site.view, site.view.kernel(site.module)
@@ -89,6 +96,16 @@ class HiRA(Delta):
 
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("hira_dropout")
+
+    def takes(self, p: Adapter, key: str, shape: tuple[int, ...]) -> bool:
+        held = p.held(key).shape
+        at = len(p.layer.view.shape(p.layer.get_base_layer())) - (2 if key.endswith("A") else 1)
+        if not p.settings.__dict__.get("patterned") or len(shape) != len(held):
+            return False
+        return (*held[:at], *held[at + 1 :]) == (*shape[:at], *shape[at + 1 :])
+
+    def written(self, p: Adapter) -> None:
+        p.__dict__["r"] = self.factors(p)[0].shape[-2]
 
 
 def _empty(site: Site, *shape: int) -> nn.Parameter:

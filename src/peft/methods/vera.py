@@ -59,44 +59,55 @@ def warn_unsaved(config: Any, names: str) -> None:
 class VeRA(LowRank):
     """W' = W + diag(b) B diag(d) A."""
 
+    word = "vera"
+    rows = 1  # of A for each of B's columns
+
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
         (out, inp), r = map(max, zip(*(s[-2:] for s in shapes), strict=True)), settings.r
-        if "vera_A" in known:
-            A, B = known["vera_A"], known["vera_B"]
-            if A.shape[0] < r or A.shape[1] < inp or B.shape[0] < out:
+        names, of_a, of_b = (f"{self.word}_A", f"{self.word}_B"), (self.rows * r, inp), (out, r)
+        if names[0] in known:
+            A, B = (known[name] for name in names)
+            if A.shape[0] < of_a[0] or A.shape[1] < inp or B.shape[0] < out:
                 raise ValueError(
-                    f"The model's shared vera_A {tuple(A.shape)} and vera_B {tuple(B.shape)} are too small for this "
-                    f"adapter, which needs ({r}, {inp}) and ({out}, {r}). Add the adapter with the larger needs first."
+                    f"The model's shared {names[0]} {tuple(A.shape)} and {names[1]} {tuple(B.shape)} are too small for "
+                    f"this adapter, which needs {of_a} and {of_b}. Add the adapter with the larger needs first."
                 )
         else:
             generator = torch.Generator().manual_seed(settings.projection_prng_key)
-            A = drawn((r, inp), (6 / inp) ** 0.5, generator)
-            B = drawn((out, r), (6 / r) ** 0.5, generator)
-        return {"vera_A": Shared(A, settings.save_projection), "vera_B": Shared(B, settings.save_projection)}
+            A = drawn(of_a, (6 / inp) ** 0.5, generator)
+            B = drawn(of_b, (6 / r) ** 0.5, generator)
+        return {name: Shared(t, settings.save_projection) for name, t in zip(names, (A, B), strict=True)}
 
     def build(self, site: Site) -> dict[str, Any]:
-        c = site.settings
+        c, word = site.settings, self.word
         *lead, out, _ = site.view.shape(site.module)
+        d = torch.full((*lead, self.rows * c.r), float(c.d_initial), **site.kwargs)
         return {
-            "vera_dropout": site.dropout("vera_dropout"),
-            "vera_lambda_b": nn.Parameter(torch.zeros(*lead, out, **site.kwargs)),
-            "vera_lambda_d": nn.Parameter(torch.full((*lead, c.r), float(c.d_initial), **site.kwargs)),
+            f"{word}_dropout": site.dropout(f"{word}_dropout"),
+            f"{word}_lambda_b": nn.Parameter(torch.zeros(*lead, out, **site.kwargs)),
+            f"{word}_lambda_d": nn.Parameter(d),
             "r": c.r,
         }
 
     def init(self, p: Adapter, inner: Stack) -> None:
         if not p.settings.init_weights:
-            p.vera_lambda_b.fill_(1)
-            p.vera_lambda_d.normal_()
+            p.held(f"{self.word}_lambda_b").fill_(1)
+            p.held(f"{self.word}_lambda_d").normal_()
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        b, d = p.held("vera_lambda_b"), p.held("vera_lambda_d")
+        b = p.held(f"{self.word}_lambda_b")
+        B = getattr(p, f"{self.word}_B").to(b.device, b.dtype)
+        return self.down(p, slice(p.r)), b[..., None] * B[: b.shape[-1], : p.r]
+
+    def down(self, p: Adapter, rows: slice) -> Tensor:
+        """These rows of diag(d) A, (..., rows, I)."""
+        d = p.held(f"{self.word}_lambda_d")
         inp = p.layer.view.shape(p.layer.get_base_layer())[-1]
-        A, B = (t.to(b.device, b.dtype) for t in (p.vera_A, p.vera_B))
-        return d[..., None] * A[: p.r, :inp], b[..., None] * B[: b.shape[-1], : p.r]
+        A = getattr(p, f"{self.word}_A").to(d.device, d.dtype)
+        return d[..., rows, None] * A[rows, :inp]
 
     def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("vera_dropout")
+        return p.drop_rate(f"{self.word}_dropout")
 
 
 class VeraLayer(BaseTunerLayer):
