@@ -21,7 +21,7 @@ from .files import read_weights
 from .fill import fill
 from .hub import fetch
 from .layer import tuner_layers
-from .parts import joined, split, written
+from .parts import joined, repeated, split, written
 
 __all__ = [
     "adapter_config",
@@ -67,9 +67,10 @@ def get_peft_model_state_dict(
         )
     keys = [plain(e.key) if unwrap_compiled else prefix + e.key for e in entries]
     beside = root.__dict__.get("prompts")  # what stands beside the model writes its own
-    own = {} if beside is None else beside.for_file(adapter_name)
-    held = zip(keys, entries, tensors, strict=True)
-    return {**own, **{name: t for k, e, value in held for name, t in split(e, k, _whole(value.detach())).items()}}
+    own: dict[str, Tensor] = {} if beside is None else beside.for_file(adapter_name)
+    for key, e, value in zip(keys, entries, tensors, strict=True):
+        own.update({**split(e, key, _whole(value.detach())), **repeated(e, key)})
+    return own
 
 
 def set_peft_model_state_dict(

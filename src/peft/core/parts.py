@@ -19,6 +19,16 @@ def split(entry: Entry, key: str, value: Tensor) -> dict[str, Tensor]:
     return {before + part: t for part, t in parts.items()}
 
 
+def repeated(entry: Entry, key: str) -> dict[str, Tensor]:
+    """The tensors that all layers share and files hold again for each, beside one whose key there is `key`."""
+    p = entry.adapter
+    if p is None:
+        return {}
+    before = key.removesuffix(entry.part)
+    hosts = ((name, p.shared[name]) for name in p.method.copies if name in p.shared)
+    return {before + name: host.tensor(p.name).detach().clone() for name, host in hosts if host.slots(p.name)}
+
+
 def joined(entries: list[Entry], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors, those in parts put together, and copies of shared tensors left out."""
     state = dict(state)

@@ -58,7 +58,7 @@ RECIPES: dict[str, Recipe] = {
     "gralora": Recipe("GraloraConfig", 2e-3, {"r": 8, "gralora_k": 2, "alpha": 16}),
     "miss": Recipe("MissConfig", 5e-4, {"r": 8}),
     "fourierft": Recipe("FourierFTConfig", 1e-2, {"n_frequency": 1000, "scaling": 100.0}),
-    "waveft": Recipe("WaveFTConfig", 5e-3, {"n_frequency": 2592, "scaling": 25.0}),
+    "waveft": Recipe("WaveFTConfig", 2e-4, {"n_frequency": 2592, "scaling": 25.0}),
     "c3a": Recipe("C3AConfig", 1e-2, {"block_size": 32}),
     "shira": Recipe("ShiraConfig", 2e-3, {"r": 8}),
     "oft": Recipe("OFTConfig", 2e-3, {"oft_block_size": 32}),
