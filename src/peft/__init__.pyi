@@ -209,6 +209,10 @@ from .methods.trainable_tokens import (
     TrainableTokensConfig,
     TrainableTokensModel,
 )
+from .methods.unilora import (
+    UniLoraConfig,
+    UniLoraModel,
+)
 from .methods.vblora import (
     VBLoRAConfig,
     VBLoRAModel,
@@ -354,6 +358,8 @@ __all__ = [
     "TrainableTokensConfig",
     "TrainableTokensModel",
     "UnexpectedTensorsWarning",
+    "UniLoraConfig",
+    "UniLoraModel",
     "UnknownFieldWarning",
     "UnmatchedTargetWarning",
     "VBLoRAConfig",

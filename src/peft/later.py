@@ -33,8 +33,6 @@ NAMES = frozenset(
         "SupertuningModel",
         "TinyLoraConfig",
         "TinyLoraModel",
-        "UniLoraConfig",
-        "UniLoraModel",
         "XLoraConfig",
         "XLoraModel",
         "_prepare_prompt_learning_config",

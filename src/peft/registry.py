@@ -85,6 +85,7 @@ METHODS: dict[PeftType, Method] = {
     PeftType.DEFT: Method("peft.methods.deft:DeftConfig", "peft.methods.deft:DeftModel", "deft_"),
     PeftType.HIRA: Method("peft.methods.hira:HiraConfig", "peft.methods.hira:HiraModel", "hira_", True),
     PeftType.PVERA: Method("peft.methods.pvera:PveraConfig", "peft.methods.pvera:PveraModel", "pvera_lambda_"),
+    PeftType.UNILORA: Method("peft.methods.unilora:UniLoraConfig", "peft.methods.unilora:UniLoraModel", "unilora_"),
     PeftType.TRAINABLE_TOKENS: Method(
         "peft.methods.trainable_tokens:TrainableTokensConfig",
         "peft.methods.trainable_tokens:TrainableTokensModel",

@@ -138,6 +138,9 @@ class Injection:
             base = innermost(t.module)
             view = views.view_of(base, t.parameter, self.whole)
             yield from [views.view_of(base, part).shape(base) for part in view.parts(base)] or [view.shape(base)]
+            for name in view.read_children if t.parameter is None else ():
+                child = innermost(base.get_submodule(name))
+                yield views.view_of(child).shape(child)
 
     def _freeze(self) -> None:
         trainable = [p for p in self.model.parameters() if p.requires_grad]

@@ -2,9 +2,9 @@
 
     h = m + e exp(v / 2),   (m, v) = diag(d) A x,  A (2 r, in),  e ~ N(0, 1);      W' x = W x + diag(b) B h
 
-Outside training, and when merged, h = m:  W' = W + diag(b) B diag(d1) A1, with the first halves of d and A. Modules that
-read their weights (attention, parameters) and convolutions with groups train on m as well. A and B are shared by all
-layers, as VeRA's are. Source: arXiv 2512.07703.
+Outside training, and when merged, h = m:  W' = W + diag(b) B diag(d1) A1, with the first halves of d and A. Modules
+that read their weights (attention, parameters) and convolutions with groups train on m as well. A and B are shared by
+all layers, as VeRA's are. Source: arXiv 2512.07703.
 """
 
 from __future__ import annotations

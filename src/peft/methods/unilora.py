@@ -1,0 +1,141 @@
+"""Uni-LoRA: the low-rank factors of all layers are read from one short vector that is learnt.
+
+    W' = W + B A,   A[k, i] = c[a] t[a], a = IA[k, i],   B likewise with IB,   c[j] = 1 / sqrt(how often j is read)
+
+t (D,) is one for the model; the places IA, IB come from a seed and deal 0 .. D-1 out to all layers as evenly as can be.
+t starts at random, so training does not start at the base model. `save_indices` keeps places and c in files, which
+then do not depend on numpy's generator. Source: Li et al. 2025, arXiv 2506.00799.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import describe
+from ..core.layer import BaseTunerLayer, name_layers
+from ..core.method import LowRank, Site
+from ..core.shared import Shared
+from ..core.stack import Adapter
+from ..target_config import number, probability
+from .additive import AdditiveConfig, AdditiveModel
+
+
+@dataclass
+class UniLoraConfig(AdditiveConfig):
+    """The configuration of Uni-LoRA."""
+
+    kind = "UNILORA"
+    added = frozenset({"exclude_modules"})
+    ranks = ("r", "theta_d_length")
+    r: int = field(default=4, metadata=describe("Rank."))
+    proj_seed: int = field(default=42, metadata=describe("Seed of the places."))
+    theta_d_length: int = field(default=256, metadata=describe("Length of the vector."))
+    unilora_dropout: float = field(default=0.0, metadata=describe("Dropout on the input of A, in [0, 1)."))
+    fan_in_fan_out: bool = field(default=False, metadata=describe("The weight is stored as (in, out)."))
+    init_theta_d_bound: float = field(default=0.02, metadata=describe("The vector starts uniform in +- this."))
+    init_weights: bool = field(default=True, metadata=describe("Start uniform; else normal."))
+    save_indices: bool = field(default=False, metadata=describe("Keep places and factors in files."))
+
+    def check(self) -> None:
+        """Numbers; what all layers share is the same for all."""
+        probability("unilora_dropout", self.unilora_dropout)
+        number("init_theta_d_bound", self.init_theta_d_bound)
+        if self.init_theta_d_bound <= 0:
+            raise ValueError(f"init_theta_d_bound={self.init_theta_d_bound} must be above 0, such as 0.02.")
+        for pattern, values in (self.module_config or {}).items():
+            wrong = sorted({"r", "theta_d_length", "proj_seed", "save_indices"} & set(values))
+            if wrong:
+                raise ValueError(
+                    f"module_config[{pattern!r}] sets {wrong[0]}, but all layers read one vector and share it out "
+                    "together. Set it for the whole adapter."
+                )
+
+
+class Deal:
+    """The places of all layers, given out in their order."""
+
+    def __init__(self, count: int, length: int, seed: int):
+        rng = np.random.default_rng(seed)
+        times, rest = divmod(count, length)
+        places = np.repeat(np.arange(length), times)
+        if rest:
+            places = np.concatenate([places, rng.choice(length, size=rest, replace=False)])
+        rng.shuffle(places)
+        self.read = torch.from_numpy(np.bincount(places, minlength=length))
+        self.left = torch.from_numpy(places)
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """The next places, in this shape."""
+        n = math.prod(shape)
+        found, self.left = self.left[:n].view(shape).clone(), self.left[n:]
+        if not len(self.left):
+            self.left = torch.empty(0, dtype=torch.int64)  # and the memory is free
+        return found
+
+
+class UniLoRA(LowRank):
+    """W' = W + B A, read from a vector."""
+
+    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+        count = sum(settings.r * math.prod(lead) * (out + inp) for *lead, out, inp in shapes)
+        deal = settings.__dict__["deal"] = Deal(count, settings.theta_d_length, settings.proj_seed)
+        theta, bound = torch.empty(settings.theta_d_length), settings.init_theta_d_bound
+        theta.uniform_(-bound, bound) if settings.init_weights else theta.normal_()
+        factor = deal.read.clamp_min(1).rsqrt()
+        return {"unilora_theta_d": Shared(nn.Parameter(theta)), "unilora_factor": Shared(factor, saved=False)}
+
+    def build(self, site: Site) -> dict[str, Any]:
+        c, deal = site.settings, site.settings.__dict__.get("deal")
+        *lead, out, inp = site.view.shape(site.module)
+        built: dict[str, Any] = {"unilora_dropout": site.dropout("unilora_dropout"), "r": c.r}
+        if deal is None or not site.shared:  # a plan: nothing but theta is trained, and it is no layer's
+            return built
+        device = None if site.device.type == "meta" else site.device
+        for side, shape in (("A", (*lead, c.r, inp)), ("B", (*lead, out, c.r))):
+            at = deal.take(shape)
+            held: Any = nn.Buffer if c.save_indices else lambda t: t
+            built[f"unilora_indices_{side}"] = held(at.to(device))
+            if c.save_indices:
+                factor = site.shared["unilora_factor"]
+                c_at = next(reversed(factor._buffers.values()))[at]  # the last is this adapter's
+                built[f"unilora_scales_{side}"] = nn.Buffer(c_at.to(device, site.dtype))
+        return built
+
+    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        weight = p.layer.view.sample(p.layer.get_base_layer())
+        theta = p.unilora_theta_d.to(p.held_buffer("unilora_indices_A").device)
+        if weight is not None and weight.dtype is torch.float64:
+            theta = theta.double()
+        if p.settings.save_indices:
+            A, B = (theta[p.held_buffer(f"unilora_indices_{s}")] * p.held_buffer(f"unilora_scales_{s}") for s in "AB")
+            return A, B
+        scaled = theta * p.unilora_factor.to(theta.device, theta.dtype)
+        return scaled[p.held_buffer("unilora_indices_A")], scaled[p.held_buffer("unilora_indices_B")]
+
+    def drop_rate(self, p: Adapter) -> float:
+        return p.drop_rate("unilora_dropout")
+
+
+class UniLoraLayer(BaseTunerLayer):
+    """A target under Uni-LoRA."""
+
+    family = "unilora"
+    adapter_layer_names = ()
+    other_param_names = ("r", "unilora_dropout", "unilora_indices_A", "unilora_indices_B")
+    _home_order = ("unilora_dropout", "unilora_indices_A", "unilora_indices_B")
+    _parameter_homes = frozenset()
+
+
+class UniLoraModel(AdditiveModel):
+    """Uni-LoRA adapters on a model."""
+
+    prefix = "unilora_"
+    layer_classes = name_layers(UniLoraLayer, globals())
+    method: ClassVar[UniLoRA] = UniLoRA()
