@@ -52,7 +52,7 @@ RECIPES: dict[str, Recipe] = {
     "loha": Recipe("LoHaConfig", 5e-3, {"r": 8, "alpha": 16}),
     "lokr": Recipe("LoKrConfig", 5e-3, {"r": 8, "alpha": 16}),
     "vera": Recipe("VeraConfig", 2e-2, {"r": 128}),
-    "randlora": Recipe("RandLoraConfig", 5e-3, {"r": 16, "randlora_alpha": 320}),
+    "randlora": Recipe("RandLoraConfig", 3e-4, {"r": 16, "randlora_alpha": 320}),
     "vblora": Recipe("VBLoRAConfig", 1e-2, {"r": 4, "num_vectors": 128, "vector_length": 64}),
     "delora": Recipe("DeloraConfig", 5e-3, {"r": 8, "delora_lambda": 15}),
     "gralora": Recipe("GraloraConfig", 2e-3, {"r": 8, "gralora_k": 2, "alpha": 16}),
