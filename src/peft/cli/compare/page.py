@@ -28,7 +28,7 @@ def write_page(results: Sequence[Result], options: CompareOptions, task: Task, p
     error = 100 * math.sqrt(0.25 / len(task.test))
     rows = sorted(results, key=lambda r: -r.accuracy)
     picture = draw(results, path.with_suffix(".png"))
-    base = Path(options.model).name if Path(options.model).exists() else options.model
+    base = named(Path(options.model)) if Path(options.model).exists() else options.model
     text = [
         "# Methods compared\n\n",
         f"`peft compare` on {len(task.train):,d} texts of {len(task.classes)} classes, {len(task.test):,d} held out; "
@@ -45,6 +45,12 @@ def write_page(results: Sequence[Result], options: CompareOptions, task: Task, p
         *(f"| {' | '.join(cells(r))} |\n" for r in rows),
     ]
     replace(path, lambda temporary: temporary.write_text("".join(text), encoding="utf-8"))
+
+
+def named(folder: Path) -> str:
+    """What to call a model in a folder: the folder, and the one around it where its own name says nothing."""
+    folder = folder.resolve()
+    return f"{folder.parent.name}/{folder.name}" if folder.name in ("model", "checkpoint", "output") else folder.name
 
 
 def cells(r: Result) -> list[str]:
