@@ -91,5 +91,5 @@ def test_the_vector_of_uni_lora_is_dealt_out_evenly_and_only_as_a_whole():
     counts = places.bincount(minlength=5)
     assert counts.sum() == 2 * (6 + 8 + 8 + 4)
     assert counts.max() - counts.min() <= 1
-    with pytest.raises(ValueError, match="module_config.*sets r"):
+    with pytest.raises(ValueError, match=r"module_config.*sets r"):
         UniLoraConfig(module_config={"0": {"r": 3}})

@@ -68,7 +68,7 @@ class Deal:
         if rest:
             places = np.concatenate([places, rng.choice(length, size=rest, replace=False)])
         rng.shuffle(places)
-        self.read = torch.from_numpy(np.bincount(places, minlength=length))
+        self.factor = torch.from_numpy(np.bincount(places, minlength=length)).clamp_min(1).rsqrt()  # c
         self.left = torch.from_numpy(places)
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
@@ -88,8 +88,7 @@ class UniLoRA(LowRank):
         deal = settings.__dict__["deal"] = Deal(count, settings.theta_d_length, settings.proj_seed)
         theta, bound = torch.empty(settings.theta_d_length), settings.init_theta_d_bound
         theta.uniform_(-bound, bound) if settings.init_weights else theta.normal_()
-        factor = deal.read.clamp_min(1).rsqrt()
-        return {"unilora_theta_d": Shared(nn.Parameter(theta)), "unilora_factor": Shared(factor, saved=False)}
+        return {"unilora_theta_d": Shared(nn.Parameter(theta)), "unilora_factor": Shared(deal.factor, saved=False)}
 
     def build(self, site: Site) -> dict[str, Any]:
         c, deal = site.settings, site.settings.__dict__.get("deal")
@@ -103,9 +102,7 @@ class UniLoRA(LowRank):
             held: Any = nn.Buffer if c.save_indices else lambda t: t
             built[f"unilora_indices_{side}"] = held(at.to(device))
             if c.save_indices:
-                factor = site.shared["unilora_factor"]
-                c_at = next(reversed(factor._buffers.values()))[at]  # the last is this adapter's
-                built[f"unilora_scales_{side}"] = nn.Buffer(c_at.to(device, site.dtype))
+                built[f"unilora_scales_{side}"] = nn.Buffer(deal.factor[at].to(device, site.dtype))
         return built
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
