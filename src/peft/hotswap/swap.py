@@ -194,6 +194,7 @@ class Swap:
             change.tensors = {k: torch.zeros(shape) for k, shape in _shapes(change).items()}
             return
         wanted = _shapes(change)
+        more = {key: value for key, value in more.items() if key not in p.method.copies}  # held once for all layers
         have = {**{e.part: given[e.live] for e in group if e.live in given}, **more}
         if missing := sorted(set(wanted) - set(have)):
             raise RuntimeError(
