@@ -61,7 +61,6 @@ REASONS: list[tuple[str, str, str]] = [
 
 # What the mathematics allows and this release does not do; these cells count as "no".
 GAPS: list[tuple[str, str, str]] = [
-    (PROMPTS, "mixed batch*", "Samples of one batch cannot have prompts of different adapters."),
     (PROMPTS, "PeftMixedModel, two active together", "One prompt at a time, and no other method beside it."),
     (
         "adaption_prompt",

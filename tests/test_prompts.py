@@ -340,6 +340,40 @@ def test_several_adapters_are_switched_added_and_deleted(name, other):
         assert torch.equal(model(**given).logits, model.get_base_model()(**given).logits)
 
 
+@pytest.mark.parametrize("base", MODELS)
+@pytest.mark.parametrize("name", ["prompt", "p-tuning", "multitask", "prefix", "prefix-projection"])
+def test_samples_of_a_batch_may_have_prompts_of_their_own_or_none(name, base):
+    model, given = made(name, base), text(batch=3)
+    model.add_adapter("other", config(name))
+    model.prompt_encoder.eval()
+    names, options = ["other", "__base__", "default"], {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    found = model(**given, adapter_names=names, **tasks(name, 3)).logits
+    words = model.generate(**given, adapter_names=names, **options, **tasks(name, 3))
+    for i, one in enumerate(names):
+        row = {k: v[i : i + 1] for k, v in {**given, **tasks(name, 3)}.items()}
+        if one == "__base__":
+            with model.disable_adapter():
+                alone, said = model(**row).logits, model.generate(**row, **options)
+        else:
+            model.set_adapter(one)
+            alone, said = model(**row).logits, model.generate(**row, **options)
+        torch.testing.assert_close(found[i : i + 1, -5:], alone[:, -5:], rtol=1e-4, atol=1e-5)
+        assert torch.equal(words[i : i + 1], said)
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_a_mixed_batch_works_with_an_encoder_of_classes(name):
+    model, given = made(name, "BertForSequenceClassification", "SEQ_CLS"), text()
+    with torch.no_grad():
+        found = model(**given, adapter_names=["default", "__base__"]).logits
+        alone = model(**given).logits
+        with model.disable_adapter():
+            base = model(**given).logits
+    assert not torch.allclose(alone, base)
+    torch.testing.assert_close(found[:1], alone[:1])
+    assert found.shape == base.shape
+
+
 @pytest.mark.parametrize("name", IN_FRONT)
 def test_gradient_checkpointing_gives_the_same_gradients(name):
     model, given = made(name), text()
@@ -418,7 +452,9 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: made("multitask")(**text(), task_ids=torch.tensor([0, 3])), ValueError, "0 to 2"),
     (lambda: made("multitask")(**text(), task_ids=torch.tensor([0])), ValueError, "2 samples"),
     (lambda: made("prompt")(attention_mask=torch.ones(2, 5)), ValueError, "input_ids or inputs_embeds"),
-    (lambda: made("prompt")(**text(), adapter_names=["default", "__base__"]), ValueError, "adapter_names"),
+    (lambda: made("prompt")(**text(), adapter_names=["default", "defalt"]), ValueError, "Did you mean 'default'"),
+    (lambda: made("prompt")(**text(), adapter_names=["default"] * 3), ValueError, "3 entries.*2 samples"),
+    (lambda: made("prompt").train()(**text(), adapter_names=["default"] * 2), ValueError, "training mode"),
     (lambda: made("prompt").merge_and_unload(), NotImplementedError, "changes no weight"),
     (lambda: made("prompt").add_adapter("b", peft.LoraConfig(target_modules=["q_proj"])), ValueError, "own method"),
     (lambda: made("prompt").set_adapter("other"), ValueError, "no adapter 'other'"),

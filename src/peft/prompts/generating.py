@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .cache import prefix_cache
 from .encoder import BasePromptEncoder
 from .inputs import batch_of, checked_tasks, in_front, padded
-from .running import OURS, refuse_mixed
+from .mixed import hide
+from .running import OURS
 
 if TYPE_CHECKING:
     from .holder import Prompts
@@ -33,20 +34,20 @@ def generate(prompts: Prompts, run: Callable[..., Any], args: tuple[Any, ...], g
         args: the ids, if they are given by position, and what may follow.
         given: the arguments by name.
     """
-    encoder = prompts.encoder
-    refuse_mixed(given)
+    encoder = prompts.chosen(given)
     if encoder is None:
         return run(*args, **{k: v for k, v in given.items() if k not in OURS})
-    given = {k: v for k, v in given.items() if v is not None}
+    given = {k: v for k, v in given.items() if v is not None and k != "adapter_names"}
     args = _named(args, given)
     task_ids = given.pop("task_ids", None)
     batch = batch_of(given)
     _give_mask(prompts.model, given)
     two = bool(getattr(prompts.model.config, "is_encoder_decoder", False))
     if encoder.caches:
-        return run(*args, **_cached(prompts, encoder, given, batch, two))
+        mask = "decoder_attention_mask" if two else "attention_mask"
+        return run(*args, **hide(prompts.model, encoder, _cached(prompts, encoder, given, batch, two), mask, True))
     made = encoder.prompt(batch, checked_tasks(encoder, task_ids, batch))[:, : encoder.num_virtual_tokens]
-    out = in_front(prompts, given, made)
+    out = hide(prompts.model, encoder, in_front(prompts, given, made), "attention_mask", True)
     if not two and "input_ids" in given:
         out["input_ids"] = given["input_ids"]  # generated tokens follow them in the result
         _lengths(prompts.model, out, given["input_ids"].shape[1])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.call import Call
+from ..core.call import BASE, Call
 from ..core.layer import tuner_layers
 from ..core.wrappers import ModulesToSaveWrapper
 from ..errors import PeftWarning, listing, report
@@ -18,6 +18,7 @@ from ..registry import tuner_class
 from ..types import TaskType
 from .encoder import BasePromptEncoder
 from .fitting import fit, word_embeddings
+from .mixed import Mixed
 
 NO_WEIGHT = "Prompt learning adds tokens, or keys and values, and changes no weight: there is nothing to {}."
 
@@ -52,6 +53,15 @@ class Prompts:
         if self.disabled or not self.active_adapters:
             return None
         return self.encoders[self.active_adapters[0]]  # type: ignore[return-value]
+
+    def chosen(self, given: dict[str, Any]) -> Any:
+        """What makes the prompts of a call: the active encoder, or those that `adapter_names` says; None if none."""
+        names = given.get("adapter_names")
+        if names is None or self.disabled or all(n == BASE for n in names):
+            return self.encoder if names is None else None
+        if self.model.training:
+            raise ValueError("adapter_names is for inference, but the model is in training mode. Call `model.eval()`.")
+        return Mixed(names, self.encoders)  # type: ignore[arg-type]
 
     # Changing adapters ------------------------------------------------------------------------------------
 

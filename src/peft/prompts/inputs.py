@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .cache import prefix_cache
 from .encoder import BasePromptEncoder
+from .mixed import Mixed, hide
 
 if TYPE_CHECKING:
     from .holder import Prompts
@@ -35,12 +36,17 @@ def extended(prompts: Prompts, encoder: BasePromptEncoder, given: dict[str, Any]
     batch = batch_of(given)
     task_ids = given.pop("task_ids", None)
     if _stands_in_cache(encoder, given, decoder=labels == "decoder"):
+        if isinstance(encoder, Mixed):
+            raise ValueError(
+                "adapter_names: step by step over a cache, samples cannot have prompts of their own; generate."
+            )
         return _continued(encoder, given, decoder=labels == "decoder")
+    mask = "decoder_attention_mask" if labels == "decoder" and encoder.caches else "attention_mask"
     if encoder.caches:
-        return _with_cache(prompts, encoder, given, batch, decoder=labels == "decoder")
+        return hide(prompts.model, encoder, _with_cache(prompts, encoder, given, batch, mask), mask)
     made = encoder.prompt(batch, checked_tasks(encoder, task_ids, batch))
     k = encoder.num_virtual_tokens
-    out = in_front(prompts, given, made[:, :k])
+    out = hide(prompts.model, encoder, in_front(prompts, given, made[:, :k]), mask)
     if labels == "tokens" and out.get("labels") is not None:
         out["labels"] = padded(out["labels"], k, IGNORED)
     if labels == "decoder" and encoder.in_decoder and made.shape[1] > k:
@@ -103,15 +109,14 @@ def moved(positions: Tensor, k: int) -> Tensor:
 
 
 def _with_cache(
-    prompts: Prompts, encoder: BasePromptEncoder, given: dict[str, Any], batch: int, decoder: bool
+    prompts: Prompts, encoder: BasePromptEncoder, given: dict[str, Any], batch: int, mask: str
 ) -> dict[str, Any]:
     _check_cache(prompts.model, given)
     out, k = dict(given), encoder.num_virtual_tokens
     out["past_key_values"] = prefix_cache(prompts.model, encoder, batch)
-    mask = "decoder_attention_mask" if decoder else "attention_mask"
     if out.get(mask) is not None:
         out[mask] = padded(out[mask], k, 1)
-    if not decoder and out.get("position_ids") is not None:
+    if mask == "attention_mask" and out.get("position_ids") is not None:
         out["position_ids"] = out["position_ids"] + k
     return out
 

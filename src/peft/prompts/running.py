@@ -26,8 +26,7 @@ def forward(
         given: what is given by name.
         labels: see `inputs.extended`.
     """
-    encoder = prompts.encoder
-    refuse_mixed(given)
+    encoder = prompts.chosen(given)
     if encoder is None:
         return function(*args, **{k: v for k, v in given.items() if k not in OURS})
     if args:
@@ -40,11 +39,3 @@ def forward(
     if own is not None:
         output.loss = encoder.loss(output.logits, own, given)
     return output
-
-
-def refuse_mixed(given: dict[str, Any]) -> None:
-    """Raise ValueError for a batch whose samples have different adapters."""
-    if given.get("adapter_names") is not None:
-        raise ValueError(
-            "adapter_names: samples of one batch cannot have prompts of different adapters. Run them apart."
-        )
