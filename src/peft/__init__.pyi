@@ -258,6 +258,11 @@ from .utils.other import (
 )
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "AdaLoraConfig",
     "AdaLoraModel",
     "AdaptionPromptConfig",
@@ -308,7 +313,6 @@ __all__ = [
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "MissConfig",
     "MissModel",
     "MissingTensorsWarning",
@@ -319,9 +323,6 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "OFTConfig",
     "OFTModel",
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
     "PeftConfig",
     "PeftError",
     "PeftMixedModel",
@@ -353,7 +354,6 @@ __all__ = [
     "RoadModel",
     "ShiraConfig",
     "ShiraModel",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "TaskType",
     "TrainableTokensConfig",
     "TrainableTokensModel",
