@@ -25,6 +25,7 @@ from ..core.fill import as_held, paired, same_kind
 from ..core.hub import DOWNLOAD_ARGUMENTS
 from ..core.layer import BaseTunerLayer, tuner_layers
 from ..core.method import LowRank, Site
+from ..core.parts import joined
 from ..core.pattern import settings
 from ..core.stack import Adapter, tensors_below
 from ..core.tuner import no_collection
@@ -148,6 +149,7 @@ class Swap:
             if self.name in layer.merged_adapters:
                 raise ValueError(f"Adapter {self.name!r} is merged in {path!r}. Unmerge it first, then swap.")
         entries = entries_of(self.root, self.old, self.name)
+        state = joined(entries, state)
         found, left = paired(entries, state)
         if not state:
             raise RuntimeError(f"Hot-swapping the adapter {self.name!r} failed: the new adapter has no tensors.")
@@ -194,7 +196,6 @@ class Swap:
             change.tensors = {k: torch.zeros(shape) for k, shape in _shapes(change).items()}
             return
         wanted = _shapes(change)
-        more = {key: value for key, value in more.items() if key not in p.method.copies}  # held once for all layers
         have = {**{e.part: given[e.live] for e in group if e.live in given}, **more}
         if missing := sorted(set(wanted) - set(have)):
             raise RuntimeError(

@@ -41,4 +41,4 @@ def weight(layer: BaseTunerLayer, name: str, W: Tensor, original: Tensor) -> Ten
 
 FIELDS = {"r": 3, "num_vectors": 5, "vector_length": 2, "topk": K, "init_vector_bank_bound": 1.0}
 CHANGES = {"attention": {"vector_length": 1}}  # one of its matrices has 5 in-features
-ROWS = {"vblora": Row(VBLoRAConfig, FIELDS, weight, prefix="vblora_", identity=False, changes=CHANGES)}
+ROWS = {"vblora": Row(VBLoRAConfig, FIELDS, weight, prefix="vblora_", noise=0.5, identity=False, changes=CHANGES)}
