@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft.cli.compare.recipes import ADJUSTED
 from peft.cli.options import CompareOptions
 from peft.cli.report import has_matplotlib
 from peft.cli.state import replace
@@ -29,13 +30,19 @@ def write_page(results: Sequence[Result], options: CompareOptions, task: Task, p
     rows = sorted(results, key=lambda r: -r.accuracy)
     picture = draw(results, path.with_suffix(".png"))
     base = named(Path(options.model)) if Path(options.model).exists() else options.model
+    seen = [
+        f"{r.method} (before: {', '.join(f'{lr:g}' for lr in ADJUSTED[r.method])})"
+        for r in rows
+        if r.method in ADJUSTED
+    ]
     text = [
         "# Methods compared\n\n",
         f"`peft compare` on {len(task.train):,d} texts of {len(task.classes)} classes, {len(task.test):,d} held out; "
         f"base model `{base}`, {options.steps} steps of {options.batch}, AdamW, seed {options.seed}.\n"
         "Every method trains the classifier's head too. One seed, learning rates by experience and not by search: "
         f"with {len(task.test):,d} held-out texts the standard error is up to {error:.1f} points, so that neighbours "
-        "in the table are ties.\n\n",
+        "in the table are ties.\n",
+        f"Chosen after a look at the held-out accuracy of earlier rates: {', '.join(seen)}.\n\n" if seen else "\n",
         "- `probe`: logistic regression on the frozen model's mean hidden state. `head`: the head alone. `full`: all "
         "parameters.\n"
         "- step / full: time of a training step over that of full fine-tuning, median of steps in alternation.\n"
