@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft
@@ -362,16 +363,26 @@ def test_samples_of_a_batch_may_have_prompts_of_their_own_or_none(name, base):
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
-def test_a_mixed_batch_works_with_an_encoder_of_classes(name):
+def test_in_a_mixed_batch_each_sample_has_the_head_of_its_adapter(name):
     model, given = made(name, "BertForSequenceClassification", "SEQ_CLS"), text()
+    model.add_adapter("other", config(name, "SEQ_CLS"))
+    for p in model.adapter_parameters("other").values():
+        p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        found = model(**given, adapter_names=["default", "__base__"]).logits
+        found = model(**given, adapter_names=["default", "other"]).logits
         alone = model(**given).logits
+        model.set_adapter("other")
+        other = model(**given).logits
+        assert not torch.allclose(other, alone)
+        torch.testing.assert_close(found, torch.stack([alone[0], other[1]]))
+        if name == "prompt":  # its virtual tokens are the first that the head reads
+            with pytest.raises(ValueError, match="reads the first token"):
+                model(**given, adapter_names=["default", "__base__"])
+            return
+        found = model(**given, adapter_names=["default", "__base__"]).logits
         with model.disable_adapter():
             base = model(**given).logits
-    assert not torch.allclose(alone, base)
-    torch.testing.assert_close(found[:1], alone[:1])
-    assert found.shape == base.shape
+    torch.testing.assert_close(found, torch.stack([alone[0], base[1]]))
 
 
 @pytest.mark.parametrize("name", IN_FRONT)
@@ -474,6 +485,16 @@ def test_a_loss_without_labels_says_so():
     model = get_peft_model(llama(), config("cpt", cpt_tokens_type_mask=[1, 2, 3]))
     with pytest.warns(peft.PeftWarning, match="no word of the batch counts as a label"):
         assert model(**text(), labels=text()["input_ids"]).loss == 0
+
+
+def test_a_tensor_of_a_file_that_has_no_place_is_named(tmp_path):
+    made("prompt").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.extra.weight": torch.ones(2)}, path, metadata={"format": "pt"})
+    with pytest.warns(peft.UnexpectedTensorsWarning, match=r"base_model\.extra\.weight"):
+        made("prompt").load_adapter(tmp_path, "default")
+    with pytest.raises(peft.PeftError, match=r"base_model\.extra\.weight"):
+        made("prompt").load_adapter(tmp_path, "default", strict=True)
 
 
 def test_a_failed_start_leaves_the_model_as_it_was():

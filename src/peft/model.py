@@ -203,10 +203,12 @@ class PeftModel(Persistent, nn.Module):
         """Call the base model without the arguments that are ours; the call's record is restored in any
         case.
         """
-        if "prompts" in self.__dict__:
-            return self._tuner.run(function, args, kwargs, None if beams else self.label_kind)
         given = names, _, _ = [kwargs.get(k) for k in ("adapter_names", "task_ids", "alora_offsets")]
-        kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
+        prompts = self.__dict__.get("prompts")
+        if prompts is None:
+            kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
+        else:
+            function = functools.partial(prompts.run, function, None if beams else self.label_kind)
         if all(v is None for v in given):
             return function(*args, **kwargs)
         if names is not None:

@@ -102,10 +102,8 @@ def set_peft_model_state_dict(
     state = joined(entries, fused(root, peft_model_state_dict))
     beside = root.__dict__.get("prompts")
     state, write = (state, None) if beside is None else beside.take(state, adapter_name)
-    missing: list[Entry] = []
-    unexpected = list(state)
-    if entries or write is None:
-        missing, unexpected = fill(root, entries, state, adapter_name, ignore_mismatched_sizes, strict)
+    elsewhere = write is not None
+    missing, unexpected = fill(root, entries, state, adapter_name, ignore_mismatched_sizes, strict, elsewhere)
     written(entries)
     if write is not None:
         write()

@@ -23,6 +23,7 @@ def fill(
     adapter_name: str,
     ignore_mismatched_sizes: bool,
     strict: bool | None,
+    elsewhere: bool = False,
 ) -> tuple[list[Entry], list[str]]:
     """Write a checkpoint into the tensors of an adapter; nothing is written before all of it is known to fit.
 
@@ -33,6 +34,7 @@ def fill(
         adapter_name: for messages.
         ignore_mismatched_sizes: leave tensors of another shape out, with a warning.
         strict: turn missing and unexpected tensors into errors; None follows the process-wide setting.
+        elsewhere: other tensors of the checkpoint have found a place that is none of the entries.
 
     Returns the places without a tensor and the keys without a place.
     """
@@ -40,7 +42,7 @@ def fill(
     same_kind(found)
     found = _same_shape(found, ignore_mismatched_sizes)
     missing = [e for e in entries if e.live not in found]
-    if len(missing) == len(entries) and (entries or state):
+    if len(missing) == len(entries) and (entries or (state and not elsewhere)):
         raise ValueError(_nothing_fits(entries, list(state), adapter_name))
     if missing:
         report(MissingTensorsWarning, _missing_text(missing, unexpected, adapter_name), strict, stacklevel=4)

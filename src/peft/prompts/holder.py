@@ -59,8 +59,6 @@ class Prompts:
         names = given.get("adapter_names")
         if names is None or self.disabled or all(n == BASE for n in names):
             return self.encoder if names is None else None
-        if self.model.training:
-            raise ValueError("adapter_names is for inference, but the model is in training mode. Call `model.eval()`.")
         return Mixed(names, self.encoders)  # type: ignore[arg-type]
 
     # Changing adapters ------------------------------------------------------------------------------------
@@ -161,9 +159,7 @@ class Prompts:
 
     # Running ----------------------------------------------------------------------------------------------
 
-    def run(
-        self, function: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any], labels: str | None
-    ) -> Any:
+    def run(self, function: Callable[..., Any], labels: str | None, /, *args: Any, **given: Any) -> Any:
         """Call the base model, or its `generate` (`labels` is None), with the active prompt."""
         from . import generating, running
 

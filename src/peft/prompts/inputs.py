@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..core.call import BASE
 from .cache import prefix_cache
 from .encoder import BasePromptEncoder
 from .mixed import Mixed, hide
@@ -44,6 +45,11 @@ def extended(prompts: Prompts, encoder: BasePromptEncoder, given: dict[str, Any]
     mask = "decoder_attention_mask" if labels == "decoder" and encoder.caches else "attention_mask"
     if encoder.caches:
         return hide(prompts.model, encoder, _with_cache(prompts, encoder, given, batch, mask), mask)
+    if labels == "sample" and isinstance(encoder, Mixed) and BASE in encoder.names:
+        raise ValueError(
+            f"adapter_names: a head that reads the first token would read a virtual one of samples with {BASE!r}. Run "
+            "them apart, or use prefix tuning."
+        )
     made = encoder.prompt(batch, checked_tasks(encoder, task_ids, batch))
     k = encoder.num_virtual_tokens
     out = hide(prompts.model, encoder, in_front(prompts, given, made[:, :k]), mask)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.call import BASE
-from ..errors import listing, nearest
 from .encoder import BasePromptEncoder
 
 ALIKE = ("caches", "in_decoder", "num_virtual_tokens", "rows", "heads", "layers")
@@ -21,23 +20,17 @@ class Mixed:
     """Stands in the place of one encoder. Samples without an adapter have tokens that nobody attends to.
 
     Arguments:
-        names: the adapter of each sample, or `"__base__"`.
+        names: the adapter of each sample, or `"__base__"`; they exist.
         encoders: of the model, by adapter.
 
-    Raises TypeError or ValueError for names that are none, and for prompts that differ in more than their values.
+    Raises ValueError for prompts that differ in more than their values.
     """
 
     own_loss = False
+    caches: bool
+    num_virtual_tokens: int
 
-    def __init__(self, names: Any, encoders: Mapping[str, Any]) -> None:
-        if not isinstance(names, (list, tuple)):
-            raise TypeError(f"adapter_names must be a list with one name per sample, but is {type(names).__name__}.")
-        unknown = [n for n in names if n != BASE and n not in encoders]
-        if unknown:
-            hint = nearest(str(unknown[0]), encoders)
-            raise ValueError(
-                f"adapter_names holds {listing(unknown)}.{hint} There are {listing(encoders)}, and {BASE!r}."
-            )
+    def __init__(self, names: Sequence[str], encoders: Mapping[str, Any]) -> None:
         self.names = list(names)
         self.of: dict[str, BasePromptEncoder] = {n: encoders[n] for n in dict.fromkeys(names) if n != BASE}
         first = next(iter(self.of.values()))
@@ -94,10 +87,10 @@ def hide(model: nn.Module, encoder: Any, out: dict[str, Any], mask: str, generat
     """
     if not isinstance(encoder, Mixed) or BASE not in encoder.names:
         return out
-    k = int(encoder.num_virtual_tokens)  # type: ignore[attr-defined]
+    k = encoder.num_virtual_tokens
     text = next(out[n] for n in ("inputs_embeds", "input_ids") if out.get(n) is not None)
     batch, length = text.shape[:2]
-    total = length + (k if encoder.caches else 0)  # type: ignore[attr-defined]
+    total = length + (k if encoder.caches else 0)
     absent = encoder.absent(text.device)
     seen = out.get(mask)
     seen = torch.ones(batch, total, dtype=torch.long, device=text.device) if seen is None else seen.clone()
