@@ -27,7 +27,7 @@ FLOORS = (
     "core",
     "prompts",
     "methods",
-    "names status card persist algebra hotswap",
+    "names status card persist algebra hotswap stream convert inspection",
     "model",
     "heads create mixed_model auto",
     "mapping mapping_func functional helpers peft_model utils tuners optimizers",
