@@ -189,6 +189,10 @@ from .methods.prompt_tuning import (
     PromptTuningConfig,
     PromptTuningInit,
 )
+from .methods.psoft import (
+    PsoftConfig,
+    PsoftModel,
+)
 from .methods.pvera import (
     PveraConfig,
     PveraModel,
@@ -346,6 +350,8 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "PsoftConfig",
+    "PsoftModel",
     "PveraConfig",
     "PveraModel",
     "RandLoraConfig",

@@ -25,8 +25,6 @@ NAMES = frozenset(
         "OSFModel",
         "PeanutConfig",
         "PeanutModel",
-        "PsoftConfig",
-        "PsoftModel",
         "ShadowConfig",
         "ShadowModel",
         "SupertuningConfig",

@@ -76,6 +76,7 @@ METHODS: dict[PeftType, Method] = {
     PeftType.CARTRIDGE: Method(
         "peft.methods.cartridge.config:CartridgeConfig", "peft.methods.cartridge.model:CartridgeEncoder", None
     ),
+    PeftType.PSOFT: Method("peft.methods.psoft:PsoftConfig", "peft.methods.psoft:PsoftModel", "psoft_"),
     PeftType.SHIRA: Method("peft.methods.shira:ShiraConfig", "peft.methods.shira:ShiraModel", "shira_", True),
     PeftType.GRALORA: Method("peft.methods.gralora:GraloraConfig", "peft.methods.gralora:GraloraModel", "gralora_"),
     PeftType.RANDLORA: Method(

@@ -28,6 +28,7 @@ class TargetConfig(PeftConfig):
     added: ClassVar[frozenset[str]] = frozenset()  # fields that the original lacks; not in files while at their default
     ranks: ClassVar[tuple[str, ...]] = ("r",)  # fields that must be at least 1
     any_module: ClassVar[bool] = False  # targets may be modules of any class
+    corrected: ClassVar[bool] = True  # fan_in_fan_out becomes what the layers have; files of some methods never do so
 
     target_modules: list[str] | str | None = field(
         default=None,

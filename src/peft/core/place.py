@@ -337,7 +337,7 @@ class Injection:
         stated = getattr(self.config, "fan_in_fan_out", None)
         layers = [layer for layer in self.placed if layer.view.label == "Linear"]
         found = {layer.view.out_axis(layer.get_base_layer()) == 1: type(layer.get_base_layer()) for layer in layers}
-        if stated is None or not found or stated in found:
+        if stated is None or not found or stated in found or not getattr(self.config, "corrected", True):
             return
         text = (
             f"fan_in_fan_out is set to {stated} but the target module is {found[not stated].__name__}. "

@@ -69,6 +69,13 @@ def blockwise(t: Tensor, blocks: Tensor) -> Tensor:
     return torch.einsum("...rnb,...nbc->...rnc" if lead else "...nb,nbc->...nc", parts, blocks).flatten(-2)
 
 
+def skew(held: Tensor, n: int) -> Tensor:
+    """The skew matrices, (..., n, n), of their numbers above the diagonal, row by row."""
+    row, column = torch.triu_indices(n, n, 1, device=held.device)
+    upper = held.new_zeros(*held.shape[:-1], n * n).index_copy(-1, row * n + column, held).unflatten(-1, (n, n))
+    return upper - upper.mT
+
+
 def cayley(Q: Tensor) -> Tensor:
     """(I - Q) (I + Q)^-1, orthogonal for a skew Q, (..., b, b)."""
     Q = Q.float() if Q.dtype in (torch.float16, torch.bfloat16) else Q

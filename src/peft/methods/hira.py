@@ -34,6 +34,7 @@ class HiraConfig(AdditiveConfig):
     """The configuration of HiRA."""
 
     kind = "HIRA"
+    corrected = False
     added = frozenset({"bias"})
     r: int = field(default=32, metadata=describe("Rank of the factors."))
     hira_dropout: float = field(default=0.0, metadata=describe("Dropout on the input of the update, in [0, 1)."))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..config import describe
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
-from ..core.rotation import Rotation, blockwise, cayley, series, without
+from ..core.rotation import Rotation, blockwise, cayley, series, skew, without
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
 from ..errors import PeftWarning, report
@@ -115,9 +115,7 @@ class OFT(Rotation):
         held = p.held(f"oft_{p.layer.view.infix}R").weight
         if c.coft:
             held = within(held, c.eps / math.sqrt(held.shape[-2]), p.layer.training)
-        row, column = torch.triu_indices(b, b, 1, device=held.device)
-        upper = held.new_zeros(*held.shape[:-1], b * b).index_copy(-1, row * b + column, held).unflatten(-1, (b, b))
-        Q = upper - upper.mT
+        Q = skew(held, b)
         return series(Q, c.num_cayley_neumann_terms) if c.use_cayley_neumann else cayley(Q)
 
 
