@@ -229,11 +229,8 @@ def test_a_failed_exchange_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="no adapter 'other'"):
         hotswap_adapter_from_state_dict(model, state, "other", config)
 
-    def fails(*_: Any) -> None:
-        raise MemoryError
-
     with monkeypatch.context() as patch:
-        patch.setattr("peft.hotswap.swap.settings", _fails_later())
+        patch.setattr("peft.hotswap.swap._rebuild", _fails_later())
         with pytest.raises(MemoryError):
             swap(model, other)
     assert torch.equal(model(X), expected)
@@ -247,18 +244,18 @@ def test_a_failed_exchange_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
 
 
 def _fails_later() -> Any:
-    """`settings`, which fails when everything else has been written."""
-    from peft.core.pattern import settings
+    """`_rebuild`, which fails when everything else and the first layer have been written."""
+    from peft.hotswap.swap import _rebuild
 
-    calls: list[str] = []
+    calls: list[Any] = []
 
-    def asked(config: Any, path: str) -> Any:
-        calls.append(path)
-        if len(calls) > 3:
+    def rebuilt(change: Any, undo: Any) -> None:
+        calls.append(change)
+        if len(calls) > 1:
             raise MemoryError
-        return settings(config, path)
+        _rebuild(change, undo)
 
-    return asked
+    return rebuilt
 
 
 def test_a_method_without_a_neutral_form_needs_all_its_layers() -> None:

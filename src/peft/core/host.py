@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+_TRAIN = nn.Module.train
+
 
 class AdapterHost(nn.Module):
     """A module that holds adapters in place of one of the user's: a tuner layer or a wrapper of a whole module."""
@@ -37,6 +39,25 @@ class AdapterHost(nn.Module):
     @property
     def _disable_adapters(self) -> bool:
         return self._disabled
+
+    def train(self, mode: bool = True) -> AdapterHost:
+        """As torch's, at a cost that many loaded adapters hardly raise: their own modules are plain ones."""
+        self.training = mode
+        mine = []
+        for name, child in self._modules.items():
+            if name in self._below and child is not None:
+                child.train(mode)
+            else:
+                mine.append(child)
+        for m in mine:  # grows on the way
+            if m is None:
+                continue
+            if type(m).train is _TRAIN:
+                m.__dict__["training"] = mode
+                mine += m._modules.values()
+            else:
+                m.train(mode)
+        return self
 
     def _get_available_adapters(self) -> set[str]:
         raise NotImplementedError

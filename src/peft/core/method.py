@@ -6,7 +6,7 @@ without building W'. The families below write the shortcut once. The conformance
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -73,6 +73,14 @@ class Method:
     def build(self, site: Site) -> dict[str, Any]:
         """The tensors of one target under their checkpoint names (modules or parameters), and plain values."""
         raise NotImplementedError
+
+    def form(self, site: Site) -> Hashable:
+        """What tells, beside the settings, which shapes and plain values `build` makes; None: only building does."""
+        return None
+
+    def free(self, p: Adapter) -> frozenset[str]:
+        """The plain values of which nothing depends that `derive` computes or `prepare` notes."""
+        return frozenset()
 
     def init(self, p: Adapter, inner: Stack) -> None:
         """First values of the tensors; never runs on the meta device."""

@@ -34,13 +34,14 @@ def joined(entries: list[Entry], state: Mapping[str, Tensor]) -> dict[str, Tenso
     state = dict(state)
     for entry in entries:
         p = entry.adapter
-        if p is None:
+        parts = () if p is None else p.method.parts(entry.part)
+        if p is None or not (parts or p.method.copies):
             continue
         before = entry.key.removesuffix(entry.part)
         for spelled in (before, PREFIX + before, before.removeprefix(PREFIX)):
             for name in p.method.copies:
                 state.pop(spelled + name, None)
-            keys = [spelled + part for part in p.method.parts(entry.part)]
+            keys = [spelled + part for part in parts]
             if keys and all(k in state for k in keys):
                 state[spelled + entry.part] = p.method.join(p, entry.part, [state.pop(k) for k in keys])
     return state

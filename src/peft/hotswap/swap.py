@@ -23,7 +23,7 @@ from ..core.entries import Entry, entries_of, plain
 from ..core.files import in_hand
 from ..core.fill import as_held, paired, same_kind
 from ..core.hub import DOWNLOAD_ARGUMENTS
-from ..core.layer import BaseTunerLayer, tuner_layers
+from ..core.layer import BaseTunerLayer
 from ..core.method import LowRank, Site
 from ..core.parts import joined
 from ..core.pattern import settings
@@ -104,18 +104,44 @@ class Change:
     Arguments:
         p: the adapter there.
         settings: the new configuration as it holds for the layer.
-        built: what the new adapter consists of, on the meta device.
         places: the tensors that are there.
+        plain: the new adapter's plain values.
+        shapes: {name of a tensor in the layer: the shape that the new adapter asks for}.
         tensors: {name of a tensor in the layer: its new value}.
         neutral: the new adapter has nothing here.
+        changed: plain values have changed on which more depends.
     """
 
     p: Adapter
     settings: Any
-    built: dict[str, Any]
     places: list[Entry]
+    plain: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     neutral: bool = False
+    changed: bool = False
+    site: Any = None
+    modules: dict[str, Any] | None = None
+
+    def build(self, site: Site) -> None:
+        """Let the method say what the new adapter consists of here, on the meta device."""
+        self.site, self.modules = site, {}
+        for key, value in self.p.method.build(site).items():
+            if not isinstance(value, (Tensor, nn.Module)):
+                self.plain[key] = value
+                continue
+            self.modules[key] = value
+            if isinstance(value, nn.Module):
+                found = {f"{key}.{leaf}": getattr(owner, attr) for owner, leaf, attr in tensors_below(value)}
+            else:
+                found = {key: value} if isinstance(value, (nn.Parameter, nn.Buffer)) else {}
+            self.shapes.update({self.p.method.checkpoint_key(k): tuple(t.shape) for k, t in found.items()})
+
+    def made(self) -> dict[str, Any]:
+        """The modules and tensors of the new adapter here, on the meta device."""
+        if self.modules is None:
+            self.build(self.site)
+        return self.modules or {}
 
 
 class Swap:
@@ -133,6 +159,8 @@ class Swap:
         self.changes: list[Change] = []
         self.copies: list[tuple[Entry, Tensor]] = []
         self.kind = tuner_class(old.peft_type)
+        self.methods: dict[int, tuple[Any, Any]] = {}  # by the settings of a layer
+        self.forms: dict[Any, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {}  # see `Method.form`
         self.values = {
             f.name: getattr(new, f.name)
             for f in dataclasses.fields(old)
@@ -145,10 +173,12 @@ class Swap:
 
     def match(self, state: Mapping[str, Tensor]) -> None:
         """Find the place of every tensor; raises if one has none, or a place gets none."""
-        for path, layer in tuner_layers(self.root):
-            if self.name in layer.merged_adapters:
-                raise ValueError(f"Adapter {self.name!r} is merged in {path!r}. Unmerge it first, then swap.")
         entries = entries_of(self.root, self.old, self.name)
+        for entry in entries:
+            merged: Any = getattr(entry.layer, "merged_adapters", ())
+            if entry.adapter is not None and self.name in merged:
+                path = entry.adapter.path
+                raise ValueError(f"Adapter {self.name!r} is merged in {path!r}. Unmerge it first, then swap.")
         state = joined(entries, state)
         found, left = paired(entries, state)
         if not state:
@@ -161,7 +191,7 @@ class Swap:
             given = {e.live: found[e.live][1] for e in group if e.live in found}
             if group[0].adapter is not None and _of_method(group[0]):
                 stem = plain(group[0].key.removesuffix(group[0].part))
-                more = {k.rpartition(stem)[2]: k for k in left if stem and stem in k} if left else {}
+                more = {k.rpartition(stem)[2]: k for k in left if stem and stem in k}
                 self._layer(group, given, {part: state[k] for part, k in more.items()})
                 left = [k for k in left if k not in more.values()]
             else:
@@ -176,38 +206,59 @@ class Swap:
     def _layer(self, group: list[Entry], given: dict[str, Tensor], more: dict[str, Tensor]) -> None:
         p: Any = group[0].adapter
         own = settings(self.future, p.path)
-        if p.method not in (self.kind.method_of(own), self.kind.out_projection_method_of(own)):
+        if p.method not in self._methods(own):
             raise ValueError(f"The new adapter has another form at {p.path!r}. Load it under a name of its own.")
-        tensor = next((e.tensor for e in group if e.tensor.is_floating_point()), group[0].tensor)
-        base = p.layer.get_base_layer()
-        site = Site(base, p.layer.view, own, p.path, tensor.dtype, torch.device("meta"), p.shared)
-        with warnings.catch_warnings(), in_hand([*(e.part for e in group), *more]):
-            warnings.simplefilter("ignore")  # what there is to say of the settings was said when the layer was made
-            change = Change(p, own, p.method.build(site), group)
+        change = self._built(p, own, group, more)
         self.changes.append(change)
         if not given:
             inside = getattr(p.method, "of", p.method)
-            if not isinstance(inside, LowRank):
+            if not isinstance(inside, LowRank) or not inside.neutral_zeros:
                 raise RuntimeError(
                     f"The new adapter has no tensors for {p.path!r}, and {type(inside).__name__} has none that leave a "
                     "layer as it is. Load it under a name of its own."
                 )
             change.neutral = True
-            change.tensors = {k: torch.zeros(shape) for k, shape in _shapes(change).items()}
+            change.tensors = {k: torch.zeros(shape) for k, shape in change.shapes.items()}
             return
-        wanted = _shapes(change)
+        wanted = change.shapes
         have = {**{e.part: given[e.live] for e in group if e.live in given}, **more}
-        if missing := sorted(set(wanted) - set(have)):
+        if missing := sorted(wanted.keys() - have.keys()):
             raise RuntimeError(
                 f"The new adapter lacks {listing(missing)} of {p.path!r}, of which it has other tensors."
             )
         for key, value in have.items():
-            if key not in wanted or tuple(value.shape) != wanted[key]:
+            if value.shape != wanted.get(key):
                 raise RuntimeError(
                     f"size mismatch: {key} of {p.path!r} has the shape {tuple(value.shape)}, but the new configuration "
                     f"asks for {wanted.get(key)}."
                 )
         change.tensors = have
+
+    def _methods(self, own: Any) -> tuple[Any, Any]:
+        """The method of a layer with these settings, and of an out-projection."""
+        found = self.methods.get(id(own))
+        if found is None:
+            found = (self.kind.method_of(own), self.kind.out_projection_method_of(own))
+            self.methods[id(own)] = found
+        return found
+
+    def _built(self, p: Any, own: Any, group: list[Entry], more: dict[str, Tensor]) -> Change:
+        """What the new adapter consists of in a layer; layers of the same form share it."""
+        change = Change(p, own, group)
+        tensor = next((e.tensor for e in group if e.tensor.is_floating_point()), group[0].tensor)
+        base = p.layer.get_base_layer()
+        site = Site(base, p.layer.view, own, p.path, tensor.dtype, torch.device("meta"), p.shared)
+        form = p.method.form(site) if not more else None
+        key = (id(own), p.method, tensor.dtype, form)
+        if form is not None and key in self.forms:
+            change.site, (change.plain, change.shapes) = site, self.forms[key]
+            return change
+        with warnings.catch_warnings(), in_hand([*(e.part for e in group), *more]):
+            warnings.simplefilter("ignore")  # what there is to say of the settings was said when the layer was made
+            change.build(site)
+        if form is not None:
+            self.forms[key] = (change.plain, change.shapes)
+        return change
 
     def _others(self, group: list[Entry], given: dict[str, Tensor]) -> None:
         """Copies of modules, rows of tokens, biases: as they are given, or as the base has them."""
@@ -226,56 +277,59 @@ class Swap:
 
     def write(self, undo: Undo) -> None:
         """Write everything; `undo` receives the steps that take it back."""
-        for entry, value in self.copies:
-            _copy(entry.tensor, as_held(value, entry.tensor), undo)
-        for change in self.changes:
-            self._write(change, undo)
         before = dict(vars(self.old))
         undo.append(lambda: vars(self.old).update(before))
+        ready = [(change, _fitting(change)) for change in self.changes]
+        places = [entry.tensor for entry, _ in self.copies]
+        values = [as_held(value, entry.tensor) for entry, value in self.copies]
+        for change, fitting in ready:
+            if fitting is not None:
+                tensors = [place.tensor for place in change.places]
+                places += tensors
+                values += [as_held(fitting[e.part], t) for e, t in zip(change.places, tensors, strict=True)]
+        self._plain_values(undo)
+        _copy(places, values, undo)
+        for change, fitting in ready:
+            if fitting is None:
+                _rebuild(change, undo)
+            elif change.changed or change.neutral:
+                _derive(change, fitting)
         vars(self.old).update(self.values)
         for change in self.changes:
-            change.p.settings = settings(self.old, change.p.path)
+            change.p.settings = self.old if change.settings is self.future else change.settings
 
-    def _write(self, change: Change, undo: Undo) -> None:
-        p = change.p
-        changed = _plain_values(change, undo)
-        fitting = _fitting(change)
-        if fitting is None:
-            _rebuild(change, undo)
-            return
-        for place in change.places:
-            _copy(place.tensor, as_held(fitting[place.part], place.tensor), undo)
-        if changed or change.neutral:
-            p.method.derive(p, p.layer.stack(()))
-            for place in change.places if not change.neutral else ():  # what is derived may be learnt: magnitudes
-                place.tensor.copy_(as_held(fitting[place.part], place.tensor))
-            p.layer._replan()
+    def _plain_values(self, undo: Undo) -> None:
+        """The new ranks, scalings ...; a scaling that is a tensor stays the same object."""
+        befores: list[tuple[Adapter, dict[str, Any]]] = []
+        scales: list[Tensor] = []
+        numbers: list[float] = []
+
+        def back() -> None:
+            for p, before in befores:
+                p.__dict__.update(before)
+                p.layer._replan()
+
+        undo.append(back)
+        for change in self.changes:
+            p, held = change.p, change.p.__dict__
+            tensors = [k for k in change.plain if isinstance(held.get(k), Tensor)]
+            new = {k: v for k, v in change.plain.items() if k in tensors or k not in held or held[k] != v}
+            befores.append((p, {k: held[k] for k in ("settings", *new) if k in held}))
+            scales += [held[k] for k in tensors]
+            numbers += [float(new.pop(k)) for k in tensors]
+            held.update(new, settings=change.settings)
+            change.changed = not new.keys() <= p.method.free(p)
+        if scales:
+            _copy(scales, [n.to(t) for n, t in zip(torch.tensor(numbers).unbind(), scales, strict=True)], undo)
 
 
-def _plain_values(change: Change, undo: Undo) -> bool:
-    """The new rank, scaling ...; a scaling that is a tensor stays the same object. Returns whether any has changed."""
+def _derive(change: Change, fitting: dict[str, Tensor]) -> None:
+    """Compute what depends on the base weight anew, and note what the forward needs."""
     p = change.p
-    before = {k: v for k, v in p.__dict__.items() if k in p.layer._plain or k == "settings"}
-    scales = {k: v.clone() for k, v in before.items() if isinstance(v, Tensor)}
-
-    def back() -> None:
-        p.__dict__.update(before)
-        for key, value in scales.items():
-            before[key].copy_(value)
-        p.layer._replan()
-
-    undo.append(back)
-    p.settings, changed = change.settings, False
-    for key, value in change.built.items():
-        if isinstance(value, (Tensor, nn.Module)):
-            continue
-        held = p.__dict__.get(key)
-        if isinstance(held, Tensor):
-            held.fill_(float(value))
-        else:
-            changed = changed or held != value
-            p.__dict__[key] = value
-    return changed
+    p.method.derive(p, p.layer.stack(()))
+    for place in change.places if not change.neutral else ():  # what is derived may be learnt: magnitudes
+        place.tensor.copy_(as_held(fitting[place.part], place.tensor))
+    p.layer._replan()
 
 
 def _fitting(change: Change) -> dict[str, Tensor] | None:
@@ -308,9 +362,8 @@ def _rebuild(change: Change, undo: Undo) -> None:
         layer._replan()
 
     undo.append(back)
-    for key, value in change.built.items():
-        if isinstance(value, (Tensor, nn.Module)):
-            layer._file(key, p.name, value, p)
+    for key, value in change.made().items():
+        layer._file(key, p.name, value, p)
     for slot in layer.slots(p.name):
         value = change.tensors[slot.key].detach().to(first.device, slot.tensor.dtype, copy=True)
         held = slot.owner._parameters if slot.attr in slot.owner._parameters else slot.owner._buffers
@@ -322,26 +375,22 @@ def _rebuild(change: Change, undo: Undo) -> None:
     layer._replan()
 
 
-def _copy(here: Tensor, value: Tensor, undo: Undo) -> None:
-    before = here.detach().clone()
-    undo.append(lambda: here.copy_(before))
-    here.copy_(value)
+def _copy(places: list[Tensor], values: list[Tensor], undo: Undo) -> None:
+    """Write values of the same shapes and dtypes, in one go where the tensors are plain ones."""
+    before = [t.detach().clone() for t in places]
+    undo.append(lambda: copy_all(places, before))
+    copy_all(places, values)
+
+
+def copy_all(places: list[Tensor], values: list[Tensor]) -> None:
+    """Write values into tensors, in one go where those are plain ones."""
+    if places and all(type(t) in (Tensor, nn.Parameter, nn.Buffer) for t in (*places, *values)):
+        torch._foreach_copy_([t.detach() for t in places], [v.detach() for v in values])
+        return
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)
 
 
 def _of_method(entry: Entry) -> bool:
     """Whether an entry is a tensor of the method, and not of what is trained beside it."""
     return isinstance(entry.layer, BaseTunerLayer) and not getattr(entry.adapter.method, "indices", None)  # type: ignore
-
-
-def _shapes(change: Change) -> dict[str, tuple[int, ...]]:
-    """The tensors that the new adapter has in a layer, by key."""
-    p, found = change.p, {}
-    for key, value in change.built.items():
-        if isinstance(value, nn.Module):
-            for owner, leaf, attr in tensors_below(value):
-                tensor: Any = owner._parameters.get(attr)
-                tensor = owner._buffers[attr] if tensor is None else tensor
-                found[p.method.checkpoint_key(f"{key}.{leaf}")] = tuple(tensor.shape)
-        elif isinstance(value, (nn.Parameter, nn.Buffer)):
-            found[p.method.checkpoint_key(key)] = tuple(value.shape)
-    return found

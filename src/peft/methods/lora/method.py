@@ -10,6 +10,7 @@ weight (PiSSA, OLoRA) keep the base here: with the first factors A0, B0 held asi
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from ...core.stack import Adapter, Stack
 from ...kernels import lowrank
 from . import init as starts
 from . import room
+
+SIZES = frozenset({"r", "lora_alpha", "scaling"})
 
 
 class LoRA(LowRank):
@@ -47,6 +50,14 @@ class LoRA(LowRank):
             "keeps_B": c.init_lora_weights == "mica",
             "subtracts": starts.subtracts(site),
         }
+
+    def form(self, site: Site) -> Hashable:
+        alike = site.view.dense and type(self) in (LoRA, OutProjection)
+        measured = site.settings.init_lora_weights in starts.MEASURED
+        return (type(site.module), site.view.shape(site.module)) if alike and not measured else None
+
+    def free(self, p: Adapter) -> frozenset[str]:
+        return SIZES if type(self) in (LoRA, OutProjection) and not p.subtracts else frozenset()
 
     def init(self, p: Adapter, inner: Stack) -> None:
         starts.fill(self, p, inner)

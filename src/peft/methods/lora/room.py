@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ...core.stack import Adapter
@@ -20,10 +21,10 @@ def padded(p: Adapter, key: str, value: Tensor, shape: Sequence[int]) -> Tensor 
         return None
     if value.shape[axis] > shape[axis] or value.shape[axis] % blocks or shape[axis] % blocks:
         return None
-    full = value.new_zeros(shape)
     if blocks == 1:
-        full.narrow(axis, 0, value.shape[axis]).copy_(value)
-        return full
+        behind = [0, 0] * (value.dim() - 1 - axis)
+        return torch.constant_pad_nd(value, [*behind, 0, shape[axis] - value.shape[axis]])
+    full = value.new_zeros(shape)
     parts = value.unflatten(axis, (blocks, -1))
     full.unflatten(axis, (blocks, -1)).narrow(axis + 1, 0, parts.shape[axis + 1]).copy_(parts)
     return full
