@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 LOCK := -c requirements/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test bare lint format types bench quickstart matrix comparison check clean
+.PHONY: help install test bare lint format types bench quickstart matrix parity comparison check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -54,6 +54,13 @@ $(VENV)/.bare: requirements/torch.txt requirements/bare.txt requirements/constra
 	$(VENV)/bare/bin/python -m pip --disable-pip-version-check install -q $(LOCK) -r requirements/bare.txt
 	@touch $@
 
+$(VENV)/.peer: requirements/torch.txt requirements/peer.txt requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)/peer
+	$(VENV)/peer/bin/python -m pip --disable-pip-version-check install -q \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	$(VENV)/peer/bin/python -m pip --disable-pip-version-check install -q $(LOCK) -r requirements/peer.txt
+	@touch $@
+
 install: $(VENV)/.dev  ## make the development environment
 
 quickstart: $(VENV)/.assets  ## fine-tune a small language model on this machine and show what it learnt
@@ -82,6 +89,9 @@ bench: $(VENV)/.dev  ## benchmarks; compare with PEER: make bench ARGS="--peer O
 
 matrix: $(VENV)/.dev  ## measure what every method can do, into docs/matrix.md; ARGS="--peer OTHER/bin/python" both anew
 	$(BIN)/python -m matrix $(ARGS)
+
+parity: $(VENV)/.dev $(VENV)/.peer  ## exchange adapter files with the peer, both ways, into docs/interchange.md
+	$(BIN)/python -m parity --peer $(VENV)/peer/bin/python $(ARGS)
 
 comparison: $(VENV)/.comparison  ## train every method on one task, into docs/comparison.md (an hour on two cores)
 	$(BIN)/python examples/icd10_chapters.py runs/icd10

@@ -30,7 +30,7 @@ def main() -> None:
             args.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
         return
     if args.peer:
-        command = [args.peer, "-m", "matrix", "--json", str(HERE / "peer.json")]
+        command = [args.peer, "-E", "-m", "matrix", "--json", str(HERE / "peer.json")]
         subprocess.run(command, check=True, cwd=HERE.parent)
     from .report import write
 

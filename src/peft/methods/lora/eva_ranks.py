@@ -70,7 +70,7 @@ def _note(config: Any, layers: dict[str, Any], name: str, found: dict[str, Tenso
             grown = ranks[path] / p.r
             alphas[path] *= math.sqrt(grown) if p.use_rslora else grown
     key = {path: _key(path, layers) for path in kept}
-    config.target_modules = {key[path].removeprefix("^") for path in kept}
+    config.target_modules = {key[path].removeprefix("^") for path in kept if layers[path].view.label != "ParamWrapper"}
     config.rank_pattern = {key[path]: r for path, r in ranks.items() if r != config.r}
     config.alpha_pattern = {key[path]: a for path, a in alphas.items() if a != config.lora_alpha}
 
