@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,14 +69,14 @@ def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
             layer.disable_adapters or names is None or any(n not in names for n in layer.merged_adapters)
         ):
             layer.unmerge()
-    tied = _tied_to_embedding(tuner.model)
+    tied = tied_to_embedding(tuner.model)
     if names is not None:
         _merge_for_good(tuner.model, layers, names, progressbar)
     several = places(tuner.model)
     for path, layer in reversed(found):
-        _take_out(tuner, path, layer, names, several)
+        take_out(tuner, path, layer, names, several)
     model = tuner.model
-    _settle(model, tied)
+    settle(model, tied)
     if hasattr(model, "peft_config"):
         del model.peft_config
     return model
@@ -96,7 +96,7 @@ def _merge_for_good(model: nn.Module, layers: list[BaseTunerLayer], names: list[
     untie(layers, names, groups)
     for layer, own in progress(work, progressbar):
         layer._merge(own, keep=False)
-    _retie(model, list(groups.values()), {id(layer.get_base_layer()): _update(layer, own) for layer, own in work})
+    retie(model, groups, work)
 
 
 def progress(items: list[Any], show: bool, label: str = "Merging") -> Iterator[Any]:
@@ -108,28 +108,40 @@ def progress(items: list[Any], show: bool, label: str = "Merging") -> Iterator[A
     yield from tqdm(items, desc=label) if show else items
 
 
-def _update(layer: BaseTunerLayer, names: Sequence[str]) -> frozenset[Any]:
+def _update_of(layer: BaseTunerLayer, names: Sequence[str]) -> frozenset[Any]:
     """The memory of what adapters add to a layer: layers whose adapters are tied have the same."""
     return frozenset(storage_key(getattr(slot.owner, slot.attr)) for name in names for slot in layer.slots(name))
 
 
-def _retie(model: nn.Module, groups: list[list[Holder]], updates: dict[int, frozenset[Any]]) -> None:
-    """Share again what is still equal.
+def retie(
+    model: nn.Module,
+    groups: dict[Any, list[Holder]],
+    work: list[tuple[BaseTunerLayer, tuple[str, ...]]],
+    equal: Callable[[Any, Any], bool] = torch.equal,
+) -> None:
+    """Share again what is still equal after a merge.
 
     Tied adapters make equal weights up to the order of a sum, so their memory is compared and not their result.
+
+    Arguments:
+        model: the merged model.
+        groups: what `shared` told before the merge.
+        work: the layers, and what was merged into each.
+        equal: tells whether two parameters are equal.
     """
-    for (first, attr), *rest in groups:
+    updates = {id(layer.get_base_layer()): _update_of(layer, own) for layer, own in work}
+    for (first, attr), *rest in groups.values():
         source = first._parameters[attr]
         for module, name in rest:
             other = module._parameters[name]
             if other is source or source is None or other is None or other.shape != source.shape:
                 continue
             tied = bool(updates.get(id(module))) and updates[id(module)] == updates.get(id(first))
-            if tied or torch.equal(other, source):
+            if tied or equal(other, source):
                 module._parameters[name] = source
 
 
-def _tied_to_embedding(model: nn.Module) -> list[str]:
+def tied_to_embedding(model: nn.Module) -> list[str]:
     """Paths of the input embedding and of the modules that share its weight; none where nothing does."""
     modules = list(walk(model))
     embedding = input_embedding(model, modules)
@@ -137,7 +149,7 @@ def _tied_to_embedding(model: nn.Module) -> list[str]:
     return [embedding[0], *tied] if embedding is not None and tied else []
 
 
-def _settle(model: nn.Module, tied: list[str]) -> None:
+def settle(model: nn.Module, tied: list[str]) -> None:
     """Make modules that were tied, and are so no longer, a model that can be saved and loaded.
 
     A file holds a shared weight under one name, and the configuration says once for all whether the others are read
@@ -186,7 +198,7 @@ def _keeps_untied(config: Any) -> bool:
     return bool(after == {**before, "tie_word_embeddings": False})
 
 
-def _take_out(tuner: Any, path: str, layer: Any, names: list[str] | None, several: dict[int, list[Place]]) -> None:
+def take_out(tuner: Any, path: str, layer: Any, names: list[str] | None, several: dict[int, list[Place]]) -> None:
     if isinstance(layer, AuxiliaryTrainingWrapper):
         plain = layer.unload_and_optionally_merge_module(names is not None, False, names)
     else:
