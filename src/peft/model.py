@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -245,7 +245,8 @@ class PeftModel(Persistent, nn.Module):
     @contextmanager
     def _disabled(self) -> Iterator[None]:
         self._tuner._warn_of_bias()
-        with disabled(self.base_model), self._tuner.switched_off():
+        prompts = self.__dict__.get("prompts")
+        with disabled(self.base_model), nullcontext() if prompts is None else prompts.switched_off():
             yield
 
     # Changing adapters ------------------------------------------------------------------------------------

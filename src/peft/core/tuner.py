@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from ..errors import PeftWarning, nearest
+from ..errors import nearest
 from ..registry import tuner_class
 from . import unload as unloading
 from .call import Call
@@ -20,13 +20,14 @@ from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
 from .search import model_type
 from .shared import SharedTensors
+from .switch import Switching, check_once
 from .targets import match
 from .wrappers import AuxiliaryTrainingWrapper
 
 BIASES = ("none", "all")
 
 
-class BaseTuner(Combined, nn.Module):
+class BaseTuner(Switching, Combined, nn.Module):
     """Adapters on a model: its child `model` is the user's own, with tuner layers in place of the targets.
 
     Arguments:
@@ -36,6 +37,7 @@ class BaseTuner(Combined, nn.Module):
         low_cpu_mem_usage: create the adapter on the meta device, to be filled by loading.
         state_dict: if given, exactly the modules that have keys in it are adapted.
         autocast_adapter_dtype: adapters beside half-precision weights are float32.
+        undo: receives the steps that take the injection back.
     """
 
     prefix: ClassVar[str] = ""
@@ -44,6 +46,7 @@ class BaseTuner(Combined, nn.Module):
     alone: ClassVar[bool] = False  # no other method can be mixed in
     injection: ClassVar[type[Injection]] = Injection
     companion: ClassVar[type | None] = None  # what a method does over the whole model, made with the tuner
+    beside: dict[str, Any]  # what holds adapters outside the model's layers, by name
 
     def __init__(
         self,
@@ -53,12 +56,13 @@ class BaseTuner(Combined, nn.Module):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
         autocast_adapter_dtype: bool = True,
+        undo: list[Callable[[], Any]] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         known = getattr(model, "peft_config", None)
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
-        self.__dict__["companions"] = {}
+        self.__dict__.update(companions={}, beside={})
         self.__dict__["peft_config"] = {**known, **configs} if isinstance(known, dict) else configs
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
@@ -67,7 +71,7 @@ class BaseTuner(Combined, nn.Module):
             next((m.call for _, m in tuner_layers(model) if isinstance(m, BaseTunerLayer)), None) or Call()
         )
         with no_collection():
-            self.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, undo)
             self.set_adapter(adapter_name, inference_mode=bool(self.peft_config[adapter_name].inference_mode))
         model.peft_config = self.peft_config
 
@@ -159,107 +163,13 @@ class BaseTuner(Combined, nn.Module):
 
     # ---- state -------------------------------------------------------------------------------------------------
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters, in order."""
-        return [self.active_adapter] if isinstance(self.active_adapter, str) else list(self.active_adapter)
-
     def layers(self) -> Iterator[tuple[str, Any]]:
         """(path, layer) of every tuner layer and wrapper."""
         yield from tuner_layers(self.model)
+        yield from self.beside.items()
         for key, home in self._modules.items():
             if isinstance(home, SharedTensors):
                 yield key, home
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make exactly these adapters active, and trainable unless `inference_mode`.
-
-        A merged model is unmerged first, with a warning. Raises ValueError for unknown names and for adapters that
-        cannot be active together; the model is then unchanged.
-        """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        _check_once(names)
-        unknown = [n for n in names if n not in self.peft_config]
-        if unknown:
-            raise ValueError(
-                f"There is no adapter {unknown[0]!r}.{nearest(unknown[0], self.peft_config)} The model has "
-                f"{sorted(self.peft_config)}."
-            )
-        layers = [layer for _, layer in self.layers()]
-        for layer in layers:
-            unloading.check_together(layer, names)
-        if any(layer.merged for layer in layers):
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
-            self._unmerge(layers)
-        for layer in layers:
-            layer.activate(names, inference_mode)
-        self.active_adapter = adapter_name if isinstance(adapter_name, str) else list(adapter_name)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make these adapters trainable or frozen, whether active or not.
-
-        Raises ValueError for a name that the model does not have.
-        """
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        unknown = [n for n in names if n not in self.peft_config]
-        if unknown:
-            raise ValueError(f"There is no adapter {unknown[0]!r}.{nearest(unknown[0], self.peft_config)}")
-        for _, layer in self.layers():
-            layer.set_requires_grad(names, requires_grad)
-
-    def disable_adapter_layers(self) -> None:
-        """Run as the base model, with nothing trainable, until `enable_adapter_layers`."""
-        self._warn_of_bias()
-        for _, layer in self.layers():
-            layer.enable_adapters(False)
-
-    def enable_adapter_layers(self) -> None:
-        """Run with the active adapters again; what was trainable and merged before is so again."""
-        for _, layer in self.layers():
-            layer.enable_adapters(True)
-
-    def _warn_of_bias(self) -> None:
-        trained = [n for n in self.active_adapters if getattr(self.peft_config.get(n), "bias", "none") != "none"]
-        if trained:
-            warnings.warn(
-                f"The adapter {trained[0]!r} trained biases of the base model "
-                f"(bias={self.peft_config[trained[0]].bias!r}), which stay in force: the disabled model does not give "
-                "the base model's output.",
-                PeftWarning,
-                stacklevel=4,
-            )
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter everywhere. If it was the only active one, the first remaining one becomes active.
-
-        Raises ValueError for an unknown name, or while the adapter is merged.
-        """
-        if adapter_name not in self.peft_config:
-            raise ValueError(
-                f"Adapter {adapter_name!r} does not exist.{nearest(adapter_name, self.peft_config)} "
-                f"The model has {sorted(self.peft_config)}."
-            )
-        layers = [layer for _, layer in self.layers()]
-        if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise ValueError(
-                f"Cannot delete the adapter {adapter_name!r} while it is merged. Call unmerge_adapter() first."
-            )
-        remaining = [n for n in self.active_adapters if n != adapter_name]
-        others = sorted(n for n in self.peft_config if n != adapter_name)
-        follows = not remaining and bool(others) and adapter_name in self.active_adapters
-        if follows:
-            remaining = others[:1]
-            warnings.warn(
-                f"Adapter {adapter_name!r} was active and is deleted. Setting active adapter to {remaining[0]!r}.",
-                stacklevel=3,
-            )
-        active = tuple(n for n in remaining if n in self.peft_config)
-        for layer in layers:
-            layer.delete_adapter(adapter_name, active)
-            if follows:  # otherwise what the other adapters train stays as it is
-                layer.activate(active)
-        del self.peft_config[adapter_name]
-        self.active_adapter = remaining[0] if len(remaining) == 1 else remaining
 
     # ---- merge -------------------------------------------------------------------------------------------------
 
@@ -290,7 +200,7 @@ class BaseTuner(Combined, nn.Module):
     def _check_merge_names(self, names: list[str] | None) -> None:
         if isinstance(names, str):
             raise TypeError(f"adapter_names must be a list of names, got the string {names!r}. Use [{names!r}].")
-        _check_once(names or ())
+        check_once(names or ())
         unknown = [n for n in names or () if n not in self.peft_config]
         if unknown:
             raise ValueError(
@@ -306,11 +216,6 @@ class BaseTuner(Combined, nn.Module):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self._unmerge(layers)
-
-    def _unmerge(self, layers: list[Any]) -> None:
-        for layer in layers:
-            if layer.merged:
-                layer.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -342,10 +247,6 @@ class BaseTuner(Combined, nn.Module):
             output = companion.completed(output)
         return output
 
-    def switched_off(self) -> AbstractContextManager[None]:
-        """A context for what a tuner does beside its layers; nothing here."""
-        return nullcontext()
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -362,12 +263,6 @@ class BaseTuner(Combined, nn.Module):
         if config is None:
             return {"model_type": "custom"}
         return config.to_dict() if hasattr(config, "to_dict") else dict(getattr(config, "__dict__", config))
-
-
-def _check_once(names: Sequence[str]) -> None:
-    twice = [n for i, n in enumerate(names) if n in names[:i]]
-    if twice:
-        raise ValueError(f"The adapter {twice[0]!r} is listed twice in {list(names)}; it would be applied twice.")
 
 
 @contextmanager

@@ -1,0 +1,127 @@
+"""Which adapters of a model are active, which are trained, and deleting them: loops over all that holds them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..errors import PeftWarning, nearest
+from . import unload as unloading
+
+
+class Switching:
+    """The part of a tuner that switches adapters; whoever holds prompts without a tuner has it too."""
+
+    active_adapter: str | list[str]
+    peft_config: Any
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """(path, layer) of all that holds adapters."""
+        raise NotImplementedError
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in order."""
+        return [self.active_adapter] if isinstance(self.active_adapter, str) else list(self.active_adapter)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make exactly these adapters active, and trainable unless `inference_mode`.
+
+        A merged model is unmerged first, with a warning. Raises ValueError for unknown names and for adapters that
+        cannot be active together; the model is then unchanged.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        check_once(names)
+        unknown = [n for n in names if n not in self.peft_config]
+        if unknown:
+            raise ValueError(
+                f"There is no adapter {unknown[0]!r}.{nearest(unknown[0], self.peft_config)} The model has "
+                f"{sorted(self.peft_config)}."
+            )
+        layers = [layer for _, layer in self.layers()]
+        for layer in layers:
+            unloading.check_together(layer, names)
+        if any(layer.merged for layer in layers):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+            self._unmerge(layers)
+        for layer in layers:
+            layer.activate(names, inference_mode)
+        self.active_adapter = adapter_name if isinstance(adapter_name, str) else list(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make these adapters trainable or frozen, whether active or not.
+
+        Raises ValueError for a name that the model does not have.
+        """
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        unknown = [n for n in names if n not in self.peft_config]
+        if unknown:
+            raise ValueError(f"There is no adapter {unknown[0]!r}.{nearest(unknown[0], self.peft_config)}")
+        for _, layer in self.layers():
+            layer.set_requires_grad(names, requires_grad)
+
+    def disable_adapter_layers(self) -> None:
+        """Run as the base model, with nothing trainable, until `enable_adapter_layers`."""
+        self._warn_of_bias()
+        for _, layer in self.layers():
+            layer.enable_adapters(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Run with the active adapters again; what was trainable and merged before is so again."""
+        for _, layer in self.layers():
+            layer.enable_adapters(True)
+
+    def _warn_of_bias(self) -> None:
+        trained = [n for n in self.active_adapters if getattr(self.peft_config.get(n), "bias", "none") != "none"]
+        if trained:
+            warnings.warn(
+                f"The adapter {trained[0]!r} trained biases of the base model "
+                f"(bias={self.peft_config[trained[0]].bias!r}), which stay in force: the disabled model does not give "
+                "the base model's output.",
+                PeftWarning,
+                stacklevel=4,
+            )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter everywhere. If it was the only active one, the first remaining one becomes active.
+
+        Raises ValueError for an unknown name, or while the adapter is merged.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(
+                f"Adapter {adapter_name!r} does not exist.{nearest(adapter_name, self.peft_config)} "
+                f"The model has {sorted(self.peft_config)}."
+            )
+        layers = [layer for _, layer in self.layers()]
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(
+                f"Cannot delete the adapter {adapter_name!r} while it is merged. Call unmerge_adapter() first."
+            )
+        remaining = [n for n in self.active_adapters if n != adapter_name]
+        others = sorted(n for n in self.peft_config if n != adapter_name)
+        follows = not remaining and bool(others) and adapter_name in self.active_adapters
+        if follows:
+            remaining = others[:1]
+            warnings.warn(
+                f"Adapter {adapter_name!r} was active and is deleted. Setting active adapter to {remaining[0]!r}.",
+                stacklevel=3,
+            )
+        active = tuple(n for n in remaining if n in self.peft_config)
+        for layer in layers:
+            layer.delete_adapter(adapter_name, active)
+            if follows:  # otherwise what the other adapters train stays as it is
+                layer.activate(active)
+        del self.peft_config[adapter_name]
+        self.active_adapter = remaining[0] if len(remaining) == 1 else remaining
+
+    def _unmerge(self, layers: list[Any]) -> None:
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()
+
+
+def check_once(names: Sequence[str]) -> None:
+    twice = [n for i, n in enumerate(names) if n in names[:i]]
+    if twice:
+        raise ValueError(f"The adapter {twice[0]!r} is listed twice in {list(names)}; it would be applied twice.")
