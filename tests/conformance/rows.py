@@ -169,7 +169,9 @@ def by_formulas(
         values[prefix + attr] = W
         if layout.grouped and W.shape != original.shape:
             module.groups, module.weight = 1, nn.Parameter(W.detach())
-        if row.bias is not None and b is not None:
+        if row.bias is not None and b is not None and layout.kind == "embedding":  # every token's row holds it
+            values[prefix + attr] = W + b / float(getattr(module, "embed_scale", 1.0))
+        elif row.bias is not None and b is not None:
             if getattr(module, b_name, None) is None:
                 setattr(module, b_name, nn.Parameter(torch.zeros_like(b)))
             values[prefix + b_name] = b

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from .method import Delta
 from .stack import Adapter, Stack
 from .views import LinearView
 
+Run = Callable[[tuple[Any, ...], dict[str, Any]], Any]  # a module, on arguments
 
 class MixedBatch(nn.Module):
     """The part of a tuner layer that runs a mixed batch; `stack`, `_runner` and `_general` are the layer's."""
@@ -60,19 +61,15 @@ class MixedBatch(nn.Module):
         return self.view.finish(root.base, out)
 
     def _mixed_parts(self, groups: dict[str, Tensor], axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a whole module once per adapter on its rows, and put the results back in order."""
-        rows = sum(len(i) for i in groups.values())
-        order = torch.cat(list(groups.values())).argsort()
-        parts, before = [], self.call.only
-        try:
-            for name, index in groups.items():
-                self.call.only = name
-                take = rows_of(index, rows, axis)
-                with self.call.rows(index, rows):
-                    parts.append(self._alone(tuple(map(take, args)), {k: take(v) for k, v in kwargs.items()}))
-        finally:
-            self.call.only = before
-        return join_parts(parts, order, axis)
+        """Run a whole module once per adapter on its rows."""
+        return in_parts(self, "only", list(groups.items()), axis, args, kwargs, self._alone)
+
+    def each_task(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run) -> Any:
+        """Run a whole module once per task on its rows."""
+        axis = 0 if getattr(self._modules["base_layer"], "batch_first", True) else 1
+        x = args[0] if args else next(iter(kwargs.values()))
+        groups = self.call.by_task(x.shape[axis], x.device, self._where())
+        return in_parts(self, "task", groups, axis, args, kwargs, run)
 
     def _alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer under the one adapter that the call names."""
@@ -82,6 +79,51 @@ class MixedBatch(nn.Module):
     def _names_now(self) -> tuple[str, ...]:
         only = self.call.only
         return self._live_names() if only is None else (only,)
+
+
+def in_parts(
+    layer: Any,
+    fact: str,
+    groups: Sequence[tuple[Any, Tensor]],
+    axis: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    run: Run,
+) -> Any:
+    """Run a whole module once for each group of rows, and put the results back in order.
+
+    Arguments:
+        layer: the tuner layer around the module.
+        fact: what of the layer's call is the group's own value meanwhile.
+        groups: (value, rows) of each.
+        axis: of the rows, in the module's main input and output.
+        args, kwargs: the module's.
+        run: runs it with such.
+    """
+    call, before = layer.call, getattr(layer.call, fact)
+    indices = [index for _, index in groups]
+    rows, parts = sum(map(len, indices)), []
+    masks = layer.view.masks
+    try:
+        for value, index in groups:
+            setattr(call, fact, value)
+            if len(groups) == 1:
+                return run(args, kwargs)
+            take = rows_of(index, rows, axis)
+            mine = tuple(_of_heads(a, index, rows) if i in masks else take(a) for i, a in enumerate(args))
+            named = {k: _of_heads(a, index, rows) if k in masks else take(a) for k, a in kwargs.items()}
+            with call.rows(index, rows):
+                parts.append(run(mine, named))
+    finally:
+        setattr(call, fact, before)
+    return join_parts(parts, torch.cat(indices).argsort(), axis)
+
+
+def _of_heads(mask: Any, index: Tensor, rows: int) -> Any:
+    """A mask, (queries, keys) for all rows or (rows heads, queries, keys), for some of them."""
+    if not isinstance(mask, Tensor) or mask.dim() < 3:
+        return mask
+    return mask.unflatten(0, (rows, -1)).index_select(0, index).flatten(0, 1)
 
 
 def rows_of(index: Tensor, rows: int, axis: int) -> Any:

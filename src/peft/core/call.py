@@ -30,6 +30,7 @@ class Call:
         length: tokens per sample, where known; rows of flattened tokens are then told apart.
         tasks: the task of each sample, where the caller says so.
         only: while a module runs on the rows of one adapter, that adapter's name.
+        task: while a module runs on the rows of one task, that task, (1,).
         part: while a module runs on some rows of a batch, which these are, and of how many.
         offsets: adapter -> on how many of each row's last positions it acts, (rows,); None where nobody has looked.
         given_offsets: what the caller says of that, one number or None per sample.
@@ -45,6 +46,7 @@ class Call:
         self.length: int | None = None
         self.tasks: Tasks | None = None
         self.only: str | None = None
+        self.task: Tensor | None = None
         self.part: tuple[Tensor, int] | None = None
         self.offsets: dict[str, Tensor] | None = None
         self.given_offsets: list[int | None] | None = None
@@ -148,8 +150,9 @@ class Call:
 
     @contextmanager
     def rows(self, index: Tensor, count: int) -> Iterator[None]:
-        """While open, a module runs on these rows of a batch that has `count`."""
-        before, self.part = self.part, (index, count)
+        """While open, a module runs on these of the `count` rows that it was given, of a batch or a part of one."""
+        before = self.part
+        self.part = (index, count) if before is None else (before[0][index], before[1])
         try:
             yield
         finally:
@@ -196,12 +199,7 @@ class Call:
 
         Raises ValueError if the caller gave none, one that does not exist, or not one for each sample.
         """
-        tasks, part = self.fact("tasks"), self.part
-        if tasks is None:
-            raise ValueError(
-                f"task_ids is missing: the adapter at {where!r} needs the task of each sample. Pass task_ids, a tensor "
-                "with one id per sample, to the forward or generate of the model."
-            )
+        tasks, part = self._tasks(where), self.part
         tasks.check(count)
         whole = rows if part is None else part[1]
         repeat = self._repeat(whole, len(tasks.ids))
@@ -214,6 +212,43 @@ class Call:
         ids = tasks.ids.to(device)
         ids = ids.repeat_interleave(repeat) if repeat > 1 else ids
         return ids if part is None else ids[part[0]]
+
+    def _tasks(self, where: str) -> Tasks:
+        tasks: Tasks | None = self.fact("tasks")
+        if tasks is None:
+            raise ValueError(
+                f"task_ids is missing: the adapter at {where!r} needs the task of each sample. Pass task_ids, a tensor "
+                "with one id per sample, to the forward or generate of the model."
+            )
+        return tasks
+
+    def one_task(self, count: int, device: torch.device, where: str) -> Tensor:
+        """The task that all rows that run now have, (1,) int64; arguments as for `task_of_row`.
+
+        Raises ValueError if there is none, or several.
+        """
+        tasks = self._tasks(where)
+        tasks.check(count)
+        if self.task is not None:
+            return self.task.to(device)
+        if len(tasks.ids) > 1 and (torch.compiler.is_compiling() or len(set(tasks.listed)) > 1):
+            raise ValueError(
+                f"task_ids holds several tasks, but the module around {where!r} reads one weight for the whole batch. "
+                "Target the module itself, which then runs once for each task, or pass batches of one task."
+            )
+        return tasks.ids[:1].to(device)
+
+    def by_task(self, rows: int, device: torch.device, where: str) -> list[tuple[Tensor, Tensor]]:
+        """(task, (1,); its rows) of each task of a layer's input; a compiled graph takes each row for itself."""
+        tasks = self._tasks(where)
+        compiling = torch.compiler.is_compiling()
+        if len(tasks.ids) == 1 or not (compiling or len(set(tasks.listed)) > 1):
+            return [(tasks.ids[:1], torch.arange(rows, device=device))]
+        ids = self.task_of_row(rows, 2**31, device, where)
+        found: dict[int, list[int]] = {}
+        for row, task in enumerate(range(rows) if compiling else ids.tolist()):
+            found.setdefault(task, []).append(row)
+        return [(ids[index[0]][None], torch.tensor(index, device=device)) for index in found.values()]
 
     def _unclear(self, rows: int, samples: int, where: str) -> ValueError:
         return ValueError(

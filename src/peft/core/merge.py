@@ -56,6 +56,13 @@ class Mergeable(nn.Module):
             return self.view.read(base)
         return self.view.matrix(base, storage.of(base, self.view.name).original(self._saved[self.view.name]))
 
+    def original_bias(self) -> Tensor | None:
+        """The base bias without any merged adapter, (O,), or None."""
+        base, name = self.get_base_layer(), self.view.bias_name
+        if self._saved is None or name not in self._saved:
+            return self.view.bias(base)
+        return storage.of(base, name).original(self._saved[name])
+
     def original_weight_device(self) -> torch.device:
         """Where the base weight lies."""
         return getattr(self.get_base_layer(), self.view.name).device
@@ -113,7 +120,7 @@ class Mergeable(nn.Module):
                 f"Merging {list(names)} at {self._where()!r} while {rest} stay active would change the output, because "
                 f"these methods do not commute. Merge the first of {live} first, or all of them."
             )
-        if self.view.bias(base) is None and any(
+        if self.view.bias(base) is None and not self.view.absorbs and any(
             self.adapters[n].method.bias(self.adapters[n], None) is not None for n in names
         ):
             raise RuntimeError(
@@ -146,7 +153,9 @@ class Mergeable(nn.Module):
         dense = type(storage.of(base, self.view.name)) is storage.Storage
         by_rows = dense and all(a.method.rowwise(a) for a in stack.adapters)
         for start in range(0, out, step if by_rows else out):
-            W = stack.weight(slice(start, start + step) if by_rows else slice(None))
+            rows = slice(start, start + step) if by_rows else slice(None)
+            W = stack.weight(rows)
+            W = self.view.absorb(base, W, b[rows]) if self.view.absorbs and b is not None else W
             if not torch.isfinite(W).all():
                 raise ValueError(
                     f"Merging {list(names)} into {self._where()!r} gives weights that are not finite. The adapter or "
@@ -165,7 +174,7 @@ class Mergeable(nn.Module):
                 self.view.write_rows(base, start, W)
             else:
                 kind.write(base, self.view.name, self.view.raw(base, W))
-        if b is not None and b is not self.view.bias(base):
+        if b is not None and b is not self.view.bias(base) and not self.view.absorbs:
             storage.of(base, self.view.bias_name).write(base, self.view.bias_name, b)
 
     def unmerge(self) -> None:

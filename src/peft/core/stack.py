@@ -153,6 +153,13 @@ class InPlace:
         self.stack = stack
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stack = self.stack
+        if stack.layer.call.task is None and any(a.method.by_task for a in stack.adapters):
+            return stack.layer.each_task(args, kwargs, self.run)
+        return self.run(args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module under one W'."""
         stack, view = self.stack, self.stack.view
         base = stack.base
         values = {view.name: view.raw(base, stack.live_weight())}

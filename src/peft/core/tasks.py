@@ -23,6 +23,14 @@ class Tasks:
             )
         self.ids = held.long()
         self._range: tuple[int, int] | None = None
+        self._listed: list[int] | None = None
+
+    @property
+    def listed(self) -> list[int]:
+        """The ids as numbers; found once a call, as it waits for the device."""
+        if self._listed is None:
+            self._listed = self.ids.tolist()
+        return self._listed
 
     def check(self, count: int) -> None:
         """Raise ValueError if an id is none of `count` tasks; a compiled graph leaves that to the look-up."""

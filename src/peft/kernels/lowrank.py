@@ -9,7 +9,7 @@ byte of mask per element where there is dropout, instead of casts and dropped co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -231,14 +231,62 @@ def compressed(x: Tensor, A: Tensor, v: Tensor, scale: float) -> Tensor:
     return _Compressed.apply(x, A, v, scale)
 
 
+def compressed_by(apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, axis: int, A: Tensor, v: Tensor, s: float) -> Tensor:
+    """`compressed` for an A that is applied otherwise, linearly in x and A, as a convolution's; features are on `axis`."""
+    if transformed():
+        return plain_compressed(apply, x, axis, A, v, s)
+    return _CompressedBy.apply(apply, x, axis, A, v, s)
+
+
+def plain_compressed(
+    apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, axis: int, A: Tensor, v: Tensor, s: float
+) -> Tensor:
+    """The same from plain operations: the value and x's gradient of one product, A's gradient of another."""
+    estimate = apply(rebuilt(groups(x.detach(), axis, len(v)) @ v, axis, v * s, x.shape[axis]), A)
+    return apply(x, A.detach()) + (estimate - estimate.detach())
+
+
+def groups(x: Tensor, axis: int, size: int) -> Tensor:
+    """The features of x, on `axis`, in groups of `size` behind all other axes; the last one with zeros."""
+    x = x.movedim(axis, -1)
+    return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+
+
+def rebuilt(c: Tensor, axis: int, v: Tensor, features: int) -> Tensor:
+    """What stands for the input whose groups have the components c along v."""
+    return (c[..., None] * v).flatten(-2)[..., :features].movedim(-1, axis)
+
+
+class _CompressedBy(torch.autograd.Function):
+    """A applied to x; saves c = x_group . v, and applies A to scale c v once more, for the gradients alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, axis: int, A: Tensor, v: Tensor, s: float
+    ) -> Tensor:
+        ctx.apply, ctx.axis, ctx.scale, ctx.features = apply, axis, s, x.shape[axis]
+        ctx.save_for_backward(groups(x, axis, len(v)) @ v, A, v)
+        return apply(x, A)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        c, A, v = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        x = rebuilt(c, ctx.axis, v * ctx.scale, ctx.features).detach().requires_grad_(need[1])
+        A = A.detach().requires_grad_(need[3])
+        wanted = [t for t in (x, A) if t.requires_grad]
+        with torch.enable_grad():
+            found = iter(torch.autograd.grad(ctx.apply(x, A), wanted, grad))  # x's does not depend on x
+        return None, next(found) if need[1] else None, None, next(found) if need[3] else None, None, None
+
+
 class _Compressed(torch.autograd.Function):
     """A x; saves c = x_group . v, and takes scale c v for x in A's gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, v: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
-        grouped = F.pad(x, (0, -x.shape[1] % len(v))).view(len(x), -1, len(v))
-        ctx.save_for_backward(grouped @ v, A, v)
+        ctx.save_for_backward(groups(x, -1, len(v)) @ v, A, v)
         return F.linear(x, A)
 
     @staticmethod

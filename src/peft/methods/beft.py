@@ -2,8 +2,9 @@
 
     W' = W,   b' = b + beta;   beta starts at zero
 
-A layer without a bias gets one, which only a merge cannot hold. Source: Huang et al. 2025, arXiv 2509.15974. Different
-from the peer: convolutions and attention, too.
+A layer without a bias gets one, which only a merge cannot hold; an embedding's merge can, as each input is one token: it
+goes into every row. Source: Huang et al. 2025, arXiv 2509.15974. Different from the peer: convolutions, embeddings and
+attention, too.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class BEFT(Method):
 
     def build(self, site: Site) -> dict[str, Any]:
         *lead, out, _ = site.view.shape(site.module)
-        if lead or site.view.infix or not site.view.bias_name:
+        if lead or not site.view.bias_name:
             raise ValueError(f"{site.path!r} has no bias, nor room for one. Leave it out (`exclude_modules`).")
         return {"beft_bias": nn.Parameter(torch.zeros(1, out, **site.kwargs))}
 

@@ -3,7 +3,8 @@
     W' = m V / |V|,   V = W + delta,   |V| the norm of each row, a constant of the gradient;  m starts at |W|
 
 V is taken over the base weight and this adapter's delta alone, so the gain m / |V| does not depend on other adapters.
-For a low-rank delta the norm is never taken of a dense product:
+A bias that the method adds stays outside: b' = b + beta, which the magnitude does not scale. Where training draws parts
+of the delta by chance, |V| is of the delta as it is merged. For a low-rank delta it is never taken of a dense product:
 
     |V_o|^2 = |W_o|^2 + 2 s (W A')_o . B_o + s^2 B_o (A A') B_o'
 
@@ -47,7 +48,7 @@ class DoRA(Delta):
         self.fitted, self.roomy = of.fitted, of.roomy  # type: ignore[method-assign]
         self.split, self.parts, self.join, self.written = of.split, of.parts, of.join, of.written  # type: ignore
         self.copies = of.copies  # type: ignore[misc]
-        self.form, self.free = of.form, of.free  # type: ignore[method-assign]
+        self.form, self.free, self.rest = of.form, of.free, of.rest  # type: ignore[method-assign]
         self.refuse_merge, self.rowwise = of.refuse_merge, of.rowwise  # type: ignore[method-assign]
         self.prepare, self.tie, self.follow_base = of.prepare, of.tie, of.follow_base  # type: ignore[method-assign]
 
@@ -135,13 +136,13 @@ class DoRA(Delta):
         return self.of.drop_rate(p)
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
-        b = inner.bias()
-        if inner.view.dense and isinstance(self.of, LowRank) and not inner.view.infix:
+        b = self.of.bias(p, inner.bias())
+        if inner.view.dense and isinstance(self.of, LowRank) and self.of.direct and self.of.up_bias(p) is None:
             A, B = self.of.factors(p)
             n, scale = self.safe_norm(p), self.of.scaling(p)
             return lowrank.add_scaled(y, x, A, B, scale, self.drop_rate(p), self.magnitude(p), n, b)
         gain = inner.spread(self.gain(p))
-        b = None if b is None else inner.spread(b)
+        b = None if b is None else inner.spread(b)  # b' in full: what `of` adds to y has its own bias in it
         z = self.of.onto(p, inner, y if b is None else (y - b).to(y.dtype), x) * gain
         return (z if b is None else z + b).to(y.dtype)
 

@@ -9,6 +9,8 @@ n_splits > 1 each block has weights of its own (multi-head routing). B starts at
 Sources: Ponti et al. 2022, arXiv 2202.13914, section 3; Caccia et al. 2022, arXiv 2211.03831.
 
 Which task each sample has is given with each call: `model(x, task_ids=ids)`. There is no one W', so nothing is merged.
+A module that reads its weight (attention, parameters, of which each expert has factors of its own) runs once for each
+task of a batch, and in training draws a sample for each task instead of each example.
 """
 
 from __future__ import annotations
@@ -60,23 +62,19 @@ class Poly(Delta):
 
     additive = False
     mergeable = False
+    by_task = True
 
     def build(self, site: Site) -> dict[str, Any]:
         c, q, view = site.settings, site.settings.n_splits, site.view
-        if not view.activations:
-            raise ValueError(
-                f"Poly gives each example a weight of its own, but {site.path!r} ({type(site.module).__name__}) reads "
-                "one weight for the whole batch. Leave it out (`exclude_modules`, `target_parameters`)."
-            )
-        out, inp = view.shape(site.module)
+        *lead, out, inp = view.shape(site.module)
         if out % q or inp % q:
             raise ValueError(
                 f"n_splits={q} must divide the in-features ({inp}) and out-features ({out}) of {site.path!r}. Use "
                 "another one, for this layer alone with module_config, or exclude the layer (`exclude_modules`)."
             )
         return {
-            "poly_lora_A": nn.Parameter(torch.empty(q, c.n_skills, inp // q, c.r, **site.kwargs)),
-            "poly_lora_B": nn.Parameter(torch.empty(q, c.n_skills, c.r, out // q, **site.kwargs)),
+            "poly_lora_A": nn.Parameter(torch.empty(*lead, q, c.n_skills, inp // q, c.r, **site.kwargs)),
+            "poly_lora_B": nn.Parameter(torch.empty(*lead, q, c.n_skills, c.r, out // q, **site.kwargs)),
             "poly_router": PolyRouter(c.n_tasks, q * c.n_skills, **site.kwargs),
             "r": c.r,
             "n_tasks": c.n_tasks,
@@ -97,6 +95,14 @@ class Poly(Delta):
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         self.refuse_merge(p)
+
+    def live_delta(self, p: Adapter, W: Tensor) -> Tensor:
+        """Where the module reads its weight: that of the one task that its rows have."""
+        w = self.mixture(p, p.layer.call.one_task(p.n_tasks, W.device, p.path))[0]
+        A, B = p.held("poly_lora_A"), p.held("poly_lora_B")
+        down = torch.einsum("qs,...qsir->...qir", w.to(A.dtype), A).flatten(-3, -2)
+        up = torch.einsum("qs,...qsro->...rqo", w.to(A.dtype), B).flatten(-2)
+        return (down @ up).mT / p.r
 
     def mixture(self, p: Adapter, ids: Tensor) -> Tensor:
         """w, (rows, n_splits, n_skills)."""

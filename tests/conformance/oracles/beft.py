@@ -21,7 +21,7 @@ def bias(layer: BaseTunerLayer, name: str, b: Tensor | None) -> Tensor:
 
 
 def forbidden(layout: Layout) -> str | None:
-    return "has no bias" if layout.kind in ("embedding", "parameter") or "separate" in layout.name else None
+    return "has no bias" if layout.kind == "parameter" or "separate" in layout.name else None
 
 
 ROWS = {"beft": Row(BeftConfig, {}, weight, bias, forbidden=forbidden, prefix="beft_")}

@@ -49,7 +49,9 @@ def lora(layer: BaseTunerLayer, name: str, W: Tensor, original: Tensor, subtract
 
 
 def lora_bias(layer: BaseTunerLayer, name: str, b: Tensor | None) -> Tensor | None:
-    return (0 if b is None else b) + scaling(layer, name) * layer.lora_B[name].bias.double()
+    beside = getattr(layer, "lora_embedding_bias", None)  # an embedding's factors are parameters, without room for it
+    extra = layer.lora_B[name].bias if beside is None else beside[name]
+    return (0 if b is None else b) + scaling(layer, name) * extra.double()
 
 
 def dora(layer: BaseTunerLayer, name: str, W: Tensor, original: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ def no_groups(layout: Layout) -> str | None:
 
 
 def no_bias(layout: Layout) -> str | None:
-    return "lora_bias" if layout.kind in ("embedding", "parameter") or "separate" in layout.name else None
+    return "lora_bias" if layout.kind == "parameter" or "separate" in layout.name else None
 
 
 def row(weight: Any = lora, **more: Any) -> Row:
@@ -112,6 +114,7 @@ ROWS = {
     "rslora": row(use_rslora=True, few=False),
     "lora-bias": row(lora_bias=True, bias=lora_bias, forbidden=no_bias),
     "dora": row(dora, use_dora=True),
+    "dora-bias": row(dora, use_dora=True, lora_bias=True, bias=lora_bias, forbidden=no_bias, few=False),
     "pissa": row(minus, init_lora_weights="pissa", forbidden=no_groups),
     "pissa-niter": row(minus, init_lora_weights="pissa_niter_4", forbidden=no_groups, few=False),
     "olora": row(minus, init_lora_weights="olora", forbidden=no_groups, few=False),

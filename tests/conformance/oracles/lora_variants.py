@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.core.layer import BaseTunerLayer
 
 from ..layouts import Layout
-from .lora import factors, product, ungrouped
+from .lora import factors, lora, product, ungrouped
 from .row import Row, held, on_matrix
 
 ALPHA, BLOCKS = 6, 2
@@ -35,28 +35,52 @@ def least(t: dict[str, Tensor], W: Tensor, layer: BaseTunerLayer) -> Tensor:
 
 
 def blocked(side: str) -> Any:
-    @on_matrix
-    def weight(t: dict[str, Tensor], W: Tensor, layer: BaseTunerLayer) -> Tensor:
-        M = {"A": t["lora_A.weight"], "B": t["lora_B.weight"]}
-        M[side] = torch.block_diag(*M[side].chunk(BLOCKS))
-        return W + ALPHA / 4 * M["B"] @ M["A"]
+    def weight(layer: BaseTunerLayer, name: str, W: Tensor, original: Tensor) -> Tensor:
+        base: Any = layer.get_base_layer()
+        A, B = factors(layer, name)
+        if side == "B" and getattr(base, "groups", 1) == BLOCKS:
+            pass  # B has the blocks already
+        else:
+            A, B = (whole(M, layer, kind) if kind == side else M for M, kind in ((A, "A"), (B, "B")))
+        return (ungrouped(base, W) if getattr(base, "groups", 1) != 1 else W) + ALPHA / 4 * product(layer, A, B)
 
     return weight
 
 
-def only_linear(layout: Layout) -> str | None:
-    return None if layout.kind == "linear" else "use_bdlora"
+def whole(M: Tensor, layer: BaseTunerLayer, kind: str) -> Tensor:
+    """The factor in full, in the shape that plain LoRA's has: every block for itself, zeros elsewhere."""
+    experts = layer.parameter_name is not None and getattr(layer.get_base_layer(), layer.parameter_name).dim() == 3
+    E = getattr(layer.get_base_layer(), str(layer.parameter_name)).shape[0] if experts else 1
+    n = BLOCKS
+    if kind == "A":
+        parts = [torch.cat([_alone(b, i, n) for i, b in enumerate(one.chunk(n))]) for one in M.chunk(E)]
+        return torch.cat(parts)
+    parts = [torch.cat([_alone(b, i, n) for i, b in enumerate(M[:, e::E].chunk(n))]) for e in range(E)]
+    return torch.stack(parts, 2).flatten(1, 2) if experts else parts[0]
+
+
+def _alone(block: Tensor, i: int, n: int) -> Tensor:
+    """A block, (rows, columns, ...), with zeros in place of the others beside it."""
+    zeros = torch.zeros_like(block)
+    return torch.cat([block if j == i else zeros for j in range(n)], 1)
 
 
 def bd_row(side: str) -> Row:
     options = {"nblocks": BLOCKS, f"target_modules_bd_{side.lower()}": [""]}
     fields = {"r": 4, "lora_alpha": ALPHA, "use_bdlora": options}
-    return Row(LoraConfig, fields, blocked(side), forbidden=only_linear, few=side == "A")
+    forbidden = odd if side == "A" else Row.forbidden
+    return Row(LoraConfig, fields, blocked(side), grouped=False, few=side == "A", forbidden=forbidden)
 
 
+def odd(layout: Layout) -> str | None:
+    return "does not divide 5 in-features" if "separate" in layout.name else None
+
+
+VELORA = {"r": 4, "lora_alpha": ALPHA, "velora_config": {"num_groups": 3}}
 KASA = {"r": 2, "lora_alpha": ALPHA, "kasa_config": {}}
 ROWS = {
     "kasa": Row(LoraConfig, KASA, kasa, identity=False, grouped=False, few=False, alone=True),
     "bdlora-a": bd_row("A"),
     "bdlora-b": bd_row("B"),
+    "velora": Row(LoraConfig, VELORA, lora, grouped=False, few=False),
 }

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .linear import Layer, LinearView, Pair
+from .make import diagonal
 
 
 class ConvView(LinearView):
@@ -74,7 +75,7 @@ class ConvView(LinearView):
     def scale_input(self, m: Layer, x: Tensor, v: Tensor) -> Tensor | None:
         return x * v.view(-1, *[1] * self.dims)
 
-    def down(self, m: Layer, r: int, **kwargs: Any) -> nn.Module:
+    def down(self, m: Layer, r: int, blocks: int = 1, **kwargs: Any) -> nn.Module:
         self._check(m, r)
         return self.module(
             m.in_channels,
@@ -83,14 +84,15 @@ class ConvView(LinearView):
             m.stride,
             m.padding,
             m.dilation,
+            groups=blocks,
             bias=False,
             padding_mode=m.padding_mode,
             **kwargs,
         )
 
-    def up(self, m: Layer, r: int, bias: bool = False, **kwargs: Any) -> nn.Module:
+    def up(self, m: Layer, r: int, bias: bool = False, blocks: int = 1, **kwargs: Any) -> nn.Module:
         self._check(m, r)
-        return self.module(r, m.out_channels, 1, groups=m.groups, bias=bias, **kwargs)
+        return self.module(r, m.out_channels, 1, groups=math.lcm(m.groups, blocks), bias=bias, **kwargs)
 
     def _check(self, m: Layer, r: int) -> None:
         if r % m.groups:
@@ -99,16 +101,11 @@ class ConvView(LinearView):
                 f"Use r={max(1, round(r / m.groups)) * m.groups}."
             )
 
-    def A(self, m: Layer, held: Tensor) -> Tensor:
-        return held.flatten(1)
+    def A(self, m: Layer, held: Tensor, blocks: int = 1) -> Tensor:
+        return diagonal(held.flatten(1), blocks)
 
-    def B(self, m: Layer, held: Tensor) -> Tensor:
-        held, g = held.flatten(1), m.groups
-        if g == 1:
-            return held
-        blocks = held.unflatten(0, (g, -1))  # (g, O/g, r/g)
-        eye = torch.eye(g, dtype=held.dtype, device=held.device)
-        return (blocks[:, :, None, :] * eye[:, None, :, None]).flatten(0, 1).flatten(1)
+    def B(self, m: Layer, held: Tensor, blocks: int = 1) -> Tensor:
+        return diagonal(held.flatten(1), math.lcm(m.groups, blocks))  # one of groups is block diagonal already
 
     def held(self, m: Layer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         ones = [1] * self.dims

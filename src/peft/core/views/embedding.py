@@ -17,6 +17,7 @@ class EmbeddingView(TransposedView):
     label = "Embedding"
     infix = "embedding_"
     dense = False
+    absorbs = True
 
     def shape(self, m: Layer) -> Pair:
         return (m.embedding_dim, m.num_embeddings)
@@ -39,13 +40,15 @@ class EmbeddingView(TransposedView):
         size = torch.linalg.vector_norm(y.detach(), ord=m.norm_type, dim=-1, keepdim=True)
         return y * torch.where(size > m.max_norm, m.max_norm / (size + 1e-7), 1.0).to(y.dtype)
 
-    def down(self, m: Layer, r: int, **kwargs: Any) -> nn.Parameter:
-        return nn.Parameter(torch.empty(r, self.shape(m)[1], **kwargs))
+    def absorb(self, m: Layer, W: Tensor, b: Tensor) -> Tensor:
+        scale = embed_scale(m)
+        return (W + (b if scale is None else b / scale)[:, None]).to(W.dtype)
 
-    def up(self, m: Layer, r: int, bias: bool = False, **kwargs: Any) -> nn.Parameter:
-        if bias:
-            raise ValueError("lora_bias=True has no meaning for an embedding, which has no bias. Set lora_bias=False.")
-        return nn.Parameter(torch.empty(self.shape(m)[0], r, **kwargs))
+    def down(self, m: Layer, r: int, blocks: int = 1, **kwargs: Any) -> nn.Parameter:
+        return nn.Parameter(torch.empty(r, self.shape(m)[1] // blocks, **kwargs))
+
+    def up(self, m: Layer, r: int, bias: bool = False, blocks: int = 1, **kwargs: Any) -> nn.Parameter:
+        return nn.Parameter(torch.empty(self.shape(m)[0], r // blocks, **kwargs))  # a bias is held beside it
 
 
 def embed_scale(m: Layer) -> Any:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import storage
-from .make import linear_module
+from .make import diagonal, linear_module
 
 Pair = tuple[int, ...]
 Layer = Any  # a module of the view's layout: its attributes are known to the view, not to a type checker
@@ -25,9 +25,11 @@ class LinearView:
     name = "weight"
     bias_name = "bias"
     infix = ""  # LoRA files its tensors as lora_{infix}A and lora_{infix}B
+    absorbs = False  # every input is one-hot, so that a bias may be written into W itself (`absorb`)
     activations = True  # False: the layer cannot be split into W x and b; the whole module runs with W put in place
     dense = True  # the last axis of the input is W's in-axis
     read_children: tuple[str, ...] = ()  # child layers whose weights the module reads instead of calling them
+    masks: tuple[Any, ...] = ()  # arguments, by place and name, that are masks: for all rows, or for each row's heads
     methods: tuple[str, ...] = ()  # what else the module's parent may call
 
     def shape(self, m: Layer) -> Pair:
@@ -101,6 +103,10 @@ class LinearView:
         """b, (O,), or None."""
         return getattr(m, self.bias_name, None)
 
+    def absorb(self, m: Layer, W: Tensor, b: Tensor) -> Tensor:
+        """(..., rows, I) with a bias, (rows,), in it; for a layout that `absorbs`."""
+        raise NotImplementedError
+
     def linear(self, m: Layer, x: Tensor, W: Tensor) -> Tensor:
         """W x without bias; W may have any number of rows."""
         return F.linear(x, W)
@@ -141,21 +147,24 @@ class LinearView:
         """The module's own affine map; m's forward unless `finish` undoes the split."""
         return m(x)
 
-    def down(self, m: Layer, r: int, **kwargs: Any) -> nn.Module | nn.Parameter:
-        """Holder of A, I -> r, in the shape that checkpoints have for this layout."""
-        return linear_module(self.shape(m)[-1], r, **kwargs)
+    def down(self, m: Layer, r: int, blocks: int = 1, **kwargs: Any) -> nn.Module | nn.Parameter:
+        """Holder of A, I -> r, in the shape that checkpoints have for this layout.
 
-    def up(self, m: Layer, r: int, bias: bool = False, **kwargs: Any) -> nn.Module | nn.Parameter:
+        A factor of several `blocks` is block diagonal, each from a slice of its inputs to one of its outputs.
+        """
+        return linear_module(self.shape(m)[-1] // blocks, r, **kwargs)
+
+    def up(self, m: Layer, r: int, bias: bool = False, blocks: int = 1, **kwargs: Any) -> nn.Module | nn.Parameter:
         """Holder of B, r -> O."""
-        return linear_module(r, self.shape(m)[-2], bias, **kwargs)
+        return linear_module(r // blocks, self.shape(m)[-2], bias, **kwargs)
 
-    def A(self, m: Layer, held: Tensor) -> Tensor:
+    def A(self, m: Layer, held: Tensor, blocks: int = 1) -> Tensor:
         """(..., r, I) from what `down` holds."""
-        return held
+        return diagonal(held, blocks)
 
-    def B(self, m: Layer, held: Tensor) -> Tensor:
+    def B(self, m: Layer, held: Tensor, blocks: int = 1) -> Tensor:
         """(..., O, r) from what `up` holds."""
-        return held
+        return diagonal(held, blocks)
 
     def held(self, m: Layer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `A` and `B`: factors in the shape of their holders."""

@@ -1,11 +1,11 @@
-"""Making modules quickly: torch's constructors cost more than all else that wrapping a layer does."""
+"""What views make: modules, quickly, as torch's constructors cost more than all else that wrapping a layer does."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Template:
@@ -33,6 +33,14 @@ def linear_module(inp: int, out: int, bias: bool = False, **kwargs: Any) -> nn.L
     module._parameters["weight"] = nn.Parameter(torch.empty(out, inp, **kwargs))
     module._parameters["bias"] = nn.Parameter(torch.empty(out, **kwargs)) if bias else None
     return module
+
+
+def diagonal(M: Tensor, n: int) -> Tensor:
+    """The block diagonal matrix, (..., rows, n cols), of the n blocks that M, (..., rows, cols), holds below each other."""
+    if n == 1:
+        return M
+    eye = torch.eye(n, dtype=M.dtype, device=M.device).view(n, 1, n, 1)
+    return (M.unflatten(-2, (n, -1)).unsqueeze(-2) * eye).flatten(-4, -3).flatten(-2)
 
 
 _TEMPLATE = Template(nn.Linear(1, 1, bias=False))

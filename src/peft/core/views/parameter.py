@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import PeftWarning
 from .linear import Layer, LinearView, Pair
-from .make import linear_module
+from .make import diagonal, linear_module
 
 
 class ParameterView(LinearView):
@@ -33,7 +33,7 @@ class ParameterView(LinearView):
             )
         return tuple(self.matrix(m, raw).shape)
 
-    why = "which has no bias"
+    why = "a parameter: the product that a bias would be added to is its module's own, out of reach"
 
     def check_dropout(self, path: str, argument: str) -> None:
         raise ValueError(
@@ -57,24 +57,24 @@ class ParameterView(LinearView):
     def bias(self, m: Layer) -> Tensor | None:
         return getattr(m, self.bias_name) if self.bias_name else None
 
-    def down(self, m: Layer, r: int, **kwargs: Any) -> nn.Module:
+    def down(self, m: Layer, r: int, blocks: int = 1, **kwargs: Any) -> nn.Module:
         *experts, _, inp = self.shape(m)
-        return linear_module(inp, r * math.prod(experts), **kwargs)
+        return linear_module(inp // blocks, r * math.prod(experts), **kwargs)
 
-    def up(self, m: Layer, r: int, bias: bool = False, **kwargs: Any) -> nn.Module:
+    def up(self, m: Layer, r: int, bias: bool = False, blocks: int = 1, **kwargs: Any) -> nn.Module:
         *experts, out, _ = self.shape(m)
         if bias and not self.bias_name:
             raise ValueError(f"lora_bias=True has no meaning for {self.name!r}, {self.why}. Set lora_bias=False.")
-        return linear_module(r * math.prod(experts), out, bias, **kwargs)
+        return linear_module(r // blocks * math.prod(experts), out, bias, **kwargs)
 
-    def A(self, m: Layer, held: Tensor) -> Tensor:
+    def A(self, m: Layer, held: Tensor, blocks: int = 1) -> Tensor:
         # checkpoints pack A as (E r, I) and B as (O, r E)
         raw = getattr(m, self.name)
-        return held.unflatten(0, (raw.shape[0], -1)) if raw.dim() == 3 else held
+        return diagonal(held.unflatten(0, (raw.shape[0], -1)) if raw.dim() == 3 else held, blocks)
 
-    def B(self, m: Layer, held: Tensor) -> Tensor:
+    def B(self, m: Layer, held: Tensor, blocks: int = 1) -> Tensor:
         raw = getattr(m, self.name)
-        return held.unflatten(1, (-1, raw.shape[0])).permute(2, 0, 1) if raw.dim() == 3 else held
+        return diagonal(held.unflatten(1, (-1, raw.shape[0])).permute(2, 0, 1) if raw.dim() == 3 else held, blocks)
 
     def held(self, m: Layer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return (A, B) if A.dim() == 2 else (A.flatten(0, 1), B.permute(1, 2, 0).flatten(1))
@@ -106,6 +106,7 @@ class AttentionView(ParameterView):
         "one of the separate query, key and value weights of an nn.MultiheadAttention with kdim or vdim, whose biases "
         "are one packed parameter"
     )
+    masks = (5, "attn_mask")
     methods = ("merge_masks",)
 
     def __init__(self, name: str = "in_proj_weight") -> None:

@@ -2,7 +2,9 @@
 
 A weight that is split by in-features gets a block diagonal A, one that is split by out-features a block diagonal B: of
 n blocks, block i maps slice i of the input to slice i of the output. Files hold the blocks below each other, A as
-(r, in/n) and B as (out, r/n). Source: Wang et al. 2025, arXiv 2510.23346.
+(r, in/n) and B as (out, r/n). Any layout: inputs are the channels of a convolution, the tokens of an embedding, and each
+expert's own; on a convolution with groups a blocked B has lcm(n, groups) blocks. Source: Wang et al. 2025, arXiv
+2510.23346.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from torch import Tensor
 
 from ...core.method import Site
 from ...core.stack import Adapter, Stack
-from ...core.views import linear_module
 from .method import LoRA
 
 
@@ -22,55 +23,50 @@ class BDLoRA(LoRA):
     """W' = W + s B A, with B or A block diagonal."""
 
     def build(self, site: Site) -> dict[str, Any]:
+        view, m, c = site.view, site.module, site.settings
+        side, n = side_of(c.use_bdlora, site.path), c.use_bdlora.nblocks
+        _check(site, side, n)
         built = super().build(site)
-        side, n = side_of(site.settings.use_bdlora, site.path), site.settings.use_bdlora.nblocks
-        if side is not None:
-            if not site.view.dense:
-                raise ValueError(
-                    f"use_bdlora splits linear layers, but {site.path!r} is a {site.view.label}. Leave it out "
-                    "(`exclude_modules`), or out of the lists of BdLoraConfig with match_strict=False."
-                )
-            out, inp = site.view.shape(site.module)
-            r = site.settings.r
-            sizes = {"A": {"in-features": inp, "r": r}, "B": {"out-features": out, "r": r}}[side]
-            wrong = [f"{size} {name}" for name, size in sizes.items() if size % n]
-            if wrong:
-                raise ValueError(
-                    f"use_bdlora: nblocks={n} does not divide {' and '.join(wrong)} of {site.path!r}. Choose another "
-                    "number of blocks or another rank."
-                )
-            if side == "A":
-                built["lora_A"] = linear_module(inp // n, r, **site.kwargs)
-            else:
-                built["lora_B"] = linear_module(r // n, out, bool(site.settings.lora_bias), **site.kwargs)
+        if side == "A":
+            built[f"lora_{view.infix}A"] = view.down(m, c.r, blocks=n, **site.kwargs)
+        elif side == "B":
+            built[f"lora_{view.infix}B"] = view.up(m, c.r, bool(c.lora_bias), n, **site.kwargs)
         return {**built, "blocks": n, "blocked": side}
 
     def init(self, p: Adapter, inner: Stack) -> None:
         super().init(p, inner)
-        if p.blocked == "A" and p.settings.init_lora_weights is True:
-            bound = math.sqrt(6 / p.lora_A.weight.shape[1])  # Kaiming's for a = 0
+        if p.blocked == "A" and p.settings.init_lora_weights is True and not inner.view.infix:
+            bound = math.sqrt(6 / p.lora_A.weight[0].numel())  # Kaiming's for a = 0
             p.lora_A.weight.uniform_(-bound, bound)
 
     def prepare(self, p: Adapter) -> None:
         super().prepare(p)
         p.hot = None if p.blocked else p.hot
 
-    def own_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        A, B = super().own_factors(p)
+    def own_factors(self, p: Adapter, blocks: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor]:
         side, n = p.__dict__["blocked"], p.__dict__["blocks"]
-        return (spread(A, n) if side == "A" else A), (spread(B, n) if side == "B" else B)
+        return super().own_factors(p, (n if side == "A" else 1, n if side == "B" else 1))
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         # a blocked module alone maps a slice, so that it cannot be called for the whole
         return super(LoRA, self).onto(p, inner, y, x) if p.blocked else super().onto(p, inner, y, x)
 
 
-def spread(M: Tensor, n: int) -> Tensor:
-    """The block diagonal matrix of the n blocks that M holds below each other."""
-    rows, cols = M.shape[0] // n, M.shape[1]
-    blocks = M.view(n, rows, 1, cols)
-    eye = M.new_ones(n).diag().view(n, 1, n, 1)
-    return (blocks * eye).reshape(n * rows, n * cols)
+def _check(site: Site, side: str | None, n: int) -> None:
+    """Raise ValueError for sizes that the blocks do not divide."""
+    view, m, r = site.view, site.module, site.settings.r
+    groups = view.groups(m)
+    if side is None:
+        return
+    name, size = ("in-features", view.inputs(m)) if side == "A" else ("out-features", view.shape(m)[-2])
+    n = n if side == "A" else math.lcm(n, groups)  # B is as many blocks as there are groups already
+    wrong = [f"{size} {what}" for what, size in ((name, size), ("r", r)) if size % n]
+    if wrong:
+        beside = f" (of which {groups} groups make {n})" if side == "B" and groups > 1 else ""
+        raise ValueError(
+            f"use_bdlora: nblocks={site.settings.use_bdlora.nblocks}{beside} does not divide {' and '.join(wrong)} of "
+            f"{site.path!r}. Choose another number of blocks or another rank."
+        )
 
 
 def side_of(options: Any, path: str) -> str | None:

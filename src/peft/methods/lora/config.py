@@ -61,7 +61,7 @@ VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config", "monteclora_config", "velora_config"),
     "use_dora",
 )
-TOGETHER = ({"use_dora", "use_bdlora"}, {"use_dora", "kasa_config"})
+UNDER_DORA = ("use_bdlora", "kasa_config", "monteclora_config", "velora_config")  # those that have a weight
 PLAIN_INIT = (True, False, None, "gaussian", "orthogonal")
 FLAGS = ("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying", "inference_mode")
 
@@ -290,8 +290,6 @@ class LoraConfig(PeftConfig):
                 raise ValueError(
                     f"lora_bias=True is only supported with init_lora_weights=True or False, got {init!r}."
                 )
-            if self.use_dora:
-                raise ValueError("lora_bias=True is not supported for DoRA, please pass use_dora=False.")
             if self.megatron_config:
                 raise ValueError("lora_bias=True is not supported with megatron_config; leave one of them out.")
         self._check_variants()
@@ -308,10 +306,11 @@ class LoraConfig(PeftConfig):
     def _check_variants(self) -> None:
         """One variant of LoRA at a time, on a plain start; DoRA goes with some."""
         chosen = [name for name in VARIANTS if getattr(self, name)]
-        if len(chosen) > 1 and set(chosen) not in TOGETHER:
+        if len(chosen) > 1 and not (len(chosen) == 2 and chosen[0] in UNDER_DORA and chosen[1] == "use_dora"):
             raise ValueError(f"{' and '.join(chosen)} are variants of LoRA that do not go together. Choose one.")
         init = self.init_lora_weights
-        if [name for name in chosen if name != "use_dora"] and init not in PLAIN_INIT:
+        plain = PLAIN_INIT[:-1] if self.use_bdlora else PLAIN_INIT  # halves of one basis have no blocks
+        if [name for name in chosen if name != "use_dora"] and init not in plain:
             raise ValueError(f"{chosen[0]} starts by itself and does not go with init_lora_weights={init!r}. Use True.")
         lists = self.use_bdlora
         both = set(lists.target_modules_bd_a or ()) & set(lists.target_modules_bd_b or ()) if lists else ()

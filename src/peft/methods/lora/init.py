@@ -46,7 +46,7 @@ def fill(method: Any, p: Adapter, inner: Stack) -> None:
     kind = p.settings.init_lora_weights
     A, B = _held(p)
     if p.lora_bias:
-        p.lora_B.bias.zero_()
+        method.up_bias(p).zero_()
     unmeasured = kind in MEASURED and not measured(at(p))
     if kind is True or not kind or str(kind).lower() == "gaussian" or kind == "eva" or unmeasured:
         _draw(p, A, B, True if unmeasured or kind == "eva" else kind, inner.view.infix != "")

@@ -23,6 +23,8 @@ from .method import LoRA
 class KaSA(LoRA):
     """W' = W - P Q + s B diag(d) A, with P Q the least directions of W."""
 
+    direct = False  # dropout is not for all of it
+
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
         small = min(site.view.shape(site.module)[-2:])
@@ -77,7 +79,7 @@ def loss(adapters: Iterable[Any]) -> Tensor | float:
     total: Tensor | float = 0.0
     for p in adapters:
         options = p.settings.kasa_config
-        A, B = p.method.own_factors(p)
+        A, B = getattr(p.method, "of", p.method).own_factors(p)  # that inside, under DoRA
         eye = torch.eye(p.r, dtype=A.dtype, device=A.device)
         apart = torch.linalg.matrix_norm(B.mT @ B - eye) + torch.linalg.matrix_norm(A @ A.mT - eye)
         total = total + options.beta * p.lora_diag.square().sum() + options.gamma * apart.sum()

@@ -30,7 +30,7 @@ class LoraLayer(ScaledLayer):
         "lora_embedding_B",
         "lora_magnitude_vector",
     )
-    _parameter_homes = frozenset({"lora_embedding_A", "lora_embedding_B"})
+    _parameter_homes = frozenset({"lora_embedding_A", "lora_embedding_B", "lora_embedding_bias"})
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As everywhere, but for tensors that an adapter never trains."""

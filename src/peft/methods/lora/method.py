@@ -35,12 +35,14 @@ class LoRA(LowRank):
     def build(self, site: Site) -> dict[str, Any]:
         c, m, view = site.settings, site.module, site.view
         bias = bool(c.lora_bias)
+        beside = {"lora_embedding_bias": nn.Parameter(torch.empty(view.shape(m)[0], **site.kwargs))}
         root = math.sqrt(c.r) if c.use_rslora else c.r
         return {
             **starts.room(site),
             "lora_dropout": site.dropout("lora_dropout"),
             f"lora_{view.infix}A": view.down(m, c.r, **site.kwargs),
             f"lora_{view.infix}B": view.up(m, c.r, bias, **site.kwargs),
+            **(beside if bias and view.infix else {}),
             "r": c.r,
             "lora_alpha": c.lora_alpha,
             "scaling": c.lora_alpha / root,
@@ -72,6 +74,11 @@ class LoRA(LowRank):
 
     def tie(self, p: Adapter, other: Adapter) -> None:
         """(B A)' = A' B': the embedding's factors, transposed, the same numbers in memory."""
+        if p.lora_bias:
+            raise ValueError(
+                f"lora_bias=True has no meaning for {p.path!r}, a layer that is tied to an embedding: the bias of one is "
+                "no bias of the other. Set lora_bias=False, or ensure_weight_tying=False."
+            )
         p.lora_A._parameters["weight"] = nn.Parameter(other.lora_embedding_B.detach().mT)
         p.lora_B._parameters["weight"] = nn.Parameter(other.lora_embedding_A.detach().mT)
 
@@ -82,15 +89,17 @@ class LoRA(LowRank):
         if not stays and inner.layer.original_weight_device().type != "meta":
             self.derive(p, inner)
 
-    def own_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        """(A, B) as trained and saved."""
-        view, m = p.layer.view, p.layer.get_base_layer()
+    def own_factors(self, p: Adapter, blocks: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor]:
+        """(A, B) as trained and saved; factors of several blocks are block diagonal."""
+        view = p.layer.view
         if view.infix:
-            return view.A(m, p.held("lora_embedding_A")), view.B(m, p.held("lora_embedding_B"))
-        A, B = p.held("lora_A"), p.held("lora_B")
-        if view.dense:
-            return A.weight, B.weight
-        return view.A(m, A.weight), view.B(m, B.weight)
+            A, B = p.held("lora_embedding_A"), p.held("lora_embedding_B")
+        else:
+            A, B = p.held("lora_A").weight, p.held("lora_B").weight
+        if view.dense and blocks == (1, 1):
+            return A, B
+        m = p.layer.get_base_layer()
+        return view.A(m, A, blocks[0]), view.B(m, B, blocks[1])
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         A, B = self.own_factors(p)
@@ -113,6 +122,10 @@ class LoRA(LowRank):
     def fitted(self, p: Adapter, key: str, value: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         return room.padded(p, key, value, shape)
 
+    def rest(self, p: Adapter) -> None:
+        if p.subtracts:
+            room.fill(p, *self.first_factors(p))
+
     def roomy(self, p: Adapter, rank: int) -> dict[str, Tensor]:
         return room.widened(p, rank)
 
@@ -123,7 +136,9 @@ class LoRA(LowRank):
         return room.fits(p, key, shape)
 
     def up_bias(self, p: Adapter) -> Tensor | None:
-        return p.held("lora_B").bias if p.__dict__["lora_bias"] else None
+        if not p.__dict__["lora_bias"]:
+            return None
+        return p.held("lora_embedding_bias") if p.layer.view.infix else p.held("lora_B").bias  # type: ignore[no-any-return]
 
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("lora_dropout")
@@ -172,6 +187,8 @@ class LoRA(LowRank):
 
 class InTraining(LoRA):
     """A LoRA whose training takes another way, stated by `onto`."""
+
+    direct = False
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         if p.layer.training:

@@ -5,6 +5,7 @@ A zero row of A beside any column of B adds nothing. Files hold the factors with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,18 @@ def padded(p: Adapter, key: str, value: Tensor, shape: Sequence[int]) -> Tensor 
     return full
 
 
+def fill(p: Adapter, A: Tensor, B: Tensor) -> None:
+    """Write (..., r, I) and (..., O, r) into an adapter's factors, which may have more room."""
+    view, base = p.layer.view, p.layer.get_base_layer()
+    values = dict(zip((0, 1), view.held(base, A, B), strict=True))
+    for slot in p.layer.slots(p.name):
+        axis, _ = _axis(p, slot.key)
+        if axis is not None:
+            shape = list(slot.tensor.shape)
+            value = values[axis].reshape([*shape[:axis], -1, *shape[axis + 1 :]])
+            slot.tensor.copy_(value if value.shape == slot.tensor.shape else padded(p, slot.key, value, shape))
+
+
 def cut(p: Adapter, key: str, value: Tensor) -> Tensor:
     """A factor without its padding."""
     axis, blocks = _axis(p, key)
@@ -52,20 +65,28 @@ def fits(p: Adapter, key: str, shape: tuple[int, ...]) -> bool:
 
 
 def wanted(p: Adapter, axis: int, rank: int) -> int:
-    """The size of the rank's axis for a rank: that of A for each expert, of B for each expert, but not each group."""
+    """The size of the rank's axis for a rank: that of A for each expert, of B for each expert, but not each block."""
     view, base = p.layer.view, p.layer.get_base_layer()
     experts = view.shape(base)[0] if len(view.shape(base)) > 2 else 1
-    return rank * experts // (view.groups(base) if axis else 1)
+    return rank * experts // (_blocks(p)[1] if axis else 1)
+
+
+def _blocks(p: Adapter) -> tuple[int, int]:
+    """Into how many blocks the ranks fall, and how many of them share the columns of B as it is held."""
+    groups = p.layer.view.groups(p.layer.get_base_layer())
+    side, n = p.__dict__.get("blocked"), p.__dict__.get("blocks", 1)
+    n = math.lcm(groups, n) if side else groups
+    return n, n if side == "B" else groups
 
 
 def _axis(p: Adapter, key: str) -> tuple[int | None, int]:
-    """(the rank's axis of a tensor, into how many blocks it falls: groups or experts follow each other in A)."""
+    """(the rank's axis of a tensor, into how many blocks it falls: those of ranks, and experts in A, follow each other)."""
+    n, shared = _blocks(p)
     name = key.removesuffix(".weight").removeprefix("lora_").removeprefix("embedding_")
     if name == "B":
-        return 1, 1
-    view, base = p.layer.view, p.layer.get_base_layer()
-    lead = view.shape(base)[0] if len(view.shape(base)) > 2 else view.groups(base)
-    return (0, int(lead)) if name == "A" else (None, 1)
+        return 1, n // shared
+    shape = p.layer.view.shape(p.layer.get_base_layer())
+    return (0, n * int(shape[0] if len(shape) > 2 else 1)) if name == "A" else (None, 1)
 
 
 def widened(p: Adapter, target: int) -> dict[str, Tensor]:
@@ -78,11 +99,11 @@ def widened(p: Adapter, target: int) -> dict[str, Tensor]:
         axis, _ = _axis(p, slot.key)
         if axis is None:
             continue
-        groups = p.layer.view.groups(p.layer.get_base_layer())
-        if target % groups:
+        n, _ = _blocks(p)
+        if target % n:
             raise ValueError(
-                f"target_rank={target} is not a multiple of the {groups} groups of {p.path!r}. "
-                f"Use {-(-target // groups) * groups}."
+                f"target_rank={target} is not a multiple of the {n} groups or blocks of {p.path!r}. "
+                f"Use {-(-target // n) * n}."
             )
         if p.r > target:
             raise ValueError(f"The adapter {p.name!r} has rank {p.r} at {p.path!r}, more than target_rank={target}.")
