@@ -16,16 +16,17 @@ from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
 from .replicate import check_repeated, replicate
 from .shared import SharedTensors
-from .targets import settings, walk
-from .tie import Place, aliases, innermost, places, tied_modules
+from .targets import settings
+from .tie import Place, innermost, places, tied_modules
 from .tokens import TokenRows, TrainableTokensWrapper
+from .whole import Placing
 from .wrappers import ModulesToSaveWrapper
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
-class Injection:
+class Injection(Placing):
     """One adapter on its way into a model.
 
     Arguments:
@@ -79,7 +80,9 @@ class Injection:
             else:
                 self._place(target.path, target.parameter)
         self._tied_adapters(plan)
-        self._whole_modules(plan)
+        self.whole_modules(plan.modules_to_save or ())
+        for path in plan.modules_to_tie:
+            self._wrap_tied(path, plan.embedding)
         self._tokens(plan)
         for layer in self.placed:
             layer.set_requires_grad(self.name, False)
@@ -89,32 +92,6 @@ class Injection:
         self._biases()
         self._stored_layout()
         self._note(plan)
-
-    # ---- places ------------------------------------------------------------------------------------------------
-
-    def get(self, path: str) -> tuple[nn.Module | None, str, Any]:
-        """(parent, name of the child, child) of a path; the parent of the model itself is None."""
-        if not path:
-            return None, "", self.model
-        parent_path, _, leaf = path.rpartition(".")
-        parent = self.model.get_submodule(parent_path) if parent_path else self.model
-        return parent, leaf, parent._modules[leaf]
-
-    def put(self, parent: nn.Module | None, leaf: str, module: nn.Module, instead_of: nn.Module) -> None:
-        """Put a module in a place, and in every other that holds the same module; remember what stood there."""
-        found = self.places.pop(id(instead_of), None)
-        if found is not None:
-            self.places[id(module)] = found
-
-        def swap(new: nn.Module) -> None:
-            if parent is None:
-                self.model = self.tuner._modules["model"] = new
-                return
-            for owner, name in found or [(parent, leaf)]:
-                owner._modules[name] = new
-
-        swap(module)
-        self.undo.append(lambda: swap(instead_of))
 
     def _share(self, plan: Any) -> None:
         """Make what all layers of the adapter share, and file it in the tuner."""
@@ -141,22 +118,6 @@ class Injection:
             for name in view.read_children if t.parameter is None else ():
                 child = innermost(base.get_submodule(name))
                 yield views.view_of(child).shape(child)
-
-    def _freeze(self) -> None:
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-
-        def put(flag: bool) -> None:
-            for p in trainable:
-                p.requires_grad = flag  # requires_grad_ is not for weights that have no shape yet
-
-        put(False)
-        self.undo.append(lambda: put(True))
-
-    def _named(self) -> tuple[list[tuple[str, nn.Module]], dict[str, list[str]]]:
-        """Path and module of the model as it is now; further paths of modules that stand at several places."""
-        again: list[tuple[str, nn.Module]] = []
-        modules = list(walk(self.model, again))
-        return modules, aliases(modules, again)
 
     # ---- targets -----------------------------------------------------------------------------------------------
 
@@ -226,39 +187,6 @@ class Injection:
                 continue
             for own, other in zip(layer.slots(self.name), source.slots(self.name), strict=True):
                 own.owner._parameters[own.attr] = other.owner._parameters[other.attr]
-
-    # ---- whole modules -----------------------------------------------------------------------------------------
-
-    def _whole_modules(self, plan: Any) -> None:
-        """Wrap the modules that `modules_to_save` selects: every module whose full name ends with an entry."""
-        entries = plan.modules_to_save or []
-        wrapped: list[str] = []
-        modules, others = self._named() if entries else ([], {})
-        for path, module in modules:
-            selected = any(name.endswith(e) for name in (path, *others.get(path, ())) for e in entries)
-            if path and selected and not any(path.startswith(f"{w}.") for w in wrapped):
-                wrapped.append(path)
-                self._wrap(path, module)
-        for path in plan.modules_to_tie:
-            self._wrap_tied(path, plan.embedding)
-
-    def _wrap(self, path: str, module: nn.Module) -> ModulesToSaveWrapper:
-        parent, leaf, _ = self.get(path)
-        if isinstance(module, ModulesToSaveWrapper):
-            module.update(self.name)
-            wrapper = module
-            self.undo.append(lambda: wrapper.delete_adapter(self.name))
-        else:
-            wrapper = ModulesToSaveWrapper(module, self.name, self.tuner.call, path)
-            self.put(parent, leaf, wrapper, module)
-        wrapper.set_requires_grad(self.name, False)
-        return wrapper
-
-    def _wrap_tied(self, path: str, source: str) -> None:
-        """The tied module's copy holds the weight of the embedding's copy."""
-        weight = self.get(source)[2].adapters[self.name].weight
-        wrapper = self._wrap(path, self.get(path)[2])
-        wrapper.adapters[self.name].weight = weight
 
     # ---- tokens ------------------------------------------------------------------------------------------------
 

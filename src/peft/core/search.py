@@ -14,7 +14,7 @@ from . import views
 from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from .pattern import Selector, compiled
 from .plan import Plan, Target
-from .tie import aliases, innermost
+from .tie import aliases, innermost, inside
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,9 +58,10 @@ def walk(model: nn.Module, again: list[tuple[str, nn.Module]] | None = None) -> 
             continue
         seen.add(id(module))
         yield path, module
-        if module._modules and _kind(type(module)) not in ("aux", "tuner"):
+        inner = inside(module)
+        if inner._modules and _kind(type(inner)) not in ("aux", "tuner"):
             prefix = path + "." if path else ""
-            children = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
+            children = [(prefix + name, child) for name, child in inner._modules.items() if child is not None]
             stack.extend(reversed(children))
 
 

@@ -52,6 +52,13 @@ def aliases(modules: list[tuple[str, nn.Module]], again: list[tuple[str, nn.Modu
     return found
 
 
+def inside(module: Any) -> Any:
+    """The module itself, or the one below a wrapper that names leave out."""
+    while getattr(type(module), "unnamed", False):
+        module = module._modules[module._below[0]]
+    return module
+
+
 def innermost(module: Any) -> Any:
     """The module of the model itself, below tuner layers and wrappers of trained copies."""
     while True:

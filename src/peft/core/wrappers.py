@@ -21,6 +21,8 @@ _BY_ROWS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class AuxiliaryTrainingWrapper(AdapterHost):
     """What stands in place of a module that is trained beside a method."""
 
+    unnamed: ClassVar[bool] = False  # names of modules below it, in configurations and files, leave it out
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
