@@ -1,0 +1,149 @@
+"""Lily: low-rank updates whose factors layers share, and a router in each layer that mixes the shared experts.
+
+    y = W x + b + s B' h,   h = A x,   B = sum over e of p_e B_e,   p = the mean over all inputs of softmax(G h)
+
+A (r, in) is shared by `stride_A` layers that follow each other; the experts B_e (r, out) by all layers of one kind
+(the same target's name and shapes); the router G (experts, r) is a layer's own. The mean is over all positions of the
+samples that run the adapter together. B starts at zero, so training starts at the base model. The update depends on
+the input, so nothing is merged, and modules that read their weights (attention, parameters) cannot have one. Source:
+Zhong et al. 2024, arXiv 2407.09946. Different from the peer: an adapter that is added later shares, too; Conv1D,
+convolutions and embeddings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..config import describe
+from ..core.draw import kaiming
+from ..core.layer import BaseTunerLayer, name_layers
+from ..core.method import Delta, Site
+from ..core.place import Injection
+from ..core.scale import ScaledLayer
+from ..core.stack import Adapter, Stack
+from ..core.tuner import BaseTuner
+from ..core.views import linear_module
+from ..target_config import TargetConfig, number
+
+HOMES = ("lily_A", "lily_B", "lily_router")
+
+
+@dataclass
+class LilyConfig(TargetConfig):
+    """The configuration of Lily."""
+
+    kind = "LILY"
+    added = frozenset({"bias"})
+    ranks = ("r", "stride_A")
+    r: int = field(default=32, metadata=describe("Rank."))
+    stride_A: int = field(default=1, metadata=describe("How many layers in a row share A."))
+    num_B: int = field(default=2, metadata=describe("Experts that the layers of one kind share; at least 2."))
+    scaling: float = field(default=1.0, metadata=describe("The update is multiplied by it."))
+    init_weights: bool = field(default=True, metadata=describe("Start at the base model; else B is random, too."))
+
+    def check(self) -> None:
+        """Numbers."""
+        number("scaling", self.scaling)
+        if self.num_B < 2:
+            raise ValueError(f"num_B={self.num_B} leaves the router nothing to choose. Use at least 2.")
+
+
+class Lily(Delta):
+    """y = W x + b + s B' h."""
+
+    additive = False
+    mergeable = False
+
+    def build(self, site: Site) -> dict[str, Any]:
+        c = site.settings
+        if not site.view.activations or (site.layer is not None and site.layer._read):
+            raise ValueError(
+                f"{site.path!r} cannot have a Lily adapter: its module reads the weight, and Lily's update depends on "
+                "the layer's input. Leave it out (`exclude_modules`), or use another method for it."
+            )
+        out, inp = site.view.shape(site.module)
+        return {
+            "lily_A": linear_module(inp, c.r, **site.kwargs),
+            "lily_B": linear_module(out, c.num_B * c.r, **site.kwargs),
+            "lily_router": linear_module(c.r, c.num_B, **site.kwargs),
+            "r": c.r,
+            "scaling": c.scaling,
+            "stride_A": c.stride_A,
+            "num_B": c.num_B,
+        }
+
+    def init(self, p: Adapter, inner: Stack) -> None:
+        for name in HOMES:
+            kaiming(getattr(p, name).weight)
+        if p.settings.init_weights:
+            p.lily_B.weight.zero_()
+
+    def refuse_merge(self, p: Adapter) -> NoReturn:
+        raise NotImplementedError(
+            f"The adapter {p.name!r} at {p.path!r} mixes its experts as the input has it (Lily), so no weight holds it "
+            "and it cannot be merged. Keep it apart."
+        )
+
+    def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        self.refuse_merge(p)
+
+    def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
+        A, experts, G = (p.held(name).weight for name in HOMES)
+        groups = inner.view.groups(inner.base)
+        axis = -inner.spread(A.new_empty(1)).dim()  # of the features
+        h = inner.linear(x, A.repeat(groups, 1) if groups > 1 else A)
+        each = h.movedim(axis, -1).unflatten(-1, (groups, -1))  # every group's rows see features of their own
+        p_e = (each @ G.mT).softmax(-1).flatten(0, -2).mean(0)
+        B = torch.einsum("e,ero->or", p_e, experts.unflatten(0, (p.num_B, -1)))
+        B = torch.block_diag(*B.unflatten(0, (groups, -1))) if groups > 1 else B
+        return (y + inner.view.rows(h, B) * p.scaling).to(y.dtype)
+
+
+class Sharing(Injection):
+    """Puts the layers' factors together once all are placed."""
+
+    def _tied_adapters(self, plan: Any) -> None:
+        super()._tied_adapters(plan)
+        kinds: dict[Any, list[BaseTunerLayer]] = {}
+        for layer in self.placed:
+            p = layer.adapters[self.name]
+            shapes = tuple(getattr(p, name).weight.shape for name in HOMES)
+            kinds.setdefault((suffix(p.path, self.config.target_modules), shapes, p.stride_A), []).append(layer)
+        for alike in kinds.values():
+            for i, layer in enumerate(alike):
+                stride = layer.adapters[self.name].stride_A
+                for home, source in (("lily_A", alike[i - i % stride]), ("lily_B", alike[0])):
+                    layer._modules[home]._modules[self.name] = source._modules[home]._modules[self.name]  # type: ignore
+
+
+def suffix(path: str, targets: Any) -> str:
+    """The target's name by which a path is selected; its last part, where targets are no list of names."""
+    names = () if targets is None or isinstance(targets, str) else targets
+    found = [name for name in names if f".{path}".endswith(f".{name}")]
+    return max(found, key=len, default=path.rpartition(".")[2])
+
+
+class LilyLayer(ScaledLayer):
+    """A target under Lily adapters."""
+
+    family = "lily"
+    adapter_layer_names = HOMES
+    other_param_names = ("r", "scaling", "stride_A", "num_B")
+    _home_order = HOMES
+
+    def natural_scaling(self, adapter: str) -> float:
+        """The configuration's `scaling`."""
+        return float(self.adapters[adapter].settings.scaling)
+
+
+class LilyModel(BaseTuner):
+    """Lily adapters on a model."""
+
+    prefix = "lily_"
+    layer_classes = name_layers(LilyLayer, globals())
+    method: ClassVar[Lily] = Lily()
+    injection = Sharing
