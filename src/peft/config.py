@@ -218,6 +218,12 @@ class PeftConfigMixin:
         known = cls._known()
         values = cls.check_kwargs(**values)
         unknown = [k for k in values if k not in known]
+        if wanted := sorted(k for k in unknown if _changes_the_result(k, values[k])):
+            raise ValueError(
+                f"{origin} sets {', '.join(f'{k}={values[k]!r}{nearest(k, known)}' for k in wanted)}, which this version "
+                f"of {cls.__name__} does not know. The adapter would compute something else without it: use a version "
+                "that knows it, or take the field out of the file if it is of no account."
+            )
         if unknown:
             hints = "; ".join(f"{k!r}{nearest(k, known)}" for k in sorted(unknown))
             report(
@@ -278,6 +284,15 @@ class PromptLearningConfig(PeftConfig):
     def is_prompt_learning(self) -> bool:
         """True: these methods train virtual tokens."""
         return True
+
+
+def _changes_the_result(name: str, value: Any) -> bool:
+    """Whether an unknown field switches something on that changes what an adapter computes.
+
+    Such fields have had names of a few forms: `use_dora`, `kasa_config`, `rank_pattern`, `lora_bias`; `enable_lora`
+    (releases before 0.3) left some rows of the weight out.
+    """
+    return bool(value) and (name.startswith("use_") or name.endswith(("_config", "_pattern", "_bias", "enable_lora")))
 
 
 def _plain(value: Any) -> Any:

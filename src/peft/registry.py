@@ -87,6 +87,9 @@ METHODS: dict[PeftType, Method] = {
     PeftType.HIRA: Method("peft.methods.hira:HiraConfig", "peft.methods.hira:HiraModel", "hira_", True),
     PeftType.PVERA: Method("peft.methods.pvera:PveraConfig", "peft.methods.pvera:PveraModel", "pvera_lambda_"),
     PeftType.UNILORA: Method("peft.methods.unilora:UniLoraConfig", "peft.methods.unilora:UniLoraModel", "unilora_"),
+    PeftType.TINYLORA: Method(
+        "peft.methods.tinylora:TinyLoraConfig", "peft.methods.tinylora:TinyLoraModel", "tinylora_"
+    ),
     PeftType.TRAINABLE_TOKENS: Method(
         "peft.methods.trainable_tokens:TrainableTokensConfig",
         "peft.methods.trainable_tokens:TrainableTokensModel",
@@ -117,6 +120,9 @@ def exports() -> dict[str, str]:
     return found
 
 
+OLDER = {"BONE": PeftType.MISS}  # names of methods in files of older releases
+
+
 class MissingMethodError(NotImplementedError, ImportError):
     """The method exists, but not in this release."""
 
@@ -127,6 +133,7 @@ def lookup(peft_type: str | PeftType) -> Method:
     Raises ValueError if there is no such method, `MissingMethodError` if this release lacks it.
     """
     names = [t.value for t in PeftType]
+    peft_type = OLDER.get(peft_type, peft_type)
     if peft_type not in names:
         raise ValueError(
             f"peft_type is {peft_type!r}, which is no known method.{nearest(str(peft_type), names)} Use one of "

@@ -22,6 +22,7 @@ from .fill import fill
 from .hub import fetch
 from .layer import tuner_layers
 from .parts import joined, repeated, split, written
+from .renames import found_again, of_now
 
 __all__ = [
     "adapter_config",
@@ -99,7 +100,8 @@ def set_peft_model_state_dict(
     config = adapter_config(root, adapter_name)
     entries = entries_of(root, config, adapter_name)
     _refuse_merged(root, adapter_name)
-    state = joined(entries, fused(root, peft_model_state_dict))
+    state = of_now(config, fused(root, peft_model_state_dict))
+    state = joined(entries, found_again(root, entries, state))
     beside = root.__dict__.get("prompts")
     state, write = (state, None) if beside is None else beside.take(state, adapter_name)
     elsewhere = write is not None

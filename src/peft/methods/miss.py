@@ -149,7 +149,7 @@ class MissLayer(ScaledLayer):
 class MissModel(AdditiveModel):
     """MiSS adapters on a model."""
 
-    prefix = "miss_"
+    prefix, older_names = "miss_", {"bone_block": "miss_block"}
     layer_classes = name_layers(MissLayer, globals(), "Miss")
     method: ClassVar[MiSS] = MiSS()
     bat: ClassVar[Bat] = Bat()

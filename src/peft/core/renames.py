@@ -1,0 +1,185 @@
+"""Checkpoints whose modules have been renamed since: found again by suffix and shape, where the match is unique.
+
+transformers moves modules between releases (`language_model.model.layers` becomes `model.language_model.layers`), and
+an adapter of a text model may be put on a model of text and images. A key without a place is then taken to a place
+without a tensor if all of this holds; otherwise it stays unexpected, and is reported:
+
+- there is no module of the key's path, so it cannot mean another place;
+- path and place end in the same module, have the same numbers in the same order, and the tensor fits;
+- no other place has as long an ending in common with it, or every other one is ruled out by the next line;
+- the rename, read as a rule (what stands before, old part, new part), takes every key that it applies to to a place;
+- no two keys meet at one place.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..errors import PeftWarning
+from ..registry import PEFT_TYPE_TO_TUNER_MAPPING, tuner_class
+from .entries import PREFIX, Entry, plain
+
+Path = tuple[str, ...]
+
+
+class Rule(NamedTuple):
+    """A rename of modules: behind `before` (numbers are written "*"), `old` becomes `new`."""
+
+    before: Path
+    old: Path
+    new: Path
+
+    def of(self, path: Path) -> Path | None:
+        """Where a path is now; None if the rule says nothing about it."""
+        start = len(self.before)
+        if _open(path[:start]) != self.before or path[start : start + len(self.old)] != self.old:
+            return None
+        return path[:start] + self.new + path[start + len(self.old) :]
+
+    def __str__(self) -> str:
+        return f"{'.'.join(self.before + self.old)!r} is now {'.'.join(self.before + self.new)!r}"
+
+
+class Key(NamedTuple):
+    """A key in a file: the path of a module, and what follows it ("" if no place has such a tensor)."""
+
+    name: str
+    path: Path
+    part: str
+    shape: tuple[int, ...]
+
+
+def found_again(root: nn.Module, entries: list[Entry], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The checkpoint under the names that the model has now; warns and names the rules if there are any.
+
+    Arguments:
+        root: the model that the entries' names are relative to.
+        entries: the adapter's places.
+        state: checkpoint key -> tensor.
+    """
+    places = {(path, part): e for e in entries for path, part in [_split(e)]}
+    known = {_bare(plain(e.key)) for e in entries} | {_bare(plain(e.live)) for e in entries}
+    free = {place: e for place, e in places.items() if _join(*place) not in {_bare(plain(k)) for k in state}}
+    left = [k for k in state if _bare(plain(k)) not in known] if free else []
+    if not left:
+        return state
+    new = _proved(root, [_read(k, state[k], {part for _, part in places}) for k in left], free)
+    if not new:
+        return state
+    rules = dict.fromkeys(str(rule) for rule in new.values())
+    warnings.warn(
+        f"The checkpoint was made for other names of modules: {'; '.join(rules)}. Each of their tensors has "
+        "found its one place by its ending and its shape. Save the adapter again to have the new names in the file.",
+        PeftWarning,
+        stacklevel=5,
+    )
+    return {_apply(new[k], k) if k in new else k: v for k, v in state.items()}
+
+
+def of_now(config: Any, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The checkpoint with the names that its method gives its tensors now; older releases may have had others."""
+    kind: Any = getattr(config, "peft_type", None)
+    old: dict[str, str] = getattr(tuner_class(kind), "older_names", {}) if kind in PEFT_TYPE_TO_TUNER_MAPPING else {}
+    if not old:
+        return state
+    return {".".join([*path, old.get(last, last)]): v for k, v in state.items() for *path, last in [k.split(".")]}
+
+
+# ---- finding the rules ---------------------------------------------------------------------------------------------
+
+
+def _proved(root: nn.Module, keys: list[Key], free: Mapping[tuple[Path, str], Entry]) -> dict[str, Rule]:
+    """{key: the rule that takes it to its place without a doubt}."""
+    modules = {tuple(_bare(plain(name)).split(".")) for name, _ in root.named_modules()}
+    keys = [key for key in keys if key.path and key.path not in modules]
+    by_end: dict[tuple[str, Path, str], list[Path]] = defaultdict(list)
+    for path, part in free:
+        by_end[path[-1] if path else "", _numbers(path), part].append(path)
+    rules: dict[Rule, bool] = {}
+
+    def holds(rule: Rule) -> bool:
+        if rule not in rules:
+            ends = [(key, path) for key in keys for path in [rule.of(key.path)] if path is not None]
+            rules[rule] = all(_fits(key, free.get((path, key.part))) for key, path in ends if key.part)
+        return rules[rule]
+
+    chosen: dict[Key, Rule] = {}
+    for key in keys:
+        candidates = by_end.get((key.path[-1], _numbers(key.path), key.part), ())
+        found = [p for p in candidates if _fits(key, free[p, key.part])]
+        best = max((_common(key.path, p) for p in found), default=0)
+        sure = [rule for p in found if _common(key.path, p) == best for rule in [_rule(key.path, p)] if holds(rule)]
+        if len(sure) == 1:
+            chosen[key] = sure[0]
+    met = Counter((rule.of(key.path), key.part) for key, rule in chosen.items())
+    doubtful = {rule for key, rule in chosen.items() if met[rule.of(key.path), key.part] > 1}
+    return {key.name: rule for key, rule in chosen.items() if rule not in doubtful}
+
+
+def _rule(old: Path, new: Path) -> Rule:
+    """The rule that takes one path to another: what they do not have in common at the front and at the end."""
+    end = _common(old, new)
+    a, b = old[: len(old) - end], new[: len(new) - end]
+    front = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return Rule(_open(a[:front]), a[front:], b[front:])
+
+
+def _common(a: Path, b: Path) -> int:
+    """How many names two paths have in common at the end."""
+    count = 0
+    for x, y in zip(reversed(a), reversed(b), strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
+
+
+def _fits(key: Key, entry: Entry | None) -> bool:
+    if entry is None:
+        return False
+    p = entry.adapter
+    return tuple(entry.tensor.shape) == key.shape or (p is not None and p.method.takes(p, entry.part, key.shape))
+
+
+def _apply(rule: Rule, key: str) -> str:
+    prefix = PREFIX if key.startswith(PREFIX) else ""
+    return prefix + ".".join(rule.of(tuple(_bare(plain(key)).split("."))) or ())
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def _split(entry: Entry) -> tuple[Path, str]:
+    """The path of the module that a place belongs to, and the rest of its key."""
+    key = _bare(plain(entry.key))
+    part = entry.part or entry.attr
+    return tuple(filter(None, key.removesuffix(part).rstrip(".").split("."))), part
+
+
+def _read(key: str, value: Tensor, parts: set[str]) -> Key:
+    """A key of a file, taken apart where one of the model's tensors would begin."""
+    name = _bare(plain(key))
+    part = max((p for p in parts if name.endswith(f".{p}")), key=len, default="")
+    path = name.removesuffix(f".{part}") if part else ""
+    return Key(key, tuple(filter(None, path.split("."))), part, tuple(value.shape))
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(PREFIX)
+
+
+def _join(path: Path, part: str) -> str:
+    return ".".join([*path, part])
+
+
+def _numbers(path: Path) -> Path:
+    return tuple(name for name in path if name.isdigit())
+
+
+def _open(path: Path) -> Path:
+    return tuple("*" if name.isdigit() else name for name in path)
