@@ -6,7 +6,7 @@ without building W'. The families below write the shortcut once. The conformance
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,7 @@ from ..kernels import lowrank
 from .views import LinearView
 
 if TYPE_CHECKING:
-    from .shared import Shared, SharedTensors
+    from .shared import Shared, SharedTensors, Sight
     from .stack import Adapter, Stack
 
 
@@ -32,11 +32,18 @@ class Site:
     dtype: torch.dtype
     device: torch.device
     shared: dict[str, SharedTensors] = field(default_factory=dict)
+    layer: Any = None  # the tuner layer around it, where there is one yet
 
     @property
     def kwargs(self) -> dict[str, Any]:
         """dtype and device for tensor constructors."""
         return {"dtype": self.dtype, "device": self.device}
+
+    def original(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(W, b) of the base without any merged adapter."""
+        if self.layer is None:
+            return self.view.read(self.module), self.view.bias(self.module)
+        return self.layer.original_weight(), self.layer.original_bias()
 
     def dropout(self, argument: str) -> nn.Module:
         """The dropout of the adapter's input, at the rate of the setting `argument`; refused where it has no input."""
@@ -52,6 +59,7 @@ class Method:
 
     additive = False  # W' - W does not depend on the other adapters: any order gives the same weight
     mergeable = True
+    by_task = False  # W' is another one for each task of a batch's samples
     by_rows = True  # some out-features of W' can be computed from the same ones of W
     # tensors in which W' is affine, all else of an adapter being the same, with the values at which W' is W
     linear: ClassVar[Mapping[str, float]] = {}
@@ -69,6 +77,10 @@ class Method:
             known: what the first adapter of the method shares already.
         """
         return {}
+
+    def shared_by(self, settings: Any, targets: Iterable[Sight], known: dict[str, Tensor]) -> dict[str, Shared]:
+        """The same for a method that looks at the targets' weights, too; `shared` is asked otherwise."""
+        return self.shared(settings, (t.shape for t in targets), known)
 
     def build(self, site: Site) -> dict[str, Any]:
         """The tensors of one target under their checkpoint names (modules or parameters), and plain values."""
@@ -147,6 +159,9 @@ class Method:
         """A tensor of another size as one of `shape` that does the same; None where there is none."""
         return None
 
+    def rest(self, p: Adapter) -> None:
+        """Make of an adapter whose tensors are zeros, and derived ones in place, one that leaves its layer as it is."""
+
     def roomy(self, p: Adapter, rank: int) -> dict[str, Tensor]:
         """The tensors, by key, that get room for adapters up to a rank; raises ValueError if that cannot be."""
         return {}
@@ -213,8 +228,9 @@ class LowRank(Delta):
     """W' = W + scaling * B A, with B (..., O, r) and A (..., r, I)."""
 
     times = 1.0  # what a merge multiplies the scaled product with
-    whole = False  # on a convolution with groups A reads all channels, as LoRA's does, so that B A is no kernel of it
     neutral_zeros = True  # an adapter whose tensors are all zero leaves the layer as it is
+    direct = True  # in training, too, B A x is computed as stated, so that a fused form may take its place
+    whole = False  # on a convolution with groups A reads all channels, as LoRA's does, so that B A is no kernel of it
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """(A, B)."""
