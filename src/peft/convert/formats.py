@@ -1,0 +1,12 @@
+"""The table of formats: a new one is a file beside this one, and a line here."""
+
+from __future__ import annotations
+
+from .diffusers import Diffusers
+from .folder import PeftFolder, PlainLora
+from .format import Format
+from .gguf import Gguf
+from .kohya import Kohya
+from .vllm import Vllm
+
+FORMATS: dict[str, Format] = {f.name: f for f in (PlainLora(), PeftFolder(), Kohya(), Diffusers(), Vllm(), Gguf())}
