@@ -62,11 +62,13 @@ def found_again(root: nn.Module, entries: list[Entry], state: Mapping[str, Tenso
         entries: the adapter's places.
         state: checkpoint key -> tensor.
     """
-    places = {(path, part): e for e in entries for path, part in [_split(e)]}
     known = {_bare(plain(e.key)) for e in entries} | {_bare(plain(e.live)) for e in entries}
-    free = {place: e for place, e in places.items() if _join(*place) not in {_bare(plain(k)) for k in state}}
-    left = [k for k in state if _bare(plain(k)) not in known] if free else []
-    if not left:
+    held = {k: _bare(plain(k)) for k in state}
+    left = [k for k, bare in held.items() if bare not in known]
+    taken = set(held.values())
+    places = {(path, part): e for e in entries for path, part in [_split(e)]} if left else {}
+    free = {place: e for place, e in places.items() if _join(*place) not in taken}
+    if not free:
         return state
     new = _proved(root, [_read(k, state[k], {part for _, part in places}) for k in left], free)
     if not new:
