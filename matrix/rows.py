@@ -108,7 +108,7 @@ ROWS: dict[str, Row] = {
     "hira": Row("HiraConfig", {"r": 4}),
     "pvera": Row("PveraConfig", {"r": 4}),
     "unilora": Row("UniLoraConfig", {"r": 4, "theta_d_length": 32}),
-    "tinylora": Row("TinyLoraConfig", {"r": 2, "u": 4}),
+    "tinylora": Row("TinyLoraConfig", {"r": 2, "u": 4}, pattern={"r": 3}),
     "psoft": Row("PsoftConfig", {"r": 4}),
     "glora": Row("GloraConfig", {"r": 4}),
     "deft": Row("DeftConfig", {"r": 4}),

@@ -105,6 +105,10 @@ from .methods.fourierft import (
     FourierFTConfig,
     FourierFTModel,
 )
+from .methods.glora import (
+    GloraConfig,
+    GloraModel,
+)
 from .methods.gralora import (
     GraloraConfig,
     GraloraModel,
@@ -120,6 +124,10 @@ from .methods.hra import (
 from .methods.ia3 import (
     IA3Config,
     IA3Model,
+)
+from .methods.lily import (
+    LilyConfig,
+    LilyModel,
 )
 from .methods.ln_tuning import (
     LNTuningConfig,
@@ -176,6 +184,10 @@ from .methods.p_tuning import (
     PromptEncoderConfig,
     PromptEncoderReparameterizationType,
 )
+from .methods.peanut import (
+    PeanutConfig,
+    PeanutModel,
+)
 from .methods.poly import (
     PolyConfig,
     PolyModel,
@@ -208,6 +220,10 @@ from .methods.road import (
 from .methods.shira import (
     ShiraConfig,
     ShiraModel,
+)
+from .methods.tinylora import (
+    TinyLoraConfig,
+    TinyLoraModel,
 )
 from .methods.trainable_tokens import (
     TrainableTokensConfig,
@@ -262,11 +278,6 @@ from .utils.other import (
 )
 
 __all__ = [
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "AdaLoraConfig",
     "AdaLoraModel",
     "AdaptionPromptConfig",
@@ -297,6 +308,8 @@ __all__ = [
     "EvaConfig",
     "FourierFTConfig",
     "FourierFTModel",
+    "GloraConfig",
+    "GloraModel",
     "GraloraConfig",
     "GraloraModel",
     "HRAConfig",
@@ -308,6 +321,8 @@ __all__ = [
     "KasaConfig",
     "LNTuningConfig",
     "LNTuningModel",
+    "LilyConfig",
+    "LilyModel",
     "LoHaConfig",
     "LoHaModel",
     "LoKrConfig",
@@ -317,6 +332,7 @@ __all__ = [
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "MissConfig",
     "MissModel",
     "MissingTensorsWarning",
@@ -327,6 +343,11 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "OFTConfig",
     "OFTModel",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "PeanutConfig",
+    "PeanutModel",
     "PeftConfig",
     "PeftError",
     "PeftMixedModel",
@@ -360,7 +381,10 @@ __all__ = [
     "RoadModel",
     "ShiraConfig",
     "ShiraModel",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "TaskType",
+    "TinyLoraConfig",
+    "TinyLoraModel",
     "TrainableTokensConfig",
     "TrainableTokensModel",
     "UnexpectedTensorsWarning",

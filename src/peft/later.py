@@ -29,8 +29,6 @@ NAMES = frozenset(
         "ShadowModel",
         "SupertuningConfig",
         "SupertuningModel",
-        "TinyLoraConfig",
-        "TinyLoraModel",
         "XLoraConfig",
         "XLoraModel",
         "_prepare_prompt_learning_config",

@@ -77,8 +77,7 @@ def test_two_active_adapters_get_the_gradients_of_the_definition(method, name):
     model, x = adapted(method, layout, names=("default", "other")), layout.x()
     model.base_model.set_adapter(["default", "other"])
     held = leaves(model)
-    prefix = METHODS[method].prefix
-    assert {n.split(prefix)[1].split(".")[1] for n in held} == {"default", "other"}
+    assert {w for n in held for w in n.split(".")} >= {"default", "other"}
     inputs = list(held.values())
     found = gradients(model(x), inputs)
     wanted = gradients(expected(model, method, layout, x, ("default", "other")), inputs)

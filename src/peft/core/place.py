@@ -15,7 +15,7 @@ from . import experts, views
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
 from .replicate import check_repeated, replicate
-from .shared import SharedTensors
+from .shared import SharedTensors, Sight, shared_home, shared_of
 from .targets import settings
 from .tie import Place, innermost, places, tied_modules
 from .tokens import TokenRows, TrainableTokensWrapper
@@ -95,18 +95,11 @@ class Injection(Placing):
 
     def _share(self, plan: Any) -> None:
         """Make what all layers of the adapter share, and file it in the tuner."""
-        homes = self.tuner._modules
-        known = {
-            k: next(iter(h._buffers.values())) for k, h in homes.items() if isinstance(h, SharedTensors) and h._buffers
-        }
-        made = self.kind.method_of(self.config).shared(self.config, self._shapes(plan), known)
+        known = {k: next(iter(h._buffers.values())) for k, h in shared_of(self.tuner) if h._buffers}
+        made = self.kind.method_of(self.config).shared_by(self.config, self._sights(plan), known)
         for key, new in made.items():
-            home = homes.get(key)
-            if home is None:
-                home = homes[key] = SharedTensors()
-                self.undo.append(partial(homes.pop, key))
-            else:
-                self.undo.append(partial(home.delete_adapter, self.name))
+            home = shared_home(self.tuner, key, self.undo)
+            self.undo.append(partial(home.delete_adapter, self.name))
             home.add(self.name, new, self.meta)
             self.shared[key] = home
 
@@ -157,7 +150,7 @@ class Injection(Placing):
         if not dtype.is_floating_point or (self.autocast and small):
             dtype = torch.float32
         device = torch.device("meta") if self.meta or weight is None else _device(base, weight)
-        return Site(base, layer.view, own, path, dtype, device, self.shared)
+        return Site(base, layer.view, own, path, dtype, device, self.shared, layer)
 
     def _module(self, path: str, base: nn.Module) -> None:
         """A target module: its matrix or matrices, and the child layers whose weights it reads."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .host import AdapterHost
 from .stack import Slot
+from .views import LinearView
 
 
 class Shared(NamedTuple):
@@ -17,6 +19,24 @@ class Shared(NamedTuple):
 
     tensor: Tensor
     saved: bool = True
+
+
+class Sight(NamedTuple):
+    """One target before the adapter is made: its path, module and view, and the tuner layer that stands there if any."""
+
+    path: str
+    module: nn.Module
+    view: LinearView
+    layer: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(..., O, I)."""
+        return self.view.shape(self.module)
+
+    def weight(self) -> Tensor:
+        """The base weight without any merged adapter, (..., O, I)."""
+        return self.view.read(self.module) if self.layer is None else self.layer.original_weight()
 
 
 class SharedTensors(AdapterHost):
@@ -70,6 +90,35 @@ class SharedTensors(AdapterHost):
     def __repr__(self) -> str:
         shapes = {n: tuple(self.tensor(n).shape) for n in sorted(self._get_available_adapters())}
         return f"SharedTensors({shapes})"
+
+
+class SharedGroup(nn.Module):
+    """Shared tensors whose names begin alike: `x.0` and `x.1` are the children "0" and "1" of the tuner's child `x`."""
+
+
+def shared_of(tuner: nn.Module) -> Iterator[tuple[str, SharedTensors]]:
+    """(name, tensors) of all that the layers of a tuner share."""
+    for name, child in tuner._modules.items():
+        if isinstance(child, SharedTensors):
+            yield name, child
+        elif isinstance(child, SharedGroup):
+            yield from ((f"{name}.{leaf}", home) for leaf, home in child._modules.items())  # type: ignore[misc]
+
+
+def shared_home(tuner: nn.Module, name: str, undo: list[Callable[[], Any]]) -> SharedTensors:
+    """Where a shared tensor of that name is filed, made if need be; `undo` receives what takes that back."""
+    group, _, leaf = name.rpartition(".")
+    homes: Any = tuner._modules
+    if group:
+        homes = _made(homes, group, SharedGroup, undo)._modules
+    return _made(homes, leaf, SharedTensors, undo)  # type: ignore[no-any-return]
+
+
+def _made(homes: Any, name: str, kind: type[nn.Module], undo: list[Callable[[], Any]]) -> Any:
+    if name not in homes:
+        homes[name] = kind()
+        undo.append(partial(homes.pop, name))
+    return homes[name]
 
 
 def drawn(

@@ -19,7 +19,7 @@ from .combined import Combined
 from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
 from .search import model_type
-from .shared import SharedTensors
+from .shared import shared_of
 from .switch import Switching, check_once
 from .targets import match
 from .wrappers import AuxiliaryTrainingWrapper
@@ -167,9 +167,7 @@ class BaseTuner(Switching, Combined, nn.Module):
         """(path, layer) of every tuner layer and wrapper."""
         yield from tuner_layers(self.model)
         yield from self.beside.items()
-        for key, home in self._modules.items():
-            if isinstance(home, SharedTensors):
-                yield key, home
+        yield from shared_of(self)
 
     # ---- merge -------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ from ..errors import PeftWarning
 from ..target_config import choice, number, probability
 from .additive import AdditiveConfig, AdditiveModel
 
+NOTED = ("r", "psoft_alpha", "ab_svd_init", "psoft_svd", "psoft_svd_lowrank_niter", "random_seed")  # as A and B are
+
 
 @dataclass
 class PsoftConfig(AdditiveConfig):
@@ -62,7 +64,7 @@ class PsoftConfig(AdditiveConfig):
         probability("psoft_dropout", self.psoft_dropout)
         number("psoft_alpha", self.psoft_alpha)
         eps = self.cayley_neumann_eps
-        if eps is not None and not 0 < eps < 1:
+        if not 0 < (0.5 if eps is None else eps) < 1:
             raise ValueError(f"cayley_neumann_eps={eps} must lie between 0 and 1, or be None for no limit.")
         if eps is not None and not self.use_cayley_neumann:
             text = "cayley_neumann_eps has no effect without the series. Set use_cayley_neumann=True, or leave it out."
@@ -90,10 +92,10 @@ class PSOFT(LowRank):
         c = site.settings
         *lead, out, inp = site.view.shape(site.module)
         if c.r > min(out, inp):
-            most = f"the {min(out, inp)} directions of the weight of {site.path!r}"
-            raise ValueError(f"r={c.r} is more than {most}. Lower r, or give this layer its own with module_config.")
-        R = OrthLayer(c, c.r, *lead, **site.kwargs)
-        return {"psoft_dropout": site.dropout("psoft_dropout"), "psoft_R": R, "r": c.r, "psoft_alpha": c.psoft_alpha}
+            least = f"the {min(out, inp)} directions of the weight of {site.path!r}"
+            raise ValueError(f"r={c.r} is more than {least}. Lower r, for this layer alone by module_config.")
+        R, noted = OrthLayer(c, c.r, *lead, **site.kwargs), {name: getattr(c, name) for name in NOTED}
+        return {"psoft_dropout": site.dropout("psoft_dropout"), "psoft_R": R, **noted}
 
     def init(self, p: Adapter, inner: Stack) -> None:
         weight = p.psoft_R.weight
@@ -111,13 +113,12 @@ class PSOFT(LowRank):
             with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
                 torch.manual_seed(c.random_seed)
                 U, S, V = torch.svd_lowrank(W, q=p.r, niter=c.psoft_svd_lowrank_niter)
-            Vh = V.mT
+                Vh = V.mT
         U, S, Vh = U[..., : p.r], S[..., : p.r], Vh[..., : p.r, :]
         down, up = (S.sqrt(), S.sqrt()) if c.ab_svd_init == "pissa_init" else (torch.ones_like(S), S)
         p.layer.keep(p, "psoft_A", (down[..., None] * Vh).to(dtype).contiguous())
         p.layer.keep(p, "psoft_B", (U * up[..., None, :]).to(dtype).contiguous())
 
-    @torch.no_grad()
     def follow_base(self, p: Adapter, inner: Stack) -> None:
         if inner.layer.original_weight_device().type != "meta":
             self.derive(p, inner)
@@ -125,7 +126,7 @@ class PSOFT(LowRank):
     def rotation(self, p: Adapter) -> Tensor:
         """R, (..., r, r)."""
         c, held = p.settings, p.held("psoft_R")
-        C = held.weight
+        C: Tensor = held.weight
         if c.psoft_orth:
             Q = skew(C, p.r)
             if c.cayley_neumann_eps is not None and c.use_cayley_neumann:
@@ -147,7 +148,7 @@ class PsoftLayer(BaseTunerLayer):
 
     family = "psoft"
     adapter_layer_names = ("psoft_R",)
-    other_param_names = ("r", "psoft_alpha", "psoft_dropout")
+    other_param_names = (*NOTED, "psoft_dropout")
     _home_order = ("psoft_dropout", "psoft_R")
 
 

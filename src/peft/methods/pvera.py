@@ -96,5 +96,6 @@ class PveraModel(AdditiveModel):
     """PVeRA adapters on a model."""
 
     prefix = "pvera_lambda_"
+    uses_shared_state = True
     layer_classes = name_layers(PveraLayer, globals())
     method: ClassVar[PVeRA] = PVeRA()

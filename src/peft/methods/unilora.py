@@ -134,5 +134,6 @@ class UniLoraModel(AdditiveModel):
     """Uni-LoRA adapters on a model."""
 
     prefix = "unilora_"
+    uses_shared_state = True
     layer_classes = name_layers(UniLoraLayer, globals())
     method: ClassVar[UniLoRA] = UniLoRA()

@@ -140,6 +140,7 @@ class VBLoRAModel(AdditiveModel):
     """VB-LoRA adapters on a model."""
 
     prefix = "vblora_"
+    uses_shared_state = True
     layer_classes = name_layers(VBLoRALayer, globals())
     method: ClassVar[VBLoRA] = VBLoRA()
 
@@ -156,5 +157,4 @@ class VBLoRAModel(AdditiveModel):
     def print_savable_parameters(self) -> None:
         """Print what a file of the active adapter holds."""
         own, others = self.get_nb_savable_parameters(self.active_adapters[0])
-        print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d}", end=" || ")
-        print(f"total params to-be-saved: {own + others:,d}")
+        print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}")

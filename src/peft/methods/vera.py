@@ -46,12 +46,12 @@ class VeraConfig(AdditiveConfig):
         warn_unsaved(self, "vera_A and vera_B")
 
 
-def warn_unsaved(config: Any, names: str) -> None:
+def warn_unsaved(config: Any, names: str, seed: str = "projection_prng_key") -> None:
     """Say what files will lack under save_projection=False."""
     if not config.save_projection:
         text = (
-            f"save_projection=False keeps {names} out of files; they are drawn again from projection_prng_key, which "
-            "gives the same numbers only where the generator is the same."
+            f"save_projection=False keeps {names} out of files; they are drawn again from {seed}, which gives the same "
+            "numbers only where the generator is the same."
         )
         warnings.warn(text, PeftWarning, stacklevel=6)
 
@@ -124,5 +124,6 @@ class VeraModel(AdditiveModel):
     """VeRA adapters on a model."""
 
     prefix = "vera_lambda_"
+    uses_shared_state = True
     layer_classes = name_layers(VeraLayer, globals())
     method: ClassVar[VeRA] = VeRA()
