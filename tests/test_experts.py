@@ -240,3 +240,58 @@ def test_transformers_own_loader_gets_the_same_configuration():
     convert_peft_config_for_transformers(config, mixtral(), None)
     assert (config.target_modules, config.target_parameters) == ({"q_proj"}, ["gate_up_proj"])
     assert config.rank_pattern == {BOTH: 4}
+
+
+class Apart(torch.nn.Module):
+    """Mixtral's experts as modules of their own, as transformers 4 has them."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.layers = torch.nn.ModuleList([torch.nn.Module() for _ in range(2)])
+        for layer in self.model.layers:
+            layer.mlp = torch.nn.Module()
+            layer.mlp.experts = torch.nn.ModuleList([torch.nn.Module() for _ in range(3)])
+            layer.self_attn = torch.nn.Module()
+            layer.self_attn.q_proj = torch.nn.Linear(8, 8, bias=False)
+            for expert in layer.mlp.experts:
+                for name, (rows, columns) in zip(names, [(12, 8), (12, 8), (8, 12)], strict=True):
+                    expert.add_module(name, torch.nn.Linear(columns, rows, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model.layers[0].self_attn.q_proj(x)
+
+
+@pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "w1", "w2", "w3"]},
+        {"target_modules": ["w1", "w3"], "use_rslora": True},
+        {"target_modules": ["w2"], "rank_pattern": {r".*layers\.1.*": 3}},
+        {"target_modules": [], "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]},
+    ],
+)
+def test_files_made_for_stacked_parameters_load_into_one_module_an_expert(names, settings, tmp_path):
+    model = get_peft_model(mixtral(), lora(**settings))
+    model.save_pretrained(tmp_path)
+    base = dict(model.get_base_model().named_parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peft.PeftWarning)
+        there = PeftModel.from_pretrained(Apart(names), tmp_path)
+    before = {k.replace(".base_layer", ""): v.clone() for k, v in there.get_base_model().named_parameters()}
+    stacks = {k.replace(".base_layer", ""): v.clone() for k, v in base.items() if "experts" in k and "lora" not in k}
+    merged, stacked = there.merge_and_unload(), model.merge_and_unload()
+    changed = 0
+    for key, old in stacks.items():
+        update = stacked.state_dict()[key] - old
+        path, _, kind = key.rpartition(".")
+        halves = dict(zip(names[:2], update.chunk(2, 1), strict=True)) if kind == "gate_up_proj" else {names[2]: update}
+        for name, delta in halves.items():
+            for expert in range(3):
+                weight = f"{path}.{expert}.{name}.weight"
+                torch.testing.assert_close(
+                    merged.state_dict()[weight] - before[weight], delta[expert], rtol=1e-4, atol=1e-5
+                )
+                changed += bool(delta[expert].abs().max() > 0)
+    assert changed

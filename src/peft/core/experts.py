@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import apart
 from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from .pattern import TABLES, Selector
 from .search import model_type, walk
@@ -51,6 +52,8 @@ def rewrite(config: Any, model: nn.Module) -> Callable[[], None]:
 
     Returns a function that takes it back. Raises ValueError if one half of a fused parameter is named alone.
     """
+    if undo := apart.rewrite(config, model):
+        return undo
     wanted = getattr(config, "target_modules", None)
     names = _NAMES.get(model_type(model))
     if names is None or config.peft_type not in _METHODS or not _sounds_like(wanted, {*names, _ROUTER}):
@@ -152,7 +155,9 @@ def fused(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]
 
     The factors of two halves become one pair: A's on top of each other, B's on a diagonal of blocks. Experts lie side
     by side, in A expert by expert, in B rank by rank. Where a factor is missing, all of its group stay as they are.
+    A model that has a module for each expert gets the factors of a stack as those of its modules.
     """
+    state = apart.split(model, state)
     names = _NAMES.get(model_type(model))
     keys = {key: _OLD.fullmatch(key) for key in state if names is not None}
     if names is None or not any(keys.values()):
