@@ -67,6 +67,7 @@ OTHERS = {
     "fewer layers": {"target_modules": ["layers.0", "layers.2"], "r": 5},
     "a bias": {"lora_bias": True},
     "a start from the base weight": {"init_lora_weights": "pissa"},
+    "such a start in fewer layers": {"init_lora_weights": "pissa", "target_modules": ["layers.1"], "r": 2},
 }
 
 
@@ -230,7 +231,7 @@ def test_a_failed_exchange_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
         hotswap_adapter_from_state_dict(model, state, "other", config)
 
     with monkeypatch.context() as patch:
-        patch.setattr("peft.hotswap.swap._rebuild", _fails_later())
+        patch.setattr("peft.hotswap.swap.rebuild", _fails_later())
         with pytest.raises(MemoryError):
             swap(model, other)
     assert torch.equal(model(X), expected)
@@ -244,18 +245,18 @@ def test_a_failed_exchange_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
 
 
 def _fails_later() -> Any:
-    """`_rebuild`, which fails when everything else and the first layer have been written."""
-    from peft.hotswap.swap import _rebuild
+    """`rebuild`, which fails when everything else and the first layer have been written."""
+    from peft.hotswap.change import rebuild
 
     calls: list[Any] = []
 
-    def rebuilt(change: Any, undo: Any) -> None:
+    def second_fails(change: Any, undo: Any) -> None:
         calls.append(change)
         if len(calls) > 1:
             raise MemoryError
-        _rebuild(change, undo)
+        rebuild(change, undo)
 
-    return rebuilt
+    return second_fails
 
 
 def test_a_method_without_a_neutral_form_needs_all_its_layers() -> None:

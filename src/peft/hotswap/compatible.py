@@ -32,22 +32,44 @@ OF_THE_WEIGHTS = frozenset(
 )
 
 
+# What is not built into modules that run at inference, or follows the weights.
+OF_TRAINING = frozenset({"use_rslora", "lora_dropout", "alpha_pattern"})
+
+
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
     """Raise ValueError if the weights of one adapter cannot take the place of the other's."""
-    if config0.peft_type != config1.peft_type:
-        raise ValueError(
-            f"Incompatible PEFT types found: {_value(config0.peft_type)} and {_value(config1.peft_type)}. Load the new "
-            "adapter under a name of its own."
-        )
-    kind = str(_value(config0.peft_type))
-    free = SELECTED | OF_THE_FILE | OF_THE_WEIGHTS
-    names = CONFIG_KEYS_TO_CHECK.get(kind) or [f.name for f in dataclasses.fields(config0) if f.name not in free]
-    for name in names:
+    _check_kind(config0, config1)
+    for name in _names(config0):
         one, other = getattr(config0, name, None), getattr(config1, name, None)
         if one != other and (one or other):
             raise ValueError(
                 f"Configs are incompatible: for {name}, {one} != {other}. Load the new adapter under a name of its own."
             )
+
+
+def unlike(config0: PeftConfig, config1: PeftConfig) -> str | None:
+    """The first field that keeps one adapter from running in the other's tensors at inference, or None.
+
+    Raises ValueError for adapters of two methods.
+    """
+    _check_kind(config0, config1)
+    fields = (name for name in _names(config0) if name not in OF_TRAINING)
+    values = ((name, getattr(config0, name, None), getattr(config1, name, None)) for name in fields)
+    return next((name for name, one, other in values if one != other and (one or other)), None)
+
+
+def _names(config: PeftConfig) -> list[str]:
+    free = SELECTED | OF_THE_FILE | OF_THE_WEIGHTS
+    kind = str(_value(config.peft_type))
+    return CONFIG_KEYS_TO_CHECK.get(kind) or [f.name for f in dataclasses.fields(config) if f.name not in free]
+
+
+def _check_kind(config0: PeftConfig, config1: PeftConfig) -> None:
+    if config0.peft_type != config1.peft_type:
+        raise ValueError(
+            f"Incompatible PEFT types found: {_value(config0.peft_type)} and {_value(config1.peft_type)}. Load the new "
+            "adapter under a name of its own."
+        )
 
 
 def _value(member: Any) -> Any:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,14 +26,13 @@ from ..core.layer import BaseTunerLayer
 from ..core.method import LowRank, Site
 from ..core.parts import joined
 from ..core.pattern import settings
-from ..core.stack import Adapter, tensors_below
+from ..core.stack import Adapter
 from ..core.tuner import no_collection
 from ..core.wrappers import ModulesToSaveWrapper
 from ..errors import listing, nearest
 from ..registry import tuner_class
+from .change import Change, Undo, copy_with_undo, derive, fitting, rebuild
 from .compatible import OF_THE_FILE, SELECTED, check_hotswap_configs_compatible
-
-Undo = list[Callable[[], Any]]
 
 
 def hotswap_adapter(
@@ -85,9 +83,23 @@ def hotswap_adapter_from_state_dict(
     if old.is_prompt_learning:
         set_peft_model_state_dict(root, state_dict, adapter_name, strict=True)
         return
+    put(root, state_dict, adapter_name, old, config)
+
+
+def put(root: nn.Module, state: Mapping[str, Tensor], name: str, old: Any, new: Any, fixed: bool = False) -> Swap:
+    """Write another adapter's tensors and configuration, all or nothing; returns what was done.
+
+    Arguments:
+        root: the model that the names of tensors are relative to.
+        state: the new adapter's tensors by checkpoint key.
+        name: the adapter that is replaced.
+        old: its configuration.
+        new: the new adapter's configuration.
+        fixed: refuse what does not fit in the tensors that are there.
+    """
     with torch.no_grad(), no_collection():
-        swap = Swap(root, adapter_name, old, config)
-        swap.match(state_dict)
+        swap = Swap(root, name, old, new, fixed)
+        swap.match(state)
         undo: Undo = []
         try:
             swap.write(undo)
@@ -95,53 +107,7 @@ def hotswap_adapter_from_state_dict(
             for step in reversed(undo):
                 step()
             raise
-
-
-@dataclass
-class Change:
-    """What becomes of the adapter in one layer.
-
-    Arguments:
-        p: the adapter there.
-        settings: the new configuration as it holds for the layer.
-        places: the tensors that are there.
-        plain: the new adapter's plain values.
-        shapes: {name of a tensor in the layer: the shape that the new adapter asks for}.
-        tensors: {name of a tensor in the layer: its new value}.
-        neutral: the new adapter has nothing here.
-        changed: plain values have changed on which more depends.
-    """
-
-    p: Adapter
-    settings: Any
-    places: list[Entry]
-    plain: dict[str, Any] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    neutral: bool = False
-    changed: bool = False
-    site: Any = None
-    modules: dict[str, Any] | None = None
-
-    def build(self, site: Site) -> None:
-        """Let the method say what the new adapter consists of here, on the meta device."""
-        self.site, self.modules = site, {}
-        for key, value in self.p.method.build(site).items():
-            if not isinstance(value, (Tensor, nn.Module)):
-                self.plain[key] = value
-                continue
-            self.modules[key] = value
-            if isinstance(value, nn.Module):
-                found = {f"{key}.{leaf}": getattr(owner, attr) for owner, leaf, attr in tensors_below(value)}
-            else:
-                found = {key: value} if isinstance(value, (nn.Parameter, nn.Buffer)) else {}
-            self.shapes.update({self.p.method.checkpoint_key(k): tuple(t.shape) for k, t in found.items()})
-
-    def made(self) -> dict[str, Any]:
-        """The modules and tensors of the new adapter here, on the meta device."""
-        if self.modules is None:
-            self.build(self.site)
-        return self.modules or {}
+    return swap
 
 
 class Swap:
@@ -152,10 +118,11 @@ class Swap:
         name: the adapter.
         old: its configuration, which takes the new one's values.
         new: the new adapter's configuration.
+        fixed: refuse what does not fit in the tensors that are there.
     """
 
-    def __init__(self, root: nn.Module, name: str, old: Any, new: Any):
-        self.root, self.name, self.old, self.new = root, name, old, new
+    def __init__(self, root: nn.Module, name: str, old: Any, new: Any, fixed: bool = False):
+        self.root, self.name, self.old, self.new, self.fixed = root, name, old, new, fixed
         self.changes: list[Change] = []
         self.copies: list[tuple[Entry, Tensor]] = []
         self.kind = tuner_class(old.peft_type)
@@ -279,21 +246,27 @@ class Swap:
         """Write everything; `undo` receives the steps that take it back."""
         before = dict(vars(self.old))
         undo.append(lambda: vars(self.old).update(before))
-        ready = [(change, _fitting(change)) for change in self.changes]
+        ready = [(change, fitting(change)) for change in self.changes]
+        large = next((change for change, fit in ready if fit is None), None) if self.fixed else None
+        if large is not None:
+            raise RuntimeError(
+                f"The adapter does not fit in the room at {large.p.path!r}: it has {large.shapes}, and there is "
+                f"{ {e.part: tuple(e.tensor.shape) for e in large.places} }."
+            )
         places = [entry.tensor for entry, _ in self.copies]
         values = [as_held(value, entry.tensor) for entry, value in self.copies]
-        for change, fitting in ready:
-            if fitting is not None:
+        for change, fit in ready:
+            if fit is not None:
                 tensors = [place.tensor for place in change.places]
                 places += tensors
-                values += [as_held(fitting[e.part], t) for e, t in zip(change.places, tensors, strict=True)]
+                values += [as_held(fit[e.part], t) for e, t in zip(change.places, tensors, strict=True)]
         self._plain_values(undo)
-        _copy(places, values, undo)
-        for change, fitting in ready:
-            if fitting is None:
-                _rebuild(change, undo)
+        copy_with_undo(places, values, undo)
+        for change, fit in ready:
+            if fit is None:
+                rebuild(change, undo)
             elif change.changed or change.neutral:
-                _derive(change, fitting)
+                derive(change, fit)
         vars(self.old).update(self.values)
         for change in self.changes:
             change.p.settings = self.old if change.settings is self.future else change.settings
@@ -320,75 +293,7 @@ class Swap:
             held.update(new, settings=change.settings)
             change.changed = not new.keys() <= p.method.free(p)
         if scales:
-            _copy(scales, [n.to(t) for n, t in zip(torch.tensor(numbers).unbind(), scales, strict=True)], undo)
-
-
-def _derive(change: Change, fitting: dict[str, Tensor]) -> None:
-    """Compute what depends on the base weight anew, and note what the forward needs."""
-    p = change.p
-    p.method.derive(p, p.layer.stack(()))
-    for place in change.places if not change.neutral else ():  # what is derived may be learnt: magnitudes
-        place.tensor.copy_(as_held(fitting[place.part], place.tensor))
-    p.layer._replan()
-
-
-def _fitting(change: Change) -> dict[str, Tensor] | None:
-    """The new values in the shapes of the tensors that are there, or None if some do not fit."""
-    p, found = change.p, dict[str, Tensor]()
-    if {e.part for e in change.places} != set(change.tensors):
-        return None
-    for place in change.places:
-        value: Tensor | None = change.tensors[place.part]
-        shape = tuple(place.tensor.shape)
-        if value is not None and value.shape != shape:
-            value = p.method.fitted(p, place.part, value, shape)
-        if value is None:
-            return None
-        found[place.part] = value
-    return found
-
-
-def _rebuild(change: Change, undo: Undo) -> None:
-    """Put the modules that the new configuration builds in place of those that are too small."""
-    p, layer = change.p, change.p.layer
-    first = layer.slots(p.name)[0].tensor
-    flags = {q.requires_grad for q in layer.adapter_parameters(p.name)}
-    homes = {k: h for k, h in layer._modules.items() if k != "base_layer" and p.name in h}
-    before = {k: h[p.name] for k, h in homes.items()}
-
-    def back() -> None:
-        for key, value in before.items():
-            layer._file(key, p.name, value, p)
-        layer._replan()
-
-    undo.append(back)
-    for key, value in change.made().items():
-        layer._file(key, p.name, value, p)
-    for slot in layer.slots(p.name):
-        value = change.tensors[slot.key].detach().to(first.device, slot.tensor.dtype, copy=True)
-        held = slot.owner._parameters if slot.attr in slot.owner._parameters else slot.owner._buffers
-        is_parameter = isinstance(slot.tensor, nn.Parameter)
-        held[slot.attr] = nn.Parameter(value, requires_grad=any(flags)) if is_parameter else value
-    p.method.derive(p, layer.stack(()))
-    for slot in layer.slots(p.name) if not change.neutral else ():
-        slot.tensor.copy_(as_held(change.tensors[slot.key], slot.tensor))
-    layer._replan()
-
-
-def _copy(places: list[Tensor], values: list[Tensor], undo: Undo) -> None:
-    """Write values of the same shapes and dtypes, in one go where the tensors are plain ones."""
-    before = [t.detach().clone() for t in places]
-    undo.append(lambda: copy_all(places, before))
-    copy_all(places, values)
-
-
-def copy_all(places: list[Tensor], values: list[Tensor]) -> None:
-    """Write values into tensors, in one go where those are plain ones."""
-    if places and all(type(t) in (Tensor, nn.Parameter, nn.Buffer) for t in (*places, *values)):
-        torch._foreach_copy_([t.detach() for t in places], [v.detach() for v in values])
-        return
-    for place, value in zip(places, values, strict=True):
-        place.copy_(value)
+            copy_with_undo(scales, [n.to(t) for n, t in zip(torch.tensor(numbers).unbind(), scales, strict=True)], undo)
 
 
 def _of_method(entry: Entry) -> bool:

@@ -1,0 +1,136 @@
+"""What becomes of an adapter in one layer when another one's weights take its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.entries import Entry
+from ..core.fill import as_held
+from ..core.method import Site
+from ..core.stack import Adapter, tensors_below
+
+Undo = list[Callable[[], Any]]
+
+
+@dataclass
+class Change:
+    """What becomes of the adapter in one layer.
+
+    Arguments:
+        p: the adapter there.
+        settings: the new configuration as it holds for the layer.
+        places: the tensors that are there.
+        plain: the new adapter's plain values.
+        shapes: {name of a tensor in the layer: the shape that the new adapter asks for}.
+        tensors: {name of a tensor in the layer: its new value}.
+        neutral: the new adapter has nothing here.
+        changed: plain values have changed on which more depends.
+    """
+
+    p: Adapter
+    settings: Any
+    places: list[Entry]
+    plain: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    neutral: bool = False
+    changed: bool = False
+    site: Any = None
+    modules: dict[str, Any] | None = None
+
+    def build(self, site: Site) -> None:
+        """Let the method say what the new adapter consists of here, on the meta device."""
+        self.site, self.modules = site, {}
+        for key, value in self.p.method.build(site).items():
+            if not isinstance(value, (Tensor, nn.Module)):
+                self.plain[key] = value
+                continue
+            self.modules[key] = value
+            if isinstance(value, nn.Module):
+                found = {f"{key}.{leaf}": getattr(owner, attr) for owner, leaf, attr in tensors_below(value)}
+            else:
+                found = {key: value} if isinstance(value, (nn.Parameter, nn.Buffer)) else {}
+            self.shapes.update({self.p.method.checkpoint_key(k): tuple(t.shape) for k, t in found.items()})
+
+    def made(self) -> dict[str, Any]:
+        """The modules and tensors of the new adapter here, on the meta device."""
+        if self.modules is None:
+            self.build(self.site)
+        return self.modules or {}
+
+
+def derive(change: Change, fitting: dict[str, Tensor]) -> None:
+    """Compute what depends on the base weight anew, and note what the forward needs."""
+    p = change.p
+    p.method.derive(p, p.layer.stack(()))
+    if change.neutral:
+        p.method.rest(p)
+    for place in change.places if not change.neutral else ():  # what is derived may be learnt: magnitudes
+        place.tensor.copy_(as_held(fitting[place.part], place.tensor))
+    p.layer._replan()
+
+
+def fitting(change: Change) -> dict[str, Tensor] | None:
+    """The new values in the shapes of the tensors that are there, or None if some do not fit."""
+    p, found = change.p, dict[str, Tensor]()
+    if {e.part for e in change.places} != set(change.tensors):
+        return None
+    for place in change.places:
+        value: Tensor | None = change.tensors[place.part]
+        shape = tuple(place.tensor.shape)
+        if value is not None and value.shape != shape:
+            value = p.method.fitted(p, place.part, value, shape)
+        if value is None:
+            return None
+        found[place.part] = value
+    return found
+
+
+def rebuild(change: Change, undo: Undo) -> None:
+    """Put the modules that the new configuration builds in place of those that are too small."""
+    p, layer = change.p, change.p.layer
+    first = layer.slots(p.name)[0].tensor
+    flags = {q.requires_grad for q in layer.adapter_parameters(p.name)}
+    homes = {k: h for k, h in layer._modules.items() if k != "base_layer" and p.name in h}
+    before = {k: h[p.name] for k, h in homes.items()}
+
+    def back() -> None:
+        for key, value in before.items():
+            layer._file(key, p.name, value, p)
+        layer._replan()
+
+    undo.append(back)
+    for key, value in change.made().items():
+        layer._file(key, p.name, value, p)
+    for slot in layer.slots(p.name):
+        value = change.tensors[slot.key].detach().to(first.device, slot.tensor.dtype, copy=True)
+        held = slot.owner._parameters if slot.attr in slot.owner._parameters else slot.owner._buffers
+        is_parameter = isinstance(slot.tensor, nn.Parameter)
+        held[slot.attr] = nn.Parameter(value, requires_grad=any(flags)) if is_parameter else value
+    p.method.derive(p, layer.stack(()))
+    if change.neutral:
+        p.method.rest(p)
+    for slot in layer.slots(p.name) if not change.neutral else ():
+        slot.tensor.copy_(as_held(change.tensors[slot.key], slot.tensor))
+    layer._replan()
+
+
+def copy_with_undo(places: list[Tensor], values: list[Tensor], undo: Undo) -> None:
+    """`copy_all`, which `undo` takes back."""
+    before = [t.clone() for t in places]
+    undo.append(lambda: copy_all(places, before))
+    copy_all(places, values)
+
+
+def copy_all(places: list[Tensor], values: list[Tensor]) -> None:
+    """Write values of the same shapes and dtypes into tensors, in one go where all are plain ones."""
+    if places and all(type(t) in (Tensor, nn.Parameter, nn.Buffer) for t in (*places, *values)):
+        torch._foreach_copy_(places, values)
+        return
+    for place, value in zip(places, values, strict=True):
+        place.copy_(value)

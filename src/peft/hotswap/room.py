@@ -1,0 +1,54 @@
+"""A configuration in whose tensors several adapters fit, one after the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from ..algebra.lora import union
+from .compatible import unlike
+
+RESTRICTIONS = ("layers_to_transform", "layers_pattern", "exclude_modules")
+
+
+def room_for(configs: Iterable[Any]) -> Any:
+    """The configuration of an adapter that has a place for each of some others: all their targets, the largest rank.
+
+    Arguments:
+        configs: of the adapters, of one method.
+
+    Raises ValueError if they differ in more than selection, rank and scaling, or select by lists and by expressions.
+    """
+    given = list(configs)
+    if not given:
+        raise ValueError("room_for needs at least one configuration.")
+    first = copy.copy(given[0])
+    for other in given[1:]:
+        if (field := unlike(first, other)) is not None:
+            raise ValueError(
+                f"No room holds both: for {field}, {getattr(first, field, None)} != {getattr(other, field, None)}."
+            )
+    first.target_modules = union([c.target_modules for c in given])
+    if first.target_modules is None and any(c.target_modules is not None for c in given):
+        raise ValueError("Some target_modules are lists and some are expressions. Give a configuration of your own.")
+    for name in RESTRICTIONS:
+        if any(getattr(c, name, None) != getattr(first, name, None) for c in given):
+            setattr(first, name, None)
+    for name in ("target_parameters", "modules_to_save"):
+        entries = [e for c in given for e in getattr(c, name, None) or ()]
+        if entries:
+            setattr(first, name, list(dict.fromkeys(entries)))
+    if hasattr(first, "rank_pattern"):
+        rank = max(largest_rank(c) for c in given)
+        first.r, first.rank_pattern, first.alpha_pattern = rank, {}, {}
+    if str(getattr(first, "init_lora_weights", True)).lower() not in ("true", "false"):
+        first.init_lora_weights = True  # what an adapter starts from is in its file
+    return first
+
+
+def largest_rank(config: Any) -> int:
+    """The largest rank that a configuration with `r` and `rank_pattern` gives a layer."""
+    patterns = getattr(config, "rank_pattern", None) or {}
+    special = [f["r"] for f in (getattr(config, "module_config", None) or {}).values() if "r" in f]
+    return max([int(config.r), *(r for r in patterns.values() if isinstance(r, int)), *special])
