@@ -334,7 +334,7 @@ def test_several_adapters_are_switched_added_and_deleted(name, other):
         assert not torch.equal(first, second)
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         assert trained and all(".second." in n for n in trained)
-        with pytest.warns(peft.PeftWarning, match="'default' is active now"):
+        with pytest.warns(UserWarning, match="Setting active adapter to 'default'"):
             model.delete_adapter("second")
         assert torch.equal(model(**given).logits, first)
         model.delete_adapter("default")

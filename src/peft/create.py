@@ -44,8 +44,6 @@ def get_peft_model(
     check_config(peft_config)
     check_adapter_name(adapter_name)
     tuner_class(_method(peft_config))  # a method of a later release is refused before any change
-    if mixed and peft_config.is_prompt_learning:
-        raise ValueError(f"mixed=True: no other method can stand beside {_method(peft_config)}. Leave mixed out.")
     _note_origin(model, peft_config, revision)
     if next(iter(tuner_layers(model)), None) is not None:
         warnings.warn(

@@ -43,7 +43,6 @@ class PeftModelForTokenClassification(PeftModel):
     """
 
     head_names = ("classifier", "score")
-    label_kind = "tokens"
     forward = PeftModelForSequenceClassification.forward
 
 
@@ -65,14 +64,11 @@ class _Generating(PeftModel):
 class PeftModelForCausalLM(_Generating):
     """A language model that continues a text; `labels` are (batch, tokens), -100 where there is no loss."""
 
-    label_kind = "tokens"
     forward = PeftModelForSequenceClassification.forward
 
 
 class PeftModelForSeq2SeqLM(_Generating):
     """A language model with an encoder and a decoder."""
-
-    label_kind = "decoder"
 
     def forward(
         self, input_ids=None, attention_mask=None, inputs_embeds=None, decoder_input_ids=None,

@@ -22,7 +22,7 @@ class PeftMixedModel(PeftModel):
         """Make exactly these adapters active, in this order; they become trainable unless `inference_mode`."""
         for name in (adapter_name,) if isinstance(adapter_name, str) else adapter_name:
             self._known(name)
-        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+        self._tuner.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Remove adapters; nothing is removed if one of the names is unknown."""

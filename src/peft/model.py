@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -42,7 +42,6 @@ class PeftModel(Persistent, nn.Module):
     """
 
     head_names: tuple[str, ...] = ()  # modules of the task's head, trained and saved with every adapter
-    label_kind = "sample"  # what `labels` are: of each sample, of "tokens", or of the "decoder"
 
     def __init__(
         self,
@@ -59,10 +58,11 @@ class PeftModel(Persistent, nn.Module):
         self._input_gradients = False
         self._check_model(model)
         self._add_heads(peft_config)
+        self._recorded_vocab = recorded_vocabulary(model, peft_config.base_model_name_or_path)
         if peft_config.is_prompt_learning:
-            from .prompts.holder import stand_beside
+            from .prompts.standing import first_prompt
 
-            return stand_beside(self, model, peft_config, adapter_name)
+            return first_prompt(self, model, peft_config, adapter_name)
         tuner = tuner_class(peft_config.peft_type)  # type: ignore[arg-type]
         self.base_model = tuner(
             model,
@@ -71,7 +71,10 @@ class PeftModel(Persistent, nn.Module):
             low_cpu_mem_usage=low_cpu_mem_usage,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
-        self.base_model._recorded_vocab = recorded_vocabulary(model, peft_config.base_model_name_or_path)
+        self._prepare(model)
+
+    def _prepare(self, model: nn.Module) -> None:
+        """Set the base model up for layers that are trained in it."""
         if _checkpoints(model):
             self.prepare_model_for_gradient_checkpointing(model)
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
@@ -79,7 +82,8 @@ class PeftModel(Persistent, nn.Module):
 
     @property
     def _tuner(self) -> Any:
-        return self.__dict__.get("prompts") or self.base_model
+        prompts = self.__dict__.get("prompts")
+        return self.base_model if prompts is None or not prompts.alone else prompts
 
     def _check_model(self, model: nn.Module) -> None:
         """What a task asks of the model; nothing here."""
@@ -128,7 +132,7 @@ class PeftModel(Persistent, nn.Module):
     def has_active_enabled_adapter(self) -> bool:
         """Whether a forward pass uses some adapter now."""
         names = set(self._tuner.active_adapters)
-        layers = (layer for _, layer in tuner_layers(self.base_model))
+        layers = (layer for _, layer in tuner_layers(self))
         return any(not layer.disable_adapters and names & set(layer.active_adapters) for layer in layers)
 
     @property
@@ -183,7 +187,8 @@ class PeftModel(Persistent, nn.Module):
             if name == "base_model" or (name.startswith("__") and name.endswith("__")):
                 raise
         prompts = self.__dict__.get("prompts")
-        found = getattr(prompts if hasattr(prompts, name) else self.base_model, name)
+        shows = prompts is not None and prompts.shows(name)
+        found = getattr(prompts if shows else self.base_model, name)
         return self._with_input_gradients(found) if name in CHECKPOINTING else found
 
     # Running ----------------------------------------------------------------------------------------------
@@ -208,8 +213,8 @@ class PeftModel(Persistent, nn.Module):
         if prompts is None:
             kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
         else:
-            function = functools.partial(prompts.run, function, None if beams else self.label_kind)
-        if all(v is None for v in given):
+            function = functools.partial(prompts.run, function, beams is not None)
+        if prompts is None and all(v is None for v in given):
             return function(*args, **kwargs)
         if names is not None:
             self._check_names(names, first_tensor(args, kwargs))
@@ -245,8 +250,7 @@ class PeftModel(Persistent, nn.Module):
     @contextmanager
     def _disabled(self) -> Iterator[None]:
         self._tuner._warn_of_bias()
-        prompts = self.__dict__.get("prompts")
-        with disabled(self.base_model), nullcontext() if prompts is None else prompts.switched_off():
+        with disabled(self):
             yield
 
     # Changing adapters ------------------------------------------------------------------------------------
@@ -281,32 +285,44 @@ class PeftModel(Persistent, nn.Module):
         self._add_heads(peft_config)
         self._tuner.peft_config[adapter_name] = peft_config
         try:
-            self._tuner.inject_adapter(
-                self._tuner.model,
-                adapter_name,
-                autocast_adapter_dtype=autocast,
-                low_cpu_mem_usage=meta,
-                undo=undo,
-            )
+            self._place(adapter_name, peft_config, meta, autocast, undo)
         except BaseException:
             self._tuner.peft_config.pop(adapter_name, None)
             raise
         undo.append(lambda: self._tuner.peft_config.pop(adapter_name))
 
+    def _place(self, name: str, config: PeftConfig, meta: bool, autocast: bool, undo: list) -> None:
+        """Put an adapter into the model: beside the tuner, into it, or under a new one."""
+        holder = self._tuner
+        if config.is_prompt_learning:
+            from .prompts.standing import prompts_of
+
+            holder = prompts_of(self, undo)
+        elif holder is not self.base_model:
+            from .prompts.standing import first_layers
+
+            first_layers(self, name, autocast, meta, undo)
+            return self._prepare(holder.model)
+        holder.inject_adapter(holder.model, name, autocast_adapter_dtype=autocast, low_cpu_mem_usage=meta, undo=undo)
+
     def _check_mix(self, adapter_name: str, peft_config: PeftConfig) -> None:
         """Raise ValueError for a method that cannot stand beside the model's others."""
-        if peft_config.peft_type == self.peft_type:
-            return
-        kind = tuner_class(peft_config.peft_type)  # type: ignore[arg-type]
-        other = next((k for k in (kind, type(self._tuner)) if getattr(k, "alone", True)), None)
-        if other is not None:
+        there = [c.peft_type for c in self.peft_config.values()]
+        kinds = {t: tuner_class(t) for t in (peft_config.peft_type, *there)}  # type: ignore[arg-type]
+        alone = next((k for k in kinds.values() if getattr(k, "alone", False)), None) if len(kinds) > 1 else None
+        if alone is not None:
             raise ValueError(
-                f"Adapter {adapter_name!r} is {_value(peft_config.peft_type)}, but the model's first adapter is "
-                f"{_value(self.peft_type)}, and {other.__name__} takes adapters of its own method only."
+                f"Adapter {adapter_name!r} is {_value(peft_config.peft_type)}, but the model has adapters of the "
+                f"methods {listing(map(_value, there))}, and {alone.__name__} takes adapters of its own method only."
             )
 
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make one adapter the active one; its parameters become trainable unless `inference_mode`."""
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one; its parameters become trainable unless `inference_mode`.
+
+        A model with prompts takes several names too.
+        """
+        if "prompts" in self.__dict__ and isinstance(adapter_name, (list, tuple)):
+            return self._tuner.set_adapter(adapter_name, inference_mode=inference_mode)
         if not isinstance(adapter_name, str):
             raise TypeError(
                 f"set_adapter takes one name, but got {type(adapter_name).__name__}. For several active adapters use "

@@ -162,7 +162,7 @@ def _tuner(model: nn.Module) -> nn.Module | None:
 
 def _root(model: nn.Module) -> nn.Module:
     prompts = [c for c in _configs(model).values() if c.is_prompt_learning or c.is_adaption_prompt]
-    if prompts:
+    if prompts and len(prompts) == len(_configs(model)):
         raise TypeError(f"{_value(prompts[0].peft_type)} has no adapter layers, so there is no status of layers.")
     tuner = _tuner(model)
     return model if tuner is None else tuner

@@ -34,11 +34,12 @@ class Call:
         part: while a module runs on some rows of a batch, which these are, and of how many.
         offsets: adapter -> on how many of each row's last positions it acts, (rows,); None where nobody has looked.
         given_offsets: what the caller says of that, one number or None per sample.
+        keys: the keys and values that stand before those of the text in every layer; None where layers have them.
         watched: whether somebody finds offsets before each forward.
         plain: whether no call was or is mixed, so that layers need not ask.
     """
 
-    FACTS = ("names", "beams", "length", "tasks", "offsets", "given_offsets")
+    FACTS = ("names", "beams", "length", "tasks", "offsets", "given_offsets", "keys")
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] | None = None
@@ -50,6 +51,7 @@ class Call:
         self.part: tuple[Tensor, int] | None = None
         self.offsets: dict[str, Tensor] | None = None
         self.given_offsets: list[int | None] | None = None
+        self.keys: Any = None
         self.watched = False
         self.plain = True
         self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
@@ -137,7 +139,7 @@ class Call:
             beams: how often each sample may be repeated; None for a forward.
             names, task_ids, offsets: what the caller says of each sample, or None.
         """
-        facts: dict[str, Any] = {} if offsets is None else {"given_offsets": list(offsets)}
+        facts: dict[str, Any] = {"keys": None, **({} if offsets is None else {"given_offsets": list(offsets)})}
         first = first_tensor(args, kwargs)
         length = tokens(first) if beams is None else None
         if names is not None:

@@ -114,8 +114,7 @@ def _base(root: nn.Module) -> nn.Module:
 
 
 def _vocabulary_changed(root: nn.Module) -> bool:
-    tuner = root._modules.get("base_model", root)
-    before = getattr(tuner, "_recorded_vocab", None)
+    before = root.__dict__.get("_recorded_vocab")
     if before is None:
         return False
     return vocabulary(_base(root)) not in (None, before)

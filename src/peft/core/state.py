@@ -41,9 +41,10 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     known: set[str] = set()
     for path, layer in tuner_layers(model):
         known |= layer._get_available_adapters()
-        for slot in layer.slots(name):
-            if isinstance(slot.tensor, nn.Parameter):
-                found[f"{path}.{slot.live}" if path else slot.live] = slot.tensor
+        named = layer.named(name) if hasattr(type(layer), "named") else {s.live: s.tensor for s in layer.slots(name)}
+        for live, tensor in named.items():
+            if isinstance(tensor, nn.Parameter):
+                found[f"{path}.{live}" if path else live] = tensor
     if not found:
         raise ValueError(f"There is no adapter {name!r}.{nearest(name, known)} The model has {sorted(known)}.")
     return found

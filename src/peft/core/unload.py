@@ -32,6 +32,8 @@ def check_merge(layers: Iterator[tuple[str, Any]], names: Sequence[str]) -> None
     for _, layer in layers:
         if isinstance(layer, BaseTunerLayer):
             check_together(layer, tuple(dict.fromkeys([*layer.merged_adapters, *names])))
+        elif hasattr(layer, "refuse_merge"):
+            layer.refuse_merge(names)
 
 
 def shared(model: nn.Module) -> dict[Any, list[Holder]]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from ..config import PromptLearningConfig, describe
 from ..errors import PeftWarning, report
@@ -125,20 +125,21 @@ class CPTEmbedding(BasePromptEncoder):
         made: Tensor = self.embedding(indices) + self.delta_embedding(indices) * moving[indices][..., None]
         return made
 
-    def loss(self, logits: Tensor, labels: Tensor, given: dict[str, Any]) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, given: dict[str, Any], others: tuple[int, int] = (0, 0)) -> Tensor:
         """The loss of the labels in the context and in the text.
 
         Arguments:
             logits: (batch, k + n, words).
             labels: (batch, n).
             given: may hold `input_type_mask` (batch, n), the kind of each word of the text; all are labels without it.
+            others: how many tokens of other prompts stand in front of the context, and behind it.
         """
-        kinds, c = self._kinds(), self.config
+        kinds, c = pad(self._kinds(), others), self.config
         of_text = given.get("input_type_mask")
         of_text = torch.full_like(labels, 4) if of_text is None else of_text.to(labels.device)
         of_text = torch.where(of_text > 0, of_text + kinds.max().to(of_text.device), of_text)
         mask = torch.cat([kinds.to(labels.device).expand(len(labels), -1), of_text], 1)
-        words = torch.tensor(c.cpt_token_ids, device=labels.device).expand(len(labels), -1)
+        words = pad(torch.tensor(c.cpt_token_ids, device=labels.device), others).expand(len(labels), -1)
         kept = (mask > 0) & (mask % 4 == 0)
         target = torch.where(kept, torch.cat([words, labels], 1), -100)[:, 1:]
         each = cross_entropy(logits[:, :-1].transpose(1, 2).float(), target, reduction="none", ignore_index=-100)

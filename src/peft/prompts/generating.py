@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .cache import prefix_cache
-from .encoder import BasePromptEncoder
-from .inputs import batch_of, checked_tasks, in_front, padded
+from .checkpointed import checkpoints
+from .inputs import batch_of, behind_keys, checked_tasks, in_front
 from .mixed import hide
 from .running import OURS
 
@@ -34,24 +33,26 @@ def generate(prompts: Prompts, run: Callable[..., Any], args: tuple[Any, ...], g
         args: the ids, if they are given by position, and what may follow.
         given: the arguments by name.
     """
-    encoder = prompts.chosen(given)
-    if encoder is None:
+    chosen = front, cached = prompts.chosen(given)
+    if chosen == (None, None):
         return run(*args, **{k: v for k, v in given.items() if k not in OURS})
-    given = {k: v for k, v in given.items() if v is not None and k != "adapter_names"}
+    given = {k: v for k, v in given.items() if v is not None and k not in OURS - {"task_ids"}}
     args = _named(args, given)
     task_ids = given.pop("task_ids", None)
     batch = batch_of(given)
     _give_mask(prompts.model, given)
     two = bool(getattr(prompts.model.config, "is_encoder_decoder", False))
-    if encoder.caches:
+    ids = given.get("input_ids")
+    if front is not None:
+        made = front.prompt(batch, checked_tasks(front, task_ids, batch))[:, : front.num_virtual_tokens]
+        given = hide(prompts.model, front, in_front(prompts, given, made), "attention_mask", True)
+    if cached is not None:
         mask = "decoder_attention_mask" if two else "attention_mask"
-        return run(*args, **hide(prompts.model, encoder, _cached(prompts, encoder, given, batch, two), mask, True))
-    made = encoder.prompt(batch, checked_tasks(encoder, task_ids, batch))[:, : encoder.num_virtual_tokens]
-    out = hide(prompts.model, encoder, in_front(prompts, given, made), "attention_mask", True)
-    if not two and "input_ids" in given:
-        out["input_ids"] = given["input_ids"]  # generated tokens follow them in the result
-        _lengths(prompts.model, out, given["input_ids"].shape[1])
-    return run(*args, **out)
+        given = hide(prompts.model, cached, _cached(prompts, cached, given, batch, two), mask, True)
+    if front is not None and not two and ids is not None:
+        given["input_ids"] = ids  # generated tokens follow them in the result
+        _lengths(prompts.model, given, ids.shape[1])
+    return run(*args, **given)
 
 
 def _named(args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, ...]:
@@ -95,26 +96,24 @@ def _lengths(model: nn.Module, out: dict[str, Any], tokens: int) -> None:
                 setattr(config, whole, None)
 
 
-def _cached(
-    prompts: Prompts, encoder: BasePromptEncoder, given: dict[str, Any], batch: int, two: bool
-) -> dict[str, Any]:
+def _cached(prompts: Prompts, encoder: Any, given: dict[str, Any], batch: int, two: bool) -> dict[str, Any]:
     model, out = prompts.model, dict(given)
     config = out.get("generation_config") or getattr(model, "generation_config", None)
     if out.get("use_cache", getattr(config, "use_cache", True)) is False:
         raise ValueError("use_cache=False: prefix tuning lives in the cache of keys and values. Leave use_cache out.")
+    if checkpoints(model):
+        raise ValueError(
+            "The model is in training mode with gradient checkpointing, whose layers take no cache, but prefix tuning "
+            "lives there. Call `model.eval()` before generating."
+        )
     wanted = (out.get(n, getattr(config, n, None)) or 1 for n in ("num_beams", "num_return_sequences"))
-    out["past_key_values"] = prefix_cache(model, encoder, batch * max(*wanted))
-    k = encoder.num_virtual_tokens
+    rows = batch * max(*wanted)
     if not two:
-        out["attention_mask"] = padded(out["attention_mask"], k, 1)
-        if out.get("position_ids") is not None:
-            out["position_ids"] = out["position_ids"] + k
-        return out
+        return behind_keys(model, encoder, out, rows, "attention_mask")
     if "encoder_outputs" not in out:
         encode: Any = model.get_encoder()  # type: ignore[operator]
         text = {n: out[n] for n in ("input_ids", "inputs_embeds", "attention_mask") if n in out}
         out["encoder_outputs"] = encode(**text, return_dict=True)
     start: Tensor | None = out.get("decoder_input_ids")
-    length = 1 if start is None else start.shape[1]
-    out["decoder_attention_mask"] = out["attention_mask"].new_ones(batch, k + length)
-    return out
+    out["decoder_attention_mask"] = out["attention_mask"].new_ones(batch, 1 if start is None else start.shape[1])
+    return behind_keys(model, encoder, out, rows, "decoder_attention_mask")

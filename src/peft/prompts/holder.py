@@ -1,44 +1,79 @@
-"""The prompts of a model: which adapters there are, which one is active, and the modules trained beside them."""
+"""The prompts of a model, with or without a tuner around it, and the modules trained beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.call import BASE, Call
+from ..core import unload as unloading
+from ..core.call import Call
 from ..core.layer import tuner_layers
-from ..core.wrappers import ModulesToSaveWrapper
+from ..core.switch import Switching
+from ..core.tie import places
+from ..core.whole import Placing
 from ..errors import PeftWarning, listing, report
 from ..registry import tuner_class
 from ..types import TaskType
-from .encoder import BasePromptEncoder
+from .checkpointed import Survivor
+from .encoders import NO_WEIGHT, Encoders
 from .fitting import fit, word_embeddings
-from .mixed import Mixed
+from .joined import Chosen, active, of_samples
 
-NO_WEIGHT = "Prompt learning adds tokens, or keys and values, and changes no weight: there is nothing to {}."
+SHOWN = frozenset({"get_prompt", "get_prompt_embedding_to_save", "prompt_tokens", "word_embeddings"})
+ALONE = frozenset({"merge_adapter", "unmerge_adapter", "merge_and_unload", "add_weighted_adapter", "unload"})
+ALONE |= {"enable_adapter_layers", "disable_adapter_layers"}
+LABELS = {"CAUSAL_LM": "tokens", "TOKEN_CLS": "tokens", "SEQ_2_SEQ_LM": "decoder"}
 
 
-class Prompts:
+class Beside(Placing):
+    """A prompt on its way into a model.
+
+    Arguments:
+        prompts: of the model.
+        name: the adapter's name.
+        undo: receives what takes each step back.
+    """
+
+    def __init__(self, prompts: Prompts, name: str, undo: list[Callable[[], Any]]) -> None:
+        self.tuner, self.model, self.name, self.undo = prompts, prompts.model, name, undo
+        self.places = places(prompts.model)
+
+    def run(self) -> None:
+        """Everything, in order: the encoder and the copies of whole modules."""
+        prompts, name, config = self.tuner, self.name, self.tuner.peft_config[self.name]
+        _check_task(config)
+        fit(self.model, config)
+        encoder = tuner_class(config.peft_type).make(config, prompts.words)
+        if prompts.alone:
+            self._freeze()
+        self.whole_modules(config.modules_to_save or ())
+        prompts.encoders[name] = encoder.to(next(prompts.words.parameters()).device)
+        self.undo.append(partial(prompts.encoders.delete_adapter, name))
+        for p in encoder.parameters():
+            p.requires_grad_(False)
+
+
+class Prompts(Switching):
     """What a tuner is for adapted layers: it stands beside the base model, which stays as it is.
+
+    Where there is a tuner too, that one speaks for all adapters, and this one only makes prompts.
 
     Arguments:
         model: the base model.
     """
 
-    alone = True
-
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.peft_config: dict[str, Any] = {}
-        self.encoders = nn.ModuleDict()
-        self.active_adapters: list[str] = []
+        self.encoders = Encoders()
+        self.active_adapter: str | list[str] = []
         self.call = Call()
-        self.disabled = False
+        self.alone = True  # without a tuner
+        self.survivor: Survivor | None = None
 
     # What there is ----------------------------------------------------------------------------------------
 
@@ -48,18 +83,32 @@ class Prompts:
         return word_embeddings(self.model)
 
     @property
-    def encoder(self) -> BasePromptEncoder | None:
-        """The encoder of the active adapter; None if there is none, or prompts are switched off."""
-        if self.disabled or not self.active_adapters:
-            return None
-        return self.encoders[self.active_adapters[0]]  # type: ignore[return-value]
+    def encoder(self) -> Any:
+        """The encoder of the first active prompt; None if there is none, or prompts are switched off."""
+        names = self.encoders.active_adapters
+        return self.encoders[names[0]] if names and not self.encoders.disable_adapters else None
 
-    def chosen(self, given: dict[str, Any]) -> Any:
-        """What makes the prompts of a call: the active encoder, or those that `adapter_names` says; None if none."""
+    def shows(self, name: str) -> bool:
+        """Whether a PeftModel's attribute of that name is this one's."""
+        return name in SHOWN or (self.alone and name in ALONE)
+
+    def chosen(self, given: dict[str, Any]) -> Chosen:
+        """What makes the prompts of a call: the active encoders, or those that `adapter_names` says."""
         names = given.get("adapter_names")
-        if names is None or self.disabled or all(n == BASE for n in names):
-            return self.encoder if names is None else None
-        return Mixed(names, self.encoders)  # type: ignore[arg-type]
+        if self.encoders.disable_adapters:
+            return Chosen()
+        of: Any = self.encoders
+        return active(of.active_adapters, of) if names is None else of_samples(names, of)
+
+    def labels(self) -> str:
+        """What `labels` are: of "tokens" of the text, of the "decoder", or of a "sample"."""
+        names = self.encoders.active_adapters or list(self.encoders)
+        return LABELS.get(self.peft_config[names[0]].task_type, "sample")
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """(path, layer) of the encoders and the wrappers of whole modules."""
+        yield from tuner_layers(self.model)
+        yield "prompt_encoder", self.encoders
 
     # Changing adapters ------------------------------------------------------------------------------------
 
@@ -68,118 +117,48 @@ class Prompts:
     ) -> None:
         """Make an adapter's encoder and the copies of whole modules; everything is taken back if that fails."""
         undo = [] if undo is None else undo
-        config = self.peft_config[name]
         try:
-            fit(self.model, config)
-            encoder = tuner_class(config.peft_type).make(config, self.words)
-            for p in self.model.parameters():
-                if p.requires_grad:
-                    p.requires_grad_(False)
-                    undo.append(partial(p.requires_grad_, True))
-            self._wrap(name, config.modules_to_save or (), undo)
-            self.encoders[name] = encoder.to(next(self.words.parameters()).device)
-            undo.append(lambda: self.encoders.pop(name))
+            Beside(self, name, undo).run()
         except BaseException:
             for step in reversed(undo):
                 step()
             raise
-        for p in encoder.parameters():
-            p.requires_grad_(False)
-        if not self.active_adapters:
-            self.set_adapter(name, inference_mode=bool(config.inference_mode))
-
-    def _wrap(self, name: str, entries: Sequence[str], undo: list[Callable[[], Any]]) -> None:
-        for path, module in list(self.model.named_modules()):
-            if not path or not any(path.endswith(e) for e in entries) or ".modules_to_save." in path:
-                continue
-            parent, _, leaf = path.rpartition(".")
-            owner = self.model.get_submodule(parent)
-            if isinstance(owner, ModulesToSaveWrapper):
-                continue
-            if isinstance(module, ModulesToSaveWrapper):
-                module.update(name)
-                undo.append(partial(module.delete_adapter, name))
-                wrapper = module
-            else:
-                wrapper = ModulesToSaveWrapper(module, name, self.call, path)
-                setattr(owner, leaf, wrapper)
-                undo.append(partial(setattr, owner, leaf, module))
-            wrapper.set_requires_grad(name, False)
-
-    def set_adapter(self, name: str, inference_mode: bool = False) -> None:
-        """Make one adapter the active one; it is trained unless `inference_mode`."""
-        self.active_adapters = [name]
-        for other in self.encoders:
-            self.set_requires_grad(other, other == name and not inference_mode)
-        for _, wrapper in tuner_layers(self.model):
-            wrapper.activate((name,), inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make adapters trainable or not."""
-        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            for p in self.encoders[name].trained():  # type: ignore[operator]
-                p.requires_grad_(requires_grad)
-            for _, wrapper in tuner_layers(self.model):
-                wrapper.set_requires_grad(name, requires_grad)
-
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter; if it was active, the first one that is left becomes so."""
-        del self.peft_config[name], self.encoders[name]
-        for _, wrapper in tuner_layers(self.model):
-            wrapper.delete_adapter(name)
-        if name not in self.active_adapters:
-            return
-        self.active_adapters = []
-        left = next(iter(self.encoders), None)
-        if left is not None:
-            text = f"Adapter {name!r} was active and is deleted; {left!r} is active now."
-            report(PeftWarning, text, strict=False, stacklevel=4)
-            self.set_adapter(left)
 
     def unload(self) -> nn.Module:
         """The base model without prompts; of whole modules the active copy stays."""
-        for path, wrapper in list(tuner_layers(self.model)):
-            parent, _, leaf = path.rpartition(".")
-            setattr(
-                self.model.get_submodule(parent), leaf, wrapper.unload_and_optionally_merge_module(False, False, None)
-            )
-        return self.model
-
-    @contextmanager
-    def switched_off(self) -> Iterator[None]:
-        """A context without prompts; nests."""
-        was, self.disabled = self.disabled, True
-        try:
-            yield
-        finally:
-            self.disabled = was
-
-    def _warn_of_bias(self) -> None:
-        """Prompts train no bias."""
+        if self.survivor is not None:
+            self.survivor.leave()
+        return unloading.unload(self, False, None)
 
     # Running ----------------------------------------------------------------------------------------------
 
-    def run(self, function: Callable[..., Any], labels: str | None, /, *args: Any, **given: Any) -> Any:
-        """Call the base model, or its `generate` (`labels` is None), with the active prompt."""
+    def run(self, function: Callable[..., Any], generates: bool, /, *args: Any, **given: Any) -> Any:
+        """Call the base model, or its `generate`, with the prompts of the call."""
         from . import generating, running
 
-        if labels is not None:
-            return running.forward(self, function, args, given, labels)
-        return generating.generate(self, function, args, given)
+        return (generating.generate if generates else running.forward)(self, function, args, given)
 
     def completed(self, output: Any) -> Any:
         """The output as it is."""
         return output
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
-        """The active prompt: (batch, tokens, size), or a filled cache of keys and values."""
+        """The active prompt: (batch, tokens, size), or a filled cache of keys and values.
+
+        Raises ValueError if there is none, or both kinds are.
+        """
         from .cache import prefix_cache
         from .inputs import checked_tasks
 
-        encoder: Any = self.encoders[self.active_adapters[0]]
-        if encoder.caches:
-            return prefix_cache(self.model, encoder, batch_size)
-        return encoder.prompt(batch_size, checked_tasks(encoder, task_ids, batch_size))
+        front, cached = active(self.encoders.active_adapters, self.encoders)  # type: ignore[arg-type]
+        if (front is None) == (cached is None):
+            count = "no prompt is" if front is None else "tokens in front and keys and values are both"
+            raise ValueError(
+                f"get_prompt returns the active prompt, but {count} active. Activate one with set_adapter."
+            )
+        if cached is not None:
+            return prefix_cache(self.model, cached, batch_size)
+        return front.prompt(batch_size, checked_tasks(front, task_ids, batch_size))
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The prompt as files hold it."""
@@ -211,11 +190,14 @@ class Prompts:
     # Files ------------------------------------------------------------------------------------------------
 
     def for_file(self, name: str) -> dict[str, Tensor]:
-        """The prompt of an adapter by key in files."""
-        return self.encoders[name].for_file()  # type: ignore[operator]
+        """The prompt of an adapter by key in files; nothing for adapters of layers."""
+        encoder: Any = self.encoders[name] if name in self.encoders else None
+        return {} if encoder is None else encoder.for_file()
 
-    def take(self, state: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    def take(self, state: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], Callable[[], None] | None]:
         """(the tensors that are not the prompt's, what writes the prompt's); raises before anything is written."""
+        if name not in self.encoders:
+            return state, None
         encoder: Any = self.encoders[name]
         mine = encoder.check(state, name)
 
@@ -231,18 +213,9 @@ class Prompts:
         return {k: v for k, v in state.items() if k not in mine}, write
 
 
-def stand_beside(peft_model: Any, model: nn.Module, config: Any, adapter_name: str) -> None:
-    """Give a PeftModel its prompts: `base_model` is the user's model, with no tuner in between.
-
-    Raises ValueError without a task type.
-    """
+def _check_task(config: Any) -> None:
     if config.task_type is None:
         raise ValueError(
             f"{type(config).__name__} needs a task_type: it says where the prompt goes and what labels are. Use one of "
             f"{listing(t.value for t in TaskType)}."
         )
-    prompts = Prompts(model)
-    prompts.peft_config[adapter_name] = config
-    prompts.inject_adapter(model, adapter_name)
-    peft_model.__dict__["prompts"] = prompts
-    peft_model.base_model, peft_model.prompt_encoder = model, prompts.encoders

@@ -14,45 +14,58 @@ from torch import Tensor, nn
 
 from ..core.call import BASE
 from .cache import prefix_cache
-from .encoder import BasePromptEncoder
 from .mixed import Mixed, hide
 
 if TYPE_CHECKING:
     from .holder import Prompts
+    from .joined import Chosen
 
 IGNORED = -100  # what losses leave out
 _TEXTS = {False: ("input_ids", "inputs_embeds"), True: ("decoder_input_ids", "decoder_inputs_embeds")}
 
 
-def extended(prompts: Prompts, encoder: BasePromptEncoder, given: dict[str, Any], labels: str) -> dict[str, Any]:
-    """The arguments of the base model's forward, with the prompt in them.
+def extended(prompts: Prompts, chosen: Chosen, given: dict[str, Any], labels: str) -> dict[str, Any]:
+    """The arguments of the base model's forward, with the prompts in them.
 
     Arguments:
         prompts: of the model.
-        encoder: of the active adapter.
+        chosen: the prompts of the call.
         given: the arguments by name.
         labels: what `labels` are: "tokens", one for each token of the text; "decoder"; or "sample".
     """
     given = {k: v for k, v in given.items() if v is not None}
-    batch = batch_of(given)
-    task_ids = given.pop("task_ids", None)
-    if _stands_in_cache(encoder, given, decoder=labels == "decoder"):
-        if isinstance(encoder, Mixed):
-            raise ValueError(
-                "adapter_names: step by step over a cache, samples cannot have prompts of their own; generate."
-            )
-        return _continued(encoder, given, decoder=labels == "decoder")
-    mask = "decoder_attention_mask" if labels == "decoder" and encoder.caches else "attention_mask"
-    if encoder.caches:
-        return hide(prompts.model, encoder, _with_cache(prompts, encoder, given, batch, mask), mask)
+    (front, cached), decoder, task_ids = chosen, labels == "decoder", given.pop("task_ids", None)
+    batch_of(given)
+    before = given.get("past_key_values")
+    goes_on = before is not None and _held(before) > 0  # an earlier step has put the prompts there
+    there = [e for e in (cached, None if decoder else front) if goes_on and e is not None]
+    if any(isinstance(e, Mixed) for e in there):
+        raise ValueError(
+            "adapter_names: step by step over a cache, samples cannot have prompts of their own; generate."
+        )
+    if front is not None and front not in there:
+        given = _in_front_of_all(prompts, front, given, task_ids, labels)
+    if there:
+        return _continued(sum(e.num_virtual_tokens for e in there), given, decoder)
+    if cached is None:
+        return given
+    if before is not None:
+        raise ValueError("past_key_values is given, but prefix tuning fills it. Use `generate`, or leave it out.")
+    mask = "decoder_attention_mask" if decoder else "attention_mask"
+    return hide(prompts.model, cached, behind_keys(prompts.model, cached, given, batch_of(given), mask), mask)
+
+
+def _in_front_of_all(prompts: Prompts, encoder: Any, given: dict[str, Any], task_ids: Any, labels: str) -> Any:
+    """The arguments with tokens in front of the text, their masks, and labels of tokens."""
     if labels == "sample" and isinstance(encoder, Mixed) and BASE in encoder.names:
         raise ValueError(
-            f"adapter_names: a head that reads the first token would read a virtual one of samples with {BASE!r}. Run "
-            "them apart, or use prefix tuning."
+            "adapter_names: a head that reads the first token would read a virtual one of samples that have none "
+            f"({BASE!r}, or an adapter of another kind). Run them apart, or use prefix tuning."
         )
+    batch = batch_of(given)
     made = encoder.prompt(batch, checked_tasks(encoder, task_ids, batch))
     k = encoder.num_virtual_tokens
-    out = hide(prompts.model, encoder, in_front(prompts, given, made[:, :k]), mask)
+    out = hide(prompts.model, encoder, in_front(prompts, given, made[:, :k]), "attention_mask")
     if labels == "tokens" and out.get("labels") is not None:
         out["labels"] = padded(out["labels"], k, IGNORED)
     if labels == "decoder" and encoder.in_decoder and made.shape[1] > k:
@@ -68,7 +81,7 @@ def batch_of(given: dict[str, Any]) -> int:
     raise ValueError("You have to provide either input_ids or inputs_embeds: prompts stand in front of a text.")
 
 
-def checked_tasks(encoder: BasePromptEncoder, task_ids: Any, batch: int) -> Tensor | None:
+def checked_tasks(encoder: Any, task_ids: Any, batch: int) -> Tensor | None:
     """The task of each sample, where the method asks for it."""
     if not encoder.by_task:
         return None
@@ -114,12 +127,18 @@ def moved(positions: Tensor, k: int) -> Tensor:
     return torch.cat([own, positions + k], dim=-1)
 
 
-def _with_cache(
-    prompts: Prompts, encoder: BasePromptEncoder, given: dict[str, Any], batch: int, mask: str
-) -> dict[str, Any]:
-    _check_cache(prompts.model, given)
+def behind_keys(model: nn.Module, encoder: Any, given: dict[str, Any], rows: int, mask: str) -> dict[str, Any]:
+    """The arguments with a filled cache, whose keys the mask counts and the text's positions follow.
+
+    Arguments:
+        model: the base model.
+        encoder: what makes keys and values.
+        given: the arguments by name.
+        rows: how many rows the cache has.
+        mask: the name of the mask over the cache and the text; a decoder's text has positions of its own.
+    """
     out, k = dict(given), encoder.num_virtual_tokens
-    out["past_key_values"] = prefix_cache(prompts.model, encoder, batch)
+    out["past_key_values"] = prefix_cache(model, encoder, rows)
     if out.get(mask) is not None:
         out[mask] = padded(out[mask], k, 1)
     if mask == "attention_mask" and out.get("position_ids") is not None:
@@ -127,19 +146,13 @@ def _with_cache(
     return out
 
 
-def _stands_in_cache(encoder: BasePromptEncoder, given: dict[str, Any], decoder: bool) -> bool:
-    """Whether an earlier step has put the prompt into the cache that is given (an encoder's prompt is never there)."""
-    cache = given.get("past_key_values")
-    return cache is not None and (encoder.caches or not decoder) and _held(cache) > 0
-
-
 def _held(cache: Any) -> int:
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else int(cache[0][0].shape[2])
 
 
-def _continued(encoder: BasePromptEncoder, given: dict[str, Any], decoder: bool) -> dict[str, Any]:
-    """A further step of a text: the mask may cover the text alone, and positions count it alone."""
-    out, k = dict(given), encoder.num_virtual_tokens
+def _continued(k: int, given: dict[str, Any], decoder: bool) -> dict[str, Any]:
+    """A further step of a text behind k tokens: the mask may cover the text alone, and positions count it alone."""
+    out = dict(given)
     text = given[next(n for n in _TEXTS[decoder] if n in given)]
     mask = "decoder_attention_mask" if decoder else "attention_mask"
     if mask in out and out[mask].shape[-1] < _held(out["past_key_values"]) + text.shape[1]:
@@ -147,18 +160,6 @@ def _continued(encoder: BasePromptEncoder, given: dict[str, Any], decoder: bool)
     if not decoder and "position_ids" in out:
         out["position_ids"] = out["position_ids"] + k
     return out
-
-
-def _check_cache(model: nn.Module, given: dict[str, Any]) -> None:
-    if given.get("past_key_values") is not None:
-        raise ValueError("past_key_values is given, but prefix tuning fills it. Use `generate`, or leave it out.")
-    flag = "is_activation_checkpointing"  # its older name warns
-    flag = flag if hasattr(type(model), flag) else "is_gradient_checkpointing"
-    if model.training and getattr(model, flag, False):
-        raise ValueError(
-            "Gradient checkpointing and prefix tuning exclude each other: checkpointed layers take no keys and values "
-            "from outside. Call `gradient_checkpointing_disable()`, or use prompt tuning."
-        )
 
 
 def _decoder_in_front(prompts: Prompts, out: dict[str, Any], made: Tensor) -> dict[str, Any]:

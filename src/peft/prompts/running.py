@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .inputs import extended
+from .checkpointed import Kept, Survivor, checkpoints
+from .inputs import batch_of, extended
 
 if TYPE_CHECKING:
     from .holder import Prompts
@@ -14,28 +15,41 @@ if TYPE_CHECKING:
 OURS = frozenset({"task_ids", "input_type_mask", "adapter_names", "alora_offsets"})
 
 
-def forward(
-    prompts: Prompts, function: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any], labels: str
-) -> Any:
-    """Call the base model with the active prompt; without one, as it is.
+def forward(prompts: Prompts, function: Callable[..., Any], args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    """Call the base model with the prompts of the call; without any, as it is.
 
     Arguments:
         prompts: of the model.
         function: the base model.
         args: what is given by position, in the order of the base model's forward.
         given: what is given by name.
-        labels: see `inputs.extended`.
     """
-    encoder = prompts.chosen(given)
-    if encoder is None:
+    chosen = prompts.chosen(given)
+    if chosen == (None, None):
         return function(*args, **{k: v for k, v in given.items() if k not in OURS})
     if args:
         given = {**inspect.signature(prompts.model.forward).bind_partial(*args).arguments, **given}
-    own = given.get("labels") if encoder.own_loss else None
+    loss = chosen.own_loss if given.get("labels") is not None else None
     passed = {
-        k: v for k, v in given.items() if k not in OURS - {"task_ids"} and not (k == "labels" and own is not None)
+        k: v for k, v in given.items() if k not in OURS - {"task_ids"} and not (k == "labels" and loss is not None)
     }
-    output = function(**extended(prompts, encoder, passed, labels))
-    if own is not None:
-        output.loss = encoder.loss(output.logits, own, given)
+    inputs = extended(prompts, chosen, passed, prompts.labels())
+    call = prompts.call
+    if call.length is not None and chosen.front is not None:
+        call.length += chosen.front.num_virtual_tokens
+    kept = call.keys = _kept(prompts, chosen.cached, inputs)
+    output = function(**inputs)
+    if kept is not None:
+        kept.settle(output)
+    if loss is not None:
+        output.loss = loss[0].loss(output.logits, given["labels"], given, loss[1])
     return output
+
+
+def _kept(prompts: Prompts, encoder: Any, inputs: dict[str, Any]) -> Kept | None:
+    """The keys and values of a call whose layers are checkpointed; None where there are none, or they are not."""
+    if encoder is None or not checkpoints(prompts.model):
+        return None
+    if prompts.survivor is None:
+        prompts.survivor = Survivor(prompts.model, prompts.call)
+    return Kept(prompts.model, encoder, batch_of(inputs), inputs["past_key_values"])
