@@ -245,7 +245,7 @@ def test_of_several_files_the_first_that_exists_is_taken(tmp_path):
         (ValueError, "layers_to_transform", {"target_modules": "a.*", "layers_to_transform": [1]}),
         (ValueError, "layers_pattern", {"target_modules": "a.*", "layers_pattern": "h"}),
         (ValueError, "DoRA", {"use_dora": True, "megatron_config": {"a": 1}}),
-        (ValueError, "lora_bias", {"use_dora": True, "lora_bias": True}),
+        (ValueError, "use_bdlora", {"use_bdlora": {"nblocks": 2}, "init_lora_weights": "orthogonal"}),
         (ValueError, "lora_bias", {"lora_bias": True, "init_lora_weights": "pissa"}),
         (ValueError, "loftq_config", {"init_lora_weights": "loftq"}),
         (ValueError, "no regular expression", {"alpha_pattern": {"q(": 2}}),

@@ -454,11 +454,83 @@ def test_corda_refuses_by_name(run, match):
         run(net(), config("corda", corda_config=CordaConfig()))
 
 
-def test_corda_refuses_what_has_no_inputs_of_its_own():
-    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8))
-    made = LoraConfig(r=2, target_modules=["0"], init_lora_weights="corda", corda_config=CordaConfig())
-    with pytest.raises(ValueError, match="table of tokens"):
-        preprocess_corda(model, made, lambda: model(torch.arange(3)))
+def test_corda_of_an_embedding_weighs_tokens_by_their_counts():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8))
+    W = model[0].weight.detach().mT.clone()
+    ids = torch.randint(0, 12, (40,))  # some tokens never come
+    made = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["0"], init_lora_weights="corda",
+        corda_config=CordaConfig(prune_temporary_fields=False),
+    )  # fmt: skip
+    preprocess_corda(model, made, lambda: [model(ids.view(8, 5)), model(ids)])
+    counts = torch.bincount(ids, minlength=20).float()
+    assert torch.equal(model[0].covariance_matrix, counts)
+    layer = layer_of(get_peft_model(model, made), "0")
+    A, B = layer.lora_embedding_A["default"].detach(), layer.lora_embedding_B["default"].detach()
+    C = counts + 0.01 * counts.mean()
+    assert torch.allclose(torch.linalg.norm((W - 2 * B @ A) * C), torch.linalg.svdvals(W * C)[3:].norm(), rtol=1e-3)
+
+
+class Attending(nn.Module):
+    """Attention of some vectors to others."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.att = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+
+    def forward(self, q, k, v):
+        return self.att(q, k, value=v, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 6, "vdim": 5}])
+def test_corda_of_attention_weighs_each_projection_by_its_inputs(sizes):
+    torch.manual_seed(0)
+    model = Attending(**sizes).eval()
+    q, k, v = torch.randn(4, 3, 8), torch.randn(4, 7, sizes.get("kdim", 8)), torch.randn(4, 7, sizes.get("vdim", 8))
+    made = LoraConfig(
+        r=2, lora_alpha=4, target_modules=["att"], init_lora_weights="corda",
+        corda_config=CordaConfig(prune_temporary_fields=False),
+    )  # fmt: skip
+    before = model(q, k, v)
+    preprocess_corda(model, made, lambda: model(q, k, v))
+    assert torch.equal(model(q, k, v), before)
+
+    def square(x):
+        x = x.flatten(0, -2) / x.abs().max()
+        return x.mT @ x
+
+    wanted = dict(zip(["q_proj_weight", "k_proj_weight", "v_proj_weight"], map(square, (q, k, v)), strict=True))
+    wanted = wanted if sizes else {"in_proj_weight": (square(q) + square(k) + square(v)) / 3}
+    for name, C in wanted.items():
+        assert torch.allclose(getattr(model.att, f"covariance_matrix_{name}"), C, atol=1e-5)
+    out = model.att.out_proj
+    W, b = out.weight.detach(), out.bias.detach()
+    heads = torch.linalg.solve(W, (before.detach() - b).flatten(0, 1).mT).mT  # what the output was made of
+    assert torch.allclose(model.att.out_proj.covariance_matrix, square(heads), atol=1e-3)
+    adapted = get_peft_model(model, made).eval()
+    assert torch.allclose(adapted(q, k, v), before, atol=1e-5)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            p.add_(0.1 if "lora_B" in name else 0.0)
+    assert not torch.allclose(adapted(q, k, v), before, atol=1e-2)
+
+
+def test_corda_refuses_what_multiplies_its_weight_out_of_sight():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return x @ self.w.mT
+
+    model = nn.Sequential(Holder())
+    made = LoraConfig(
+        r=2, target_modules=[], target_parameters=["0.w"], init_lora_weights="corda", corda_config=CordaConfig()
+    )
+    with pytest.raises(ValueError, match="out of sight"):
+        preprocess_corda(model, made, lambda: model(torch.randn(3, 4)))
 
 
 def test_a_cache_of_another_model_is_refused(tmp_path):

@@ -79,12 +79,12 @@ def test_two_variants_at_once_are_refused_by_their_names(first):
         LoraConfig(**VARIANTS[first], **VARIANTS[second])
     with pytest.raises(ValueError, match=f"{first}.*'pissa'"):
         LoraConfig(**VARIANTS[first], init_lora_weights="pissa")
-    if first not in ("use_bdlora", "kasa_config"):
+    if first in ("alora_invocation_tokens", "arrow_config"):
         with pytest.raises(ValueError, match=f"{first} and use_dora"):
             LoraConfig(**VARIANTS[first], use_dora=True)
 
 
-@pytest.mark.parametrize("name", ["use_bdlora", "kasa_config"])
+@pytest.mark.parametrize("name", ["use_bdlora", "kasa_config", "velora_config", "monteclora_config"])
 def test_dora_goes_with_the_variants_that_have_a_weight(name):
     model = adapted(**VARIANTS[name], use_dora=True).eval()
     wanted = model(X)
@@ -93,15 +93,12 @@ def test_dora_goes_with_the_variants_that_have_a_weight(name):
 
 
 @pytest.mark.filterwarnings("ignore:aLoRA is currently:peft.PeftWarning")
-@pytest.mark.parametrize("name", ["alora_invocation_tokens", "arrow_config", "use_bdlora", "velora_config"])
+@pytest.mark.parametrize("name", ["alora_invocation_tokens", "arrow_config"])
 def test_a_variant_of_linear_layers_names_a_layer_that_is_none(name):
     model = nn.Sequential(nn.Conv1d(4, 8, 3))
     wrong = TypeError if name == "arrow_config" else ValueError
-    options = {"use_bdlora": {"use_bdlora": BdLoraConfig(target_modules_bd_a=["0"], nblocks=2)}}.get(
-        name, VARIANTS[name]
-    )
     with pytest.raises(wrong, match=f"{name}.*'0' is a Conv1d"):
-        get_peft_model(model, LoraConfig(r=2, target_modules=["0"], **{**options, "task_type": None}))
+        get_peft_model(model, LoraConfig(r=2, target_modules=["0"], **{**VARIANTS[name], "task_type": None}))
     assert type(model[0]) is nn.Conv1d
 
 
@@ -114,6 +111,64 @@ def test_a_variant_is_saved_and_loaded_exactly(name, tmp_path):
         assert torch.equal(again(X), model(X))
     pickled = copy.deepcopy(model)
     assert torch.equal(pickled(X), model(X))
+
+
+# ---- a bias of the update -------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.emb.weight
+
+    def get_input_embeddings(self):
+        return self.emb
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, ids):
+        return self.head(self.emb(ids))
+
+
+def test_a_bias_of_an_embedding_is_saved_loaded_combined_and_converted(tmp_path):
+    ids = torch.arange(9)
+
+    def words():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(9, 4))
+
+    model = get_peft_model(words(), LoraConfig(r=2, target_modules=["0"], lora_bias=True))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_()
+    wanted = model(ids)
+    beta = layer_of(model, "0").lora_embedding_bias["default"]
+    A, B = (getattr(layer_of(model, "0"), f"lora_embedding_{k}")["default"] for k in "AB")
+    assert torch.allclose(wanted, words()(ids) + 4 * ((B @ A).mT + beta), atol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert "base_model.model.0.lora_embedding_bias" in load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(PeftModel.from_pretrained(words(), tmp_path)(ids), wanted)
+    model.add_weighted_adapter(["default"], [0.5], "mix", combination_type="svd")
+    model.set_adapter("mix")
+    assert torch.allclose(model(ids), (wanted + words()(ids)) / 2, atol=1e-4)
+
+
+def test_a_bias_of_an_embedding_is_no_bias_of_the_layer_that_is_tied_to_it():
+    options = {"r": 2, "target_modules": ["emb", "head"], "ensure_weight_tying": True, "lora_bias": True}
+    with pytest.raises(ValueError, match=r"lora_bias=True.*'head'.*tied"):
+        get_peft_model(Tied(), LoraConfig(**options))
+
+
+def test_the_magnitude_does_not_scale_a_bias_of_the_update():
+    model = adapted(use_dora=True, lora_bias=True, target_modules=["a"]).train()
+    layer = layer_of(model)
+    before = layer(X)
+    with torch.no_grad():
+        layer.lora_B["default"].bias.add_(1.0)
+    assert torch.allclose(layer(X) - before, torch.full_like(before, 1.5), atol=1e-5)
 
 
 # ---- KaSA -----------------------------------------------------------------------------------------------------------
@@ -196,6 +251,49 @@ def test_a_layer_in_both_lists_is_refused():
         get_peft_model(model, LoraConfig(r=2, target_modules=["up_a"], use_bdlora=options))
 
 
+def test_a_blocked_convolution_maps_slices_of_channels():
+    def kernel(**options):
+        model = get_peft_model(
+            nn.Sequential(nn.Conv2d(4, 8, 3, bias=False)),
+            LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, use_bdlora={**options, "nblocks": 2}),
+        )
+        return layer_of(model, "0").get_delta_weight("default").detach(), layer_of(model, "0")
+
+    _, layer = kernel(target_modules_bd_a=["0"])
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    assert A.weight.shape == (4, 2, 3, 3) and B.weight.shape == (8, 4, 1, 1)
+    x = torch.randn(2, 4, 5, 5)
+    assert torch.allclose(layer(x), layer.base_layer(x) + layer.scaling["default"] * B(A(x)), atol=1e-5)
+    D, layer = kernel(target_modules_bd_b=["0"])
+    assert layer.lora_B["default"].weight.shape == (8, 2, 1, 1)
+    assert torch.linalg.matrix_rank(D[:4].flatten(1)) == 2, "half of the ranks reach a half of the output"
+
+
+def test_groups_and_blocks_of_a_convolution_have_to_fit_together():
+    def wrap(blocks, r):
+        options = {"target_modules_bd_b": ["0"], "nblocks": blocks}
+        model = nn.Sequential(nn.Conv2d(6, 12, 3, groups=2))
+        return get_peft_model(model, LoraConfig(r=r, target_modules=["0"], use_bdlora=options))
+
+    assert layer_of(wrap(3, 6), "0").lora_B["default"].weight.shape == (12, 1, 1, 1), "six blocks"
+    with pytest.raises(ValueError, match=r"nblocks=3 \(of which 2 groups make 6\) does not divide 4 r"):
+        wrap(3, 4)
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_a_blocked_adapter_of_another_rank_is_swapped_in_block_by_block(side, tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    def made(r):
+        options = {f"target_modules_bd_{side}": ["a", "c"], "nblocks": 2}
+        return adapted(r=r, lora_alpha=r, use_bdlora=options).eval()
+
+    small, large = made(2), made(4)
+    small.save_pretrained(tmp_path)
+    hotswap_adapter(large, tmp_path, "default")
+    assert torch.allclose(large(X), small(X), atol=1e-6)
+
+
 # ---- VeLoRA ---------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +331,76 @@ def test_veloras_direction_is_the_mean_group_of_every_batch_or_the_first(kind):
     assert torch.equal(layer.lora_velora_embed["default"], before), "evaluation changes nothing"
     layer.train()(torch.zeros(3, 10))
     assert torch.isfinite(layer.lora_velora_embed["default"]).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 5, 5), (6, 5, 5)])
+def test_velora_on_a_convolution_compresses_the_channels_of_every_place(shape):
+    torch.manual_seed(0)
+    base = nn.Conv2d(6, 8, 3, padding=1, stride=2)
+    options = LoraConfig(
+        r=2, target_modules=["0"], init_lora_weights=False,
+        velora_config=VeloraConfig(num_groups=4, scale=2.0, init_type="random"),
+    )  # fmt: skip
+    model = get_peft_model(nn.Sequential(copy.deepcopy(base)), options).train()
+    layer = layer_of(model, "0")
+    A, B, v = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_velora_embed["default"]
+    assert v.shape == (2,)
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    g = torch.randn_like(y)
+    found = torch.autograd.grad(y, [A, B, x], g)
+    plain = get_peft_model(nn.Sequential(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    inner = layer_of(plain, "0")
+    A, B = inner.lora_A["default"].weight, inner.lora_B["default"].weight
+    wanted = inner(x)
+    assert torch.allclose(y, wanted, atol=1e-5)
+    _, dB, dx = torch.autograd.grad(wanted, [A, B, x], g)
+    pairs = x.detach().movedim(-3, -1).unflatten(-1, (3, 2))
+    rebuilt = (2.0 * (pairs @ v)[..., None] * v).flatten(-2).movedim(-1, -3)
+    (dA,) = torch.autograd.grad(inner(rebuilt), A, g)
+    assert all(torch.allclose(one, two, atol=1e-4) for one, two in zip(found, (dA, dB, dx), strict=True))
+    torch.compiler.reset()
+    fast = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    again = torch.autograd.grad(fast, [layer.lora_A["default"].weight, layer.lora_B["default"].weight, x], g)
+    assert all(torch.allclose(one, two, atol=1e-4) for one, two in zip(found, again, strict=True))
+
+
+def test_velora_is_plain_where_nothing_of_an_input_is_kept():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.att = nn.Embedding(9, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, ids):
+            x = self.emb(ids)
+            return self.att(x, x, x)[0]
+
+    torch.manual_seed(0)
+    options = LoraConfig(r=2, target_modules=["emb", "att"], init_lora_weights=False, velora_config={"num_groups": 2})
+    model = get_peft_model(Words(), options)
+    found = []
+    for mode in (True, False):  # evaluation is LoRA
+        model.zero_grad()
+        model.train(mode)(torch.arange(6).view(2, 3)).square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert len(found[0]) == 6 and all(torch.allclose(one, two, atol=1e-6) for one, two in zip(*found, strict=True))
+
+
+def test_velora_compresses_under_dora_too():
+    options = VeloraConfig(num_groups=3, init_type="random")
+    model = adapted(velora_config=options, use_dora=True, target_modules=["a"]).train()
+    layer = layer_of(model)
+    A, B, v = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_velora_embed["default"]
+    y = layer(X)
+    g = torch.randn_like(y)
+    y.backward(g)
+    V = net().a.weight + 1.5 * (B @ A).detach()
+    m = layer.lora_magnitude_vector["default"].weight
+    gain = (m / V.norm(dim=1)).detach()
+    assert torch.allclose(y, gain * (X @ V.mT) + net().a.bias, atol=1e-5)
+    rebuilt = ((nn.functional.pad(X, (0, 2)).view(7, 3, 4) @ v)[..., None] * v).flatten(1)[:, :10]
+    assert torch.allclose(A.grad, 1.5 * B.mT.detach() @ (g * gain).mT @ rebuilt, atol=1e-4)
 
 
 def test_velora_keeps_a_group_of_numbers_instead_of_the_input():
@@ -286,6 +454,21 @@ def test_a_merge_in_training_mode_writes_what_evaluation_computes():
     model = adapted(monteclora_config=MontecloraConfig(sample_scaler=0.5)).train()
     merged = copy.deepcopy(model).merge_and_unload()
     assert torch.allclose(merged(X), model.eval()(X), atol=1e-5)
+
+
+def test_monteclora_samples_under_dora_around_what_is_merged():
+    options = MontecloraConfig(sample_scaler=0.1)
+    model = adapted(monteclora_config=options, use_dora=True, target_modules=["a"])
+    layer = layer_of(model)
+    wanted = model.eval()(X)
+    model.train()
+    torch.manual_seed(1)
+    drawn = torch.stack([model(X) for _ in range(400)]).detach()
+    assert drawn.std(0).min() > 0
+    layer(X).sum().backward()
+    assert layer.lora_monteclora_sampler["default"].std_prior.grad.any()
+    assert model.base_model._get_monteclora_loss() != 0.0
+    assert torch.allclose(copy.deepcopy(model).merge_and_unload()(X), wanted, atol=1e-5)
 
 
 def test_montecloras_terms_are_the_divergences_of_the_distributions():

@@ -155,6 +155,80 @@ def test_training_draws_the_skills_of_each_example():
     assert torch.allclose(w.mean(0), wanted, atol=0.03)
 
 
+class Reader(nn.Module):
+    """Attention of a batch to itself, under a mask."""
+
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.MultiheadAttention(6, 2, batch_first=True, **options)
+
+    def forward(self, x, mask=None, padding=None):
+        return self.a(x, x, x, padding, False, mask)[0]
+
+
+def test_attention_runs_once_for_each_task_with_its_own_masks():
+    model = wrapped(Reader(), target_modules=["a"]).eval()
+    x = torch.randn(4, 4, 6)  # as many tokens as samples
+    together = torch.full((4, 4), -1e9).triu(1)
+    per_head = torch.randn(4 * 2, 4, 4)
+    padding = torch.tensor([[False, False, i > 1, i > 2] for i in range(4)])
+    calls = []
+    model.base_model.model.a.base_layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    for mask, pad in ((None, None), (together, None), (per_head, None), (None, padding)):
+        calls.clear()
+        found = model(x, mask, pad, task_ids=TASKS)
+        assert len(calls) == 3, "two of the samples have the same task"
+        for i in range(4):
+            own = mask[2 * i : 2 * i + 2] if mask is per_head else mask
+            alone = model(x[i : i + 1], own, None if pad is None else pad[i : i + 1], task_ids=TASKS[i : i + 1])
+            assert torch.allclose(found[i : i + 1], alone, atol=1e-5)
+    calls.clear()
+    model(x, task_ids=[1, 1, 1, 1])
+    assert len(calls) == 1
+    alone = model.base_model(x[0], task_ids=[2])  # without a batch
+    assert torch.allclose(alone, model(x[:1], task_ids=[2])[0], atol=1e-5)
+
+
+def test_attention_learns_what_each_sample_alone_would():
+    model = wrapped(Reader(), target_modules=["a"]).eval()
+    x = torch.randn(4, 3, 6)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(model(x, task_ids=TASKS).square().sum(), trained)
+    parts = [model(x[i : i + 1], task_ids=TASKS[i : i + 1]).square().sum() for i in range(4)]
+    same(found, torch.autograd.grad(sum(parts), trained))
+    model.train()
+    assert not torch.equal(model(x, task_ids=TASKS), model(x, task_ids=TASKS)), "training draws"
+
+
+def test_a_layer_whose_weight_is_read_takes_one_task():
+    model = wrapped(Reader(), target_modules=["out_proj"]).eval()
+    x = torch.randn(4, 3, 6)
+    model(x, task_ids=[2, 2, 2, 2])
+    with pytest.raises(ValueError, match="Target the module itself"):
+        model(x, task_ids=TASKS)
+    with pytest.raises(ValueError, match="task_ids is missing"):
+        model(x)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_attention_runs_again_with_the_tasks_of_its_own_call(reentrant):
+    class Checked(Reader):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=reentrant)
+
+    def gradients(base, order):
+        model = wrapped(base, target_modules=["a"]).eval()
+        torch.manual_seed(2)
+        x = torch.randn(4, 3, 6, requires_grad=True)
+        losses = [model(x, task_ids=ids).square().sum() for ids in (TASKS, OTHERS)]
+        for i in order:
+            losses[i].backward()
+        return [p.grad for p in model.parameters() if p.requires_grad] + [x.grad]
+
+    same(gradients(Checked(), (0, 1)), gradients(Reader(), (1, 0)))
+
+
 def test_a_wrong_type_and_splits_that_do_not_divide_are_told():
     with pytest.raises(ValueError, match="poly_type='mhr'"):
         PolyConfig(poly_type="mhr")

@@ -191,9 +191,10 @@ def _tensors(
     stem, ending = f"{path}.lora_{view.infix}" if path else f"lora_{view.infix}", "" if view.infix else ".weight"
     yield f"{stem}A{ending}", (A / times).contiguous()
     yield f"{stem}B{ending}", B.contiguous()
-    if config.lora_bias and not view.infix and view.bias_name:
+    if config.lora_bias and view.bias_name:
         bias = result.bias
-        yield f"{stem}B.bias", B.new_zeros(B.shape[0]) if bias is None else bias.to(B.dtype)
+        key = f"{stem}bias" if view.infix else f"{stem}B.bias"
+        yield key, B.new_zeros(B.shape[0]) if bias is None else bias.to(B.dtype)
 
 
 def _factor(update: Update, packed: bool) -> float:

@@ -85,7 +85,7 @@ def biases(layers: dict[str, list[Update]], results: dict[str, Any]) -> dict[str
     if all(r.bias is None for r in results.values()):
         return {}
     views = {found[0].p.path: found[0].p.layer.view for found in layers.values()}
-    without = [path for path, view in views.items() if view.infix or not view.bias_name]
+    without = [path for path, view in views.items() if not view.bias_name]
     changes = {pattern(path, views): {"lora_bias": False} for path in without}
     return {"lora_bias": True, "module_config": changes or None}
 

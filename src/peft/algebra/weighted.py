@@ -235,7 +235,7 @@ def write(p: Any, result: Result) -> None:
         held: Any = getattr(p, key)
         getattr(held, "weight", held).copy_(value)
     if result.bias is not None:
-        p.lora_B.bias.copy_(result.bias / float(p.scaling))
+        _inside(p).up_bias(p).copy_(result.bias / float(p.scaling))
     if result.magnitude is not None:
         m = p.lora_magnitude_vector.weight
         m.copy_(result.magnitude.reshape(m.shape))

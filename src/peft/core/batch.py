@@ -15,6 +15,7 @@ from .views import LinearView
 
 Run = Callable[[tuple[Any, ...], dict[str, Any]], Any]  # a module, on arguments
 
+
 class MixedBatch(nn.Module):
     """The part of a tuner layer that runs a mixed batch; `stack`, `_runner` and `_general` are the layer's."""
 
@@ -64,11 +65,11 @@ class MixedBatch(nn.Module):
         """Run a whole module once per adapter on its rows."""
         return in_parts(self, "only", list(groups.items()), axis, args, kwargs, self._alone)
 
-    def each_task(self, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run) -> Any:
-        """Run a whole module once per task on its rows."""
+    def each_task(self, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run) -> Any:
+        """Run a whole module once per task on its rows; `where` it stands is for messages."""
         axis = 0 if getattr(self._modules["base_layer"], "batch_first", True) else 1
         x = args[0] if args else next(iter(kwargs.values()))
-        groups = self.call.by_task(x.shape[axis], x.device, self._where())
+        groups = self.call.by_task(x.shape[axis], x.device, where)
         return in_parts(self, "task", groups, axis, args, kwargs, run)
 
     def _alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

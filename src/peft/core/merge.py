@@ -120,8 +120,10 @@ class Mergeable(nn.Module):
                 f"Merging {list(names)} at {self._where()!r} while {rest} stay active would change the output, because "
                 f"these methods do not commute. Merge the first of {live} first, or all of them."
             )
-        if self.view.bias(base) is None and not self.view.absorbs and any(
-            self.adapters[n].method.bias(self.adapters[n], None) is not None for n in names
+        if (
+            self.view.bias(base) is None
+            and not self.view.one_hot
+            and any(self.adapters[n].method.bias(self.adapters[n], None) is not None for n in names)
         ):
             raise RuntimeError(
                 f"The adapter has a bias but the layer {self._where()!r} has none to merge it into. Keep the adapter "
@@ -155,7 +157,7 @@ class Mergeable(nn.Module):
         for start in range(0, out, step if by_rows else out):
             rows = slice(start, start + step) if by_rows else slice(None)
             W = stack.weight(rows)
-            W = self.view.absorb(base, W, b[rows]) if self.view.absorbs and b is not None else W
+            W = self.view.absorb(base, W, b[rows]) if self.view.one_hot and b is not None else W
             if not torch.isfinite(W).all():
                 raise ValueError(
                     f"Merging {list(names)} into {self._where()!r} gives weights that are not finite. The adapter or "
@@ -174,7 +176,7 @@ class Mergeable(nn.Module):
                 self.view.write_rows(base, start, W)
             else:
                 kind.write(base, self.view.name, self.view.raw(base, W))
-        if b is not None and b is not self.view.bias(base) and not self.view.absorbs:
+        if b is not None and b is not self.view.bias(base) and not self.view.one_hot:
             storage.of(base, self.view.bias_name).write(base, self.view.bias_name, b)
 
     def unmerge(self) -> None:

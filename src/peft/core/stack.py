@@ -155,7 +155,7 @@ class InPlace:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack = self.stack
         if stack.layer.call.task is None and any(a.method.by_task for a in stack.adapters):
-            return stack.layer.each_task(args, kwargs, self.run)
+            return stack.layer.each_task(stack.adapters[0].path, args, kwargs, self.run)
         return self.run(args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

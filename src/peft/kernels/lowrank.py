@@ -231,8 +231,10 @@ def compressed(x: Tensor, A: Tensor, v: Tensor, scale: float) -> Tensor:
     return _Compressed.apply(x, A, v, scale)
 
 
-def compressed_by(apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, axis: int, A: Tensor, v: Tensor, s: float) -> Tensor:
-    """`compressed` for an A that is applied otherwise, linearly in x and A, as a convolution's; features are on `axis`."""
+def compressed_by(
+    apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, axis: int, A: Tensor, v: Tensor, s: float
+) -> Tensor:
+    """`compressed` where `apply` is linear in x and A otherwise, as a convolution is; features are on `axis`."""
     if transformed():
         return plain_compressed(apply, x, axis, A, v, s)
     return _CompressedBy.apply(apply, x, axis, A, v, s)
@@ -264,7 +266,7 @@ class _CompressedBy(torch.autograd.Function):
     def forward(
         ctx: Any, apply: Callable[[Tensor, Tensor], Tensor], x: Tensor, axis: int, A: Tensor, v: Tensor, s: float
     ) -> Tensor:
-        ctx.apply, ctx.axis, ctx.scale, ctx.features = apply, axis, s, x.shape[axis]
+        ctx.product, ctx.axis, ctx.scale, ctx.features = apply, axis, s, x.shape[axis]
         ctx.save_for_backward(groups(x, axis, len(v)) @ v, A, v)
         return apply(x, A)
 
@@ -276,7 +278,7 @@ class _CompressedBy(torch.autograd.Function):
         A = A.detach().requires_grad_(need[3])
         wanted = [t for t in (x, A) if t.requires_grad]
         with torch.enable_grad():
-            found = iter(torch.autograd.grad(ctx.apply(x, A), wanted, grad))  # x's does not depend on x
+            found = iter(torch.autograd.grad(ctx.product(x, A), wanted, grad))  # x's does not depend on x
         return None, next(found) if need[1] else None, None, next(found) if need[3] else None, None, None
 
 

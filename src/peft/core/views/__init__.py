@@ -10,7 +10,7 @@ from torch import nn
 
 from .conv import ConvView
 from .embedding import EmbeddingView, embed_scale
-from .linear import Conv1DView, LinearView
+from .linear import Conv1DView, LinearView, main_input
 from .make import Template, linear_module
 from .module import ModuleView
 from .parameter import AttentionView, ParameterView
@@ -23,6 +23,7 @@ __all__ = [
     "embed_scale",
     "is_linear",
     "linear_module",
+    "main_input",
     "reads_weights",
     "supported",
     "view_of",

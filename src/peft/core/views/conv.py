@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import Layer, LinearView, Pair
+from .linear import Layer, LinearView, Pair, main_input
 from .make import diagonal
 
 
@@ -55,6 +55,11 @@ class ConvView(LinearView):
             padding = 0
         kernel = self.raw(m, W)
         return self.function(x, kernel, None, m.stride, padding, m.dilation, m.in_channels // kernel.shape[1])
+
+    def vectors(self, m: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        x = main_input(args, kwargs)
+        eye = torch.eye(self.shape(m)[-1], dtype=x.dtype, device=x.device)
+        return [self.linear(m, x, eye).movedim(-1 - self.dims, -1).flatten(0, -2)]  # patches
 
     def rows(self, h: Tensor, B: Tensor) -> Tensor:
         return self.function(h, B.view(*B.shape, *[1] * self.dims))

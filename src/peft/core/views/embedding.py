@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import Layer, Pair, TransposedView
+from .linear import Layer, Pair, TransposedView, main_input
 
 
 class EmbeddingView(TransposedView):
@@ -17,7 +17,7 @@ class EmbeddingView(TransposedView):
     label = "Embedding"
     infix = "embedding_"
     dense = False
-    absorbs = True
+    one_hot = True
 
     def shape(self, m: Layer) -> Pair:
         return (m.embedding_dim, m.num_embeddings)
@@ -26,6 +26,9 @@ class EmbeddingView(TransposedView):
         y = F.embedding(x, W.mT, m.padding_idx, None, 2.0, m.scale_grad_by_freq, m.sparse)
         scale = embed_scale(m)
         return y if scale is None else y * scale
+
+    def vectors(self, m: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        return [main_input(args, kwargs).flatten()]
 
     def drop(self, x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
         # dropout of a one-hot vector keeps or drops a token's whole contribution

@@ -25,7 +25,8 @@ class LinearView:
     name = "weight"
     bias_name = "bias"
     infix = ""  # LoRA files its tensors as lora_{infix}A and lora_{infix}B
-    absorbs = False  # every input is one-hot, so that a bias may be written into W itself (`absorb`)
+    one_hot = False  # every input is, so that a bias may be written into W itself (`absorb`)
+    sees_inputs = True  # what W is multiplied with is known from a call of the module (`vectors`)
     activations = True  # False: the layer cannot be split into W x and b; the whole module runs with W put in place
     dense = True  # the last axis of the input is W's in-axis
     read_children: tuple[str, ...] = ()  # child layers whose weights the module reads instead of calling them
@@ -104,12 +105,24 @@ class LinearView:
         return getattr(m, self.bias_name, None)
 
     def absorb(self, m: Layer, W: Tensor, b: Tensor) -> Tensor:
-        """(..., rows, I) with a bias, (rows,), in it; for a layout that `absorbs`."""
+        """(..., rows, I) with a bias, (rows,), in it; where inputs are one-hot."""
         raise NotImplementedError
 
     def linear(self, m: Layer, x: Tensor, W: Tensor) -> Tensor:
         """W x without bias; W may have any number of rows."""
         return F.linear(x, W)
+
+    def vectors(self, m: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """What W is multiplied with in a call of the module: vectors (N, I), or the places of the one in one-hot ones.
+
+        Several of the kind where rows of W have inputs of their own.
+        """
+        x = main_input(args, kwargs)
+        return [x.flatten(0, -2) if x.dim() > 1 else x[None]]
+
+    def child_vectors(self, m: Layer, child: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """`vectors` of one of `read_children`, in a call of its parent m."""
+        raise NotImplementedError
 
     def rows(self, h: Tensor, B: Tensor) -> Tensor:
         """B on the feature axis of an output h, (..., r) -> (..., O)."""
@@ -177,6 +190,11 @@ class LinearView:
     def norm_product(self, m: Layer, A: Tensor, B: Tensor) -> Tensor | None:
         """What stands for B A beside the stored weight when a row's norm is taken; None: B A itself."""
         return None
+
+
+def main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A module's first argument, which may be named."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 class TransposedView(LinearView):

@@ -20,6 +20,7 @@ class ParameterView(LinearView):
     label = "ParamWrapper"
     activations = False
     dense = False
+    sees_inputs = False
 
     def __init__(self, name: str, bias_name: str | None = None):
         self.name, self.bias_name = name, bias_name or ""
@@ -95,6 +96,9 @@ class ParameterView(LinearView):
             held.update(before)
 
 
+INPUTS = ("query", "key", "value")
+
+
 class AttentionView(ParameterView):
     """nn.MultiheadAttention: the packed in-projection (3 E, E), or one of the separate ones.
 
@@ -102,6 +106,7 @@ class AttentionView(ParameterView):
     """
 
     read_children = ("out_proj",)
+    sees_inputs = True
     why = (
         "one of the separate query, key and value weights of an nn.MultiheadAttention with kdim or vdim, whose biases "
         "are one packed parameter"
@@ -113,6 +118,25 @@ class AttentionView(ParameterView):
         packed = name == "in_proj_weight"
         super().__init__(name, "in_proj_bias" if packed else None)
         self.label = "MultiheadAttention" if packed else "ParamWrapper"
+
+    def vectors(self, m: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        given = dict(zip(INPUTS, args, strict=False)) | kwargs
+        names = [
+            i for i in INPUTS if self.name == f"{i[0]}_proj_weight"
+        ] or INPUTS  # else packed, a third of W for each
+        return [given[i].flatten(0, -2) for i in names]
+
+    def child_vectors(self, m: Layer, child: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        mine = m._modules[child]
+        n, like = mine.in_features, mine.weight
+        seen_through = linear_module(n, n, True, dtype=like.dtype, device=like.device)
+        nn.init.eye_(seen_through.weight)
+        nn.init.zeros_(seen_through.bias)
+        try:
+            m._modules[child] = seen_through
+            return [m.forward(*args, **kwargs)[0].flatten(0, -2)]
+        finally:
+            m._modules[child] = mine
 
     def parts(self, m: Layer) -> tuple[str, ...]:
         return () if m._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")

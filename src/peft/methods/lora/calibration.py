@@ -27,7 +27,24 @@ class Spot(NamedTuple):
     module: nn.Module
     view: LinearView
     settings: Any  # the configuration with this path's patterns resolved
-    called: bool = True  # False: its parent reads the weight
+    reader: tuple[str, nn.Module] | None = None  # path and module of the parent, where that reads the weight
+
+    @property
+    def name(self) -> str:
+        """Where the weight is: a path, for the module's own `weight`."""
+        return self.path if self.view.name == "weight" else f"{self.path}.{self.view.name}".lstrip(".")
+
+    @property
+    def stage(self) -> str:
+        """The path of the module whose calls show the weight's inputs."""
+        return self.path if self.reader is None else self.reader[0]
+
+    def vectors(self, args: Any, kwargs: Any) -> list[Tensor]:
+        """What W is multiplied with in a call of the module at `stage`, as `LinearView.vectors` has it."""
+        if self.reader is None:
+            return self.view.vectors(self.module, args, kwargs)
+        _, parent = self.reader
+        return view_of(parent).child_vectors(parent, self.path.rpartition(".")[2], args, kwargs)
 
     def key(self, name: str) -> str:
         """The name of a measurement: the module's weight has the plain one."""
@@ -69,7 +86,7 @@ def _of(target: Any, config: Any) -> Iterator[Spot]:
     for child in () if target.parameter else view_of(base).read_children:
         path = f"{target.path}.{child}" if target.path else child
         below = innermost(base.get_submodule(child))
-        yield Spot(path, below, view_of(below), settings(config, path), called=False)
+        yield Spot(path, below, view_of(below), settings(config, path), (target.path, base))
 
 
 def at(p: Any) -> Spot:
@@ -77,30 +94,20 @@ def at(p: Any) -> Spot:
     return Spot(p.path, p.layer.get_base_layer(), p.layer.view, p.settings)
 
 
-def patches(spot: Spot, x: Tensor) -> Tensor:
-    """The vectors that W is multiplied with, (N, I): the input itself, or a convolution's patches."""
-    view, m = spot.view, spot.module
-    if view.dense:
-        return x.flatten(0, -2) if x.dim() > 1 else x[None]
-    dims = len(view.kernel(m))
-    eye = torch.eye(view.shape(m)[-1], dtype=x.dtype, device=x.device)
-    return view.linear(m, x, eye).movedim(-1 - dims, -1).flatten(0, -2)
-
-
 def has_inputs(spot: Spot) -> bool:
-    """Whether the vectors that W is multiplied with can be had: a layer that is called, and no table of tokens."""
+    """Whether the layer is called with the vectors that W is multiplied with, or with what they are cut out of."""
     view, m = spot.view, spot.module
-    return spot.called and view.activations and view.groups(m) == 1 and (view.dense or bool(view.kernel(m)))
+    return spot.reader is None and view.activations and view.groups(m) == 1 and (view.dense or bool(view.kernel(m)))
 
 
 @contextmanager
-def hooked(modules: Mapping[Any, nn.Module], seen: Callable[[Any, Any], None]) -> Iterator[None]:
-    """While open, `seen(key, input)` hears of the input of every call of these modules."""
+def hooked(modules: Mapping[Any, nn.Module], seen: Callable[[Any, Any, Any], None]) -> Iterator[None]:
+    """While open, `seen(key, args, kwargs)` hears of every call of these modules."""
     handles = []
     for key, module in modules.items():
 
         def hook(_: nn.Module, args: Any, kwargs: Any, key: Any = key) -> None:
-            seen(key, args[0] if args else next(iter(kwargs.values())))
+            seen(key, args, kwargs)
 
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:

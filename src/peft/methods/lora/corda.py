@@ -5,19 +5,20 @@
 
 so that s B A is the best part of W of rank r where errors are weighed by C. "ipm" (instruction-previewed) takes the r
 largest directions, to learn in those that the task uses; "kpm" (knowledge-preserved) takes the r smallest of directions
-that carry knowledge, given inputs that ask for it. The base stays as it is: the first factors are held aside.
-Source: Yang et al. 2024, arXiv 2406.05223, eq. 1-5.
+that carry knowledge, given inputs that ask for it. An embedding's inputs are one-hot, so its C is diagonal, the counts
+of tokens; the packed projections of attention share one A, so their C is the mean of query's, key's and value's. The
+base stays as it is: the first factors are held aside. Source: Yang et al. 2024, arXiv 2406.05223, eq. 1-5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .calibration import Spot, has_inputs, hooked, patches, read, spots, write
+from .calibration import Spot, hooked, read, spots, write
 
 NAME = "eigens"
 DAMPING, RESIDUE = 0.01, 0.05
@@ -53,7 +54,7 @@ def preprocess_corda(
     if options is None:
         raise ValueError("preprocess_corda needs `corda_config` in the LoraConfig. Use corda_config=CordaConfig().")
     places = spots(model, lora_config)
-    _refuse([s for s in places if not has_inputs(s)])
+    _refuse([s for s in places if not s.view.sees_inputs or s.view.groups(s.module) != 1])
     cached = read(options.cache_file, "cache_file")
     if cached is not None:
         for spot in places:
@@ -62,13 +63,13 @@ def preprocess_corda(
     covariances = _covariances(places, options, run_model, hooked_model, model)
     found = {}
     for spot in places:
-        eigens = _eigens(spot, covariances[spot.path], options.corda_method)
+        eigens = _eigens(spot, covariances[spot.name], options.corda_method)
         spot.set(NAME, eigens)
         found.update({f"{spot.file_key(NAME)}.{k}": v for k, v in vars(eigens).items()})
         if not options.prune_temporary_fields:
-            spot.set("covariance_matrix", covariances[spot.path])
+            spot.set("covariance_matrix", covariances[spot.name])
         if options.verbose:
-            print(f"CorDA: {spot.path}: {len(eigens.S_WC)} of {min(spot.view.shape(spot.module))} directions.")
+            print(f"CorDA: {spot.name}: {len(eigens.S_WC)} of {min(spot.view.shape(spot.module))} directions.")
     write(options.cache_file, found)
 
 
@@ -97,8 +98,8 @@ def _refuse(wrong: list[Spot]) -> None:
     if wrong:
         raise ValueError(
             f"init_lora_weights='corda' needs the inputs of a layer, but {wrong[0].path!r} "
-            f"({wrong[0].view.label}) is a table of tokens, has groups, or is read by its parent instead of being "
-            "called. Leave it out (`exclude_modules`), or use init_lora_weights='pissa'."
+            f"({wrong[0].view.label}) has groups, or is a parameter that its module multiplies by itself, out of "
+            "sight. Leave it out (`exclude_modules`), or use init_lora_weights='pissa'."
         )
 
 
@@ -138,11 +139,12 @@ def _covariances(
         write(options.covariance_file, found)
     for spot in places:
         size = spot.view.shape(spot.module)[-1]
-        shape = None if spot.path not in found else tuple(found[spot.path].shape)
-        if shape != (size, size):
+        wanted = (size,) if spot.view.one_hot else (size, size)
+        shape = None if spot.name not in found else tuple(found[spot.name].shape)
+        if shape != wanted:
             text = "is missing" if shape is None else f"is {shape}"
-            raise ValueError(f"The covariance of {spot.path!r} {text}, expected {(size, size)}: {_ADVICE}")
-    return {spot.path: found[spot.path].to(_weight(spot).device) for spot in places}
+            raise ValueError(f"The covariance of {spot.name!r} {text}, expected {wanted}: {_ADVICE}")
+    return {spot.name: found[spot.name].to(_weight(spot).device) for spot in places}
 
 
 _ADVICE = "`run_model` has to call every target, and covariance_file has to be of the same model and targets."
@@ -152,22 +154,31 @@ def _measured(places: list[Spot], half: bool, run: Callable[[], None], model: nn
     """The mean over calls of X'X, each input being scaled to its largest element."""
     sums: dict[str, Tensor] = {}
     calls: dict[str, int] = {}
-    by_path = {spot.path: spot for spot in places}
+    by_name = {spot.name: spot for spot in places}
 
-    def seen(path: str, x: Tensor) -> None:
-        X = patches(by_path[path], x.detach().float())
-        if not torch.isfinite(X).all():
-            raise ValueError(f"The input of {path!r} holds NaN or infinity, so its covariance has no value.")
-        X = X / X.abs().max().clamp_min(torch.finfo(X.dtype).tiny)
-        X = X.half() if half else X
-        C = X.mT @ X
-        sums[path], calls[path] = (sums[path] + C if path in sums else C), calls.get(path, 0) + 1
-        if not torch.isfinite(sums[path]).all():
-            raise ValueError(f"The covariance of {path!r} overflows. Set use_float16_for_covariance=False.")
+    def seen(name: str, args: Any, kwargs: Any) -> None:
+        size = by_name[name].view.shape(by_name[name].module)[-1]
+        each = [_square(X.detach(), size, name, half) for X in by_name[name].vectors(args, kwargs)]
+        C = each[0] if len(each) == 1 else torch.stack(each).mean(0)
+        sums[name], calls[name] = (sums[name] + C if name in sums else C), calls.get(name, 0) + 1
+        if not torch.isfinite(sums[name]).all():
+            raise ValueError(f"The covariance of {name!r} overflows. Set use_float16_for_covariance=False.")
 
-    with hooked({path: model.get_submodule(path) for path in by_path}, seen):
+    with hooked({name: model.get_submodule(spot.stage) for name, spot in by_name.items()}, seen):
         run()
-    return {path: C / calls[path] for path, C in sums.items()}
+    return {name: C / calls[name] for name, C in sums.items()}
+
+
+def _square(X: Tensor, size: int, name: str, half: bool) -> Tensor:
+    """X'X of vectors, scaled to the largest element; its diagonal, of one-hot ones."""
+    if not X.is_floating_point():
+        return torch.bincount(X, minlength=size).float()
+    if not torch.isfinite(X).all():
+        raise ValueError(f"The input of {name!r} holds NaN or infinity, so its covariance has no value.")
+    X = X.float()
+    X = X / X.abs().max().clamp_min(torch.finfo(X.dtype).tiny)
+    X = X.half() if half else X
+    return X.mT @ X
 
 
 def _eigens(spot: Spot, C: Tensor, method: str) -> CordaEigens:
@@ -175,21 +186,32 @@ def _eigens(spot: Spot, C: Tensor, method: str) -> CordaEigens:
     W, r = _weight(spot).detach().float(), spot.settings.r
     if r > min(W.shape):
         raise ValueError(f"{spot.path!r} is {tuple(W.shape)} and has only {min(W.shape)} directions, but r={r}.")
-    C, inverse = damped(C.float(), spot.path)
-    U, S, Vh = torch.linalg.svd(W @ C, full_matrices=False)
-    V = (Vh @ inverse).mT
+    C, inverse = damped(C.float(), spot.name)
+    diagonal = C.dim() == 1
+    U, S, Vh = torch.linalg.svd(W * C if diagonal else W @ C, full_matrices=False)
+    V = (Vh * inverse if diagonal else Vh @ inverse).mT
     kept = slice(0, r) if method == "ipm" else slice(len(S) - r, len(S))
     return CordaEigens(*(t.contiguous() for t in (S[kept], U[:, kept], V[:, kept])))
 
 
 def damped(C: Tensor, path: str) -> tuple[Tensor, Tensor]:
-    """C with enough on its diagonal to be inverted well, and its inverse."""
+    """C with enough on its diagonal to be inverted well, and its inverse; of a diagonal, diagonals."""
+    if C.dim() == 1:
+        C = C + DAMPING * C.mean()
+        if C.all():
+            return C, 1 / C
+    for trial, inverse, well in _trials(C) if C.dim() == 2 else ():
+        if well:
+            return trial, inverse
+    raise ValueError(f"The covariance of {path!r} cannot be inverted: are all its inputs zero?")
+
+
+def _trials(C: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """C with more and more on its diagonal, its inverse, and whether that is one."""
     eye = torch.eye(len(C), device=C.device)
     mean, damping = C.diagonal().mean(), DAMPING
     while damping < 1e9:
         trial = C + damping * mean * eye
         inverse, info = torch.linalg.inv_ex(trial)
-        if not info and torch.dist(trial @ inverse, eye) < RESIDUE:
-            return trial, inverse
+        yield trial, inverse, not info and bool(torch.dist(trial @ inverse, eye) < RESIDUE)
         damping *= 2
-    raise ValueError(f"The covariance of {path!r} cannot be inverted: are all its inputs zero?")

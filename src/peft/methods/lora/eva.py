@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ...core.state import disabled
+from ...core.views import main_input
 from ...errors import PeftWarning, listing, nearest
-from .calibration import Spot, has_inputs, hooked, patches, spots
+from .calibration import Spot, has_inputs, hooked, spots
 from .pca import IncrementalPCA
 
 PREFIX = "base_model.model."
@@ -254,13 +255,13 @@ class _Run:
         batch = _moved(batch, next((p.device for p in self.root.parameters() if not p.is_meta), torch.device("cpu")))
         self.context = self.prepare(batch, self.config) if self.prepare is not None else batch
         modules = {path: self.root.get_submodule(path) for path in self.layers}
-        with hooked(modules, lambda path, x: hear(path, x)):
+        with hooked(modules, lambda path, args, kwargs: hear(path, main_input(args, kwargs))):
             self.forward(self.root, batch)
 
     def _rows(self, path: str, x: Tensor) -> Tensor:
         layer = self.layers[path]
         if layer.prepare is None:
-            X = patches(layer.spot, x.detach().float())
+            (X,) = layer.spot.vectors((x.detach().float(),), {})
         else:
             X = layer.prepare(x, self.context, self.prefix + path).detach().float()
         size = layer.spot.view.shape(layer.spot.module)[-1]

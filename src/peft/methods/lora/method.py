@@ -138,7 +138,7 @@ class LoRA(LowRank):
     def up_bias(self, p: Adapter) -> Tensor | None:
         if not p.__dict__["lora_bias"]:
             return None
-        return p.held("lora_embedding_bias") if p.layer.view.infix else p.held("lora_B").bias  # type: ignore[no-any-return]
+        return p.held("lora_embedding_bias") if p.layer.view.infix else p.held("lora_B").bias
 
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("lora_dropout")

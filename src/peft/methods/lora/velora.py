@@ -4,7 +4,7 @@
 
 The forward is LoRA's, and the gradients of x and B are exact. v (m) is the mean group, normalised, of every batch or of
 the first, or random. The features of a convolution are its channels, at every place. Where a layer keeps nothing of an
-input that could be compressed, this is plain LoRA, with exact gradients: an embedding keeps a number for each token, and
+input that could be compressed, this is plain LoRA, with exact gradients: an embedding keeps the numbers of tokens, and
 attention and parameters read W' themselves. Source: Miles et al. 2024, arXiv 2405.17991, algorithm 1.
 """
 
@@ -27,7 +27,7 @@ class VeLoRA(InTraining):
 
     def build(self, site: Site) -> dict[str, Any]:
         built = super().build(site)
-        if not site.view.activations or site.view.absorbs:
+        if not site.view.activations or site.view.one_hot:
             return built
         n = site.settings.velora_config.num_groups
         v = nn.Buffer(torch.zeros(-(-site.view.inputs(site.module) // n), **site.kwargs))
