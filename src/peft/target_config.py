@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from .config import PeftConfig, describe
 from .errors import nearest
+from .types import PeftType
 
 MODULE_CONFIG = describe(
     "Fields that differ for some modules: {regular expression of the name or of its end: {field: value}}."
@@ -62,7 +63,7 @@ class TargetConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = self.kind
+        self.peft_type = PeftType(self.kind)
         read_names(self)
         check_layers(self)
         check_bias(self, f"{self.kind.lower()}_only")
