@@ -8,12 +8,22 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
-from peft.cli.options import GROUPS, CompareOptions, EvalOptions, GenerateOptions, TrainOptions
+from peft.cli.options import (
+    ARGUMENT,
+    GROUPS,
+    CheckOptions,
+    CompareOptions,
+    ConvertOptions,
+    EvalOptions,
+    GenerateOptions,
+    InspectOptions,
+    TrainOptions,
+)
 from peft.errors import PeftError
 
 
 def build_app() -> Any:
-    """The `typer.Typer` with the commands train, eval, generate and compare."""
+    """The `typer.Typer` with all commands."""
     import typer
 
     app = typer.Typer(
@@ -30,6 +40,9 @@ def build_app() -> Any:
     _add(app, "eval", EvalOptions, _evaluate, "Loss, perplexity and token accuracy of a saved adapter.")
     _add(app, "generate", GenerateOptions, _generate, "Answer a prompt with a saved adapter.")
     _add(app, "compare", CompareOptions, _compare, "Train many methods on labelled texts, in one table and picture.")
+    _add(app, "convert", ConvertOptions, _file("convert"), "Write an adapter in the format of another program.")
+    _add(app, "inspect", InspectOptions, _file("inspect"), "What an adapter holds, and what is wrong with it.")
+    _add(app, "check", CheckOptions, _file("inspect", "check"), "Whether an adapter fits a base model.")
     return app
 
 
@@ -90,6 +103,17 @@ def _compare(options: CompareOptions) -> int:
     return run(options)
 
 
+def _file(module: str, function: str = "run") -> Callable[[Any], int]:
+    """The function of `peft.cli.MODULE`, imported when it is called."""
+
+    def run(options: Any) -> int:
+        from importlib import import_module
+
+        return int(getattr(import_module(f"peft.cli.{module}"), function)(options))
+
+    return run
+
+
 def _add(app: Any, name: str, kind: type, run: Callable[[Any], int], help: str) -> None:
     """Register `run` under `name`, with one command-line option for each field of the dataclass `kind`."""
 
@@ -128,7 +152,8 @@ def _signature(kind: type) -> inspect.Signature:
     for f in sorted(fields(kind), key=lambda f: (GROUPS.index(f.metadata["group"]), f.default is not MISSING)):
         meta = f.metadata
         flags = meta["flags"] or ("--" + f.name.replace("_", "-"),)
-        declared = typer.Option(*flags, help=meta["help"], rich_help_panel=meta["group"])
+        kind_of = typer.Argument if flags == ARGUMENT else typer.Option
+        declared = kind_of(*(() if flags == ARGUMENT else flags), help=meta["help"], rich_help_panel=meta["group"])
         default = inspect.Parameter.empty if f.default is MISSING else f.default
         annotation = typing.Annotated[types[f.name], declared]  # type: ignore[valid-type,name-defined]
         parameters.append(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 GROUPS = DATA, METHOD, TRAINING, RUN = "Model and data", "Method", "Training", "Run"
+ARGUMENT = ("ARGUMENT",)  # in place of flags: the value stands by itself
 
 
 def option(help: str, group: str, default: Any = MISSING, *flags: str) -> Any:
@@ -112,3 +113,35 @@ class CompareOptions:
     dtype: str = option("Of the base model: auto, fp32 or bf16.", RUN, "fp32")
     report: Path | None = option("Markdown file for the table. Default: OUTPUT/comparison.md.", RUN, None)  # noqa: RUF009
     overwrite: bool = option("Forget the results in OUTPUT.", RUN, False, "--overwrite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Options of `peft convert`."""
+
+    adapter: Path = option("An adapter's folder, or a file of kohya or diffusers.", DATA, MISSING, *ARGUMENT)  # noqa: RUF009
+    to: str = option("Format: lora, peft, kohya, diffusers, vllm or gguf.", RUN)
+    out: Path = option("Folder or file to write.", RUN)  # noqa: RUF009
+    source: str | None = option("Format of ADAPTER. Default: told by its tensors.", DATA, None, "--from")
+    base: Path | None = option("Folder of the base model, where names or updates depend on it.", DATA, None)  # noqa: RUF009
+    component: str | None = option("Model of a pipeline: unet, transformer, text_encoder ...", DATA, None)
+    rank: str | None = option("To write an update as a LoRA: its rank (16), or the share to keep (0.99).", METHOD, None)
+    drop: bool = option("Leave out what the format cannot hold, and name it.", RUN, False, "--drop")
+    overwrite: bool = option("Replace files that exist.", RUN, False, "--overwrite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Options of `peft inspect`."""
+
+    adapter: str = option("An adapter's folder, or its hub id.", DATA, MISSING, *ARGUMENT)
+    json: bool = option("Print all of it as JSON.", RUN, False, "--json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Options of `peft check`."""
+
+    adapter: str = option("An adapter's folder, or its hub id.", DATA, MISSING, *ARGUMENT)
+    base: Path = option("Folder of the base model; no weight of it is read.", DATA)  # noqa: RUF009
+    json: bool = option("Print all of it as JSON.", RUN, False, "--json")

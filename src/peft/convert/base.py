@@ -19,13 +19,14 @@ def load_base(base: Base, component: str = "") -> nn.Module:
     return build_model(base, component) if model is None else copy.deepcopy(model)
 
 
-def build_model(base: Base, component: str = "", meta: bool = False) -> nn.Module:
+def build_model(base: Base, component: str = "", meta: bool = False, name: str | None = None) -> nn.Module:
     """The model of a folder, by the class that its `config.json` names.
 
     Arguments:
         base: the base.
         component: which model of a pipeline.
         meta: make it on the meta device, and read no weights.
+        name: another class of the same library, if it is there.
 
     Raises ConversionError if the file names no class, or the class cannot be had.
     """
@@ -36,7 +37,7 @@ def build_model(base: Base, component: str = "", meta: bool = False) -> nn.Modul
         raise ConversionError(f"{folder / 'config.json'} names no class of model. Give the folder of a whole model.")
     try:
         library: Any = import_module("diffusers" if own else "transformers")
-        kind = getattr(library, names[0])
+        kind = getattr(library, str(name), None) or getattr(library, names[0])
         if not meta:
             return kind.from_pretrained(folder).eval()
         settings = config if own else library.AutoConfig.from_pretrained(folder)

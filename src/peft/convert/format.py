@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..core.defaults import CONFIG_NAME
-from ..core.files import read_weights, separate, staged
+from ..core.files import read_weights, staged
 from ..errors import listing
 from .part import COMPONENTS, ConversionError, Part
 
@@ -154,5 +155,6 @@ def write_safetensors(file: Path, state: Mapping[str, Tensor], metadata: Mapping
 
     texts = {k: v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in metadata.items()}
     with staged(file.parent) as stage:
-        save_file(separate(state), str(stage / file.name), metadata={"format": "pt", **texts})
+        alone = {k: t.clone(memory_format=torch.contiguous_format) for k, t in state.items()}  # no storage is shared
+        save_file(alone, str(stage / file.name), metadata={"format": "pt", **texts})
     report.files.append(file)
