@@ -40,6 +40,14 @@ REASONS: list[tuple[str, str, str]] = [
     ("unilora", "per-module pattern", "All layers share one vector out together, so its settings hold for all."),
     ("lora:dora", "DoRA*", "The row is DoRA itself."),
     ("poly, lora:alora, lora:arrow, xlora", "DoRA*", "Its W' differs from token to token, so there is no one norm."),
+    (
+        "beft, lora:lora_bias", "Parameter*",
+        "Its module multiplies the parameter by itself: the product that a bias is added to is out of reach.",
+    ),
+    (
+        "lora:corda", "Parameter*",
+        "Its module multiplies the parameter by itself: the inputs that errors are weighed by are out of sight.",
+    ),
     (UNCUT, "Conv2d grouped", "LoRA's factors read all channels there; the start has no such kernel."),
     (
         "poly, lora:alora, lora:arrow, xlora", MERGING,
@@ -52,7 +60,6 @@ REASONS: list[tuple[str, str, str]] = [
 
 # What the mathematics allows and this release does not do; these cells count as "no".
 GAPS: list[tuple[str, str, str]] = [
-    (PROMPTS, "PeftMixedModel, two active together", "One prompt at a time, and no other method beside it."),
     (
         "adaption_prompt",
         "PeftMixedModel, two active together",
@@ -60,17 +67,6 @@ GAPS: list[tuple[str, str, str]] = [
     ),
     ("adaption_prompt", "modules_to_save", "It has no such option."),
     ("trainable_tokens", "convert to LoRA", "Rows are not written as factors."),
-    (CACHED, "gradient checkpointing", "Checkpointed layers of transformers take no keys and values from outside."),
-    ("beft, lora:lora_bias", "Embedding, Parameter*", "The layer has no bias that a merge could write to."),
-    ("lora:lora_bias", "DoRA*", "The paper has no bias of the update: whether the magnitude scales it is open."),
-    ("lora:corda", "Embedding, MultiheadAttention, Parameter*", "The inputs of these layers are not measured."),
-    ("lora:bdlora, lora:velora", LAYERS, "Written for linear layers only."),
-    ("lora:velora, lora:monteclora", "DoRA*", "The papers have no magnitude, and it is not tried."),
-    (
-        "poly",
-        "MultiheadAttention, Parameter*",
-        "The module reads one weight for the batch; it is not run once per sample.",
-    ),
     ("lora:alora", "PeftMixedModel", "A method activated behind it asks for its weight, and it has none."),
 ]
 

@@ -96,10 +96,13 @@ def missing(path: str) -> NoReturn:
 
 def _refuse(wrong: list[Spot]) -> None:
     if wrong:
+        spot = wrong[0]
+        grouped = spot.view.groups(spot.module) != 1
+        why = "has groups" if grouped else "is a parameter that its module multiplies by itself, out of sight"
         raise ValueError(
-            f"init_lora_weights='corda' needs the inputs of a layer, but {wrong[0].path!r} "
-            f"({wrong[0].view.label}) has groups, or is a parameter that its module multiplies by itself, out of "
-            "sight. Leave it out (`exclude_modules`), or use init_lora_weights='pissa'."
+            f"init_lora_weights='corda' needs the inputs of a layer, but {spot.name!r} ({spot.view.label}) {why}. "
+            f"Leave it out (`exclude_modules`{'' if grouped else ', `target_parameters`'}), or use "
+            "init_lora_weights='pissa'."
         )
 
 
