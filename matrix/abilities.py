@@ -173,7 +173,7 @@ def together(p: Probe) -> str:
     a = p.run(model, inputs)
     model.set_adapter("second")
     b = p.run(model, inputs)
-    model.base_model.set_adapter([first, "second"])
+    (model.base_model if hasattr(model.base_model, "inject_adapter") else model).set_adapter([first, "second"])
     both = p.run(model, inputs)
     need(not close(both, a, 1e-6) and not close(both, b, 1e-6), "no effect")
     return "yes"

@@ -467,10 +467,8 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: made("prompt")(**text(), adapter_names=["default"] * 3), ValueError, "3 entries.*2 samples"),
     (lambda: made("prompt").train()(**text(), adapter_names=["default"] * 2), ValueError, "training mode"),
     (lambda: made("prompt").merge_and_unload(), NotImplementedError, "changes no weight"),
-    (lambda: made("prompt").add_adapter("b", peft.LoraConfig(target_modules=["q_proj"])), ValueError, "own method"),
     (lambda: made("prompt").set_adapter("other"), ValueError, "no adapter 'other'"),
     (lambda: get_peft_model(nn.Linear(2, 2), config("prompt", "FEATURE_EXTRACTION")), ValueError, "num_layers"),
-    (lambda: get_peft_model(llama(), config("prompt"), mixed=True), ValueError, "mixed=True"),
     (lambda: made("p-tuning", encoder_reparameterization_type="GRU"), ValueError, "'LSTM'"),
 ]
 

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import PeftWarning
 from .base_state import saved_tensors
 from .defaults import EMBEDDING_LAYER_NAMES
+from .entries import stated
 from .layer import AdapterHost, BaseTunerLayer
 from .wrappers import ModulesToSaveWrapper
 
@@ -39,7 +40,8 @@ def embedding_tensors(
         text = f"{type(root).__name__} does not say which its embeddings are (`get_input_embeddings`); none is saved."
         warnings.warn(text, PeftWarning, stacklevel=4)
     picked = targeted or {p: m for p, m in layers.items() if not isinstance(m, ModulesToSaveWrapper)}
-    return [e for path, layer in picked.items() for e in _base_entries(path, layer, adapter_name, entry)]
+    found = [e for path, layer in picked.items() for e in _base_entries(path, layer, adapter_name, entry)]
+    return stated(root, config, found)
 
 
 def _base_entries(path: str, layer: nn.Module, adapter_name: str, entry: Callable[..., Any]) -> list[Any]:

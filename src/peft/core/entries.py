@@ -48,9 +48,11 @@ def walk(model: nn.Module, adapter_name: str) -> list[Entry]:
         model: a PeftModel, a tuner, or a model with injected layers; keys are relative to it.
         adapter_name: the adapter.
     """
+    layers = list(tuner_layers(model))
+    seams = _seams(layers)
     return [
-        Entry(join(path, slot.key), join(path, slot.live), slot.owner, slot.attr, layer, p, slot.key)
-        for path, layer in tuner_layers(model)
+        Entry(join(_stated(path, seams), slot.key), join(path, slot.live), slot.owner, slot.attr, layer, p, slot.key)
+        for path, layer in layers
         for p in (layer.adapters.get(adapter_name) if isinstance(layer, BaseTunerLayer) else None,)
         for slot in layer.slots(adapter_name)
     ]
@@ -58,7 +60,32 @@ def walk(model: nn.Module, adapter_name: str) -> list[Entry]:
 
 def entries_of(root: nn.Module, config: Any, adapter_name: str) -> list[Entry]:
     """All that an adapter trains: its own tensors, then the base model's biases that go with it."""
-    return [*walk(root, adapter_name), *_biases(root, config, adapter_name)]
+    return stated(root, config, [*walk(root, adapter_name), *_biases(root, config, adapter_name)])
+
+
+def stated(root: nn.Module, config: Any, entries: list[Entry]) -> list[Entry]:
+    """Entries under the keys that files have for them, whatever else the model holds.
+
+    Wrappers that names leave out are left out, and the tuner too by adapters that need none (prompts).
+    """
+    seams = _seams(list(tuner_layers(root)))
+    around = hasattr(type(root._modules.get("base_model")), "inject_adapter")
+    if around and getattr(config, "is_prompt_learning", False):
+        seams = [(PREFIX, "base_model."), *seams]
+    return [e._replace(key=_stated(e.key, seams)) for e in entries] if seams else entries
+
+
+def _seams(layers: list[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """(how names of modules start in the model, how in files) below each wrapper that names leave out."""
+    found = [(path, layer._below[0]) for path, layer in layers if getattr(type(layer), "unnamed", False)]
+    return [(f"{path}.{below}.", f"{path}.") for path, below in found]
+
+
+def _stated(name: str, seams: list[tuple[str, str]]) -> str:
+    for live, key in seams:
+        if name.startswith(live):
+            name = key + name[len(live) :]
+    return name
 
 
 def _biases(root: nn.Module, config: Any, adapter_name: str) -> list[Entry]:
@@ -86,8 +113,12 @@ def _layer_bias(path: str, layer: nn.Module, adapter_name: str) -> Iterator[Entr
 def base_tensors(root: nn.Module) -> list[Entry]:
     """Every parameter and persistent buffer that belongs to no adapter, under its live name."""
     owned = _owned(root)
+    hosts = (layer for _, layer in tuner_layers(root) if not layer._below)
+    apart = {id(m) for host in hosts for m in host.modules()}  # nothing of the user's is below
     entries = []
     for path, module in root.named_modules():
+        if id(module) in apart:
+            continue
         for attr in saved_tensors(module):
             if (id(module), attr) not in owned:
                 entries.append(Entry(join(path, attr), join(path, attr), module, attr, module))

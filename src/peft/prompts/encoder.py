@@ -60,7 +60,7 @@ class BasePromptEncoder(nn.Module):
         return self(indices).expand(batch, -1, -1)
 
     def loss(self, logits: Tensor, labels: Tensor, given: dict[str, Any], others: tuple[int, int] = (0, 0)) -> Tensor:
-        """The loss, of a method that has its own; `others` counts the virtual tokens in front of its own, and behind."""
+        """The loss, of a method that has its own; `others` counts virtual tokens in front of its own and behind."""
         raise NotImplementedError
 
     @torch.no_grad()

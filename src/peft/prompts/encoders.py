@@ -41,9 +41,6 @@ class Encoders(nn.ModuleDict, AdapterHost):
     def check_active(self, names: Sequence[str]) -> None:
         """Raise ValueError if these prompts cannot be active together."""
         mine: dict[str, Any] = {n: self._modules[n] for n in names if n in self._modules}
-        losses = [n for n, e in mine.items() if e.own_loss]
-        if len(losses) > 1:
-            raise ValueError(f"Only one adapter with a loss of its own can be active, but {losses} all have one.")
         cached = {n: (e.layers, e.heads, e.width) for n, e in mine.items() if e.caches}
         if len(set(cached.values())) > 1:
             raise ValueError(

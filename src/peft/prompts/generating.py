@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from .checkpointed import checkpoints
 from .inputs import batch_of, behind_keys, checked_tasks, in_front
@@ -49,6 +50,8 @@ def generate(prompts: Prompts, run: Callable[..., Any], args: tuple[Any, ...], g
     if cached is not None:
         mask = "decoder_attention_mask" if two else "attention_mask"
         given = hide(prompts.model, cached, _cached(prompts, cached, given, batch, two), mask, True)
+        if not two and given.get("inputs_embeds") is not None:  # transformers cuts off as many as the cache holds
+            given["inputs_embeds"] = pad(given["inputs_embeds"], (0, 0, cached.num_virtual_tokens, 0))
     if front is not None and not two and ids is not None:
         given["input_ids"] = ids  # generated tokens follow them in the result
         _lengths(prompts.model, given, ids.shape[1])
@@ -71,14 +74,18 @@ def _give_mask(model: nn.Module, given: dict[str, Any]) -> None:
     if given.get("attention_mask") is not None:
         return
     source = given.get("generation_config") or getattr(model, "generation_config", None)
-    pad = given.get("pad_token_id", getattr(source, "pad_token_id", None))
+    padding = given.get("pad_token_id", getattr(source, "pad_token_id", None))
     end = given.get("eos_token_id", getattr(source, "eos_token_id", None))
     if ids is None:
         given["attention_mask"] = torch.ones(given["inputs_embeds"].shape[:2], dtype=torch.long)
-    elif pad is not None and pad not in (end if isinstance(end, (list, tuple)) else [end]) and bool((ids == pad).any()):
-        given["attention_mask"] = ids.ne(pad).long()
+    elif padding is not None and padding not in _listed(end) and bool((ids == padding).any()):
+        given["attention_mask"] = ids.ne(padding).long()
     else:
         given["attention_mask"] = torch.ones_like(ids)
+
+
+def _listed(end: Any) -> list[Any]:
+    return list(end) if isinstance(end, (list, tuple)) else [end]
 
 
 def _lengths(model: nn.Module, out: dict[str, Any], tokens: int) -> None:

@@ -191,7 +191,7 @@ class Prompts(Switching):
 
     def for_file(self, name: str) -> dict[str, Tensor]:
         """The prompt of an adapter by key in files; nothing for adapters of layers."""
-        encoder: Any = self.encoders[name] if name in self.encoders else None
+        encoder: Any = self.encoders._modules.get(name)
         return {} if encoder is None else encoder.for_file()
 
     def take(self, state: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], Callable[[], None] | None]:

@@ -21,9 +21,17 @@ class Chosen(NamedTuple):
 
     @property
     def own_loss(self) -> Any:
-        """The encoder whose loss takes the place of the model's own, and the numbers of other tokens around its own."""
+        """The encoder whose loss takes the place of the model's own, and the numbers of other tokens around its own.
+
+        Raises ValueError if there are several.
+        """
         found, before, after = None, 0, 0
         for part in getattr(self.front, "parts", [self.front] if self.front is not None else []):
+            if part.own_loss and found is not None:
+                raise ValueError(
+                    "labels: two active prompts have a loss of their own each (CPT). Train one at a time: activate the "
+                    "other behind it for inference only."
+                )
             if part.own_loss:
                 found = part
             elif found is None:
