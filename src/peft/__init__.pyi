@@ -59,6 +59,12 @@ from .methods.adalora.config import (
 from .methods.adalora.model import (
     AdaLoraModel,
 )
+from .methods.adamss.config import (
+    AdamssConfig,
+)
+from .methods.adamss.model import (
+    AdamssModel,
+)
 from .methods.adaption_prompt.config import (
     AdaptionPromptConfig,
 )
@@ -221,6 +227,10 @@ from .methods.shira import (
     ShiraConfig,
     ShiraModel,
 )
+from .methods.supertuning import (
+    SupertuningConfig,
+    SupertuningModel,
+)
 from .methods.tinylora import (
     TinyLoraConfig,
     TinyLoraModel,
@@ -280,6 +290,8 @@ from .utils.other import (
 __all__ = [
     "AdaLoraConfig",
     "AdaLoraModel",
+    "AdamssConfig",
+    "AdamssModel",
     "AdaptionPromptConfig",
     "AdaptionPromptModel",
     "ArrowConfig",
@@ -381,6 +393,8 @@ __all__ = [
     "RoadModel",
     "ShiraConfig",
     "ShiraModel",
+    "SupertuningConfig",
+    "SupertuningModel",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "TaskType",
     "TinyLoraConfig",

@@ -27,8 +27,6 @@ NAMES = frozenset(
         "PeanutModel",
         "ShadowConfig",
         "ShadowModel",
-        "SupertuningConfig",
-        "SupertuningModel",
         "XLoraConfig",
         "XLoraModel",
         "_prepare_prompt_learning_config",

@@ -78,6 +78,9 @@ METHODS: dict[PeftType, Method] = {
     ),
     PeftType.PSOFT: Method("peft.methods.psoft:PsoftConfig", "peft.methods.psoft:PsoftModel", "psoft_"),
     PeftType.SHIRA: Method("peft.methods.shira:ShiraConfig", "peft.methods.shira:ShiraModel", "shira_", True),
+    PeftType.SUPERTUNING: Method(
+        "peft.methods.supertuning:SupertuningConfig", "peft.methods.supertuning:SupertuningModel", "supertuning_"
+    ),
     PeftType.GRALORA: Method("peft.methods.gralora:GraloraConfig", "peft.methods.gralora:GraloraModel", "gralora_"),
     PeftType.RANDLORA: Method(
         "peft.methods.randlora:RandLoraConfig", "peft.methods.randlora:RandLoraModel", "randlora_"

@@ -43,6 +43,10 @@ def check_count(name: str, n: int, most: int, path: str) -> None:
 
 def scatter(values: Tensor, at: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zeros of this shape, (..., O, I), with values (..., n) at the places `at`, (2, n): rows and columns."""
-    flat = at[0].long() * shape[-1] + at[1].long()
+    return spread(values, (at[0].long() * shape[-1] + at[1].long()).expand(values.shape), shape)
+
+
+def spread(values: Tensor, at: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros of this shape, (..., O, I), with values (..., n) at the places `at`, (..., n), of each flattened matrix."""
     zeros = values.new_zeros(*shape[:-2], shape[-2] * shape[-1])
-    return zeros.scatter(-1, flat.expand(values.shape), values).unflatten(-1, shape[-2:])
+    return zeros.scatter(-1, at, values).unflatten(-1, shape[-2:])

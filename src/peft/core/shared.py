@@ -111,7 +111,7 @@ def shared_home(tuner: nn.Module, name: str, undo: list[Callable[[], Any]]) -> S
     homes: Any = tuner._modules
     if group:
         homes = _made(homes, group, SharedGroup, undo)._modules
-    return _made(homes, leaf, SharedTensors, undo)  # type: ignore[no-any-return]
+    return _made(homes, leaf, SharedTensors, undo)
 
 
 def _made(homes: Any, name: str, kind: type[nn.Module], undo: list[Callable[[], Any]]) -> Any:

@@ -79,8 +79,7 @@ class VBLoRA(LowRank):
             "vblora_logits_A": nn.Parameter(torch.empty(*lead, c.r, inp // v, h, **site.kwargs)),
             "vblora_logits_B": nn.Parameter(torch.empty(*lead, out // v, c.r, h, **site.kwargs)),
             "r": c.r,
-            "topk": c.topk,
-            "only_topk": False,
+            **{"topk": c.topk, "only_topk": False},
         }
 
     def init(self, p: Adapter, inner: Stack) -> None:
@@ -157,4 +156,5 @@ class VBLoRAModel(AdditiveModel):
     def print_savable_parameters(self) -> None:
         """Print what a file of the active adapter holds."""
         own, others = self.get_nb_savable_parameters(self.active_adapters[0])
-        print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}")
+        whole = f"total params to-be-saved: {own + others:,d}"
+        print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || {whole}")
