@@ -211,6 +211,18 @@ def test_a_layer_whose_weight_is_read_takes_one_task():
         model(x)
 
 
+def test_each_task_reaches_layers_that_torch_would_fuse():
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True))
+    model = wrapped(encoder, target_modules=["linear1", "linear2"]).eval()
+    x = torch.randn(4, 3, 6)
+    with torch.no_grad():
+        found = model(x, task_ids=TASKS)
+        alone = [model(x[i : i + 1], task_ids=TASKS[i : i + 1]) for i in range(4)]
+    assert torch.allclose(found, torch.cat(alone), atol=1e-5)
+    assert not torch.allclose(found, model(x, task_ids=OTHERS), atol=1e-3)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_attention_runs_again_with_the_tasks_of_its_own_call(reentrant):
     class Checked(Reader):

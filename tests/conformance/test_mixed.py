@@ -117,3 +117,23 @@ def test_a_method_that_works_alone_refuses_company(monkeypatch):
     with pytest.raises(ValueError, match="IA3Model takes adapters of its own method only"):
         model.add_adapter("second", config("ia3", layout))
     assert set(model.peft_config) == {"default"}
+
+
+@pytest.mark.parametrize("parts", [["linear1"], ["linear1", "linear2"], ["self_attn", "linear2"]])
+def test_a_mixed_batch_reaches_layers_that_torch_would_fuse(parts):
+    layout = LAYOUTS["attention-encoder"]
+    model, x = adapted("lora", layout, names=("default", "other"), target_modules=parts), layout.x()
+    names = ["other", "__base__", "default", "other"]
+    with torch.no_grad():
+        found = model(x, adapter_names=names)
+        for i, adapter in enumerate(names):
+            model.set_adapter("default" if adapter == "__base__" else adapter)
+            wanted = layout.plain()(x) if adapter == "__base__" else model(x)
+            close(found[i : i + 1], wanted[i : i + 1], 1e-5)
+
+
+def test_a_mixed_batch_is_refused_where_a_module_reads_one_weight_for_all():
+    layout = LAYOUTS["attention-packed"]
+    model, x = adapted("lora", layout, names=("default", "other"), target_modules=["out_proj"]), layout.x()
+    with pytest.raises(ValueError, match="Target the module itself, which then runs once for each adapter"):
+        model(x, adapter_names=["other", "__base__", "default", "other"])

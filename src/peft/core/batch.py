@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from .call import BASE, Call
 from .method import Delta
 from .stack import Adapter, Stack
-from .views import LinearView
+from .views import READS, LinearView
 
 Run = Callable[[tuple[Any, ...], dict[str, Any]], Any]  # a module, on arguments
+
+
+class Unfused(Tensor):
+    """A weight that torch's fused layers leave alone, as they do every subclass: they call their children instead."""
 
 
 class MixedBatch(nn.Module):
@@ -23,6 +27,8 @@ class MixedBatch(nn.Module):
     call: Call
     adapters: dict[str, Adapter]
     _merged: list[str]
+    _read: str
+    get_base_layer: Callable[[], nn.Module]
     stack: Callable[..., Stack]
     _runner: Callable[[Stack], Any]
     _general: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -71,6 +77,26 @@ class MixedBatch(nn.Module):
         x = args[0] if args else next(iter(kwargs.values()))
         groups = self.call.by_task(x.shape[axis], x.device, where)
         return in_parts(self, "task", groups, axis, args, kwargs, run)
+
+    def _is_mixed(self) -> bool:
+        call = self.call
+        return not call.plain and call.only is None and call.fact("names") is not None
+
+    def _apart(self) -> Tensor | None:
+        """Where rows have weights of their own and a parent that reads asks for one: what makes it call this layer.
+
+        Raises ValueError if the parent never calls it.
+        """
+        mixed = self._is_mixed()
+        if mixed and self._read == READS:
+            raise ValueError(
+                f"adapter_names gives each sample an adapter of its own, but the module around {self._where()!r} reads "
+                "one weight for the whole batch. Target the module itself, which then runs once for each adapter."
+            )
+        by_task = self.call.task is None and any(self.adapters[n].method.by_task for n in self._live_names())
+        if self._read != READS and (mixed or by_task):
+            return self.view.read(self.get_base_layer()).detach().as_subclass(Unfused)
+        return None
 
     def _alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer under the one adapter that the call names."""

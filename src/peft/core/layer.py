@@ -50,7 +50,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
         base_layer: nn.Module,
         call: Call | None = None,
         parameter: str | None = None,
-        read: bool = False,
+        read: str = "",
     ):
         super().__init__()
         self._modules["base_layer"] = base_layer
@@ -93,6 +93,9 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight; W' where the parent reads weights instead of calling its children."""
+        apart = self._apart() if self._read and not self._disabled else None
+        if apart is not None:
+            return apart
         if self._read and not self._disabled and (self._run is not None or self.call.only is not None):
             stack = self._shown()
             return self.view.raw(stack.base, stack.live_weight())
@@ -124,7 +127,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
             return nn.ParameterDict() if name in self._parameter_homes else nn.ModuleDict()
         if name == "_qkv_same_embed_dim":
             # torch's fused encoder layer asks this before it reads attention weights past our forward
-            return self.get_base_layer()._qkv_same_embed_dim and self._run is None
+            return self.get_base_layer()._qkv_same_embed_dim and self._run is None and not self._is_mixed()
         if not name.startswith("_") and name != "weight" and name != "bias":
             found = getattr(self.get_base_layer(), name, None)
             plain = isinstance(found, nn.Module) or not callable(found) or name in self.view.methods

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.core.layer import BaseTunerLayer
 
 from ..layouts import Layout
-from .lora import factors, lora, product, ungrouped
+from .lora import dora, factors, lora, product, ungrouped
 from .row import Row, held, on_matrix
 
 ALPHA, BLOCKS = 6, 2
@@ -82,5 +82,6 @@ ROWS = {
     "kasa": Row(LoraConfig, KASA, kasa, identity=False, grouped=False, few=False, alone=True),
     "bdlora-a": bd_row("A"),
     "bdlora-b": bd_row("B"),
+    "velora-dora": Row(LoraConfig, {**VELORA, "use_dora": True}, dora, grouped=False, few=False),
     "velora": Row(LoraConfig, VELORA, lora, grouped=False, few=False),
 }

@@ -42,8 +42,8 @@ def odd(layout: Layout) -> str | None:
 def row(splits: int, few: bool = True) -> Row:
     fields = {"r": R, "n_tasks": 3, "n_skills": SKILLS, "n_splits": splits}
     return Row(
-        PolyConfig, fields, of_task(0), forbidden=odd if splits > 1 else Row.forbidden, prefix="poly_", few=few, merges=False,
-        noise=0.5, tasks=(0, 2, 1, 2), of_task=of_task,
+        PolyConfig, fields, of_task(0), forbidden=odd if splits > 1 else Row.forbidden, prefix="poly_", few=few,
+        merges=False, noise=0.5, tasks=(0, 2, 1, 2), of_task=of_task,
     )  # fmt: skip
 
 

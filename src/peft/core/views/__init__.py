@@ -16,7 +16,9 @@ from .module import ModuleView
 from .parameter import AttentionView, ParameterView
 
 __all__ = [
+    "FUSES",
     "LABELS",
+    "READS",
     "SUPPORTED",
     "LinearView",
     "Template",
@@ -31,6 +33,7 @@ __all__ = [
 
 _LINEAR, _CONV1D, _EMBEDDING, _ATTENTION = LinearView(), Conv1DView(), EmbeddingView(), AttentionView()
 _WHOLE = ModuleView()
+READS, FUSES = "always", "where it can"
 _CONVS = {nn.Conv1d: ConvView(1), nn.Conv2d: ConvView(2), nn.Conv3d: ConvView(3)}
 LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper")
 _BY_TYPE: dict[type, LinearView] = {}
@@ -82,6 +85,8 @@ def is_linear(kind: type) -> bool:
     return conv1d or issubclass(kind, nn.Linear)
 
 
-def reads_weights(parent: nn.Module | None) -> bool:
-    """Whether a parent reads the weights of its children instead of calling them, so that they must show W'."""
-    return isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+def reads_weights(parent: nn.Module | None) -> str:
+    """How a parent reads the weights of its children instead of calling them, so that they must show W'; "" if not."""
+    if isinstance(parent, nn.MultiheadAttention):
+        return READS
+    return FUSES if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) else ""

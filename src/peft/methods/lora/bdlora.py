@@ -2,9 +2,8 @@
 
 A weight that is split by in-features gets a block diagonal A, one that is split by out-features a block diagonal B: of
 n blocks, block i maps slice i of the input to slice i of the output. Files hold the blocks below each other, A as
-(r, in/n) and B as (out, r/n). Any layout: inputs are the channels of a convolution, the tokens of an embedding, and each
-expert's own; on a convolution with groups a blocked B has lcm(n, groups) blocks. Source: Wang et al. 2025, arXiv
-2510.23346.
+(r, in/n) and B as (out, r/n). On any layout: in-features are a convolution's channels, an embedding's tokens, and each
+expert's own; beside groups a blocked B has lcm(n, groups) blocks. Source: Wang et al. 2025, arXiv 2510.23346.
 """
 
 from __future__ import annotations

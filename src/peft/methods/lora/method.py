@@ -76,8 +76,8 @@ class LoRA(LowRank):
         """(B A)' = A' B': the embedding's factors, transposed, the same numbers in memory."""
         if p.lora_bias:
             raise ValueError(
-                f"lora_bias=True has no meaning for {p.path!r}, a layer that is tied to an embedding: the bias of one is "
-                "no bias of the other. Set lora_bias=False, or ensure_weight_tying=False."
+                f"lora_bias=True has no meaning for {p.path!r}, a layer that is tied to an embedding: the bias of one "
+                "is no bias of the other. Set lora_bias=False, or ensure_weight_tying=False."
             )
         p.lora_A._parameters["weight"] = nn.Parameter(other.lora_embedding_B.detach().mT)
         p.lora_B._parameters["weight"] = nn.Parameter(other.lora_embedding_A.detach().mT)

@@ -80,7 +80,7 @@ def _blocks(p: Adapter) -> tuple[int, int]:
 
 
 def _axis(p: Adapter, key: str) -> tuple[int | None, int]:
-    """(the rank's axis of a tensor, into how many blocks it falls: those of ranks, and experts in A, follow each other)."""
+    """(the rank's axis of a tensor, into how many blocks it falls: in A there are some for each expert)."""
     n, shared = _blocks(p)
     name = key.removesuffix(".weight").removeprefix("lora_").removeprefix("embedding_")
     if name == "B":
