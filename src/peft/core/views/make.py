@@ -36,7 +36,7 @@ def linear_module(inp: int, out: int, bias: bool = False, **kwargs: Any) -> nn.L
 
 
 def diagonal(M: Tensor, n: int) -> Tensor:
-    """The block diagonal matrix, (..., rows, n cols), of the n blocks that M, (..., rows, cols), has below each other."""
+    """The block diagonal matrix, (..., rows, n cols), of the n blocks below each other in M, (..., rows, cols)."""
     if n == 1:
         return M
     eye = torch.eye(n, dtype=M.dtype, device=M.device).view(n, 1, n, 1)
