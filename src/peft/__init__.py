@@ -56,6 +56,7 @@ _NAMES = {
     "peft.utils.constants": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "peft.core.targets": "plan",
     "peft.core.state": "adapter_parameters",
+    "peft.stream": "merge_checkpoint",
 }
 
 __getattr__, __dir__, __all__ = lazy.names(__name__, registry.exports(), _NAMES)

@@ -17,6 +17,7 @@ from peft.cli.options import (
     EvalOptions,
     GenerateOptions,
     InspectOptions,
+    MergeOptions,
     TrainOptions,
 )
 from peft.errors import PeftError
@@ -43,6 +44,7 @@ def build_app() -> Any:
     _add(app, "convert", ConvertOptions, _file("convert"), "Write an adapter in the format of another program.")
     _add(app, "inspect", InspectOptions, _file("inspect"), "What an adapter holds, and what is wrong with it.")
     _add(app, "check", CheckOptions, _file("inspect", "check"), "Whether an adapter fits a base model.")
+    _add(app, "merge", MergeOptions, _file("merge"), "Merge adapters into a base model, file by file; resumes.")
     return app
 
 

@@ -145,3 +145,13 @@ class CheckOptions:
     adapter: str = option("An adapter's folder, or its hub id.", DATA, MISSING, *ARGUMENT)
     base: Path = option("Folder of the base model; no weight of it is read.", DATA)  # noqa: RUF009
     json: bool = option("Print all of it as JSON.", RUN, False, "--json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Options of `peft merge`."""
+
+    base: Path = option("Folder of the base model, in safetensors.", DATA)  # noqa: RUF009
+    adapter: list[str] = option("Folder of an adapter; give several in the order of merging.", DATA)  # noqa: RUF009
+    out: Path = option("New folder for the merged model.", RUN)  # noqa: RUF009
+    weight: list[float] | None = option("Multiplies what an adapter adds; one for each.", METHOD, None)  # noqa: RUF009
