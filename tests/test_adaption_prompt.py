@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import peft
-from peft import AdaptionPromptConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaptionPromptConfig, PeftModel, get_peft_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -158,8 +158,6 @@ def test_several_adapters_are_switched_and_deleted() -> None:
         model.set_adapter(name)
         assert torch.equal(model(TOKENS).logits, alone[name])
         assert all(p.requires_grad == (n == name) for n in alone for p in model.adapter_parameters(n).values())
-    with pytest.raises(ValueError, match="Only one adaption prompt"):
-        model.base_model.set_adapter(["one", "two"])
     model.delete_adapter("one")
     assert torch.equal(model(TOKENS).logits, alone["two"])
     model.delete_adapter("two")
@@ -250,12 +248,10 @@ def test_what_cannot_be_says_why() -> None:
     for call in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="cannot be merged"):
             call()
-    with pytest.raises(ValueError, match="combined"):
+    with pytest.raises(ValueError, match="merged or summed up"):
         model.add_weighted_adapter(["default"], [1.0], "mix")
     with pytest.raises(TypeError, match="ADAPTION_PROMPT"):
         model.get_layer_status()
-    with pytest.raises(ValueError, match="adapters of its own method only"):
-        model.add_adapter("lora", LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="no adapter 'other'"):
         model.set_adapter("other")
     assert list(model.peft_config) == ["default"]

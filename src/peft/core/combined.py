@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from ..registry import load
@@ -9,6 +10,8 @@ from ..registry import load
 
 class Combined:
     """Adds combinations of adapters; the algebra is loaded when it is first asked for."""
+
+    layers: Callable[[], Iterator[tuple[str, Any]]]
 
     def add_weighted_adapter(
         self,
@@ -44,6 +47,9 @@ class Combined:
         than 1 %. Raises ValueError for unknown names or types, TypeError without a needed density; the model is then
         unchanged.
         """
+        for _, layer in self.layers():
+            if hasattr(layer, "refuse_merge"):
+                layer.refuse_merge(adapters)
         algebra = "peft.algebra"
         recipe = load(f"{algebra}:Recipe")(
             combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method

@@ -2,8 +2,10 @@
 
     y = attention(x) + O( g softmax(q K' / sqrt(d)) V ),   K, V = the layer's keys and values of P (length, hidden)
 
-q are the layer's queries, turned by position as its own are; g starts at 0, so training starts at the base model. GPT-2
-has no O here, as its files have none. The base layer's attention runs as it is, whatever its implementation and cache.
+q are the layer's queries, turned by position as its own are; g starts at 0, so training starts at the base model. The
+terms of several active adapters add up; adapters of the projections act on the prompt too, as it passes through them.
+GPT-2 has no O here, as its files have none. The base layer's attention runs as it is, whatever its implementation and
+cache.
 Source: Zhang et al. 2023, arXiv 2303.16199, eq. 4-8.
 """
 
@@ -22,9 +24,10 @@ from ...core.wrappers import AuxiliaryTrainingWrapper
 
 
 class AdaptedAttention(AuxiliaryTrainingWrapper):
-    """An attention module, `model`, with the prompt of the active adapter beside it."""
+    """An attention module, `model`, with the prompts of adapters beside it."""
 
     _below: ClassVar[tuple[str, ...]] = ("model",)
+    unnamed: ClassVar[bool] = True
     merged, merged_adapters = False, ()
 
     def __init__(self, model: nn.Module, call: Call, path: str):
@@ -74,15 +77,17 @@ class AdaptedAttention(AuxiliaryTrainingWrapper):
         homes = (("adaption_prompt", "other_prompts"), ("adaption_gate", "other_gates"))
         return [Slot(key, f"{home}.{name}", getattr(self, home), name) for key, home in homes]
 
-    def check_active(self, names: Sequence[str]) -> None:
-        """Raise ValueError if several of these adapters have a prompt here."""
+    def refuse_merge(self, names: Sequence[str]) -> None:
+        """Raise ValueError if one of these adapters has a prompt here."""
         mine = [n for n in names if n in self._get_available_adapters()]
-        if len(mine) > 1:
-            raise ValueError(f"Only one adaption prompt can be active at {self.path!r}, but {mine} are asked for.")
+        if mine:
+            raise ValueError(
+                f"Adaption prompts depend on the input, so they cannot be merged or summed up: {mine}. Keep the "
+                "adapter, leave it out of the names, or use unload() for the plain base model."
+            )
 
     def activate(self, names: tuple[str, ...], inference_mode: bool = False) -> None:
-        """Run the one of `names` that has a prompt here, if any."""
-        self.check_active(names)
+        """Run those of `names` that have a prompt here."""
         known = self._get_available_adapters()
         for name in known:
             self.set_requires_grad(name, name in names and not inference_mode)
@@ -118,11 +123,21 @@ class AdaptedAttention(AuxiliaryTrainingWrapper):
         q = self._queries(x, kwargs)
         y = out[0]
         if names is None:
-            return (y + self._update(q, self._active[0]).to(y.dtype), *out[1:])
+            for name in self._active:
+                y = y + self._update(q, name).to(y.dtype)
+            return (y, *out[1:])
         for name, rows in self.call.groups(len(x), x.device, self.path, tuple(names)).items():
             if name != BASE and name in self._get_available_adapters():
-                y = y.index_add(0, rows, self._update(q[rows], name).to(y.dtype))
+                y = y.index_add(0, rows, self._alone(q[rows], name).to(y.dtype))
         return (y, *out[1:])
+
+    def _alone(self, q: Tensor, name: str) -> Tensor:
+        """`_update` for rows that have this adapter only: the projections run without others too."""
+        before, self.call.only = self.call.only, name
+        try:
+            return self._update(q, name)
+        finally:
+            self.call.only = before
 
     def _update(self, q: Tensor, name: str) -> Tensor:
         """O(g softmax(q K' / sqrt(d)) V) for queries (batch, heads, tokens, d)."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, ClassVar
 
-from torch import nn
-
 from ...core.layer import tuner_layers
 from ...core.place import Injection
 from ...core.search import model_type
+from ...core.tie import places
 from ...core.tuner import BaseTuner
 from ...errors import listing
 from .layer import AdaptedAttention, AdaptedAttentionGPT
@@ -25,10 +24,11 @@ class Prompts(Injection):
     """Puts a prompt beside the attention of the last `adapter_layers` layers."""
 
     def run(self, state_dict: Any = None) -> None:
-        places, kind = self._attention()
+        paths, kind = self._attention()
+        self.places = places(self.model)
         if not any(True for _ in tuner_layers(self.model)):
             self._freeze()
-        for path in places:
+        for path in paths:
             parent, leaf, found = self.get(path)
             if not isinstance(found, AdaptedAttention):
                 self.put(parent, leaf, kind(found, self.tuner.call, path), found)
@@ -36,6 +36,7 @@ class Prompts(Injection):
             layer = self.get(path)[2]
             layer.add(self.name, self.config.adapter_len, self.meta)
             self.undo.append(partial(layer.delete_adapter, self.name))
+        self.whole_modules(self.config.modules_to_save or ())
 
     def _attention(self) -> tuple[list[str], type[AdaptedAttention]]:
         """The paths of the attention modules that get a prompt, and the class that stands there."""
@@ -67,23 +68,4 @@ class AdaptionPromptModel(BaseTuner):
     """
 
     prefix = "adaption_"
-    alone: ClassVar[bool] = True
     injection: ClassVar[type[Injection]] = Prompts
-
-    def _refuse(self, what: str) -> None:
-        raise ValueError(
-            f"Adaption prompts depend on the input, so they cannot be {what}. Keep the adapter, or use unload() for "
-            "the plain base model."
-        )
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._refuse("merged")
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        self._refuse("merged")
-        return self.model
-
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse("combined as weights")
