@@ -73,14 +73,14 @@ def saved(config: Any, folder: Path, base: nn.Module | None = None) -> PeftModel
     return model.eval()
 
 
-def updates(model: PeftModel) -> dict[str, Tensor]:
+def updates(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """{path of a target: W' - W}."""
     found = {}
     for path, layer in tuner_layers(model):
-        if not isinstance(layer, BaseTunerLayer) or "default" not in layer.adapters:
+        if not isinstance(layer, BaseTunerLayer) or name not in layer.adapters:
             continue
         W = layer.stack(()).weight()
-        found[path.removeprefix("base_model.model.")] = (layer.stack(("default",)).weight() - W).detach()
+        found[path.removeprefix("base_model.model.")] = (layer.stack((name,)).weight() - W).detach()
     return found
 
 
@@ -432,6 +432,44 @@ def test_diffusers_itself_loads_the_file(tmp_path: Path) -> None:
         loading.load_lora_adapter(report.files[0].parent, prefix="unet", weight_name=report.files[0].name)
         with torch.no_grad():
             assert torch.allclose(loading(x, t, h).sample, expected, atol=1e-5)
+
+
+def pipeline(diffusers: Any) -> Any:
+    """A Stable Diffusion of the smallest size."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=4,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=50, bos_token_id=0, eos_token_id=1))
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,), norm_num_groups=2, down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+    )  # fmt: skip
+    return diffusers.StableDiffusionPipeline(
+        unet=unet, text_encoder=text, vae=vae, tokenizer=None, scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("to", FILES)
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"rank_pattern": {r".*(to_k|v_proj)": 3}}], ids=str)
+def test_a_pipeline_of_diffusers_loads_the_parts_of_one_file(to: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    plain, loading = pipeline(diffusers), pipeline(diffusers)
+    names = {"unet": [*NAMES, "to_k", "proj_in"], "text_encoder": ["q_proj", "v_proj", "fc1"]}
+    expected = {}
+    for part, targets in names.items():
+        made = config(target_modules=targets, **changes)
+        expected[part] = updates(saved(made, tmp_path / "adapter" / part, getattr(plain, part)))
+    (file,) = convert_adapter(tmp_path / "adapter", to, tmp_path / "file").files
+    loading.load_lora_weights(file.parent, weight_name=file.name)
+    for part, wanted in expected.items():
+        assert same(updates(getattr(loading, part), "default_0"), wanted)
 
 
 # ---- vLLM ------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def fold(part: Part, component: str, reasons: list[Feature], options: Options, r
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is a LoRA already")
             new = to_lora(tuner, _rank(tuner, what, options), NAME)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise ConversionError(f"{what} cannot be written as a LoRA: {error}") from error
     ranks = sorted(set(new.report.ranks.values()))
     worst = max(new.report.errors.values(), default=0.0)
@@ -47,7 +47,7 @@ def fold(part: Part, component: str, reasons: list[Feature], options: Options, r
     config = new.config
     config.inference_mode = True
     state = {k.removeprefix("model.").replace(f".{NAME}", ""): v for k, v in new.state.items()}
-    return Part(config, state, part.names)
+    return Part(config, state, part.noted)
 
 
 class _Holder(nn.Module):

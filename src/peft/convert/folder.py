@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PeftConfig
-from ..core.checkpoint import load_peft_weights
+from ..core.checkpoint import open_adapter
+from ..core.defaults import CONFIG_NAME
 from ..core.entries import PREFIX
-from ..core.files import staged, write_weights
+from ..core.files import CONFIG_HASH, config_hash, staged, write_weights
+from ..core.fingerprint import HASH, SHAPES
 from ..errors import UnknownFieldWarning
 from .format import Format, Options, Report, Source
 from .part import ConversionError, Part, bare
@@ -38,7 +40,9 @@ class PeftFolder(Format):
         for component, folder in source.parts.items():
             config = _config(folder)
             name = component or options.component or component_of(config)
-            parts[name] = Part(config, bare(load_peft_weights(str(folder))))
+            saved = open_adapter(str(folder))
+            noted = {k: v for k, v in saved.metadata.items() if k in (HASH, SHAPES)}
+            parts[name] = Part(config, bare(saved.read()), noted)
         if not parts:
             raise ConversionError(f"{source.path} holds no adapter_config.json, so it is no PEFT folder.")
         return parts
@@ -64,8 +68,9 @@ class PlainLora(PeftFolder):
 def write_folder(part: Part, folder: Path, report: Report) -> None:
     """Write both files of a PEFT folder, or neither."""
     with staged(folder) as stage:
-        write_weights({PREFIX + k: v for k, v in part.state.items()}, stage)
         part.config.save_pretrained(stage)
+        noted = {**part.noted, CONFIG_HASH: config_hash(part.config.from_json_file(stage / CONFIG_NAME))}
+        write_weights({PREFIX + k: v for k, v in part.state.items()}, stage, metadata=noted)
         names = sorted(p.name for p in stage.iterdir() if p.is_file())
     report.files += [folder / name for name in names]
 

@@ -77,6 +77,8 @@ class Kohya(Format):
             "ss_network_dim": str(ranks),
             RECORD: record,
         }
+        if any(k.endswith(f".{DORA}") for k in state):
+            report.notes.append("diffusers leaves DoRA's norms out of files of this style: write 'diffusers' for it.")
         write_safetensors(self.place(out), state, metadata, report)
 
     # ---- reading -----------------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ class Kohya(Format):
             **_fields(method, list(layers.values())),
         )
         state = {join(paths[k], n): v for k, t in layers.items() for n, v in _read(t, method, k).items()}
-        return Part(config, state, modules)
+        return Part(config, state)
 
 
 def prefix_of(component: str, parts: Mapping[str, Part]) -> str:

@@ -86,7 +86,7 @@ class Part:
 
     config: Any
     state: dict[str, Tensor]
-    names: dict[str, tuple[int, ...]] | None = field(default=None, repr=False)  # modules of the base, if known
+    noted: dict[str, str] = field(default_factory=dict, repr=False)  # what the file says of its base model
 
     @property
     def method(self) -> str:
@@ -121,7 +121,7 @@ class Part:
     def without(self, keys: Iterable[str]) -> Part:
         """The part with these tensors left out."""
         left = set(keys)
-        return Part(self.config, {k: v for k, v in self.state.items() if k not in left}, self.names)
+        return Part(self.config, {k: v for k, v in self.state.items() if k not in left}, self.noted)
 
 
 class Feature(NamedTuple):

@@ -151,6 +151,8 @@ def _told(part: Part, left: list[Feature]) -> Part:
     if any(f.name in TARGETS for f in left):
         changes |= {"target_modules": sorted(x.path for x in part.split()[0]), "target_parameters": None}
         changes |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    if any(f.name == "modules_to_save" for f in left):
+        part.noted = {}  # it is of the base without these modules
     if changes:
         part.config = copy.copy(part.config)
         for name, value in changes.items():

@@ -72,7 +72,7 @@ def _even(part: Part, report: Report) -> Part:
         report.folded.append(f"scalings of the layers, into B; all have rank {r} now")
     same |= {name: getattr(part.config, name) for name in KEPT}
     new = LoraConfig(r=r, target_modules=sorted(x.path for x in layers), inference_mode=True, **same)
-    return Part(new, {k: t for x in layers for k, t in _tensors(x, r, alike)})
+    return Part(new, {k: t for x in layers for k, t in _tensors(x, r, alike)}, part.noted)
 
 
 def _tensors(layer: Layer, r: int, alike: bool) -> list[tuple[str, Tensor]]:

@@ -12,6 +12,8 @@ from ..errors import listing, nearest
 from .report import Inspection, Problem
 
 Groups = Mapping[str, Mapping[str, Tensor]]
+SHARED = "base_model"  # what all layers share stands there
+FURTHER = ("target_parameters", "ensure_weight_tying", "token_indices")  # fields by which more is adapted
 SHORTHANDS = ("all-linear", "dummy-target-modules")
 PAIRS = {  # tensors that need each other
     "lora_A.weight": "lora_B.weight",
@@ -58,7 +60,8 @@ def _ranks(config: Any, groups: Groups) -> Iterator[Problem]:
     """Ranks of the tensors that are not those of the configuration, and factors that do not fit each other."""
     for path, parts in groups.items():
         A, B = (parts.get(f"lora_{s}.weight", parts.get(f"lora_embedding_{s}")) for s in "AB")
-        if A is None or B is None or getattr(config, "target_parameters", None) or ".base_layer" in path:
+        parts_differ = getattr(config, "target_parameters", None) or config.use_bdlora or ".base_layer" in path
+        if A is None or B is None or parts_differ:
             continue
         r = settings(config, path).r
         if A.shape[0] != r:
@@ -88,16 +91,16 @@ def _options(config: Any, groups: Groups) -> Iterator[Problem]:
 def _targets(config: Any, groups: Groups) -> Iterator[Problem]:
     """Entries of `target_modules` without tensors, and tensors of modules that none of them selects."""
     wanted = getattr(config, "target_modules", None)
-    if not wanted or wanted in SHORTHANDS or not groups:
+    if not wanted or wanted in SHORTHANDS or not groups or config.is_adaption_prompt:
         return
     selector = Selector(wanted, "target_modules")
-    paths = [p.replace(".base_layer", "") for p in groups if p]
+    paths = [p.replace(".base_layer", "") for p in groups if p not in ("", SHARED)]
     strange = [p for p in paths if selector.find(p) is None and not _is_inside(p, selector)]
-    if strange and not getattr(config, "target_parameters", None):
+    if strange and not any(getattr(config, name, None) for name in FURTHER):
         hint = nearest(strange[0].rpartition(".")[2], selector.entries)
         yield Problem("unexpected", f"tensors of {listing(strange, 4)}, which target_modules does not select.{hint}")
     unused = selector.unused()
-    if unused:
+    if unused and SHARED not in groups:
         yield Problem("missing", f"target_modules has {listing(unused)}, for which the file has no tensors")
 
 
