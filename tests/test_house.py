@@ -21,13 +21,13 @@ FILES = sorted((SRC / "peft").rglob("*.py"))
 # it, unless a more exact entry does.
 FLOORS = (
     "errors types lazy later version",
-    "core.defaults core.files core.hub",
+    "core.defaults core.files core.hub core.header core.commit",
     "registry config import_utils target_config",
     "kernels",
     "core",
     "prompts",
     "methods",
-    "names status card persist algebra hotswap stream convert inspection",
+    "names status card persist loading algebra hotswap stream convert inspection",
     "model",
     "heads create mixed_model auto",
     "mapping mapping_func functional helpers peft_model utils tuners optimizers",

@@ -9,9 +9,9 @@ from typing import Any
 
 from . import lazy
 from .config import PeftConfig
+from .core.hub import hub_arguments
 from .errors import nearest
 from .model import PeftModel
-from .persist import hub_arguments
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 _NAMES = {

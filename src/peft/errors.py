@@ -40,6 +40,14 @@ class UnexpectedTensorsWarning(PeftWarning):
     """A checkpoint holds tensors that the adapter has no place for."""
 
 
+class OtherBaseWarning(PeftWarning):
+    """A checkpoint was saved from another base model."""
+
+
+class ChangedConfigWarning(PeftWarning):
+    """A configuration file is not the one that was saved with the weights beside it."""
+
+
 class UnknownFieldWarning(PeftWarning):
     """A configuration file holds a field that this version does not know."""
 

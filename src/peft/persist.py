@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +12,17 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from .config import PeftConfig
-from .core.checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from .core.defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .core.files import check_written, in_hand, staged, write_weights
-from .core.hub import DOWNLOAD_ARGUMENTS
+from .core.checkpoint import get_peft_model_state_dict, load_peft_weights
+from .core.commit import settle, staged
+from .core.defaults import CONFIG_NAME
+from .core.files import CONFIG_HASH, SHARD_SIZE, check_written, config_hash, write_weights
+from .core.fingerprint import fingerprint
+from .core.hub import hub_arguments
 from .errors import PeftWarning, listing, nearest, report
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 if TYPE_CHECKING:
     from .model import PeftModel
-
-HUB_ARGUMENTS = DOWNLOAD_ARGUMENTS | {"subfolder", "use_auth_token"}
-
-
-def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a download among `kwargs`."""
-    return {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS}
 
 
 class Persistent:
@@ -44,6 +37,7 @@ class Persistent:
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
         verify: bool = False,
+        max_shard_size: int | str = SHARD_SIZE,
         **kwargs: Any,
     ) -> None:
         """Save adapters: `default` in the folder itself, each other one in a sub-folder of its name.
@@ -57,7 +51,9 @@ class Persistent:
             path_initial_model_for_weight_conversion: folder with the adapter as it was before training;
                 PiSSA, OLoRA and the like are then written as a plain LoRA of twice the rank for the original
                 base model.
-            verify: read the written file's header again and compare.
+            verify: read the written files again and compare every byte; an error leaves the old files.
+            max_shard_size: bytes, or a text such as "5GB": larger adapters are written as several safetensors files
+                with an index, which the other `peft` does not read.
             kwargs: `state_dict`: the full state by live name, to be used instead of the live tensors.
         """
         folder = prepare_folder(save_directory, sweep=is_main_process)
@@ -66,6 +62,7 @@ class Persistent:
             target = folder if name == "default" else folder / name
             target.mkdir(parents=True, exist_ok=True)
             if is_main_process:
+                settle(target)
                 save_adapter(
                     self,
                     name,
@@ -75,6 +72,7 @@ class Persistent:
                     safe_serialization,
                     path_initial_model_for_weight_conversion,
                     verify,
+                    max_shard_size,
                 )
         if is_main_process:
             self.create_or_update_model_card(str(folder))
@@ -107,27 +105,32 @@ class Persistent:
             key_mapping: {regular expression: replacement} for the keys of the file.
             kwargs: `subfolder`, `revision`, `token` ..., `ignore_mismatched_sizes`, `strict`, `torch_device`.
         """
+        from .loading import AdapterFile, taken_back
+
+        from_file = config is None
         if config is None:
             config = read_config(model_id, is_trainable, kwargs)
         elif not isinstance(config, PeftConfig):
             raise ValueError(f"config must be a PeftConfig, but is {type(config).__name__}.")
-        else:
-            config.inference_mode = not is_trainable
+        file = AdapterFile.of(model, model_id, adapter_name, key_mapping, kwargs)
+        undo = taken_back(model, config)
+        config.inference_mode = not is_trainable
         set_runtime(config, ephemeral_gpu_offload)
-        state = read_adapter(model, model_id, kwargs.get("torch_device"), key_mapping, kwargs)
-        flags = [(p, p.requires_grad) for p in model.parameters()]
         by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING if cls.__name__ == "PeftModel" else {}
         kind: Any = by_task.get(config.task_type or "", cls)
-        with in_hand(state):
-            wrapped = kind(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
-        def undo() -> None:
-            wrapped.base_model.delete_adapter(adapter_name)  # trained copies go, originals come back
-            wrapped.base_model.unload()
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+        def place(meta: bool) -> tuple[Any, Callable[[], Any]]:
+            try:
+                wrapped = kind(model, config, adapter_name, autocast_adapter_dtype, meta)
+            except BaseException:
+                undo(None, adapter_name)
+                raise
+            return wrapped, lambda: undo(wrapped, adapter_name)
 
-        apply_adapter(wrapped, adapter_name, state, is_trainable, low_cpu_mem_usage, undo, kwargs)
+        if from_file:
+            file.check_config(model_id)
+        wrapped, take_out = file.placed(config, place, low_cpu_mem_usage)
+        file.fill(wrapped, take_out, is_trainable, low_cpu_mem_usage)
         return wrapped
 
     def load_adapter(
@@ -148,20 +151,25 @@ class Persistent:
 
         Returns torch's (missing_keys, unexpected_keys). If anything fails the model is as before.
         """
-        state = read_adapter(self.get_base_model(), model_id, torch_device, key_mapping, kwargs)
-        new = adapter_name not in self.peft_config
-        steps: list[Callable[[], Any]] = []
-        if new:
+        from .loading import AdapterFile
+
+        kwargs = {"torch_device": torch_device, **kwargs}
+        file = AdapterFile.of(self.get_base_model(), model_id, adapter_name, key_mapping, kwargs)
+        if adapter_name in self.peft_config:
+            file.foresee(self)
+            result = file.fill(self, lambda: None, is_trainable, low_cpu_mem_usage)
+        else:
             config = read_config(model_id, is_trainable, kwargs)
             set_runtime(config, ephemeral_gpu_offload)
-            with in_hand(state):
-                self._add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, steps)
 
-        def undo() -> None:
-            for step in reversed(steps):
-                step()
+            def place(meta: bool) -> tuple[Any, Callable[[], Any]]:
+                steps: list[Callable[[], Any]] = []
+                self._add_adapter(adapter_name, config, meta, autocast_adapter_dtype, steps)
+                return self, lambda: [step() for step in reversed(steps)]
 
-        result = apply_adapter(self, adapter_name, state, is_trainable, low_cpu_mem_usage, undo, kwargs)
+            file.check_config(model_id)
+            _, take_out = file.placed(config, place, low_cpu_mem_usage)
+            result = file.fill(self, take_out, is_trainable, low_cpu_mem_usage)
         if is_trainable:
             self.set_requires_grad(adapter_name, True)
         return result
@@ -214,6 +222,7 @@ def save_adapter(
     safe: bool,
     initial: str | None,
     verify: bool,
+    max_shard_size: int | str,
 ) -> None:
     """Write one adapter's weights and configuration, both or neither."""
     from .hotswap.compiled import true_ranks
@@ -226,12 +235,12 @@ def save_adapter(
         state, config = _converted(state, config, initial)
     config = for_file(model, config)
     with staged(folder) as stage:
-        file = write_weights(state, stage, safe)
         config.save_pretrained(stage)
-        if verify and safe:
-            check_written(file, state)
-    with suppress(FileNotFoundError):  # an older file of the other kind would be read in its place
-        (folder / (WEIGHTS_NAME if safe else SAFETENSORS_WEIGHTS_NAME)).unlink()
+        noted = {CONFIG_HASH: config_hash(config.from_json_file(stage / CONFIG_NAME))}
+        noted.update(fingerprint(model, getattr(config, "modules_to_save", None) or ()))
+        files = write_weights(state, stage, safe, max_shard_size, noted)
+        if verify:
+            check_written(files, state)
 
 
 def _may_be_empty(config: PeftConfig) -> bool:
@@ -263,14 +272,14 @@ def prepare_folder(save_directory: str | os.PathLike[str], sweep: bool) -> Path:
 
     Arguments:
         save_directory: the folder.
-        sweep: remove what a crashed save has left behind.
+        sweep: finish what a crashed save has left behind.
     """
     folder = Path(save_directory)
     if folder.is_file():
         raise ValueError(f"{folder} is a file. Provide a folder to save adapters in.")
     folder.mkdir(parents=True, exist_ok=True)
-    for rest in folder.rglob(".saving-*") if sweep else ():
-        shutil.rmtree(rest, ignore_errors=True)
+    if sweep:
+        settle(folder)
     return folder
 
 
@@ -285,45 +294,6 @@ def read_config(model_id: str | os.PathLike[str], is_trainable: bool, kwargs: Ma
         raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
     config.inference_mode = not is_trainable
     return config
-
-
-def read_adapter(
-    model: nn.Module,
-    model_id: str | os.PathLike[str],
-    device: str | None,
-    mapping: dict | None,
-    kwargs: Mapping[str, Any],
-) -> dict[str, Tensor]:
-    """The tensors of a saved adapter, renamed as the model asks for."""
-    renames = mapping if mapping is not None else getattr(model, "_checkpoint_conversion_mapping", None)
-    return load_peft_weights(os.fspath(model_id), device=device, key_mapping=renames or None, **hub_arguments(kwargs))
-
-
-def apply_adapter(
-    model: PeftModel,
-    name: str,
-    state: Mapping[str, Tensor],
-    is_trainable: bool,
-    low_cpu_mem_usage: bool,
-    undo: Callable[[], None],
-    kwargs: Mapping[str, Any],
-) -> _IncompatibleKeys:
-    """Write tensors into an adapter; if that fails, `undo` puts the model back as it was."""
-    try:
-        result = set_peft_model_state_dict(
-            model,
-            state,
-            adapter_name=name,
-            ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False),
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            strict=kwargs.get("strict"),
-        )
-    except BaseException:
-        undo()
-        raise
-    if not is_trainable:
-        model.eval()
-    return result
 
 
 def set_runtime(config: PeftConfig, ephemeral_gpu_offload: bool) -> None:

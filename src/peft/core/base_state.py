@@ -53,6 +53,12 @@ def set_base_model_state_dict(
     return _IncompatibleKeys(missing, unexpected)
 
 
+def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(prefix of the original name, module) of everything that belongs to the base model below the adapters."""
+    for original, _, module in _walk(_base(model), "", ""):
+        yield original, module
+
+
 def saved_tensors(module: nn.Module) -> list[str]:
     """The names of a module's own parameters and persistent buffers."""
     buffers = [n for n in module._buffers if n not in module._non_persistent_buffers_set]

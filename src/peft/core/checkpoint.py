@@ -5,7 +5,8 @@ Both use the same pairs of a checkpoint key and a place in the model (`entries`)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .embeddings import embedding_tensors
 from .entries import Entry, entries_of, mapped, plain, walk
 from .experts import fused
-from .files import read_weights
-from .fill import fill
+from .files import INDEX_NAME, Saved, open_weights
+from .fill import checked, fill
 from .hub import fetch
 from .layer import tuner_layers
 from .parts import joined, repeated, split, written
@@ -81,6 +82,7 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
     strict: bool | None = None,
+    places: list[Entry] | None = None,
 ) -> _IncompatibleKeys:
     """Write a checkpoint's tensors into an adapter, in place (an optimizer keeps its parameters).
 
@@ -92,24 +94,52 @@ def set_peft_model_state_dict(
         ignore_mismatched_sizes: leave tensors of another shape out, with a warning, instead of raising.
         low_cpu_mem_usage: the adapter was made on the meta device; tensors take the place of its parameters.
         strict: True turns missing and unexpected tensors into errors; None follows the process-wide setting.
+        places: the adapter's places where they are known, of `foreseen`.
 
     Returns torch's (missing_keys, unexpected_keys); missing ones by live name.
     Raises RuntimeError for wrong shapes, ValueError if nothing fits; the model is then unchanged.
     """
-    root = _unwrap(model)[0]
-    config = adapter_config(root, adapter_name)
-    entries = entries_of(root, config, adapter_name)
-    _refuse_merged(root, adapter_name)
-    state = of_now(config, fused(root, peft_model_state_dict))
-    state = joined(entries, found_again(root, entries, state))
-    beside = root.__dict__.get("prompts")
-    state, write = (state, None) if beside is None else beside.take(state, adapter_name)
+    root, entries, state, write = _arranged(model, peft_model_state_dict, adapter_name, places)
     elsewhere = write is not None
     missing, unexpected = fill(root, entries, state, adapter_name, ignore_mismatched_sizes, strict, elsewhere)
     written(entries)
     if write is not None:
         write()
     return _IncompatibleKeys([e.live for e in missing], unexpected)
+
+
+def foreseen(
+    model: nn.Module, outline: Mapping[str, Tensor], adapter_name: str, ignore_mismatched_sizes: bool = False
+) -> tuple[list[Entry], list[Entry]]:
+    """(an adapter's places, those of them without numbers (meta device) that a checkpoint has no tensors for).
+
+    Arguments:
+        model: a PeftModel or a model with injected layers.
+        outline: checkpoint key -> tensor on the meta device.
+        adapter_name: the adapter.
+        ignore_mismatched_sizes: as for `set_peft_model_state_dict`.
+
+    Raises what `set_peft_model_state_dict` raises of shapes and dtypes, without a warning.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        root, entries, state, write = _arranged(model, outline, adapter_name)
+        found, _ = checked(root, entries, state, adapter_name, ignore_mismatched_sizes, write is not None)
+    return entries, [e for e in entries if e.live not in found and e.tensor.is_meta]
+
+
+def _arranged(
+    model: nn.Module, state: Mapping[str, Tensor], adapter_name: str, entries: list[Entry] | None = None
+) -> tuple[nn.Module, list[Entry], Mapping[str, Tensor], Callable[[], None] | None]:
+    """(the model, an adapter's places, the tensors for them, what writes the tensors that go beside the model)."""
+    root = _unwrap(model)[0]
+    config = adapter_config(root, adapter_name)
+    entries = entries_of(root, config, adapter_name) if entries is None else entries
+    _refuse_merged(root, adapter_name)
+    state = of_now(config, fused(root, state))
+    state = joined(entries, found_again(root, entries, state))
+    beside = root.__dict__.get("prompts")
+    return root, entries, *((state, None) if beside is None else beside.take(state, adapter_name))
 
 
 def load_peft_weights(
@@ -128,9 +158,28 @@ def load_peft_weights(
             fits wins.
         hf_hub_download_kwargs: `subfolder`, `revision`, `token`, `cache_dir` ...
     """
-    file = fetch(model_id, (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), **hf_hub_download_kwargs)
-    state = read_weights(file, device)
-    return {mapped(k, key_mapping): v for k, v in state.items()} if key_mapping else state
+    return renamed(open_adapter(model_id, **hf_hub_download_kwargs).read(device), key_mapping)
+
+
+def open_adapter(model_id: str, **hf_hub_download_kwargs: Any) -> Saved:
+    """The files of an adapter's tensors, of which the heads have been read; arguments as for `load_peft_weights`."""
+    names = (SAFETENSORS_WEIGHTS_NAME, INDEX_NAME, WEIGHTS_NAME)
+    return open_weights(
+        fetch(model_id, names, **hf_hub_download_kwargs), lambda name: fetch(model_id, name, **hf_hub_download_kwargs)
+    )
+
+
+def renamed(state: dict[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """The tensors under the names that `key_mapping` gives them; raises ValueError if two get the same name."""
+    if not key_mapping:
+        return state
+    new: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = mapped(key, key_mapping)
+        if name in new:
+            raise ValueError(f"key_mapping gives {name!r} to several tensors, {key!r} the last of them. Make it exact.")
+        new[name] = value
+    return new
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> Any:

@@ -2,154 +2,286 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
 import pickle
-import shutil
-import tempfile
+import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import PeftWarning, listing
+from .commit import staged
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from .header import CHECKSUM, Header, data_of, is_sound, read_header, tensors_of, write_file
+
+__all__ = [
+    "Saved",
+    "check_written",
+    "in_hand",
+    "keys_in_hand",
+    "open_weights",
+    "read_weights",
+    "staged",
+    "write_weights",
+]
+
+INDEX_NAME = f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
+SHARD_SIZE = "50GB"  # what the hub takes as one file
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-@contextmanager
-def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder inside `folder` whose files move into place together once the block has succeeded.
+CONFIG_HASH = "config_hash"  # key among a file's remarks
+# Fields of a configuration that change no number of an adapter: people rename their base models.
+_OF_NO_ACCOUNT = frozenset(
+    ["auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"]
+)
 
-    A crash or an exception inside the block leaves the files of `folder` as they were.
+
+def config_hash(values: Mapping[str, Any]) -> str:
+    """A hash of the fields of a configuration file that say what an adapter computes."""
+    told = {k: v for k, v in values.items() if k not in _OF_NO_ACCOUNT}
+    return "sha256:" + hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def write_weights(
+    state: Mapping[str, Tensor],
+    folder: Path,
+    safe: bool = True,
+    max_shard_size: int | str = SHARD_SIZE,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write one adapter's tensors and return the paths of the files that hold them.
+
+    Arguments:
+        state: checkpoint key -> tensor; tensors that share storage are written apart.
+        folder: an existing folder.
+        safe: `adapter_model.safetensors`; False writes `adapter_model.bin` (a pickle).
+        max_shard_size: bytes, or a text such as "5GB"; what is larger is written as several files with an index.
+        metadata: remarks to put into the head of each safetensors file.
     """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
-        yield stage
-        files = sorted(p for p in stage.iterdir() if p.is_file())
-        usual = stage / ".usual"
-        usual.touch()
-        for file in files:
-            shutil.copymode(usual, file)  # safetensors makes files that only their owner can read
-            _flush(file)
-        for file in files:
-            os.replace(file, target / file.name)
-        _flush_folder(target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    if not safe:
+        torch.save(dict(state), folder / WEIGHTS_NAME)
+        return [folder / WEIGHTS_NAME]
+    shards = _shards(state, _bytes(max_shard_size))
+    names = [SAFETENSORS_WEIGHTS_NAME] if len(shards) == 1 else _shard_names(len(shards))
+    remarks = {"format": "pt", **(metadata or {})}
+    for name, shard in zip(names, shards, strict=True):
+        write_file(folder / name, shard, remarks)
+    if len(shards) > 1:
+        _write_index(folder, dict(zip(names, shards, strict=True)))
+    return [folder / name for name in names]
 
 
-def _flush(file: Path) -> None:
-    with open(file, "rb+") as handle:
-        os.fsync(handle.fileno())
+def _write_index(folder: Path, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
+    checksums = {name: read_header(folder / name).metadata[CHECKSUM] for name in shards}
+    total = sum(t.numel() * t.element_size() for shard in shards.values() for t in shard.values())
+    places = {key: name for name, shard in shards.items() for key in shard}
+    index = {"metadata": {"total_size": total, "checksums": checksums}, "weight_map": places}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":
+def _shard_names(count: int) -> list[str]:
+    stem, _, suffix = SAFETENSORS_WEIGHTS_NAME.rpartition(".")
+    return [f"{stem}-{i:05d}-of-{count:05d}.{suffix}" for i in range(1, count + 1)]
+
+
+def _shards(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """The tensors in their order, as many together as stay below the limit; a larger one is alone."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = limit
+    for key, tensor in state.items():
+        size = tensor.numel() * tensor.element_size()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = limit
+        shards[-1][key] = tensor
+        room -= size
+    return shards
+
+
+def _bytes(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
+    if match is None or match[2] not in _UNITS or not float(match[1]):
+        raise ValueError(f"max_shard_size={size!r} is no size. Give a number of bytes, or a text such as '5GB'.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def check_written(files: list[Path], state: Mapping[str, Tensor]) -> None:
+    """Read files again, from the disk where the system allows it, and compare every byte; raises OSError on a
+    difference.
+    """
+    found: dict[str, Tensor] = {}
+    for file in files:
+        _forget(file)
+        header = read_header(file)
+        data = data_of(file, header)
+        if not is_sound(data, header):
+            raise OSError(f"{file} does not hold what was saved: its checksum is wrong. Check the disk and save again.")
+        found.update(tensors_of(data, header))
+    wrong = sorted(k for k in found.keys() | state.keys() if not _same(found.get(k), state.get(k)))
+    if wrong:
+        raise OSError(
+            f"{listing(map(str, files))} does not hold what was saved: {listing(wrong)} differ. Check the disk and "
+            "save again."
+        )
+
+
+def _same(one: Tensor | None, two: Tensor | None) -> bool:
+    if one is None or two is None or one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    raw = [t.cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, two)]
+    return torch.equal(*raw)
+
+
+def _forget(file: Path) -> None:
+    """Ask the system to read a file from the disk next time."""
+    if not hasattr(os, "posix_fadvise"):
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
 
 
-def write_weights(state: Mapping[str, Tensor], folder: Path, safe: bool = True) -> Path:
-    """Write one adapter's tensors and return the file's path.
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Saved:
+    """An adapter's files, of which no more than the heads have been read (pickles have none: they are read whole).
 
     Arguments:
-        state: checkpoint key -> tensor, any dtype; tensors that share storage are written apart.
-        folder: an existing folder.
-        safe: `adapter_model.safetensors`; False writes `adapter_model.bin` (a pickle).
+        heads: the head of each file.
+        state: the tensors of a pickle.
     """
-    if not safe:
-        torch.save(dict(state), folder / WEIGHTS_NAME)
-        return folder / WEIGHTS_NAME
-    from safetensors.torch import save_file
 
-    save_file(separate(state), str(folder / SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-    return folder / SAFETENSORS_WEIGHTS_NAME
+    heads: dict[str, Header] = field(default_factory=dict)
+    state: dict[str, Tensor] | None = None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The remarks of the first file."""
+        return next((head.metadata for head in self.heads.values()), {})
+
+    @property
+    def outline(self) -> dict[str, Tensor]:
+        """The tensors without their numbers, on the meta device."""
+        if self.state is not None:
+            return {k: v.to("meta") for k, v in self.state.items()}
+        infos = ((k, i) for head in self.heads.values() for k, i in head.tensors.items())
+        return {k: torch.empty(i.shape, dtype=i.dtype, device="meta") for k, i in infos}
+
+    def read(self, device: str | torch.device | None = None) -> dict[str, Tensor]:
+        """The tensors; warns of numbers that are not finite.
+
+        Arguments:
+            device: where to put them; None is the CPU, and loading copies them to each parameter's device.
+
+        Raises ValueError for a file whose data is not what its checksum was taken of.
+        """
+        if self.state is not None:
+            _report_infinite(next(iter(self.heads), WEIGHTS_NAME), _infinite(self.state))
+            return {k: v if device is None else v.to(device) for k, v in self.state.items()}
+        state: dict[str, Tensor] = {}
+        for file, head in self.heads.items():
+            state.update(_read_safetensors(file, head))
+        return state if device is None else {k: v.to(device) for k, v in state.items()}
 
 
-def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, contiguous, each with a storage of its own (only the second and later sharers are
-    cloned).
+def open_weights(file: str | os.PathLike[str], fetch: Callable[[str], str] | None = None) -> Saved:
+    """Look into an adapter's file.
+
+    Arguments:
+        file: a `.safetensors` file, the index of several, or a pickle, which is read with `weights_only=True`.
+        fetch: gives the path of a file that an index names; None looks beside the index.
+
+    Raises ValueError naming the file and the cause if it is truncated, damaged or no tensor file.
     """
-    seen: set[tuple[torch.device, int]] = set()
-    out = {}
-    for key, tensor in state.items():
-        place = (tensor.device, tensor.untyped_storage().data_ptr())
-        if tensor.is_contiguous():
-            out[key] = tensor.clone() if place in seen else tensor
-        else:
-            out[key] = tensor.contiguous()
-        seen.add(place)
-    return out
-
-
-def check_written(file: Path, state: Mapping[str, Tensor]) -> None:
-    """Re-open a safetensors file and compare its header with what should be in it; raises OSError on a
-    difference.
-    """
-    from safetensors import safe_open
-
-    with safe_open(str(file), framework="pt") as handle:
-        got = {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
-    want = {k: tuple(v.shape) for k, v in state.items()}
-    if got != want:
-        wrong = sorted(k for k in got.keys() | want.keys() if got.get(k) != want.get(k))
-        raise OSError(f"{file} does not hold what was saved: {listing(wrong)} differ. Check the disk and save again.")
+    text = os.fspath(file)
+    if text.endswith(".index.json"):
+        beside = os.path.dirname(text)
+        return _open_shards(text, fetch or (lambda name: os.path.join(beside, name)))
+    if text.endswith(".safetensors"):
+        return Saved({text: read_header(file)})
+    return Saved(state=_read_pickle(text))
 
 
 def read_weights(file: str | os.PathLike[str], device: str | torch.device | None = None) -> dict[str, Tensor]:
-    """All tensors of an adapter file.
+    """All tensors of an adapter's file; arguments and errors as for `open_weights` and `Saved.read`."""
+    return open_weights(file).read(device)
 
-    Arguments:
-        file: a `.safetensors` file, or a pickle that is read with `weights_only=True`.
-        device: where to put the tensors; None reads to the CPU, and loading copies them to each parameter's
-            device.
 
-    Raises ValueError naming the file and the cause if it is truncated or no tensor file.
-    """
-    where = str(device) if device is not None else "cpu"
-    state = _read_safetensors(file, where) if str(file).endswith(".safetensors") else _read_pickle(file, where)
-    bad = [k for k, v in state.items() if v.is_floating_point() and not _finite(v)]
-    if bad:
-        text = f"{file} holds NaN or infinite values in {listing(bad)}. The adapter's outputs will not be usable."
-        warnings.warn(text, PeftWarning, stacklevel=3)
+def _open_shards(index: str, fetch: Callable[[str], str]) -> Saved:
+    places, checksums = _index(index)
+    heads: dict[str, Header] = {}
+    for name in sorted(set(places.values())):
+        try:
+            path = fetch(name)
+            head = read_header(path)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{index} names {name!r}, which is missing: {error}. Download or save it again."
+            ) from error
+        wanted = {k for k, n in places.items() if n == name}
+        wrong = sorted(wanted ^ head.tensors.keys())
+        if wrong:
+            raise ValueError(f"{path} does not belong to {index}: only one of them has {listing(wrong)}.")
+        if checksums.get(name) not in (None, head.metadata.get(CHECKSUM)):
+            raise ValueError(f"{path} does not belong to {index}: it comes from another save. Download both again.")
+        heads[path] = head
+    return Saved(heads)
+
+
+def _index(file: str) -> tuple[dict[str, str], dict[str, Any]]:
+    try:
+        with open(file, encoding="utf-8") as handle:
+            index = json.load(handle)
+        places, checksums = index["weight_map"], index.get("metadata", {}).get("checksums", {})
+        sound = bool(places) and all(_is_name(n) for n in places.values()) and isinstance(checksums, dict)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is no index of safetensors files ({error}). Download or save it again.") from error
+    if not sound:
+        raise ValueError(f"{file}: its weight_map must name safetensors files in the same folder.")
+    return places, checksums
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) is not None
+
+
+def _read_safetensors(file: str, header: Header) -> dict[str, Tensor]:
+    data = data_of(file, header)
+    if not is_sound(data, header):
+        raise ValueError(
+            f"{file} is damaged: its tensors are not those that its checksum was taken of when it was saved. Download "
+            "it again. (A program that changes tensors and keeps the old metadata must leave the checksum out.)"
+        )
+    state = tensors_of(data, header)
+    _report_infinite(file, _infinite(state))
     return state
 
 
-def _finite(tensor: Tensor) -> bool:
-    if tensor.device.type == "meta" or not tensor.numel():
-        return True
-    wide = tensor.float() if tensor.element_size() == 1 else tensor
-    return bool(torch.isfinite(wide).all())
-
-
-def _read_safetensors(file: str | os.PathLike[str], device: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(str(file), device=device)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is no complete safetensors file ({os.path.getsize(file)} bytes; {error}). "
-            "It may be truncated: download or save it again."
-        ) from error
-
-
-def _read_pickle(file: str | os.PathLike[str], device: str) -> dict[str, Tensor]:
+def _read_pickle(file: str) -> dict[str, Tensor]:
     text = f"{file} is a pickle; only its tensors are read. Save the adapter again to get the safer safetensors format."
     warnings.warn(text, PeftWarning, stacklevel=4)
     try:
-        state = torch.load(file, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{file} could not be read as a file of tensors ({error}). It may be truncated, or hold other objects than "
             "tensors, which are refused: download it again, or convert it to safetensors where you trust it."
@@ -158,6 +290,26 @@ def _read_pickle(file: str | os.PathLike[str], device: str) -> dict[str, Tensor]
         raise ValueError(f"{file} does not hold a dictionary of tensors. Expected what `save_pretrained` writes.")
     return state
 
+
+def _report_infinite(file: str, keys: list[str]) -> None:
+    if keys:
+        text = f"{file} holds NaN or infinite values in {listing(keys)}. The adapter's outputs will not be usable."
+        warnings.warn(text, PeftWarning, stacklevel=5)
+
+
+def _infinite(state: Mapping[str, Tensor]) -> list[str]:
+    return [k for k, v in state.items() if v.is_floating_point() and not _finite(v)]
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite: so is then their sum, which is far cheaper, unless it overflows."""
+    if tensor.device.type == "meta" or not tensor.numel():
+        return True
+    wide = tensor.float() if tensor.element_size() == 1 else tensor
+    return math.isfinite(wide.sum().item()) or bool(wide.isfinite().all())
+
+
+# What is being loaded -----------------------------------------------------------------------------------------------
 
 _in_hand: ContextVar[Collection[str]] = ContextVar("in_hand", default=())
 

@@ -38,12 +38,8 @@ def fill(
 
     Returns the places without a tensor and the keys without a place.
     """
-    found, unexpected = _match(root, entries, state)
-    same_kind(found)
-    found = _same_shape(found, ignore_mismatched_sizes)
+    found, unexpected = checked(root, entries, state, adapter_name, ignore_mismatched_sizes, elsewhere)
     missing = [e for e in entries if e.live not in found]
-    if len(missing) == len(entries) and (entries or (state and not elsewhere)):
-        raise ValueError(_nothing_fits(entries, list(state), adapter_name))
     if missing:
         report(MissingTensorsWarning, _missing_text(missing, unexpected, adapter_name), strict, stacklevel=4)
     if unexpected:
@@ -60,6 +56,28 @@ def fill(
         for entry, value in ready:
             _write(entry, value)
     return missing, unexpected
+
+
+def checked(
+    root: nn.Module,
+    entries: list[Entry],
+    state: Mapping[str, Tensor],
+    adapter_name: str,
+    ignore_mismatched_sizes: bool,
+    elsewhere: bool = False,
+) -> tuple[Found, list[str]]:
+    """What goes where, {name in the live model: place and tensor}, and the keys without a place.
+
+    Arguments: as for `fill`; the tensors may be on the meta device, for only their shapes and dtypes are looked at.
+
+    Raises what `fill` raises of them.
+    """
+    found, unexpected = _match(root, entries, state)
+    same_kind(found)
+    found = _same_shape(found, ignore_mismatched_sizes)
+    if not any(e.live in found for e in entries) and (entries or (state and not elsewhere)):
+        raise ValueError(_nothing_fits(entries, list(state), adapter_name))
+    return found, unexpected
 
 
 # Looking the checkpoint's keys up -------------------------------------------------------------------------
@@ -148,7 +166,8 @@ def _taken(entry: Entry, value: Tensor) -> bool:
 
 
 def _nothing_fits(entries: list[Entry], keys: list[str], name: str) -> str:
-    example = f", such as {keys[0]!r}.{nearest(keys[0], [e.key for e in entries[:500]])}" if keys else "."
+    first = keys[0][:300] if keys else ""
+    example = f", such as {first!r}.{nearest(first, [e.key for e in entries[:500]])}" if keys else "."
     want = f"It expects keys such as {entries[0].key!r}." if entries else "It has no tensors."
     return (
         f"No tensor of the checkpoint fits adapter {name!r}; nothing was loaded. The checkpoint has {len(keys)} "
@@ -172,8 +191,10 @@ def _unexpected_text(unexpected: list[str], entries: list[Entry], name: str) -> 
 
 
 def _hints(keys: list[str], choices: Iterable[str]) -> list[str]:
-    pool = list(choices) if len(keys) <= 64 else []
-    return [f"  {k}{nearest(k, pool)}" for k in keys]
+    """A line for each key, with the nearest choice while looking for it costs little; files may hold any text."""
+    pool = [c for c in choices if len(c) <= 300]
+    near = len(keys) * len(pool) <= 20_000
+    return [f"  {k:.300}{nearest(k, pool) if near and len(k) <= 300 else ''}" for k in keys]
 
 
 # Writing tensors ------------------------------------------------------------------------------------------
@@ -202,12 +223,15 @@ def _write(entry: Entry, value: Tensor) -> None:
 
 
 def _home(entry: Entry) -> torch.device:
+    """Where an adapter's tensor belongs: beside the base layer's, which accelerate may keep elsewhere until it runs."""
     base = entry.layer
     while isinstance(base, AdapterHost) and base._below:
         base = base._modules[base._below[0]]  # type: ignore[assignment]
-    tensors = (t for t in (*base.parameters(), *base.buffers()) if t.device.type != "meta")
-    first = next(tensors, None)
-    return first.device if first is not None else torch.device("cpu")
+    first = next((t for t in (*base._parameters.values(), *base.buffers()) if t is not None), None)
+    place: Any = getattr(base.__dict__.get("_hf_hook"), "execution_device", None)
+    if first is None or (first.is_meta and place is None):
+        first = next((t for t in (*base.parameters(), *base.buffers()) if not t.is_meta), torch.empty(0))
+    return first.device if not first.is_meta else torch.device("cpu" if place is None else place)
 
 
 def as_held(value: Tensor, like: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import listing
+from .commit import current
 
 # Arguments of a download; everything else that a caller carries along is not for the hub.
 DOWNLOAD_ARGUMENTS = frozenset(
@@ -27,6 +28,11 @@ DOWNLOAD_ARGUMENTS = frozenset(
         "user_agent",
     ]
 )
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a download among `kwargs`, and where in a repository the adapter lies."""
+    return {k: v for k, v in kwargs.items() if k in DOWNLOAD_ARGUMENTS or k in ("subfolder", "use_auth_token")}
 
 
 def fetch(
@@ -50,8 +56,8 @@ def fetch(
     names = [filename] if isinstance(filename, str) else list(filename)
     folder = os.path.join(model_id, subfolder or "")
     for name in names:
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
+        path = current(folder, name)
+        if path is not None:
             return path
     if is_local(model_id):
         raise ValueError(f"Can't find {' or '.join(map(repr, names))} at '{folder}': {_inventory(folder)}")

@@ -43,7 +43,10 @@ def joined(entries: list[Entry], state: Mapping[str, Tensor]) -> dict[str, Tenso
                 state.pop(spelled + name, None)
             keys = [spelled + part for part in parts]
             if keys and all(k in state for k in keys):
-                state[spelled + entry.part] = p.method.join(p, entry.part, [state.pop(k) for k in keys])
+                found = [state.pop(k) for k in keys]
+                outline = any(t.is_meta for t in found)
+                value = entry.tensor.to("meta") if outline else p.method.join(p, entry.part, found)
+                state[spelled + entry.part] = value
     return state
 
 

@@ -1,0 +1,127 @@
+"""Which base model an adapter belongs to, told by the names and shapes of the base's parameters.
+
+No number is looked at, so it costs next to nothing, and it is the same whatever the dtype, the quantised storage, the
+adapters on the model, and the modules that the adapter brings itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from .base_state import original_modules
+
+HASH, SHAPES = "base_fingerprint", "base_shapes"  # keys among a file's remarks
+LONGEST = 100_000  # characters of the shapes; the names of most models fold to a thousand
+Groups = dict[str, dict[str, int]]
+
+
+def fingerprint(model: nn.Module, replaced: Collection[str] = ()) -> dict[str, str]:
+    """What a file notes of its base model: a hash of names and shapes, and the shapes themselves, alike ones counted.
+
+    Arguments:
+        model: a PeftModel, a model with injected layers, or a plain model.
+        replaced: endings of the names of modules that the adapter replaces (`modules_to_save`).
+    """
+    shapes = dict(_shapes(model, replaced))
+    lines = "\n".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
+    noted = {HASH: "sha256:" + hashlib.sha256(lines.encode()).hexdigest()}
+    text = json.dumps(_grouped(shapes), separators=(",", ":"), sort_keys=True)
+    return {**noted, SHAPES: text} if len(text) <= LONGEST else noted
+
+
+def difference(noted: Mapping[str, str], model: nn.Module, replaced: Collection[str] = ()) -> list[str]:
+    """How a model differs from the base model that a file was saved from, a line for each kind of parameter.
+
+    Other names alone make no difference, nor does another way to pack the same number of parameters: releases of
+    transformers rename modules and join experts. Empty if nothing differs, or nothing was noted.
+
+    Arguments:
+        noted: the remarks of the file.
+        model, replaced: as for `fingerprint`.
+    """
+    if HASH not in noted or SHAPES not in noted:
+        return []
+    here = fingerprint(model, replaced)
+    before, now = _read(noted[SHAPES]), _read(here.get(SHAPES, "{}"))
+    if here[HASH] == noted[HASH] or not before or not now or _total(before) == _total(now):
+        return []
+    if _endings(before) == _endings(now):
+        return []
+    names = [n for n in {**before, **now} if before.get(n) != now.get(n)]
+    return [f"{n}: {_said(before.get(n))} when it was saved, {_said(now.get(n))} here" for n in names]
+
+
+def _shapes(model: nn.Module, replaced: Collection[str]) -> Iterator[tuple[str, str]]:
+    endings = tuple(replaced)
+    outside: str | None = None
+    for prefix, module in original_modules(model):
+        path = prefix[:-1]
+        if outside is not None and path.startswith(outside):
+            continue
+        if path and endings and path.endswith(endings):
+            outside = prefix
+            continue
+        for name, shape in _own(module):
+            yield prefix + name, "x".join(map(str, shape)) or "1"
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The parameters of one module; of a linear layer those that it stands for, however they are stored."""
+    sizes = tuple(_plain(module, n) for n in ("out_features", "in_features"))
+    linear = all(type(n) is int for n in sizes) and not module._modules
+    if linear:
+        yield "weight", sizes
+    for name, p in module._parameters.items():
+        if p is not None and not linear:
+            yield name, tuple(getattr(p, "ds_shape", p.shape))
+    if linear and getattr(module, "bias", None) is not None:
+        yield "bias", sizes[:1]
+
+
+def _plain(module: nn.Module, name: str) -> Any:
+    """An attribute or property, without torch's search among parameters and children."""
+    found = module.__dict__.get(name)
+    return getattr(module, name) if found is None and hasattr(type(module), name) else found
+
+
+def _grouped(shapes: Mapping[str, str]) -> Groups:
+    groups: dict[str, Counter[str]] = {}
+    for name, shape in shapes.items():
+        folded = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        groups.setdefault(folded, Counter())[shape] += 1
+    return {name: dict(counts) for name, counts in groups.items()}
+
+
+def _read(text: str) -> Groups:
+    """The shapes that a file notes; nothing for what is no such note."""
+    try:
+        found = json.loads(text)
+        return {str(n): {str(s): int(c) for s, c in counts.items()} for n, counts in found.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _total(groups: Groups) -> int:
+    def size(shape: str) -> int:
+        return math.prod(int(n) if n.isdigit() else 0 for n in shape.split("x"))
+
+    return sum(size(shape) * count for counts in groups.values() for shape, count in counts.items())
+
+
+def _endings(groups: Groups) -> Counter[Any]:
+    found: Counter[Any] = Counter()
+    for name, counts in groups.items():
+        for shape, count in counts.items():
+            found[".".join(name.split(".")[-2:]), shape] += count
+    return found
+
+
+def _said(counts: dict[str, int] | None) -> str:
+    return " and ".join(f"{c} of {s}" for s, c in sorted(counts.items())) if counts else "none"

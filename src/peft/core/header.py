@@ -1,0 +1,264 @@
+"""The head of a safetensors file: what it says of its tensors, checked before any of them is read.
+
+A file is the length of its head (8 bytes, little-endian), the head (JSON), and the data, which the tensors fill without
+gap or overlap. Nothing here takes more memory than the file has bytes of head, whatever it claims.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LIMIT = 100_000_000  # bytes of a head, as the format has it
+AXES = 64  # more than torch takes
+META = "__metadata__"
+CHECKSUM = "checksum"
+
+_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+DTYPES: dict[str, torch.dtype] = {k: getattr(torch, v) for k, v in _NAMES.items() if hasattr(torch, v)}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Info(NamedTuple):
+    """What the head says of one tensor; `begin` and `end` count bytes of the data."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Header(NamedTuple):
+    """A file's tensors, its own remarks, and where its data starts and the file ends."""
+
+    tensors: dict[str, Info]
+    metadata: dict[str, str]
+    start: int
+    size: int
+
+
+class _Fault(Exception):
+    """What is wrong with a head; the caller adds the file."""
+
+
+def read_header(file: str | os.PathLike[str]) -> Header:
+    """The head of a safetensors file.
+
+    Raises ValueError, naming the file and the cause, for what is no complete and consistent file.
+    """
+    with open(file, "rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        try:
+            length = _length(handle.read(8), size)
+            tensors, metadata = _parsed(handle.read(length), length)
+            _check_data(tensors, size - 8 - length)
+        except _Fault as fault:
+            raise ValueError(
+                f"{file} is no complete safetensors file: {fault}. It may be truncated or damaged ({size} bytes): "
+                "download or save it again."
+            ) from None
+    return Header(tensors, metadata, 8 + length, size)
+
+
+def _length(first: bytes, size: int) -> int:
+    if len(first) < 8:
+        raise _Fault("it is shorter than the 8 bytes that start one")
+    length = int.from_bytes(first, "little")
+    if length > LIMIT:
+        raise _Fault(f"its head would have {length} bytes, and {LIMIT} are allowed")
+    if length > size - 8:
+        raise _Fault(f"its head has {length} bytes, of which {size - 8} are there")
+    return length
+
+
+def _parsed(raw: bytes, length: int) -> tuple[dict[str, Info], dict[str, str]]:
+    if len(raw) < length:
+        raise _Fault("it became shorter while it was read")
+    try:
+        head = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise _Fault(f"its head is no valid JSON ({error})") from None
+    if not isinstance(head, dict):
+        raise _Fault("its head is no JSON object")
+    metadata = head.pop(META, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _Fault(f"its {META} is no dictionary of texts")
+    return {name: _info(name, entry) for name, entry in head.items()}, metadata
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _Fault(f"its head has {_short(name)} twice")
+        found[name] = value
+    return found
+
+
+def _short(value: Any) -> str:
+    """A value as it is shown; files may hold texts of any length."""
+    return f"{value!r:.120}"
+
+
+def _info(name: str, entry: Any) -> Info:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _Fault(f"the entry of {_short(name)} is not made of dtype, shape and data_offsets")
+    name, kind, shape, offsets = _short(name), entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = DTYPES.get(kind) if isinstance(kind, str) else None
+    if dtype is None:
+        raise _Fault(f"{name} has the dtype {_short(kind)}, which is not known")
+    if not _counts(shape) or len(shape) > AXES:
+        raise _Fault(f"{name} has the shape {_short(shape)}, which is none")
+    if not _counts(offsets) or len(offsets) != 2:
+        raise _Fault(f"{name} has the data_offsets {_short(offsets)}, which are no two positions")
+    wanted, span = dtype.itemsize, 1
+    for n in shape:
+        wanted, span = wanted * n, span * max(n, 1)
+        if span >= 2**62:
+            raise _Fault(f"{name} has the shape {_short(shape)}, which no machine can hold")
+    begin, end = offsets
+    if end - begin != wanted:
+        raise _Fault(f"{name} is {kind} {_short(shape)} and needs {wanted} bytes, but has {end - begin}")
+    return Info(dtype, tuple(shape), begin, end)
+
+
+def _counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**62 for v in values)
+
+
+def _check_data(tensors: Mapping[str, Info], size: int) -> None:
+    """The tensors lie one behind the other and fill the data."""
+    here = 0
+    for name, info in sorted(tensors.items(), key=lambda item: item[1][2:]):
+        if info.begin != here:
+            what = "overlaps with the one before" if info.begin < here else "leaves a gap to the one before"
+            raise _Fault(f"{_short(name)} {what} (it begins at {info.begin}, expected {here})")
+        here = info.end
+    if here != size:
+        raise _Fault(f"its tensors need {here} bytes, and it holds {size} of them")
+
+
+# The data -----------------------------------------------------------------------------------------------------------
+
+
+def data_of(file: str | os.PathLike[str], header: Header) -> Tensor:
+    """The whole file as bytes, (size,): pages of it are read when they are looked at."""
+    return torch.from_file(os.fspath(file), shared=False, size=header.size, dtype=torch.uint8)
+
+
+def tensors_of(data: Tensor, header: Header) -> dict[str, Tensor]:
+    """The tensors in a file's bytes, without a copy where their place in the file allows that."""
+    found = {}
+    for name, (dtype, shape, begin, end) in header.tensors.items():
+        raw = data[header.start + begin : header.start + end]
+        if raw.storage_offset() % dtype.itemsize:
+            raw = raw.clone()
+        found[name] = raw.view(dtype).view(shape)
+    return found
+
+
+def write_file(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with its checksum; the same tensors and remarks always give the same bytes.
+
+    Arguments:
+        file: the path.
+        tensors: name -> tensor on any device; memory for one of them is needed beyond those on the CPU.
+        metadata: remarks.
+
+    Raises ValueError for a dtype or a name that the format does not have.
+    """
+    infos, end = _laid_out(tensors), 0
+    head: dict[str, Any] = {META: dict(sorted({**metadata, CHECKSUM: BLANK}.items()))}
+    for name, info in infos.items():
+        end = info.end
+        head[name] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": [info.begin, end]}
+    raw = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    raw = raw.ljust(-(-len(raw) // 8) * 8)
+    with open(file, "wb+") as handle:
+        handle.write(len(raw).to_bytes(8, "little") + raw)
+        for name in infos:
+            _write_bytes(handle, tensors[name])
+        handle.flush()
+        header = Header(infos, {}, 8 + len(raw), 8 + len(raw) + end)
+        handle.seek(8 + raw.index(f'"{CHECKSUM}":"{BLANK}"'.encode()) + len(CHECKSUM) + 4)
+        handle.write(checksum(data_of(file, header), header).encode())
+
+
+def _laid_out(tensors: Mapping[str, Tensor]) -> dict[str, Info]:
+    """Where each tensor goes: those with the largest numbers first, so that every one is aligned."""
+    infos, here = {}, 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        if name == META or tensor.dtype not in CODES:
+            raise ValueError(f"A safetensors file cannot hold {name!r} of {tensor.dtype}. Convert or rename it.")
+        end = here + tensor.numel() * tensor.element_size()
+        infos[name] = Info(tensor.dtype, tuple(tensor.shape), here, end)
+        here = end
+    return infos
+
+
+def _write_bytes(handle: Any, tensor: Tensor) -> None:
+    here = tensor.detach().cpu().contiguous()
+    size = here.numel() * here.element_size()
+    if size:
+        handle.write((ctypes.c_char * size).from_address(here.data_ptr()))
+
+
+# The checksum -------------------------------------------------------------------------------------------------------
+
+CHUNK = 4096  # bytes
+BLANK = "0" * 33
+
+
+def checksum(data: Tensor, header: Header) -> str:
+    """Of a file's names, dtypes, shapes and data: any flipped bit, and any pages that changed places, change it.
+
+    Two sums of 64 bits: SHA-256 of the head, cut; and of the data's words, each chunk of 4 KiB with an odd factor of
+    its own, modulo 2^64. It finds damage, and is no proof against intent.
+    """
+    told = [[n, str(i.dtype), *i.shape, i.begin, i.end] for n, i in sorted(header.tensors.items())]
+    names = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    return f"{names}-{_sum(data[header.start :]) % 2**64:016x}"
+
+
+def _sum(data: Tensor) -> int:
+    if data.storage_offset() % 8:
+        data = data.clone()
+    whole = data.numel() // CHUNK * CHUNK
+    tail = torch.zeros(CHUNK, dtype=torch.uint8)
+    tail[: data.numel() - whole] = data[whole:]
+    sums = [part.view(torch.int64).view(-1, CHUNK // 8).sum(1) for part in (data[:whole], tail)]
+    total = torch.cat(sums)
+    return int((total * torch.arange(1, 2 * len(total), 2)).sum())
+
+
+def is_sound(data: Tensor, header: Header) -> bool:
+    """Whether a file's tensors are those that its checksum was taken of; True for a file without one."""
+    told = header.metadata.get(CHECKSUM)
+    return told is None or told == checksum(data, header)

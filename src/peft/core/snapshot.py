@@ -1,0 +1,57 @@
+"""A model as it is now: its modules, tensors, hooks and flags, to be put back if a load fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_TABLES = (
+    "_modules",
+    "_parameters",
+    "_buffers",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """What puts a model back as it is now; the numbers in its tensors are not copied.
+
+    Arguments:
+        model: any model; its children are looked at too.
+    """
+    modules = [(m, _state(m)) for m in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    config = getattr(model, "config", None)
+    settings = dict(config.__dict__) if hasattr(config, "__dict__") else None
+
+    def restore() -> None:
+        for module, (values, tables) in modules:
+            own = module.__dict__
+            for name in own.keys() - values.keys():
+                del own[name]
+            own.update(values)
+            for name, content in tables.items():
+                table = own[name]
+                table.clear()
+                table.update(content)
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        if settings is not None:
+            config.__dict__.update(settings)
+
+    return restore
+
+
+def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, dict[Any, Any]]]:
+    values = dict(module.__dict__)
+    return values, {name: dict(values[name]) for name in _TABLES if name in values}

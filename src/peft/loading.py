@@ -1,0 +1,194 @@
+"""An adapter on its way from files into a model: looked at first, placed next, read and written last."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from .config import PeftConfig
+from .core.checkpoint import foreseen, open_adapter, renamed, set_peft_model_state_dict
+from .core.defaults import CONFIG_NAME
+from .core.entries import Entry
+from .core.files import CONFIG_HASH, Saved, config_hash, in_hand
+from .core.fingerprint import difference
+from .core.hub import fetch, hub_arguments
+from .core.layer import tuner_layers
+from .core.snapshot import snapshot
+from .errors import ChangedConfigWarning, OtherBaseWarning, report
+from .registry import tuner_class
+
+if TYPE_CHECKING:
+    from .model import PeftModel
+
+Placed = tuple[Any, Callable[[], Any]]
+
+
+@dataclass
+class AdapterFile:
+    """The files of one adapter, of which only the heads have been read, and how they are to be loaded.
+
+    Arguments:
+        saved: the files.
+        name: the adapter's name in the model.
+        renames: {regular expression: replacement} for the keys.
+        options: `ignore_mismatched_sizes`, `strict`, `torch_device`.
+    """
+
+    saved: Saved
+    name: str
+    renames: dict[str, str] | None
+    options: Mapping[str, Any]
+    _places: list[Entry] | None = None
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, model_id: str | os.PathLike[str], name: str, renames: Any, options: Mapping[str, Any]
+    ) -> AdapterFile:
+        """Look into the files of a folder or repository, to be loaded under `name` into `model`."""
+        renames = renames if renames is not None else getattr(model, "_checkpoint_conversion_mapping", None)
+        saved = open_adapter(os.fspath(model_id), **hub_arguments(options))
+        return cls(saved, name, renames or None, options)
+
+    @property
+    def outline(self) -> dict[str, Tensor]:
+        """The tensors without their numbers, as the model is to see them."""
+        return renamed(self.saved.outline, self.renames)
+
+    def placed(self, config: PeftConfig, place: Callable[[bool], Placed], keep_empty: bool) -> Placed:
+        """(the model with the adapter in it, what takes it out again); the adapter's tensors still wait for the file.
+
+        The adapter is made without memory first and held against the file's head. It is made with first values if
+        the file does not bring all of them.
+
+        Arguments:
+            config: the adapter's configuration.
+            place: adds the adapter, on the meta device if told so.
+            keep_empty: leave what the file does not bring on the meta device.
+        """
+        outline = self.outline
+        _check_prompt(config, outline, self.name)
+        before = copy.deepcopy(config.__dict__)
+        with in_hand(list(outline)):
+            model, undo = place(True)
+            try:
+                lacking = self.foresee(model, outline)
+                _check_room(lacking, model, outline)
+            except BaseException:
+                undo()
+                raise
+            if not lacking or keep_empty:
+                return model, undo
+            undo()
+            config.__dict__.update(before)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # all has been said the first time
+                self._places = None
+                return place(False)
+
+    def foresee(self, model: PeftModel, outline: Mapping[str, Tensor] | None = None) -> list[Entry]:
+        """The places that the file does not fill; raises what loading would raise of shapes and dtypes."""
+        ignore = bool(self.options.get("ignore_mismatched_sizes", False))
+        self._places, lacking = foreseen(model, self.outline if outline is None else outline, self.name, ignore)
+        return lacking
+
+    def fill(self, model: PeftModel, undo: Callable[[], Any], is_trainable: bool, meta: bool) -> _IncompatibleKeys:
+        """Read the tensors and write them into the adapter; if that fails, `undo` puts the model back as it was."""
+        strict = self.options.get("strict")
+        try:
+            self._check_base(model, strict)
+            result = set_peft_model_state_dict(
+                model,
+                renamed(self.saved.read(self.options.get("torch_device")), self.renames),
+                adapter_name=self.name,
+                ignore_mismatched_sizes=self.options.get("ignore_mismatched_sizes", False),
+                low_cpu_mem_usage=meta,
+                strict=strict,
+                places=self._places,
+            )
+        except BaseException:
+            undo()
+            raise
+        if not is_trainable:
+            model.eval()
+        return result
+
+    def _check_base(self, model: PeftModel, strict: bool | None) -> None:
+        replaced = getattr(model.peft_config[self.name], "modules_to_save", None) or ()
+        lines = difference(self.saved.metadata, model, replaced)
+        if lines:
+            shown = "\n".join(f"  {line}" for line in lines[:8]) + (f"\n  and {len(lines) - 8} more" * (len(lines) > 8))
+            kind = type(model.get_base_model()).__name__
+            text = (
+                f"Adapter {self.name!r} was saved from another base model than this {kind}; its tensors fit, but it "
+                f"may be useless here. These parameters differ:\n{shown}"
+            )
+            report(OtherBaseWarning, text, strict, stacklevel=5)
+
+    def check_config(self, model_id: str | os.PathLike[str]) -> None:
+        """Warn if the configuration beside the weights is not the one that they were saved with."""
+        noted = self.saved.metadata.get(CONFIG_HASH)
+        if noted is None:
+            return
+        path = fetch(model_id, CONFIG_NAME, **hub_arguments(self.options))
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+        if config_hash(values) != noted:
+            text = (
+                f"{path} is not the configuration that was saved with the weights beside it: it has been edited since, "
+                "damaged, or comes from another save. The adapter may compute something else than it did."
+            )
+            report(ChangedConfigWarning, text, self.options.get("strict"), stacklevel=4)
+
+
+def _check_room(lacking: list[Entry], model: PeftModel, outline: Mapping[str, Tensor]) -> None:
+    """Refuse a configuration that asks for far more memory than the file holds: a base model's worth is allowed."""
+    if not lacking:
+        return
+    wanted = sum(e.tensor.numel() * e.tensor.element_size() for e in lacking)
+    held = sum(t.numel() * t.element_size() for t in (*model.get_base_model().parameters(), *outline.values()))
+    if wanted > held:
+        largest = max(lacking, key=lambda e: e.tensor.numel())
+        raise ValueError(
+            f"The configuration asks for {wanted} bytes of tensors that the file does not hold, such as {largest.key} "
+            f"of shape {tuple(largest.tensor.shape)}; that is more than the base model has. Nothing was loaded: one of "
+            "the two files belongs to another adapter."
+        )
+
+
+def _check_prompt(config: PeftConfig, outline: Mapping[str, Tensor], name: str) -> None:
+    """Refuse a prompt that the configuration makes larger than the file has it."""
+    found = outline.get("prompt_embeddings")
+    if found is None or not config.is_prompt_learning:
+        return
+    kind: Any = tuner_class(config.peft_type)  # type: ignore[arg-type]
+    sizes = [getattr(config, n, None) for n in ("num_virtual_tokens", "token_dim")]
+    sizes += [2, getattr(config, "num_layers", None)] if kind.caches else []
+    wanted = math.prod(n for n in sizes if isinstance(n, int))
+    if wanted > found.numel():
+        raise RuntimeError(
+            f"The prompt of adapter {name!r} does not fit: its configuration asks for {wanted} numbers, and the file "
+            f"holds {tuple(found.shape)}. It belongs to another number of virtual tokens, or to another base model."
+        )
+
+
+def taken_back(model: nn.Module, config: PeftConfig) -> Callable[[nn.Module | None, str], None]:
+    """What takes a new PeftModel off a model again, which is then as it is now."""
+    restore, before = snapshot(model), copy.deepcopy(config.__dict__)
+    adapted = next(iter(tuner_layers(model)), None) is not None
+
+    def undo(wrapped: Any, name: str) -> None:
+        if adapted and wrapped is not None:
+            wrapped.base_model.delete_adapter(name)
+        restore()
+        config.__dict__.update(before)
+
+    return undo
