@@ -138,6 +138,33 @@ def test_whole_modules_and_tokens_come_along(tmp_path: Path) -> None:
     assert torch.allclose(again(made, base(), tmp_path, 2)(x), made(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_tokens_become_a_lora_whose_rank_is_their_number(tied: bool) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        found = nn.Sequential()
+        found.emb, found.out = nn.Embedding(12, 6), nn.Linear(6, 12)
+        found.get_input_embeddings = lambda: found.emb
+        if tied:
+            found.out.weight = found.emb.weight
+        return found
+
+    tokens = torch.arange(12)
+    made = get_peft_model(base(), peft.TrainableTokensConfig(token_indices=[3, 7, 1], target_modules=["emb"]))
+    train(made)
+    expected = made.eval()(tokens)
+    for rank in (3, 6, 1.0):
+        new = to_lora(made, rank)
+        assert set(new.report.errors.values()) == {0.0} and set(new.report.ranks.values()) == {3}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*shared by")
+            lora = get_peft_model(base(), new.config)
+        peft.set_peft_model_state_dict(lora, new.state, strict=True)
+        assert torch.allclose(lora.eval()(tokens), expected, atol=1e-5)
+        assert {p.rpartition(".")[2] for p in new.report.ranks} == ({"emb", "out"} if tied else {"emb"})
+    assert all(e > 0.01 for e in to_lora(made, 2).report.errors.values())
+
+
 def test_a_model_with_injected_adapters_is_converted_under_its_own_names() -> None:
     base = net()
     peft.inject_adapter_in_model(MissConfig(r=2, target_modules=["0"]), base)

@@ -49,7 +49,7 @@ def to_lora(model: nn.Module, rank: float, adapter_name: str = "default", progre
     """
     _check_rank(rank)
     root, config = _source(model, adapter_name)
-    layers = updates(model, {adapter_name: 1.0})
+    layers = updates(model, {adapter_name: 1.0}, tokens=_kind(config) == "TRAINABLE_TOKENS")
     if not layers or updates(model, {adapter_name: 1.0}, whole=True):
         raise TypeError(
             f"The adapter {adapter_name!r} ({_kind(config)}) does not change weights: it is no sum W + B A."
@@ -174,7 +174,7 @@ def _config(
     shared = next((results[path].pair.rank for path in parts(kept)), None)
     usual = shared or (rank if isinstance(rank, int) else None)
     changes: dict[str, Any] = {"lora_dropout": 0.0, **biases(kept, results)}
-    if getattr(source, "target_modules_to_tie", None):
+    if getattr(source, "target_modules_to_tie", None) or _kind(source) == "TRAINABLE_TOKENS":
         changes["ensure_weight_tying"] = False  # decompositions of a matrix and of its transpose are not tied
     config: Any = plain_config([source], ranks, usual, **changes)
     zero = {found[0].p.path for found in kept.values()} ^ set(report.ranks)
@@ -207,8 +207,10 @@ def _factor(update: Update, packed: bool) -> float:
 
 def _others(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Whole modules and tokens that are trained beside the method."""
+    rows = _kind(adapter_config(model, name)) != "TRAINABLE_TOKENS"  # whose rows have become factors
     return {
         e.key: e.tensor.detach().clone()
         for e in walk(model, name)
-        if isinstance(e.layer, AuxiliaryTrainingWrapper) or (e.adapter and isinstance(e.adapter.method, TokenRows))
+        if isinstance(e.layer, AuxiliaryTrainingWrapper)
+        or (rows and e.adapter and isinstance(e.adapter.method, TokenRows))
     }

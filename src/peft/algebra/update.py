@@ -103,7 +103,8 @@ class Update:
                 lead = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])  # a factor may be the same for all experts
                 return self.form.stacked(Pair(*(t.expand(*lead, *t.shape[-2:]) for t in (A, B))))
             return None
-        exact = method.exact_factors(p) if isinstance(method, Delta) and self.form.groups == 1 else None
+        known = isinstance(method, (Delta, TokenRows)) and self.form.groups == 1
+        exact = method.exact_factors(p) if known else None
         return None if exact is None else Pair(*(t.detach() for t in exact))
 
     @property
@@ -158,20 +159,23 @@ class Update:
         return new.float() if b is None else new.float() - b.float()
 
 
-def updates(model: nn.Module, names: dict[str, float], whole: bool = False) -> dict[str, list[Update]]:
+def updates(
+    model: nn.Module, names: dict[str, float], whole: bool = False, tokens: bool = False
+) -> dict[str, list[Update]]:
     """{path of a layer in the model: the shares of the adapters that stand there}.
 
     Arguments:
         model: the model.
         names: the weight of each adapter.
         whole: the layers whose adapters replace a whole module, instead of those that change a weight.
+        tokens: those that replace rows for tokens, instead of both.
     """
     found: dict[str, list[Update]] = {}
     for path, layer in tuner_layers(model):
         if not isinstance(layer, BaseTunerLayer) or layer._whole is not whole:
             continue
         mine = [Update(layer.adapters[n], w) for n, w in names.items() if n in layer.adapters and n not in layer.shares]
-        mine = [u for u in mine if not isinstance(u.p.method, TokenRows)]
+        mine = [u for u in mine if isinstance(u.p.method, TokenRows) is tokens]
         if mine:
             found[path] = mine
     return found

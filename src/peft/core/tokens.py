@@ -75,6 +75,15 @@ class TokenRows(Method):
     def _rows(self, p: Adapter) -> tuple[Tensor, Tensor]:
         return p.held_buffer("token_indices"), p.held("trainable_tokens_delta")
 
+    def exact_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """(A, B) with B A the update: the changes of the rows, times a unit vector for each token."""
+        index, new = self._rows(p)
+        W = p.original_weight()
+        W = (W.mT if p.layer.view.infix else W).to(torch.promote_types(W.dtype, torch.float32))
+        change = new.to(W.dtype) - W[index]
+        units = change.new_zeros(len(index), len(W)).index_put_((torch.arange(len(index)), index), change.new_ones(()))
+        return (units, change.mT) if p.layer.view.infix else (change, units.mT)
+
     def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         index, new = self._rows(p)
         if p.layer.view.infix:  # an embedding: W is (d, V)
