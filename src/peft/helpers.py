@@ -17,6 +17,7 @@ from .config import PeftConfig
 from .core.layer import BaseTunerLayer
 
 _NAMES = {
+    "peft.algebra.scale": "rescale_adapter_scale",
     "peft.methods.lora.layer": "LoraLayer",
     "peft.methods.lora.model": "LoraModel",
     "peft.methods.lora.monteclora": "MontecloraTrainerMixin",
@@ -34,35 +35,6 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
     except Exception:  # any failure means: no adapter that could be used
         return False
     return True
-
-
-@contextmanager
-def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator[None]:
-    """Inside the block every LoRA update of the model counts `multiplier` times; the old scales come back.
-
-    Arguments:
-        model: a model with LoRA layers.
-        multiplier: a number.
-
-    Raises TypeError if it is no number, ValueError if there is no LoRA layer.
-    """
-    from .methods.lora.layer import LoraLayer
-
-    if not isinstance(multiplier, (int, float)):
-        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    if not layers:
-        raise ValueError("scaling is only supported for models with `LoraLayer`s; this model has none.")
-    before = [dict(layer.scaling) for layer in layers]
-    try:
-        for layer, scales in zip(layers, before, strict=True):
-            for name, scale in scales.items():
-                layer.scaling[name] = scale * multiplier
-        yield
-    finally:
-        for layer, scales in zip(layers, before, strict=True):
-            for name, scale in scales.items():
-                layer.scaling[name] = scale
 
 
 @contextmanager

@@ -32,6 +32,8 @@ class Recipe:
         density: the share of entries that pruning keeps.
         sign: how TIES elects signs.
         default: the rank where neither `rank` nor a source says one.
+        energy: the share of each squared norm that a decomposition keeps, instead of a rank.
+        advice: what to do where truncation leaves out much.
     """
 
     kind: str = "svd"
@@ -41,6 +43,8 @@ class Recipe:
     density: float | None = None
     sign: Sign = "total"
     default: int = 8
+    energy: float | None = None
+    advice: str = "Give a larger svd_rank, or combination_type='exact'."
 
     def check(self) -> None:
         """Raise ValueError or TypeError for what cannot be."""
@@ -56,7 +60,9 @@ class Recipe:
         pruned = self.kind.startswith(("ties", "dare", "magnitude"))
         if pruned and self.density is None:
             raise TypeError(f"combination_type={self.kind!r} prunes: give `density`, the share of entries to keep.")
-        if pruned and self.density is not None and self.density < 0:
+        if pruned and not isinstance(self.density, (int, float)):
+            raise TypeError(f"density={self.density!r} is no number. Give the share of entries to keep, in (0, 1].")
+        if pruned and not self.density >= 0:  # type: ignore[operator]
             raise ValueError(f"density={self.density} is negative. Give the share of entries to keep, in (0, 1].")
         if self.sign not in ("total", "frequency"):
             raise RuntimeError(f"majority_sign_method={self.sign!r} is unknown. Use 'total' or 'frequency'.")
@@ -134,9 +140,11 @@ def _decomposed(matrix: Pair | Tensor, updates: list[Update], recipe: Recipe) ->
     shape = (matrix.B.shape[-2], matrix.A.shape[-1]) if isinstance(matrix, Pair) else matrix.shape[-2:]
     dtype = torch.promote_types((matrix.A if isinstance(matrix, Pair) else matrix).dtype, torch.float32)
     exact = recipe.kind in WHOLE
-    wanted = recipe.rank or max(u.rank for u in updates) or _own_rank(updates) or recipe.default
-    spectrum = Spectrum(matrix, None if exact else min(wanted, *shape), recipe.driver)
-    r = max(1, spectrum.rank()) if exact else wanted
+    given = recipe.rank and -(-recipe.rank // updates[0].form.groups)
+    wanted = given or max(u.rank for u in updates) or _own_rank(updates) or recipe.default
+    share = 1.0 if exact else recipe.energy
+    spectrum = Spectrum(matrix, min(wanted, *shape) if share is None else None, recipe.driver, recipe.energy)
+    r = wanted if share is None else max(1, spectrum.rank(share))
     cut = spectrum.cut(r, dtype)
     enough = spectrum.rank(1 - 1e-4) if spectrum.complete and cut.error > 0.01 else None
     return Result(_clamped(cut, recipe).pair, cut.error, enough)

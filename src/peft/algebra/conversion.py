@@ -33,6 +33,10 @@ class Conversion(NamedTuple):
     state: dict[str, Tensor]
     report: Report
 
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a folder, from which `PeftModel.from_pretrained` loads it."""
+        save(path, self.config, self.state)
+
 
 def to_lora(model: nn.Module, rank: float, adapter_name: str = "default", progressbar: bool = False) -> Conversion:
     """An adapter as a LoRA with the scaling 1; the model is unchanged.
@@ -47,7 +51,7 @@ def to_lora(model: nn.Module, rank: float, adapter_name: str = "default", progre
 
     Raises TypeError for an adapter that changes no weights, ValueError for a rank that cannot be or trained biases.
     """
-    _check_rank(rank)
+    check_rank(rank)
     root, config = _source(model, adapter_name)
     layers = updates(model, {adapter_name: 1.0}, tokens=_kind(config) == "TRAINABLE_TOKENS")
     if not layers or updates(model, {adapter_name: 1.0}, whole=True):
@@ -56,22 +60,46 @@ def to_lora(model: nn.Module, rank: float, adapter_name: str = "default", progre
         )
     if any(not u.method.mergeable for (u,) in layers.values()):
         raise TypeError(f"The adapter {adapter_name!r} depends on its input: no W + B A is the same function.")
-    results = {path: _convert(found[0], rank) for path, found in _progress(layers, progressbar)}
+    new = lora_of(root, config, rank, layers, progressbar)
+    if not new.report.ranks or not any(new.report.ranks.values()):
+        raise ValueError(f"The adapter {adapter_name!r} changes nothing: every update is zero.")
+    return new._replace(state={**new.state, **_others(model, adapter_name)})
+
+
+def lora_of(
+    root: nn.Module,
+    source: Any,
+    rank: float,
+    layers: dict[str, list[Update]],
+    progressbar: bool = False,
+    at_most: bool = False,
+) -> Conversion:
+    """The LoRA of some layers' updates, one for each; layers whose update is zero are left out.
+
+    Arguments:
+        root: the model in which the configuration will select the layers.
+        source: the configuration whose other fields are kept.
+        rank: as for `to_lora`.
+        layers: {path of a layer in the model: its update, in a list}.
+        progressbar: show progress.
+        at_most: a layer that cannot have the rank gets all that it can.
+    """
+    results = {path: _convert(found[0], rank, at_most) for path, found in _progress(layers, progressbar)}
     results = even(layers, results)
     kept = {path: found for path, found in layers.items() if results[path].pair.rank or path in parts(layers)}
-    if not kept:
-        raise ValueError(f"The adapter {adapter_name!r} changes nothing: every update is zero.")
     report = Report()
     for path, found in layers.items():
         report.add(found[0].p.path, results[path], found[0].form.groups)
-    new = _config(root, config, rank, kept, results, report)
+    if not kept:
+        return Conversion(source, {}, report)
+    new = _config(root, source, rank, kept, results, report)
     doubled = {u.p.path for (u,) in kept.values()}
     state = {
         k: t
         for path, (u,) in kept.items()
         for k, t in _tensors(path, u, results[path], new, _factor(u, target_of(u) in doubled))
     }
-    return Conversion(new, {**state, **_others(model, adapter_name)}, report)
+    return Conversion(new, state, report)
 
 
 def convert_to_lora(
@@ -100,15 +128,19 @@ def save_as_lora(
 ) -> None:
     """Convert an adapter and save it as a LoRA in the folder `path`; further arguments as for `convert_to_lora`."""
     config, state = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
-    folder = prepare_folder(path, sweep=True)
     peft_model: Any = model
-    written: Any = for_file(peft_model, config) if hasattr(model, "get_base_model") else config
-    with staged(folder) as stage:
+    save(path, for_file(peft_model, config) if hasattr(model, "get_base_model") else config, state)
+
+
+def save(path: str | os.PathLike[str], config: Any, state: dict[str, Tensor]) -> None:
+    """Write an adapter's configuration and tensors to a folder, both or neither."""
+    with staged(prepare_folder(path, sweep=True)) as stage:
         write_weights(state, stage)
-        written.save_pretrained(stage)
+        config.save_pretrained(stage)
 
 
-def _check_rank(rank: float) -> None:
+def check_rank(rank: float) -> None:
+    """Raise ValueError for what is neither a rank nor a share."""
     whole = isinstance(rank, int) and not isinstance(rank, bool)
     if not (whole and rank > 0) and not (isinstance(rank, float) and 0 < rank <= 1):
         raise ValueError(
@@ -139,7 +171,7 @@ def _progress(layers: dict[str, Any], show: bool) -> Iterator[tuple[str, Any]]:
     yield from progress(list(layers.items()), show, "Converting to LoRA")
 
 
-def _convert(update: Update, rank: float) -> Result:
+def _convert(update: Update, rank: float, at_most: bool = False) -> Result:
     """One layer: its known factors, or the best ones of the rank."""
     groups = update.form.groups
     pair = update.factors.scaled(update.scale) if update.factors is not None else None
@@ -148,14 +180,14 @@ def _convert(update: Update, rank: float) -> Result:
     bias = update.bias()
     wanted = None
     if isinstance(rank, int):
-        wanted = math.ceil(rank / groups)
+        wanted = min(math.ceil(rank / groups), size) if at_most else math.ceil(rank / groups)
         if pair is not None and pair.rank <= wanted:
             return Result(pair, bias=bias)
         if wanted > size:
             raise ValueError(
                 f"rank={rank} is more than the update of {update.p.path!r} can have, {size * groups}. Use at most that."
             )
-    spectrum = Spectrum(matrix, wanted)
+    spectrum = Spectrum(matrix, wanted, energy=rank if wanted is None else None)
     r = spectrum.rank(rank) if wanted is None else wanted
     cut = spectrum.cut(r, torch.float32)
     enough = spectrum.rank(1 - 1e-4) if spectrum.complete and cut.error > 0.01 else None

@@ -70,9 +70,17 @@ class Spectrum:
         matrix: the pair, or the dense matrix (..., O, I).
         rank: the largest rank that will be asked for, where that is known: large matrices are then projected.
         driver: of torch.linalg.svd, on CUDA.
+        energy: the share of the squared norm that will be asked for, where that is known: large matrices are then
+            projected on as many directions as hold it.
     """
 
-    def __init__(self, matrix: Pair | Tensor, rank: int | None = None, driver: str | None = None):
+    def __init__(
+        self,
+        matrix: Pair | Tensor,
+        rank: int | None = None,
+        driver: str | None = None,
+        energy: float | None = None,
+    ):
         self.complete = True
         if isinstance(matrix, Pair) and min(matrix.B.shape[-2], matrix.A.shape[-1]) <= SMALL:
             matrix = matrix.product()
@@ -81,19 +89,36 @@ class Spectrum:
             P, T = torch.linalg.qr(exactly(matrix.A).mT)
             U, self.S, Vh = torch.linalg.svd(R @ T.mT, full_matrices=False, driver=driver)
             self.U, self.Vh = Q @ U, Vh @ P.mT
-            self.square = self.S.square().sum()
+            self.squares = self.S.square().sum(-1)
             return
         smaller = min(matrix.shape[-2:])
-        if rank is None or smaller <= EXACT_SIZE or rank + OVERSAMPLING >= smaller // 2:
-            self.U, self.S, self.Vh = torch.linalg.svd(exactly(matrix), full_matrices=False, driver=driver)
-            self.square = self.S.square().sum()
-            return
+        most = smaller // 2 - OVERSAMPLING if smaller > EXACT_SIZE else 0
+        sizes = [64 * 2**i for i in range(16)] if rank is None and energy is not None else [rank or smaller]
+        for size in (q for q in sizes if q < most):
+            self._project(matrix.float(), size)
+            if energy is None or rank is not None or not (self.left_out() > (1 - energy) * self.squares).any():
+                return
+        self.complete = True
+        self.U, self.S, self.Vh = torch.linalg.svd(exactly(matrix), full_matrices=False, driver=driver)
+        self.squares = self.S.square().sum(-1)
+
+    def _project(self, D: Tensor, rank: int) -> None:
         self.complete = False
-        D = matrix.float()
         with torch.random.fork_rng(devices=[D.device] if D.is_cuda else []):
             torch.manual_seed(0)  # the same matrix has the same decomposition, and the caller's draws stay his
             self.U, self.S, V = torch.svd_lowrank(D, rank + OVERSAMPLING, POWERS)
-        self.Vh, self.square = V.mT, D.double().square().sum()
+        self.Vh, self.squares = V.mT, exactly(D).square().sum((-2, -1))
+
+    @property
+    def square(self) -> Tensor:
+        """The squared norm of the whole."""
+        return self.squares.sum()
+
+    def left_out(self) -> Tensor:
+        """The squared norm that no singular value here stands for, of each matrix; 0 if all are known."""
+        if self.complete:
+            return torch.zeros_like(self.squares)
+        return (self.squares - self.S.to(self.squares).square().sum(-1)).clamp_min(0)
 
     def rank(self, energy: float = 1.0) -> int:
         """The smallest rank that keeps this share of the squared norm; 1.0: all but rounding. Of a stack: the most.
@@ -102,6 +127,7 @@ class Spectrum:
         """
         square = self.S.reshape(-1, self.S.shape[-1]).double().square()
         rest = square.flip(-1).cumsum(-1).flip(-1)  # what is left out without the k-th value and those after it
+        rest = rest + self.left_out().reshape(-1, 1).to(rest)
         whole = rest[:, :1]
         return int((rest > whole * max(1 - energy, ROUNDING)).sum(-1).max())
 

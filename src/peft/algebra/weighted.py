@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,11 +32,13 @@ class Report:
         errors: {full name of a target: norm of what is missing from its update, relative to the update}.
         ranks: {full name of a target: rank}.
         enough: the rank that would leave out less than a hundredth everywhere, where it is known.
+        others: {name of a tensor that the adapter does not hold: the norm of its change over its own}.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     enough: int | None = None
+    others: dict[str, float] = field(default_factory=dict)
 
     @property
     def error(self) -> float:
@@ -62,6 +65,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{name}: rank {self.ranks[name]}, relative error {e:.2e}" for name, e in self.errors.items()]
+        lines += [f"{name}: not in the adapter, relative change {c:.2e}" for name, c in self.others.items()]
         return "\n".join(lines)
 
 
@@ -82,7 +86,7 @@ def add_weighted_adapter(
         raise ValueError(
             f"The adapters {listing(adapters)} have no weights to combine, or change weights and replace whole modules."
         )
-    if len(adapters) == 1 and recipe.rank is None:
+    if len(adapters) == 1 and recipe.rank is None and recipe.energy is None:
         recipe = Recipe("linear" if configs[0].peft_type == "LORA" else "exact")
     if tokens or modules or _closed(configs, layers):
         config, report = _same_method(tuner, configs, modules or layers), Report()
@@ -103,7 +107,7 @@ def add_weighted_adapter(
             if path in results:
                 write(layer.adapters[adapter_name], results[path])
         write_rest(tuner, adapter_name, shares)
-    report.tell("Give a larger svd_rank, or combination_type='exact'.")
+    report.tell(recipe.advice)
     return report
 
 
@@ -129,6 +133,8 @@ def _checked(tuner: Any, adapters: Any, weights: Any, name: str) -> dict[str, fl
         if n in shares:
             raise ValueError(f"The adapter {n!r} is listed twice. List it once, with the sum of its weights.")
         shares[n] = float(w)
+        if not math.isfinite(shares[n]):
+            raise ValueError(f"The weight of the adapter {n!r} is {w}. Weights are finite numbers.")
     return shares
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
+from ...core.checkpoint import get_peft_model_state_dict
 from ...core.layer import tuner_layers
 from ...core.method import Method
 from ...core.tuner import BaseTuner
@@ -19,6 +23,7 @@ from .layer import NAMES
 from .loftq import LoftQ
 from .method import LoRA, OutProjection
 from .monteclora import MonteCLoRA
+from .residual import joined
 from .velora import VeLoRA
 from .whole import Whole
 
@@ -71,6 +76,23 @@ class LoraModel(BaseTuner):
         model = super().merge_and_unload(*args, **kwargs)
         self._look_away()
         return model
+
+    def subtract_mutated_init(
+        self, output_state_dict: Mapping[str, Tensor], adapter_name: str, kwargs: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of a plain LoRA that adds what training has changed: B A - B0 A0, of twice the rank.
+
+        Arguments:
+            output_state_dict: the trained adapter's tensors by checkpoint key.
+            adapter_name: a loaded adapter with its first factors A0, B0.
+            kwargs: `state_dict`: the model's tensors by live name, to be used instead of the live ones.
+
+        Raises ValueError if there is no such adapter, or it does not fit the trained one.
+        """
+        given = (kwargs or {}).get("state_dict")
+        given = given and {k.removeprefix("base_model."): v for k, v in given.items()}
+        first = get_peft_model_state_dict(self, given, adapter_name, save_embedding_layers=False)
+        return joined(output_state_dict, {f"base_model.{k}": v for k, v in first.items()})
 
     @property
     def _offsets(self) -> list[Any]:

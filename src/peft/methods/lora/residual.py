@@ -33,14 +33,22 @@ def convert(state: Mapping[str, Tensor], initial: Mapping[str, Tensor], config: 
     shape.
     """
     _check(config)
+    kept = {k: v for k, v in state.items() if k.rpartition(".")[2] not in FIRST}
+    return joined(kept, initial), _plain_config(config)
+
+
+def joined(state: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The factors of B A - B0 A0: [A; A0] and [B, -B0]; other tensors as they are.
+
+    Raises ValueError if the initial adapter is not of the same shape.
+    """
     wrong = [k for k, v in state.items() if _axis(k) is not None and getattr(initial.get(k), "shape", None) != v.shape]
     if wrong:
         raise ValueError(
             f"The initial adapter does not fit the trained one: {listing(wrong)} are missing or of another shape. Give "
             "the folder where this adapter was saved before its training."
         )
-    kept = {k: v for k, v in state.items() if k.rpartition(".")[2] not in FIRST}
-    return {k: _joined(k, v, initial) for k, v in kept.items()}, _plain_config(config)
+    return {k: _joined(k, v, initial) for k, v in state.items()}
 
 
 def _check(config: Any) -> None:
