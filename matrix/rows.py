@@ -112,7 +112,7 @@ ROWS: dict[str, Row] = {
     "psoft": Row("PsoftConfig", {"r": 4}),
     "glora": Row("GloraConfig", {"r": 4}),
     "deft": Row("DeftConfig", {"r": 4}),
-    "osf": Row("OSFConfig", {"effective_rank": 8}),
+    "osf": Row("OSFConfig", {"effective_rank": 4}),
     "frod": Row("FrodConfig", {"sparse_rate": 0.1}),
     "lily": Row("LilyConfig", {"r": 4, "num_B": 2, "stride_A": 1}),
     "peanut": Row("PeanutConfig", {"r": 4}),

@@ -111,6 +111,12 @@ from .methods.fourierft import (
     FourierFTConfig,
     FourierFTModel,
 )
+from .methods.frod.config import (
+    FrodConfig,
+)
+from .methods.frod.model import (
+    FrodModel,
+)
 from .methods.glora import (
     GloraConfig,
     GloraModel,
@@ -184,6 +190,10 @@ from .methods.multitask_prompt_tuning import (
 from .methods.oft import (
     OFTConfig,
     OFTModel,
+)
+from .methods.osf import (
+    OSFConfig,
+    OSFModel,
 )
 from .methods.p_tuning import (
     PromptEncoder,
@@ -271,6 +281,9 @@ from .status import (
     get_layer_status,
     get_model_status,
 )
+from .stream import (
+    merge_checkpoint,
+)
 from .tuners.lora.arrow import (
     create_arrow_model,
 )
@@ -320,6 +333,8 @@ __all__ = [
     "EvaConfig",
     "FourierFTConfig",
     "FourierFTModel",
+    "FrodConfig",
+    "FrodModel",
     "GloraConfig",
     "GloraModel",
     "GraloraConfig",
@@ -355,6 +370,8 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "OFTConfig",
     "OFTModel",
+    "OSFConfig",
+    "OSFModel",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
@@ -430,6 +447,7 @@ __all__ = [
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "merge_checkpoint",
     "plan",
     "prepare_model_for_kbit_training",
     "preprocess_loraga",

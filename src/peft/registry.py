@@ -76,6 +76,7 @@ METHODS: dict[PeftType, Method] = {
     PeftType.CARTRIDGE: Method(
         "peft.methods.cartridge.config:CartridgeConfig", "peft.methods.cartridge.model:CartridgeEncoder", None
     ),
+    PeftType.OSF: Method("peft.methods.osf:OSFConfig", "peft.methods.osf:OSFModel", "osf_"),
     PeftType.PSOFT: Method("peft.methods.psoft:PsoftConfig", "peft.methods.psoft:PsoftModel", "psoft_"),
     PeftType.SHIRA: Method("peft.methods.shira:ShiraConfig", "peft.methods.shira:ShiraModel", "shira_", True),
     PeftType.SUPERTUNING: Method(

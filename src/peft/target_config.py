@@ -29,6 +29,7 @@ class TargetConfig(PeftConfig):
     added: ClassVar[frozenset[str]] = frozenset()  # fields that the original lacks; not in files while at their default
     ranks: ClassVar[tuple[str, ...]] = ("r",)  # fields that must be at least 1
     any_module: ClassVar[bool] = False  # targets may be modules of any class
+    searched: ClassVar[frozenset[str]] = frozenset()  # tables whose keys need only be found in a name
     corrected: ClassVar[bool] = True  # fan_in_fan_out becomes what the layers have; files of some methods never do so
 
     target_modules: list[str] | str | None = field(
@@ -139,7 +140,7 @@ def check_tables(config: Any) -> None:
     """Raise TypeError or ValueError if a value for some modules would be none for all."""
     for name in ("rank_pattern", "n_frequency_pattern", "block_size_pattern", "alpha_pattern"):
         for pattern, value in (getattr(config, name, None) or {}).items():
-            if not isinstance(value, list):  # a record of kept ranks
+            if not isinstance(value, list) and name not in config.searched:  # a record of kept ranks; the method's own
                 (number if name == "alpha_pattern" else rank)(f"{name}[{pattern!r}]", value)
 
 

@@ -221,7 +221,8 @@ def _gathered(entries: list[Entry], state: Mapping[str, Tensor]) -> list[Tensor]
 
 def _no_rank(entry: Entry, tensor: Tensor) -> bool:
     """Whether an empty tensor is what the adapter has: a matrix whose rank was cut to nothing."""
-    return tensor.dim() > 1 and entry.adapter is not None and not entry.tensor.numel()
+    p = entry.adapter
+    return p is not None and not entry.tensor.numel() and (tensor.dim() > 1 or entry.part in p.method.may_be_empty)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class Method:
     # tensors in which W' is affine, all else of an adapter being the same, with the values at which W' is W
     linear: ClassVar[Mapping[str, float]] = {}
     copies: ClassVar[tuple[str, ...]] = ()  # keys under which files may hold shared tensors again, for every layer
+    may_be_empty: ClassVar[frozenset[str]] = frozenset()  # keys of vectors that have no elements in some layers
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Method:
         return self

@@ -17,7 +17,7 @@ from typing import Any
 
 # The field of a table, and the fields that its values stand for (the first that the configuration has).
 TABLES: dict[str, tuple[str, ...]] = {
-    "rank_pattern": ("r",),
+    "rank_pattern": ("r", "effective_rank"),
     "alpha_pattern": ("lora_alpha", "alpha"),
     "n_frequency_pattern": ("n_frequency",),
     "block_size_pattern": ("block_size",),
@@ -85,9 +85,13 @@ def compiled(pattern: str, field: str) -> re.Pattern[str]:
 class Table:
     """The keys of a pattern dictionary in their order; keys without special characters are looked up."""
 
-    def __init__(self, keys: Iterable[str], field: str) -> None:
+    With `anywhere` a key need only be found in a name.
+    """
+
+    def __init__(self, keys: Iterable[str], field: str, anywhere: bool = False) -> None:
         self.keys = list(keys)
-        self._plain = {key: i for i, key in enumerate(self.keys) if _PLAIN.fullmatch(key)}
+        self._plain = {key: i for i, key in enumerate(self.keys) if not anywhere and _PLAIN.fullmatch(key)}
+        form = r".*?(?:{})" if anywhere else r"(?:.*\.)?(?:{})$"
         self._regex = [
             (i, compiled(rf"(?:.*\.)?(?:{key})$", field)) for i, key in enumerate(self.keys) if key not in self._plain
         ]
@@ -100,13 +104,13 @@ class Table:
 
 
 @functools.lru_cache(maxsize=64)
-def _table(keys: tuple[str, ...], field: str) -> Table:
-    return Table(keys, field)
+def _table(keys: tuple[str, ...], field: str, anywhere: bool) -> Table:
+    return Table(keys, field, anywhere)
 
 
-def table(patterns: Mapping[str, Any], field: str = "pattern") -> Table:
-    """The compiled keys of `patterns`."""
-    return _table(tuple(patterns), field)
+def table(patterns: Mapping[str, Any], field: str = "pattern", config: Any = None) -> Table:
+    """The compiled keys of `patterns`, the value of a field of a configuration."""
+    return _table(tuple(patterns), field, field in getattr(config, "searched", ()))
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
@@ -168,7 +172,7 @@ def _changes(config: Any, path: str) -> dict[str, Any]:
     """What the tables of a configuration change for one module; `module_config` has the last word."""
     changes: dict[str, Any] = {}
     for field, patterns in tables(config).items():
-        found = table(patterns, field).matches(path)
+        found = table(patterns, field, config).matches(path)
         if field == "module_config":
             for key in found:
                 changes.update(patterns[key])

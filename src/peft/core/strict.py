@@ -203,7 +203,7 @@ def _unmatched(plan: Plan, search: Search) -> dict[str, Missing]:
     patterned = tables(search.config)
     targets = [name for t in plan.targets for name in _parts(t)] if patterned else []
     for field, patterns in patterned.items():
-        keys, used = table(patterns, field), set()
+        keys, used = table(patterns, field, search.config), set()
         for name in targets:
             used.update(keys.matches(name))
         if unused := [key for key in keys.keys if key not in used]:
