@@ -138,3 +138,38 @@ def test_bone_is_what_miss_was_called(tmp_path):
     torch.testing.assert_close(model(x), want)
     model.save_pretrained(tmp_path / "new")
     assert PeftConfig.from_pretrained(tmp_path / "new").peft_type == "MISS"
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(7, 4)
+
+    def forward(self, x):
+        return self.emb(x)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("version", [None, "0.21.2"])
+def test_an_embedding_in_a_file_of_the_other_library_is_plain_whatever_its_start_is_called(kind, version, tmp_path):
+    torch.manual_seed(0)
+    base, x, A, B = Words(), torch.arange(7), torch.randn(2, 7), torch.randn(4, 2)
+    prefix = "base_model.model.emb.lora_embedding_"
+    save_file({f"{prefix}A": A, f"{prefix}B": B}, tmp_path / "adapter_model.safetensors")
+    values = {**of_release("0.17"), "init_lora_weights": kind, "target_modules": ["emb"], "lora_dropout": 0.0}
+    want = base(x) + (B @ A).T * 3
+    folder = written(tmp_path, values | ({"peft_version": version} if version else {}))
+    model = PeftModel.from_pretrained(base, folder)
+    torch.testing.assert_close(model(x), want)
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(PeftModel.from_pretrained(model.unload(), tmp_path / "again")(x), want)
+
+
+def test_first_factors_that_a_file_of_the_other_library_does_not_hold_are_told(tmp_path):
+    save_file(
+        {"base_model.model.fc.lora_A.weight": torch.randn(2, 4), "base_model.model.fc.lora_B.weight": torch.randn(3, 2)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    values = {**of_release("0.18"), "init_lora_weights": "pissa_niter_4"}
+    with pytest.warns(PeftWarning, match="pissa_niter_4' by another library"):
+        PeftModel.from_pretrained(Net(), written(tmp_path, values))

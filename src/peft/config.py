@@ -157,7 +157,7 @@ class PeftConfigMixin:
         Raises ValueError if there is no file, or no valid one; TypeError if it does not name its method.
         """
         path = hub.fetch(pretrained_model_name_or_path, CONFIG_NAME, subfolder, **kwargs)
-        values = cls.from_json_file(path)
+        values = {"peft_version": "0", **cls.from_json_file(path)}  # releases before 0.18 did not say
         target = cls._class_of(values.get("peft_type"), f" in '{path}'")
         own = {k: v for k, v in kwargs.items() if k in target._known()}
         return target._build({**own, **values}, f"'{path}'")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.files import keys_in_hand
+from ...errors import PeftWarning, report
 from . import corda, loraga
 from .calibration import Spot, at
 
@@ -86,12 +87,32 @@ def subtracts(site: Any) -> bool:
     """
     kind = site.settings.init_lora_weights
     if kind not in MEASURED:
-        return isinstance(kind, str) and (kind.startswith("pissa") or kind == "olora")
+        return isinstance(kind, str) and (kind.startswith("pissa") or kind == "olora") and not _plain(site, kind)
     if measured(Spot(site.path, site.module, site.view, site.settings)) or first_in_hand():
         return True
     if kind == "corda":
         corda.missing(site.path)
     loraga.missing(site.path)
+    return False
+
+
+def _plain(site: Any, kind: str) -> bool:
+    """Whether a file of the peer library (releases 0.x) holds a plain adapter here, whatever the start is called.
+
+    Warns where its first factors cannot be known.
+    """
+    if not keys_in_hand() or not str(site.settings.peft_version).startswith("0"):
+        return False
+    if site.view.infix:
+        return True  # there an embedding starts as with True
+    if kind.startswith("pissa_") or (kind == "olora" and site.settings.fan_in_fan_out):
+        text = (
+            f"An adapter that was started with init_lora_weights={kind!r} by another library is loaded: that library "
+            "draws its first factors anew each time, or of the transposed weight, and saves them nowhere. The answers "
+            "differ from those in training. Where the training run is at hand, save it as a plain LoRA there with "
+            "`path_initial_model_for_weight_conversion`."
+        )
+        report(PeftWarning, text, strict=False, stacklevel=4)
     return False
 
 
