@@ -60,7 +60,6 @@ REASONS: list[tuple[str, str, str]] = [
 
 # What the mathematics allows and this release does not do; these cells count as "no".
 GAPS: list[tuple[str, str, str]] = [
-    ("lora:alora", "PeftMixedModel", "A method activated behind it asks for its weight, and it has none."),
 ]
 
 

@@ -60,6 +60,7 @@ class Method:
     additive = False  # W' - W does not depend on the other adapters: any order gives the same weight
     mergeable = True
     by_task = False  # W' is another one for each task of a batch's samples
+    some_positions = False  # it acts on some positions of its input only, so that there is no one W'
     by_rows = True  # some out-features of W' can be computed from the same ones of W
     # tensors in which W' is affine, all else of an adapter being the same, with the values at which W' is W
     linear: ClassVar[Mapping[str, float]] = {}
@@ -131,7 +132,16 @@ class Method:
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         """W' x + b'. A shortcut may replace this, never change it."""
-        return inner.affine(x, self.live_weight(p, inner.live_weight()), self.bias(p, inner.bias()))
+        return inner.each_token(x, lambda s: s.affine(x, self.live_weight(p, s.live_weight()), self.bias(p, s.bias())))
+
+    @property
+    def everywhere(self) -> Method:
+        """The method that does the same on all positions."""
+        return self
+
+    def acting(self, p: Adapter, x: Tensor) -> Tensor | None:
+        """On which positions of x it acts, to be broadcast over an output; None for none."""
+        raise NotImplementedError
 
     def rowwise(self, p: Adapter) -> bool:
         """Whether `weight` can be asked for some rows only, in this layer."""
@@ -219,10 +229,15 @@ class Delta(Method):
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         """y + delta(W) x, for y = inner(x)."""
-        D = self.live_delta(p, inner.live_weight())
-        x, factor = inner.drop(x, self.drop_rate(p), D.dtype)
-        update = inner.linear(x, D)
-        return (y + (update if factor is None else update * factor)).to(y.dtype)
+
+        def update(stack: Stack) -> Tensor:
+            D = self.live_delta(p, stack.live_weight())
+            z, factor = stack.drop(x, self.drop_rate(p), D.dtype)
+            made = stack.linear(z, D)
+            return made if factor is None else made * factor
+
+        found = update(inner.root) if self.additive else inner.each_token(x, update)
+        return (y + found).to(y.dtype)
 
 
 class LowRank(Delta):

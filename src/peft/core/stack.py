@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,12 @@ class Adapter:
         twin.__dict__.update({k: v for k, v in self.__dict__.items() if k not in twin.__dict__})
         return twin
 
+    def everywhere(self) -> Adapter:
+        """The adapter of a method for some positions, acting on all of them."""
+        twin = self.bound_to(self.layer)
+        twin.method, twin.hot = self.method.everywhere, None
+        return twin
+
     def has(self, key: str) -> bool:
         """Whether the adapter owns a tensor or module `key`."""
         home = self.layer._modules.get(key)
@@ -92,6 +98,11 @@ class Stack:
         self.layer, self.view, self.adapters, self.extra = layer, layer.view, adapters, extra
         self.last = adapters[-1] if adapters else None
         self.inner = Stack(layer, adapters[:-1], extra) if adapters else None
+
+    @property
+    def root(self) -> Stack:
+        """The base layer alone."""
+        return Stack(self.layer, (), self.extra) if self.adapters else self
 
     @property
     def base(self) -> nn.Module:
@@ -139,6 +150,23 @@ class Stack:
         """Dropout of an input: (x to use, factor for W x or None)."""
         x = x.to(dtype) if x.is_floating_point() else x
         return self.view.drop(x, rate) if rate else (x, None)
+
+    def each_token(self, x: Tensor, run: Callable[[Stack], Tensor]) -> Tensor:
+        """What `run` makes of x with this stack, where it asks for its weight.
+
+        An adapter that acts on some positions of x only has no one weight. `run` is then called without it and with it
+        on all of them, and each position takes its own result.
+        """
+        late = next((a for a in self.adapters if a.method.some_positions), None)
+        if late is None:
+            return run(self)
+        without, everywhere = (self._replaced(late, by) for by in ((), (late.everywhere(),)))
+        y, acting = without.each_token(x, run), late.method.acting(late, x)
+        return y if acting is None else torch.where(acting, everywhere.each_token(x, run), y)
+
+    def _replaced(self, adapter: Adapter, by: tuple[Adapter, ...]) -> Stack:
+        at = self.adapters.index(adapter)
+        return Stack(self.layer, (*self.adapters[:at], *by, *self.adapters[at + 1 :]), self.extra)
 
     def affine(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """W x + b."""

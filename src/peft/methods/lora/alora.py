@@ -102,6 +102,12 @@ class ALoRA(LoRA):
 
     additive = False
     mergeable = False
+    some_positions = True
+
+    @property
+    def everywhere(self) -> LoRA:
+        """LoRA."""
+        return LoRA()
 
     def build(self, site: Site) -> dict[str, Any]:
         if not site.view.dense:
