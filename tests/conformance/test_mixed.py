@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from peft import PeftMixedModel, PeftModel, get_peft_model, registry
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, registry
 from peft.core.layer import tuner_layers as hosts
 
 from .layouts import LAYOUTS
@@ -137,3 +137,45 @@ def test_a_mixed_batch_is_refused_where_a_module_reads_one_weight_for_all():
     model, x = adapted("lora", layout, names=("default", "other"), target_modules=["out_proj"]), layout.x()
     with pytest.raises(ValueError, match="Target the module itself, which then runs once for each adapter"):
         model(x, adapter_names=["other", "__base__", "default", "other"])
+
+
+class Block(torch.nn.Module):
+    """A linear layer, and one of torch's that reads the weights of its parts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(8, 8)
+        self.rest = torch.nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+
+    def forward(self, x):
+        return self.rest(self.first(x))
+
+
+def with_copies(copied):
+    options = {"r": 2, "target_modules": ["first"], "modules_to_save": [copied], "init_lora_weights": False}
+    model = get_peft_model(Block().eval(), LoraConfig(**options))
+    model.add_adapter("other", LoraConfig(**options))
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            if "modules_to_save" in name:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    return model.eval()
+
+
+def test_a_mixed_batch_reaches_whole_modules_that_torch_would_fuse():
+    model, x = with_copies("linear1"), torch.randn(4, 3, 8)
+    names = ["other", "__base__", "default", "other"]
+    with torch.no_grad():
+        found = model(x, adapter_names=names)
+        for i, adapter in enumerate(names):
+            model.set_adapter("default" if adapter == "__base__" else adapter)
+            wanted = Block().eval()(x) if adapter == "__base__" else model(x)
+            close(found[i : i + 1], wanted[i : i + 1], 1e-5)
+
+
+def test_a_whole_module_whose_weight_is_read_refuses_a_mixed_batch():
+    model, x = with_copies("out_proj"), torch.randn(4, 3, 8)
+    with pytest.raises(ValueError, match=r"'rest\.self_attn\.out_proj' reads one weight"):
+        model(x, adapter_names=["other", "__base__", "default", "other"])
+    assert torch.isfinite(model(x)).all()

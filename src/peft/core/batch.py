@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .call import BASE, Call
 from .method import Delta
@@ -16,8 +17,33 @@ from .views import READS, LinearView
 Run = Callable[[tuple[Any, ...], dict[str, Any]], Any]  # a module, on arguments
 
 
+NOT_ONE = (
+    "adapter_names gives each sample an adapter of its own, but the module around {} reads one weight for "
+    "the whole batch."
+)
+
+
 class Unfused(Tensor):
-    """A weight that torch's fused layers leave alone, as they do every subclass: they call their children instead."""
+    """A weight that torch's fused layers leave alone, as they do every subclass, so that they call their children.
+
+    It stands for several weights, so that nothing can be computed with it.
+    """
+
+    path: str
+
+    @classmethod
+    def of(cls, weight: Tensor, where: str) -> Tensor:
+        """In place of a layer's weight, at a path."""
+        found = weight.detach().as_subclass(cls)
+        found.path = where
+        return found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("__get__", "dim", "size", "is_floating_point"):
+            return super().__torch_function__(func, types, args, kwargs)
+        where = next((a.path for a in tree_leaves((args, kwargs)) if isinstance(a, cls)), "")
+        raise ValueError(f"{NOT_ONE.format(repr(where))} Leave it out of mixed batches, or target that module itself.")
 
 
 class MixedBatch(nn.Module):
@@ -78,24 +104,18 @@ class MixedBatch(nn.Module):
         groups = self.call.by_task(x.shape[axis], x.device, where)
         return in_parts(self, "task", groups, axis, args, kwargs, run)
 
-    def _is_mixed(self) -> bool:
-        call = self.call
-        return not call.plain and call.only is None and call.fact("names") is not None
-
     def _apart(self) -> Tensor | None:
         """Where rows have weights of their own and a parent that reads asks for one: what makes it call this layer.
 
         Raises ValueError if the parent never calls it.
         """
-        mixed = self._is_mixed()
+        mixed = is_mixed(self.call)
         if mixed and self._read == READS:
-            raise ValueError(
-                f"adapter_names gives each sample an adapter of its own, but the module around {self._where()!r} reads "
-                "one weight for the whole batch. Target the module itself, which then runs once for each adapter."
-            )
+            text = NOT_ONE.format(repr(self._where()))
+            raise ValueError(f"{text} Target the module itself, which then runs once for each adapter.")
         by_task = self.call.task is None and any(self.adapters[n].method.by_task for n in self._live_names())
         if self._read != READS and (mixed or by_task):
-            return self.view.read(self.get_base_layer()).detach().as_subclass(Unfused)
+            return Unfused.of(self.view.read(self.get_base_layer()), self._where())
         return None
 
     def _alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -151,6 +171,11 @@ def _of_heads(mask: Any, index: Tensor, rows: int) -> Any:
     if not isinstance(mask, Tensor) or mask.dim() < 3:
         return mask
     return mask.unflatten(0, (rows, -1)).index_select(0, index).flatten(0, 1)
+
+
+def is_mixed(call: Call) -> bool:
+    """Whether the rows that run now have adapters of their own."""
+    return not call.plain and call.only is None and call.fact("names") is not None
 
 
 def rows_of(index: Tensor, rows: int, axis: int) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .batch import MixedBatch
+from .batch import MixedBatch, is_mixed
 from .call import Call
 from .host import AdapterHost, tuner_layers
 from .merge import Mergeable
@@ -127,7 +127,7 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
             return nn.ParameterDict() if name in self._parameter_homes else nn.ModuleDict()
         if name == "_qkv_same_embed_dim":
             # torch's fused encoder layer asks this before it reads attention weights past our forward
-            return self.get_base_layer()._qkv_same_embed_dim and self._run is None and not self._is_mixed()
+            return self.get_base_layer()._qkv_same_embed_dim and self._run is None and not is_mixed(self.call)
         if not name.startswith("_") and name != "weight" and name != "bias":
             found = getattr(self.get_base_layer(), name, None)
             plain = isinstance(found, nn.Module) or not callable(found) or name in self.view.methods

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .batch import join_parts, rows_of
+from .batch import Unfused, is_mixed, join_parts, rows_of
 from .call import BASE, Call
 from .layer import AdapterHost, BaseTunerLayer
 from .stack import Slot, tensors_below
@@ -139,12 +139,15 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     # ---- forward -----------------------------------------------------------------------------------------------
 
     def _module(self) -> nn.Module:
+        only = self.call.only
+        if only is not None and not self._disabled:
+            return self.original_module if only == BASE else self.adapters[only]
         name = None if self._disabled or not self._active else self._active[0]
         return self.original_module if name is None else self.adapters[name]
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.pop("adapter_names", None) or self.call.fact("names")
-        if names is None or self._disabled:
+        if names is None or self._disabled or self.call.only is not None:
             return self._module()(x, *args, **kwargs)
         return self._mixed(tuple(names), x, args, kwargs)
 
@@ -181,4 +184,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         except AttributeError:
             if "_modules" not in self.__dict__ or "modules_to_save" not in self._modules or name.startswith("__"):
                 raise
-        return getattr(self._module(), name)
+        found = getattr(self._module(), name)
+        if name == "weight" and not self._disabled and isinstance(found, Tensor) and is_mixed(self.call):
+            return Unfused.of(found, self.path)  # each sample has a copy of its own
+        return found
