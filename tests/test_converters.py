@@ -233,7 +233,7 @@ def test_whole_kronecker_factors_carry_their_scaling_because_readers_ignore_alph
     model = saved(LoKrConfig(r=8, alpha=3, init_weights=False, target_modules=["to_q"]), tmp_path / "adapter")
     convert_adapter(tmp_path / "adapter", "kohya", tmp_path / "file", component="unet")
     state = {k.partition(".")[2]: v for k, v in load_file(tmp_path / "file" / "lora.safetensors").items()}
-    assert state.keys() == {"lokr_w1", "lokr_w2"}
+    assert state.keys() == {"lokr_w1", "lokr_w2", "alpha"}
     (expected,) = updates(model).values()
     assert torch.allclose(torch.kron(state["lokr_w1"], state["lokr_w2"]), expected, atol=1e-6)
 
@@ -461,13 +461,15 @@ def pipeline(diffusers: Any) -> Any:
 def test_a_pipeline_of_diffusers_loads_the_parts_of_one_file(to: str, changes: dict[str, Any], tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     plain, loading = pipeline(diffusers), pipeline(diffusers)
-    names = {"unet": [*NAMES, "to_k", "proj_in"], "text_encoder": ["q_proj", "v_proj", "fc1"]}
+    names = {"unet": [*NAMES, "to_k", "proj_in"], "text_encoder": ["q_proj", "v_proj", "out_proj", "fc1"]}
     expected = {}
     for part, targets in names.items():
         made = config(target_modules=targets, **changes)
         expected[part] = updates(saved(made, tmp_path / "adapter" / part, getattr(plain, part)))
     (file,) = convert_adapter(tmp_path / "adapter", to, tmp_path / "file").files
-    loading.load_lora_weights(file.parent, weight_name=file.name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers names targets of its older spellings, too
+        loading.load_lora_weights(file.parent, weight_name=file.name)
     for part, wanted in expected.items():
         assert same(updates(getattr(loading, part), "default_0"), wanted)
 

@@ -163,9 +163,8 @@ def _written(layer: Layer, method: str) -> dict[str, Tensor]:
         if layer.magnitude is not None:
             found[DORA] = layer.magnitude.reshape(-1, *[1] * (A.dim() - 1))
         return found
-    if rank_of(t) is None:  # readers scale only what has factors
-        t["lokr_w1"] = scaled(t["lokr_w1"], layer.scaling)
-        return t
+    if rank_of(t) is None:  # readers ask for an alpha, but scale only what has factors
+        return {**t, "lokr_w1": scaled(t["lokr_w1"], layer.scaling), ALPHA: torch.tensor(1.0)}
     return {**t, ALPHA: torch.tensor(float(layer.alpha))}
 
 
