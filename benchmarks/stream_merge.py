@@ -4,7 +4,7 @@
 
 Writes a Llama of 4,096 features in bf16 (14 layers: 6.6 GB) and an adapter into FOLDER, merges them in a process of its
 own, and copies the base beside it to compare. What is counted is anonymous memory (RssAnon of /proc/PID/status, read
-every millisecond from outside): pages of files that the system caches belong to nobody. The baseline is a process that
+every 5 ms from outside): pages of files that the system caches belong to nobody. The baseline is a process that
 has imported torch.
 """
 
@@ -119,7 +119,7 @@ def watched(command: list[str]) -> tuple[float, int]:
     child = subprocess.Popen(command)
     while child.poll() is None:
         most = max(most, anonymous(child.pid))
-        time.sleep(0.001)
+        time.sleep(0.005)
     if child.returncode:
         raise SystemExit(f"The merge failed with {child.returncode}.")
     return time.perf_counter() - start, most
@@ -158,9 +158,8 @@ def main() -> None:
         seconds, most = watched(command)
         largest = max(2 * VOCABULARY * HIDDEN, 2 * INNER * HIDDEN)
         allowed = 2 * largest + 300e6
-        print(
-            f"base {size / 1e9:.2f} GB, adapter {adapter / 1e6:.0f} MB, largest {largest / 1e6:.0f} MB ({options.method})"
-        )
+        largest_text = f"largest {largest / 1e6:.0f} MB"
+        print(f"{options.method}: base {size / 1e9:.2f} GB, adapter {adapter / 1e6:.0f} MB, {largest_text}")
         print(f"anonymous memory over torch: {(most - before) / 1e6:.0f} MB, allowed {allowed / 1e6:.0f} MB")
         print(
             f"merge {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s; copy {copy:.1f} s, {size / copy / 1e6:.0f} MB/s"

@@ -358,9 +358,9 @@ def test_a_weight_is_refused_where_nothing_can_be_scaled(tmp_path: Path) -> None
 
 def test_a_weight_leaves_whole_modules_as_they_are_and_says_so(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base", llama())
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], trainable_token_indices=[2])
     adapter = trained(tmp_path / "adapter", base, config)
-    with pytest.warns(peft.PeftWarning, match=r"'model.norm'.*as they are"):
+    with pytest.warns(peft.PeftWarning, match=r"'model.embed_tokens.token_adapter',.*'model.norm'.*as they are"):
         merge_checkpoint(base, adapter, tmp_path / "out", weights=[0.5])
     same(tmp_path / "out", in_memory(tmp_path / "want", base, adapter, weights=[0.5]))
 
@@ -415,7 +415,7 @@ def test_a_plain_module_is_merged(targets: list[str], tmp_path: Path) -> None:
     assert ("head.weight" in got) is (targets != ["mix", "inner"])
 
 
-@pytest.mark.filterwarnings("ignore:The adapter changed only some")
+@pytest.mark.filterwarnings("ignore:The adapter changed only some", "ignore:Adapter 'default' was saved from another")
 def test_modules_are_guessed_from_the_files_with_a_warning(tmp_path: Path) -> None:
     model, base, adapter = plain(tmp_path, peft.LoraConfig(r=2, target_modules=["words", "inner"]))
     model.head = nn.Linear(1, 1)  # the guess knows of no tie
@@ -539,7 +539,7 @@ def test_a_truncated_shard_is_named(left: int, tmp_path: Path) -> None:
     base, adapter, out = small(tmp_path)
     cut = sorted(base.glob("*.safetensors"))[1]
     cut.write_bytes(cut.read_bytes()[:left])
-    refused(rf"{cut.name}.*truncated", base, adapter, out)
+    refused(rf"{cut.name} is no complete safetensors file.*truncated", base, adapter, out)
 
 
 @pytest.mark.parametrize("fault", ["header", "length", "index", "names", "outside"])
@@ -571,6 +571,13 @@ def test_another_base_is_refused_before_anything_is_written(tmp_path: Path) -> N
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**settings, "intermediate_size": 25}))
     refused(r"mlp.*\(24, 16\) in the files, \(25, 16\) in the model", base, adapter, out)
+
+
+def test_a_base_that_only_looks_like_the_adapters_own_is_told(tmp_path: Path) -> None:
+    _, adapter, out = small(tmp_path)
+    other = checkpoint(tmp_path / "other", llama(intermediate_size=24, vocab_size=44), torch.bfloat16)
+    with pytest.warns(peft.errors.OtherBaseWarning, match=r"another base.*embed_tokens.*40x16.*44x16"):
+        merge_checkpoint(other, adapter, out)
 
 
 def test_tensors_of_the_adapter_without_a_place_are_named(tmp_path: Path) -> None:
@@ -657,7 +664,7 @@ def test_packed_numbers_are_refused(tmp_path: Path) -> None:
     for file in base.glob("*.safetensors"):
         held = load_file(file)
         save_file({k: v.to(torch.float8_e4m3fn) if "q_proj" in k else v for k, v in held.items()}, file)
-    refused(r"q_proj.*stored as F8_E4M3", base, adapter, out)
+    refused(r"q_proj.*stored as torch.float8_e4m3fn", base, adapter, out)
 
 
 def test_pickles_and_empty_folders_are_no_base(tmp_path: Path) -> None:

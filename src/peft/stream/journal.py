@@ -7,7 +7,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +124,11 @@ def _lock(handle: Any, out: Path) -> None:
 
 def flush_folder(folder: Path) -> None:
     """Have the names in a folder on the disk."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with ExitStack() as stack:
+        if os.name == "posix":  # elsewhere folders are no files
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            os.fsync(handle)
 
 
 def fingerprint(file: Path) -> list[int]:

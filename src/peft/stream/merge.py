@@ -129,7 +129,7 @@ def _merged_skeleton(
 ) -> tuple[Names, Outcome]:
     """The model's names, and what the merge makes of them; no base tensor is read, but for tied ones."""
     if model is None:
-        shapes = {k: tuple(t.shape) for source in sources for k, t in source.state.items()}
+        shapes = {k: tuple(t.shape) for source in sources for k, t in source.saved.outline.items()}
         bare = skeleton.skeleton(base, shards.tensors, sources[0].config, shapes)
     else:
         bare = skeleton.emptied(model)

@@ -113,7 +113,7 @@ class Names:
     def _take(self, group: Group) -> list[str]:
         """File a group; lines about what is wrong with it."""
         kinds = {self.tensors[key].dtype for key in group.keys}
-        if len(kinds) > 1 or None in kinds:
+        if len(kinds) > 1:
             group.names = group.names if group.converter is None else []
             return []  # left as it is; whoever needs its numbers is told
         made = self.forward(group, lambda key: self.tensors[key].empty())
@@ -141,10 +141,10 @@ class Names:
             )
         packed = [k for k in group.keys if self.tensors[k].dtype not in DENSE]
         if packed:
-            kind = self.tensors[packed[0]].kind
+            kind = self.tensors[packed[0]].dtype
             raise CheckpointError(
-                f"The adapter changes {name!r}, which is stored as {kind} ({packed[0]!r}). Merging needs F64, F32, F16 "
-                "or BF16: use a checkpoint that is not quantised."
+                f"The adapter changes {name!r}, which is stored as {kind} ({packed[0]!r}). Merging needs float64, "
+                "float32, float16 or bfloat16: use a checkpoint that is not quantised."
             )
         return group
 

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..core.checkpoint import load_peft_weights, set_peft_model_state_dict
-from ..core.entries import mapped
-from ..core.files import in_hand
+from ..core.checkpoint import foreseen, open_adapter, renamed, set_peft_model_state_dict
+from ..core.files import Saved, in_hand
+from ..core.fingerprint import difference
 from ..core.layer import BaseTunerLayer
+from ..core.tokens import TokenRows
 from ..core.tuner import BaseTuner
 from ..core.wrappers import AuxiliaryTrainingWrapper
-from ..errors import PeftWarning, listing, report
+from ..errors import OtherBaseWarning, PeftWarning, listing, report
 from ..persist import read_config
 from ..registry import tuner_class
 from .shards import CheckpointError
@@ -31,7 +32,7 @@ class Source:
     name: str
     weight: float
     config: Any
-    state: dict[str, Tensor]
+    saved: Saved
 
 
 class Root(nn.Module):
@@ -68,7 +69,7 @@ def read(adapters: Sequence[str | os.PathLike[str]], weights: Sequence[float]) -
                 f"The adapter in {place} repeats layers of the base (layer_replication), so the merged model has other "
                 "layers. Load the model and merge in memory."
             )
-        sources.append(Source(place, _name(place, sources), weight, config, load_peft_weights(place)))
+        sources.append(Source(place, _name(place, sources), weight, config, open_adapter(place)))
     return sources
 
 
@@ -87,18 +88,32 @@ def place(model: nn.Module, sources: Sequence[Source]) -> Any:
     tuner: Any = None
     with torch.random.fork_rng(devices=[]):
         for source in sources:
-            renames = getattr(model, "_checkpoint_conversion_mapping", None)
-            source.state = {mapped(k, renames or {}): v for k, v in source.state.items()}
-            with in_hand(source.state):
+            renames = getattr(model, "_checkpoint_conversion_mapping", None) or None
+            with in_hand(list(renamed(source.saved.outline, renames))):
                 tuner = _added(tuner, model, source)
-            set_peft_model_state_dict(Root(tuner), source.state, source.name, low_cpu_mem_usage=True, strict=True)
-            source.state = {}
+            root = Root(tuner)
+            foreseen(root, renamed(source.saved.outline, renames), source.name, False)
+            state = renamed(source.saved.read(), renames)
+            set_peft_model_state_dict(root, state, source.name, low_cpu_mem_usage=True, strict=True)
+            _check_base(root.base_model.model, source)
     tuner.eval()
     tuner.set_adapter([s.name for s in sources], inference_mode=True)
     for source in sources:
         if source.weight != 1:
             scale(tuner, source)
     return tuner
+
+
+def _check_base(model: nn.Module, source: Source) -> None:
+    """Warn if the adapter notes another base; a base whose class had to be guessed has no shapes to compare."""
+    if type(model) is nn.Module:
+        return
+    lines = difference(source.saved.metadata, model, getattr(source.config, "modules_to_save", None) or ())
+    if lines:
+        text = (
+            f"The adapter in {source.place} was saved from another base, though its tensors fit: {'; '.join(lines[:8])}"
+        )
+        report(OtherBaseWarning, text, strict=None, stacklevel=5)
 
 
 def _added(tuner: Any, model: nn.Module, source: Source) -> Any:
@@ -127,7 +142,9 @@ def scale(tuner: Any, source: Source) -> None:
     whole = []
     for path, layer in tuner.layers():
         if isinstance(layer, BaseTunerLayer) and source.name in layer.adapters:
-            if not _scaled(layer, source.name, source.weight):
+            if not layer.view.name or isinstance(layer.adapters[source.name].method, TokenRows):
+                whole.append(path)
+            elif not _scaled(layer, source.name, source.weight):
                 method = type(layer.adapters[source.name].method).__name__
                 raise CheckpointError(
                     f"--weight {source.weight}: the adapter in {source.place} has no scaling at {path!r} ({method}), "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .names import Group, Names
 from .outcome import Outcome, Value
-from .shards import NAMES, CheckpointError, Place, Shards, Stored
+from .shards import CheckpointError, Place, Shards, Stored
 from .skeleton import held, named_tensors
 
 
@@ -55,7 +55,7 @@ class Plan:
             file.places.append(place)
         for file in self.files:
             if file.added:  # numbers lie at addresses that fit their size: widest first
-                file.places.sort(key=lambda p: -(p.size // max(1, _count(p))))
+                file.places.sort(key=lambda p: -p.dtype.itemsize)
 
     def _changes(self, group: Group) -> bool:
         return any(self.outcome.values[n].changed for n in group.names if n in self.outcome.values)
@@ -72,7 +72,7 @@ class Plan:
         return self.names.numbers((known or value.names)[0])
 
     def _file(self, name: str, tensors: list[Stored], of_key: dict[str, Group]) -> FilePlan:
-        plan = FilePlan(name, [Place(s.key, s.kind, s.shape, s.size) for s in tensors])
+        plan = FilePlan(name, [Place(s.key, s.dtype, s.shape) for s in tensors])
         for stored in tensors:
             group = of_key.get(stored.key)
             if group is None:
@@ -94,8 +94,7 @@ class Plan:
             covered.add(id(tensor))
             if value.work or value.own is None:
                 self._source(value)
-            size = tensor.numel() * tensor.element_size()
-            place = Place(self.names.new_key(name), NAMES[tensor.dtype], tuple(tensor.shape), size)
+            place = Place(self.names.new_key(name), tensor.dtype, tuple(tensor.shape))
             if place.key in self.names.tensors:
                 raise CheckpointError(
                     f"The merged model has a tensor {name!r}, but the base's {place.key!r} is another."
@@ -111,13 +110,6 @@ class Plan:
         """The file that holds what a value starts from."""
         known = [n for n in value.names if n in self.names.group_of]
         return self.names.tensors[self.names.group_of[known[0]].keys[0]].file.name if known else None
-
-
-def _count(place: Place) -> int:
-    count = 1
-    for n in place.shape:
-        count *= n
-    return count
 
 
 def settings(outcome: Outcome, stated: dict[str, Any], added: bool) -> dict[str, Any]:

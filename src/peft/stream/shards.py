@@ -15,30 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.header import DTYPES, read_header
 from ..errors import PeftError, listing
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-HEADER_LIMIT = 100_000_000  # bytes; the limit of the format
 CHUNK = 16 * 2**20  # bytes that are copied at a time
-KINDS = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-}
-NAMES = {kind: name for name, kind in KINDS.items()}
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 class CheckpointError(PeftError, ValueError):
@@ -50,7 +32,7 @@ class Stored:
     """A tensor in a file; `start` and `stop` are offsets in the file."""
 
     key: str
-    kind: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
     start: int
@@ -63,14 +45,9 @@ class Stored:
 
     def same(self, other: Stored) -> bool:
         """Whether another tensor has the same bytes."""
-        if (self.kind, self.shape) != (other.kind, other.shape):
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
         return all(one == two for one, two in zip(self.chunks(), other.chunks(), strict=True))
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """As torch has it; None for one that torch does not know."""
-        return KINDS.get(self.kind)
 
     def empty(self) -> Tensor:
         """A tensor like it without numbers."""
@@ -109,9 +86,6 @@ def memory(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B") if size else memoryview(b"")
 
 
-# Headers ----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Header:
     """What the beginning of a file says: its bytes, its remarks and its tensors in the order of their numbers."""
@@ -120,57 +94,24 @@ class Header:
     remarks: dict[str, str]
     tensors: list[Stored]
 
-
-def read_header(file: Path) -> Header:
-    """The header of a file, checked against the file's size; raises CheckpointError naming the file and the fault."""
-    size = file.stat().st_size
-    with open(file, "rb") as handle:
-        first = handle.read(8)
-        length = int.from_bytes(first, "little")
-        if len(first) < 8 or 8 + min(length, HEADER_LIMIT) > size:
-            raise _cut(file, size, "its header")
-        if length > HEADER_LIMIT:
-            raise _damaged(file, f"its header claims {length} bytes")
-        raw = first + handle.read(length)
-    try:
-        table = json.loads(raw[8:])
-        remarks = table.pop("__metadata__", {})
-        tensors = [_stored(file, key, entry, 8 + length) for key, entry in table.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _damaged(file, f"its header is no table of tensors ({type(error).__name__}: {error})") from error
-    tensors.sort(key=lambda s: (s.start, s.stop))
-    _check_places(file, tensors, 8 + length, size)
-    return Header(raw, dict(remarks or {}), tensors)
-
-
-def _stored(file: Path, key: str, entry: dict[str, Any], base: int) -> Stored:
-    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)) or start > stop:
-        raise ValueError(f"{key!r} has the shape {shape} and the place {start} to {stop}")
-    kind = KINDS.get(entry["dtype"])
-    if kind is not None and math.prod(shape) * kind.itemsize != stop - start:
-        raise ValueError(f"{key!r} has {stop - start} bytes for {shape} numbers of the kind {entry['dtype']}")
-    return Stored(key, entry["dtype"], shape, file, base + start, base + stop)
-
-
-def _check_places(file: Path, tensors: list[Stored], start: int, size: int) -> None:
-    for s in tensors:
-        if s.start != start:
-            raise _damaged(file, f"{s.key!r} does not begin where the tensor before it ends")
-        start = s.stop
-    if start > size:
-        first = next(s for s in tensors if s.stop > size)
-        raise _cut(file, size, f"{first.key!r}, and {start} bytes are announced")
-    if start < size:
-        raise _damaged(file, f"{size - start} bytes follow its last tensor")
+    @classmethod
+    def of(cls, file: Path) -> Header:
+        """The header of a file, checked; raises CheckpointError naming the file and the fault."""
+        try:
+            found = read_header(file)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        with open(file, "rb") as handle:
+            raw = handle.read(found.start)
+        tensors = [
+            Stored(key, info.dtype, info.shape, file, found.start + info.begin, found.start + info.end)
+            for key, info in found.tensors.items()
+        ]
+        return cls(raw, found.metadata, sorted(tensors, key=lambda s: (s.start, s.stop)))
 
 
 def _cut(file: Path, at: int, what: str) -> CheckpointError:
-    return CheckpointError(f"{file} is truncated: it ends after {at} bytes, within {what}. Download or copy it again.")
-
-
-def _damaged(file: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{file} is no safetensors file, or damaged: {what}. Download or copy it again.")
+    return CheckpointError(f"{file} became shorter while it was read: it ends after {at} bytes, within {what}.")
 
 
 # Folders ----------------------------------------------------------------------------------------------------
@@ -186,7 +127,7 @@ class Shards:
 
     def __post_init__(self) -> None:
         for name in self._names():
-            self.files[name] = read_header(self.folder / name)
+            self.files[name] = Header.of(self.folder / name)
         self.tensors = {s.key: s for header in self.files.values() for s in header.tensors}
         if len(self.tensors) < sum(len(header.tensors) for header in self.files.values()):
             raise CheckpointError(
@@ -243,9 +184,13 @@ class Place:
     """A tensor of a file that is to be written."""
 
     key: str
-    kind: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    size: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class ShardWriter:
@@ -315,7 +260,7 @@ def _header(places: list[Place], remarks: dict[str, str]) -> bytes:
     start = 0
     for place in places:
         table[place.key] = {
-            "dtype": place.kind,
+            "dtype": KINDS[place.dtype],
             "shape": list(place.shape),
             "data_offsets": [start, start + place.size],
         }
@@ -327,7 +272,7 @@ def _header(places: list[Place], remarks: dict[str, str]) -> bytes:
 
 def sums_of(file: Path) -> dict[str, int]:
     """The checksums of a file's header and tensors, as a writer has them."""
-    header = read_header(file)
+    header = Header.of(file)
     sums = {"": zlib.crc32(header.raw)}
     for stored in header.tensors:
         total = 0

@@ -83,21 +83,26 @@ def _known(base: Path, stated: dict[str, Any], config: Any) -> tuple[Any, Any]:
     except (ValueError, OSError, KeyError):
         return None, None
     names = [n for n in stated.get("architectures") or () if isinstance(n, str)]
-    own = getattr(transformers, names[0], None) if names else None
+    own = _model_class(transformers, names[0]) if names else None
     return _for_task(transformers, own, settings, config), settings
 
 
 def _for_task(transformers: Any, own: Any, settings: Any, config: Any) -> Any:
     """The class that the adapter was trained on: the checkpoint's own, or that of the task's head."""
     task = getattr(config.task_type, "value", config.task_type)
-    stated = (config.auto_mapping or {}).get("base_model_class")
-    named = getattr(transformers, stated, None) if isinstance(stated, str) and stated.isidentifier() else None
+    named = _model_class(transformers, (config.auto_mapping or {}).get("base_model_class"))
     auto = getattr(transformers, TASKS.get(task or "", ""), None)
     usual = auto._model_mapping.get(type(settings), None) if auto is not None else named
     usual = usual[0] if isinstance(usual, (tuple, list)) else usual
     if usual is None or (own is not None and task in GENERATING and own.__name__ != f"{_stem(usual)}Model"):
         return own
     return usual
+
+
+def _model_class(transformers: Any, name: Any) -> Any:
+    """The model class of a name that a file gives; nothing else of transformers is ever called by it."""
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def _stem(kind: type) -> str:
@@ -171,11 +176,10 @@ def _module(own: Mapping[str, Stored], embedding: bool) -> nn.Module:
     if weight is not None and set(own) <= {"weight", "bias"} and 2 <= len(weight.shape) <= 5:
         layer = _layer(weight.shape, "bias" in own, embedding)
     for attr, stored in own.items():
-        dense = (stored.dtype or torch.bool).is_floating_point
-        value = stored.empty() if stored.dtype is not None else torch.empty(stored.shape, device="meta")
-        layer._parameters[attr] = nn.Parameter(value, requires_grad=False) if dense else None
-        if not dense:
-            layer._parameters.pop(attr)
+        value = stored.empty()
+        if stored.dtype.is_floating_point:
+            layer._parameters[attr] = nn.Parameter(value, requires_grad=False)
+        else:
             layer.register_buffer(attr, value)
     return layer
 
