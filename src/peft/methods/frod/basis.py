@@ -1,0 +1,117 @@
+"""What layers of one kind share in FRoD: V, from all their weights, and the places of S, from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.shared import Sight
+from ...core.unload import progress
+
+LEAST = 1e-12  # a column of this norm is zero
+
+
+def kind_of(path: str) -> str:
+    """What the layers are called that share V: the last two names of the path, or the last one behind a number."""
+    parts = [part for part in path.split(".") if part != "base_layer"]  # which stands in between in a wrapped module
+    if parts[-3:] == ["attention", "output", "dense"]:
+        return "attention_output"
+    if len(parts) == 1 or parts[-2].isdigit():
+        return parts[-1]
+    return f"{parts[-2]}_{parts[-1]}"
+
+
+def number_of(path: str) -> int | None:
+    """The number of the layer: behind `layers`, or the first."""
+    parts = path.split(".")
+    behind = [b for a, b in zip(parts, parts[1:], strict=False) if a == "layers"][:1]
+    found = [int(part) for part in (*behind, *parts) if part.isdigit()]
+    return found[0] if found else None
+
+
+class Kind:
+    """Layers that share V.
+
+    Arguments:
+        size: of V.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.sights: dict[int, Sight] = {}  # by the layer's number
+
+    def add(self, sight: Sight) -> None:
+        """One layer more; of several with one number the last counts, as in the peer's files."""
+        number = number_of(sight.path)
+        self.sights[len(self.sights) if number is None else number] = sight
+
+    def weights(self) -> list[Tensor]:
+        """All matrices, (out, size), in the order of the layers' numbers; on the CPU, in single precision."""
+        found = (table(sight.view, sight.weight().detach()) for _, sight in sorted(self.sights.items()))
+        return [W for stack in found for W in stack.to("cpu", torch.float32).view(-1, *stack.shape[-2:])]
+
+    def basis(self, alpha: float) -> Tensor:
+        """V, (size, size), in the weights' dtype and on their device."""
+        like = next(iter(self.sights.values())).weight()
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        if like.device.type == "meta":
+            return torch.empty(self.size, self.size, dtype=dtype, device="meta")
+        weights = self.weights()
+        stack = torch.cat(weights)
+        if len(stack) < self.size:
+            V = torch.linalg.svd(stack, full_matrices=True)[2].mT
+        else:
+            Q, R = torch.linalg.qr(stack)
+            eye = torch.eye(self.size)
+            inverses = [torch.linalg.inv(q.mT @ q + alpha * eye) for q in Q.split([len(W) for W in weights])]
+            V = R.mT @ torch.linalg.eigh(torch.stack(inverses).mean(0))[1]
+        return V.to(like.device, dtype).contiguous()
+
+
+def bases(kinds: dict[str, Kind], settings: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, V) of every kind."""
+    for name, kind in progress(list(kinds.items()), settings.progressbar, "FRoD"):
+        yield name, kind.basis(settings.regularization_alpha)
+
+
+def off_diagonal(size: int, rate: float) -> int:
+    """How many numbers S has."""
+    return min(max(int(size * size * rate), 1 if rate else 0), size * size - size)
+
+
+def places(sizes: dict[str, int], settings: Any) -> dict[str, Tensor]:
+    """The places of every kind's S, (2, n), and its size, under the names of the shared tensors."""
+    generator = torch.Generator().manual_seed(settings.projection_prng_key)
+    found: dict[str, Tensor] = {}
+    for name, n in sorted(sizes.items()):
+        chosen = torch.randperm(n * n - n, generator=generator, device="cpu")[: off_diagonal(n, settings.sparse_rate)]
+        row, column = (chosen // max(1, n - 1), chosen % max(1, n - 1))
+        found[f"frod_s_indices.{name}"] = torch.stack([row, column + (column >= row)])
+        found[f"frod_s_size.{name}"] = torch.tensor([n, n])
+    return found
+
+
+def left(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """(U, l0) with W = U diag(l0) V', solved in double precision."""
+    wide, right = V.to(W.device, torch.float64), W.detach().double().mT
+    try:
+        M = torch.linalg.solve(wide, right).mT
+    except torch.linalg.LinAlgError:
+        M = (torch.linalg.pinv(wide, rtol=1e-6) @ right).mT
+    scale = torch.linalg.vector_norm(M, dim=-2)
+    return torch.where(scale > LEAST, 1 / scale.clamp_min(LEAST), 0.0)[..., None, :] * M, scale
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, so that one of them is enough."""
+    return one.device == other.device and one.dtype is other.dtype and not one.is_meta and torch.equal(one, other)
+
+
+def table(view: Any, of: Any) -> Any:
+    """The matrix that is decomposed, or its shape: W, or an embedding's table."""
+    if not view.infix:
+        return of
+    return of.mT if isinstance(of, Tensor) else (*of[:-2], of[-1], of[-2])
