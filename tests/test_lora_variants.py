@@ -387,6 +387,21 @@ def test_velora_is_plain_where_nothing_of_an_input_is_kept():
     assert len(found[0]) == 6 and all(torch.allclose(one, two, atol=1e-6) for one, two in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(6, 8), nn.Conv2d(6, 8, 1)], ids=["linear", "conv"])
+def test_velora_learns_under_autocast(layer):
+    torch.manual_seed(0)
+    options = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, velora_config={"num_groups": 2})
+    model = get_peft_model(nn.Sequential(copy.deepcopy(layer)), options).train()
+    x = torch.randn(5, 6, *[1] * (layer.weight.dim() - 2), requires_grad=True)
+    held = [*(p for p in model.parameters() if p.requires_grad), x]
+    wanted = torch.autograd.grad(model(x).square().sum(), held)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype is torch.bfloat16
+    found = torch.autograd.grad(y.float().square().sum(), held)
+    assert all((one - two).norm() < 0.03 * two.norm() for one, two in zip(found, wanted, strict=True))
+
+
 def test_velora_compresses_under_dora_too():
     options = VeloraConfig(num_groups=3, init_type="random")
     model = adapted(velora_config=options, use_dora=True, target_modules=["a"]).train()

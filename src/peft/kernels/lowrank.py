@@ -294,6 +294,7 @@ class _Compressed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         c, A, v = ctx.saved_tensors
+        grad, c = grad.to(A.dtype), c.to(A.dtype)  # autocast may have made both
         grad_x = grad @ A if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None
