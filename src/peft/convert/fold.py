@@ -69,7 +69,7 @@ def _loaded(part: Part, model: nn.Module, what: str) -> Any:
             known = part.state if isinstance(model, Skeleton) else None
             tuner = tuner_class(config.peft_type)(model, config, NAME, state_dict=known, autocast_adapter_dtype=False)
             set_peft_model_state_dict(_Holder(tuner), part.state, NAME, strict=True)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ConversionError(f"The adapter does not fit the base model: {error}") from error
     return tuner.eval()
 

@@ -10,6 +10,7 @@ by the names of the base's modules. Sources: kohya-ss/sd-scripts, networks/lora.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import listing
+from . import sound
 from .build import config_for
 from .format import Format, Options, Report, Source, write_safetensors
 from .names import check_shapes, flat, unflatten
@@ -95,9 +97,9 @@ class Kohya(Format):
     def _part(
         self, component: str, layers: dict[str, dict[str, Tensor]], record: dict[str, str], options: Options
     ) -> Part:
-        sizes = {key: size_of(t, key) for key, t in layers.items()}
-        paths, modules = resolved(component, sizes, record, options)
         kinds = {_method(t, key) for key, t in layers.items()}
+        sizes = {key: size_of(t) for key, t in layers.items()}
+        paths, modules = resolved(component, sizes, record, options)
         if len(kinds) > 1:
             raise ConversionError(f"The file mixes {listing(sorted(kinds))} for {component!r}; one adapter has one.")
         method, ranks = kinds.pop(), {key: rank_of(t) for key, t in layers.items()}
@@ -229,11 +231,17 @@ def resolved(
 
 
 def _method(tensors: Mapping[str, Tensor], key: str) -> str:
-    method = next((m for m, names in KINDS.items() if any(n in tensors for n in names)), None)
-    if method is None or (method == "LORA" and not {DOWN, UP} <= tensors.keys()):
+    found = [m for m, names in KINDS.items() if any(n in tensors for n in names)]
+    if len(found) != 1:
         raise ConversionError(f"{key!r} has {listing(sorted(tensors))}, which is no whole update.")
+    (method,) = found
     if method != "LORA" and DORA in tensors:
         raise ConversionError(f"{key!r} has DoRA's norms over {method}, for which there is no method here.")
+    alpha = tensors.get(ALPHA)
+    if alpha is not None and (alpha.numel() != 1 or not math.isfinite(float(alpha))):
+        raise ConversionError(f"The alpha of {key!r} is no number ({tuple(alpha.shape)}).")
+    names = {DOWN: "lora_A.weight", UP: "lora_B.weight", MID: sound.MID, DORA: "lora_magnitude_vector"}
+    sound.check({names.get(k, k): t for k, t in tensors.items() if k != ALPHA}, method, key)
     return method
 
 
@@ -251,9 +259,8 @@ def alpha_of(tensors: Mapping[str, Tensor], rank: int, scales: bool) -> float:
     return number(float(alpha)) if alpha is not None and scales else rank
 
 
-def size_of(tensors: Mapping[str, Tensor], key: str) -> tuple[int, int]:
+def size_of(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """(O, I) of an update, I with the kernel."""
-    _method(tensors, key)
     if DOWN in tensors:
         A = tensors[DOWN]
         kernel = tensors[MID][0, 0].numel() if MID in tensors else 1

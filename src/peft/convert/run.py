@@ -13,7 +13,8 @@ from .fold import fold
 from .format import Format, Options, Report, Source
 from .formats import FORMATS
 from .names import Base
-from .part import COMPONENTS, ConversionError, Feature, Part, features
+from .part import COMPONENTS, TENSORS, ConversionError, Feature, Part, features
+from .sound import check
 
 FOLDABLE = ("dora", "variant", "residual")
 TARGETS = ("stacked", "embedding", "conv")
@@ -112,6 +113,8 @@ def _chosen(parts: dict[str, Part], target: Format, options: Options) -> dict[st
 
 def _fitting(part: Part, component: str, target: Format, options: Options, report: Report) -> Part:
     """The part with nothing in it that the format cannot hold."""
+    for layer in part.split()[0] if part.method in TENSORS else ():
+        check(layer.tensors, part.method, layer.path)
     beyond = _beyond(part, target)
     foldable = [f for f in beyond if _is_foldable(f, part)]
     if foldable:

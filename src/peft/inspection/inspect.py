@@ -158,7 +158,7 @@ def _target(path: str, parts: Mapping[str, Tensor], config: Any, method: str) ->
 
 def _rank(parts: Mapping[str, Tensor], r: Any) -> int | None:
     for key in ("lora_A.weight", "lora_embedding_A", "lora_A", "hada_w1_b"):
-        if key in parts:
+        if key in parts and parts[key].dim():
             return int(parts[key].shape[0])
     return r if isinstance(r, int) else None
 
@@ -166,7 +166,10 @@ def _rank(parts: Mapping[str, Tensor], r: Any) -> int | None:
 def _update_norm(parts: Mapping[str, Tensor], scaling: float) -> float | None:
     """The norm of s B A by the small squares of its factors; None for other updates."""
     for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
-        if a in parts and b in parts and parts[a].shape[0] == parts[b].shape[1]:
-            A, B = parts[a].double().flatten(1), parts[b].double().flatten(1)
+        A, B = parts.get(a), parts.get(b)
+        if A is not None and B is not None and min(A.dim(), B.dim()) > 1 and A.shape[0] == B.shape[1]:
+            A, B = A.double().flatten(1), B.double().flatten(1)
+            if A.shape[0] != B.shape[1]:
+                return None
             return abs(scaling) * math.sqrt(max(float(((B.mT @ B) * (A @ A.mT)).sum()), 0.0))
     return None

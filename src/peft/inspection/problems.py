@@ -64,9 +64,11 @@ def _ranks(config: Any, groups: Groups) -> Iterator[Problem]:
         if A is None or B is None or parts_differ:
             continue
         r = settings(config, path).r
-        if A.shape[0] != r:
+        if min(A.dim(), B.dim()) < 2:
+            yield Problem("rank", f"a factor of {path!r} has less than two axes: {tuple(A.shape)}, {tuple(B.shape)}")
+        elif A.shape[0] != r:
             yield Problem("rank", f"{path!r} has rank {A.shape[0]} in the file and {r} in the configuration")
-        elif A.shape[0] % B.shape[1] or (B.dim() == 2 and A.shape[0] != B.shape[1]):
+        elif not B.shape[1] or A.shape[0] % B.shape[1] or (B.dim() == 2 and A.shape[0] != B.shape[1]):
             yield Problem(
                 "rank", f"the factors of {path!r}, {tuple(A.shape)} and {tuple(B.shape)}, have no common rank"
             )
