@@ -20,7 +20,7 @@ FILES = sorted((SRC / "peft").rglob("*.py"))
 # Ground floor first. A file imports from its own floor or from lower ones. An entry covers all that is under
 # it, unless a more exact entry does.
 FLOORS = (
-    "errors types lazy later version",
+    "errors types lazy later version fields",
     "core.defaults core.files core.hub core.header core.commit",
     "registry config import_utils target_config",
     "kernels",

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from .core import hub
 from .core.defaults import CONFIG_NAME
 from .errors import UnknownFieldWarning, nearest, report
+from .fields import check_fields
 from .types import PeftType, TaskType
 from .version import __version__
 
@@ -160,7 +161,9 @@ class PeftConfigMixin:
         values = {"peft_version": "0", **cls.from_json_file(path)}  # releases before 0.18 did not say
         target = cls._class_of(values.get("peft_type"), f" in '{path}'")
         own = {k: v for k, v in kwargs.items() if k in target._known()}
-        return target._build({**own, **values}, f"'{path}'")
+        config = target._build({**own, **values}, f"'{path}'")
+        config.__dict__["origin"] = os.path.dirname(path)  # what the configuration names may lie beside it
+        return config
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
@@ -171,7 +174,7 @@ class PeftConfigMixin:
         with open(path_json_file, encoding="utf-8") as file:
             try:
                 values = json.load(file)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"'{path_json_file}' is not valid JSON: {error}. Restore the file, or save the adapter again."
                 ) from error
@@ -232,6 +235,7 @@ class PeftConfigMixin:
                 "may come from another version, or a name may be misspelt.",
                 stacklevel=4,
             )
+        check_fields(cls, values, origin)
         return cls(**{k: v for k, v in values.items() if k in known})
 
 

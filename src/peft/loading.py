@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from .config import PeftConfig
+from .core.base_state import original_modules
 from .core.checkpoint import foreseen, open_adapter, renamed, set_peft_model_state_dict
 from .core.defaults import CONFIG_NAME
 from .core.entries import Entry
@@ -154,7 +155,8 @@ def _check_room(lacking: list[Entry], model: PeftModel, outline: Mapping[str, Te
     if not lacking:
         return
     wanted = sum(e.tensor.numel() * e.tensor.element_size() for e in lacking)
-    held = sum(t.numel() * t.element_size() for t in (*model.get_base_model().parameters(), *outline.values()))
+    base = (p for _, m in original_modules(model) for p in m._parameters.values() if p is not None)
+    held = sum(t.numel() * t.element_size() for t in (*base, *outline.values()))
     if wanted > held:
         largest = max(lacking, key=lambda e: e.tensor.numel())
         raise ValueError(

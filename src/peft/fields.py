@@ -1,0 +1,65 @@
+"""Whether values from a file are of the kind that a configuration's fields have."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import typing
+from collections.abc import Mapping
+from types import NoneType, UnionType
+from typing import Any
+
+KINDS = {
+    "a number": (int, float),
+    "a text": (str, enum.Enum),
+    "a list": (list, tuple, set, frozenset),
+    "a dictionary": (dict,),
+}
+
+
+def check_fields(kind: type, values: Mapping[str, Any], origin: str) -> None:
+    """Raise TypeError for a value that is no number, text, list or dictionary where its field is one.
+
+    Files of other releases and other programs are no stricter than that: an integer may be a float, and every field may
+    be null.
+
+    Arguments:
+        kind: the class of the configuration.
+        values: its fields.
+        origin: where they come from, for the message.
+    """
+    allowed = _allowed(kind)
+    for name, value in values.items():
+        kinds = allowed.get(name)
+        if kinds is None or value is None or dataclasses.is_dataclass(value):
+            continue
+        if not any(isinstance(value, KINDS[k]) for k in kinds):
+            raise TypeError(
+                f"{origin} sets {name} to {value!r:.80}, which is {type(value).__name__}; {' or '.join(sorted(kinds))} "
+                "is expected. Restore the file, or save the adapter again."
+            )
+
+
+@functools.cache
+def _allowed(kind: type) -> dict[str, set[str]]:
+    """{field: what its values may be}; fields whose annotation says something else are left out."""
+    try:
+        hints = typing.get_type_hints(kind)
+    except (NameError, TypeError):  # names that only a type checker sees
+        return {}
+    found = {name: _kinds(hint) for name, hint in hints.items()}
+    return {name: kinds for name, kinds in found.items() if kinds}
+
+
+def _kinds(hint: Any) -> set[str]:
+    """What an annotation allows; empty if it allows anything."""
+    if typing.get_origin(hint) in (typing.Union, UnionType):
+        parts = [_kinds(h) for h in typing.get_args(hint) if h is not NoneType]
+        return set().union(*parts) if all(parts) else set()
+    if typing.get_origin(hint) is typing.Literal:
+        return {k for value in typing.get_args(hint) for k, types in KINDS.items() if isinstance(value, types)}
+    plain = typing.get_origin(hint) or hint
+    if dataclasses.is_dataclass(plain):
+        return {"a dictionary"}
+    return {k for k, types in KINDS.items() if isinstance(plain, type) and issubclass(plain, types)}

@@ -1,0 +1,518 @@
+"""Loading: what is wrong is found in a file's head, before anything is made, and a failed load leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft import (
+    AdaLoraConfig,
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    PeftWarning,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.core.files import Saved
+from peft.core.fingerprint import difference, fingerprint
+from peft.core.header import read_header
+from peft.errors import ChangedConfigWarning, OtherBaseWarning, PeftStrictError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class MLP(nn.Module):
+    def __init__(self, size=6):
+        super().__init__()
+        self.fc1 = nn.Linear(size, 8)
+        self.fc2 = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.fc2(torch.relu(self.fc1(x))))
+
+
+def mlp(size=6):
+    torch.manual_seed(0)
+    return MLP(size).eval()
+
+
+def lora(**changes):
+    return LoraConfig(**{"r": 2, "target_modules": ["fc1", "fc2"], "init_lora_weights": False, **changes})
+
+
+def llama(vocab=32, layers=2, kind="LlamaForCausalLM", **changes):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+        **changes,
+    )  # fmt: skip
+    return getattr(transformers, kind)(config).eval()
+
+
+def saved(folder, **changes):
+    get_peft_model(mlp(), lora(**changes)).save_pretrained(folder)
+    return Path(folder)
+
+
+def edit(folder: Path, **fields):
+    """Change a configuration file, and let the weights forget what it was."""
+    rewrite(folder, lambda state: state)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **fields}))
+
+
+def rewrite(folder: Path, change):
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+# The head -----------------------------------------------------------------------------------------------------------
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def put(file: Path, head, data: bytes = bytes(8), length: int | None = None):
+    raw = head if isinstance(head, bytes) else json.dumps(head).encode()
+    file.write_bytes((len(raw) if length is None else length).to_bytes(8, "little") + raw + data)
+
+
+BAD_HEADS = {
+    "no bytes": (b"", b"", None, "shorter than the 8 bytes"),
+    "longer than the file": ({"a": ENTRY}, bytes(8), 10**6, "of which"),
+    "longer than allowed": ({"a": ENTRY}, bytes(8), 2**63, "are allowed"),
+    "no text": (b"\xff\xfe{}", b"", None, "no valid JSON"),
+    "no JSON": (b"{", b"", None, "no valid JSON"),
+    "no object": (b"[]", b"", None, "no JSON object"),
+    "too deep": (b"[" * 10**5, b"", None, "no valid JSON"),
+    "a number without end": (b'{"a":' + b"9" * 10**5 + b"}", b"", None, "no valid JSON"),
+    "twice": (b'{"a":1,"a":2}', b"", None, "'a' twice"),
+    "remarks": ({"__metadata__": {"a": 1}}, b"", None, "texts"),
+    "no entry": ({"a": 3}, b"", None, "not made of dtype"),
+    "unknown dtype": ({"a": {**ENTRY, "dtype": "F33"}}, bytes(8), None, "'F33'"),
+    "dtype of no text": ({"a": {**ENTRY, "dtype": [1]}}, bytes(8), None, "is not known"),
+    "negative shape": ({"a": {**ENTRY, "shape": [-2]}}, bytes(8), None, "which is none"),
+    "shape of fractions": ({"a": {**ENTRY, "shape": [2.0]}}, bytes(8), None, "which is none"),
+    "shape of truths": ({"a": {**ENTRY, "shape": [True, 2]}}, bytes(8), None, "which is none"),
+    "too many axes": ({"a": {**ENTRY, "shape": [1] * 65 + [2]}}, bytes(8), None, "which is none"),
+    "beyond any machine": ({"a": {**ENTRY, "shape": [0, 2**61, 2**61]}}, bytes(8), None, "no machine"),
+    "one position": ({"a": {**ENTRY, "data_offsets": [0]}}, bytes(8), None, "no two positions"),
+    "backwards": ({"a": {**ENTRY, "data_offsets": [8, 0]}}, bytes(8), None, "needs 8 bytes"),
+    "another size": ({"a": {**ENTRY, "shape": [3]}}, bytes(8), None, "needs 12 bytes"),
+    "overlap": ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12), None, "overlaps"),
+    "gap": ({"a": {**ENTRY, "data_offsets": [8, 16]}}, bytes(16), None, "gap"),
+    "too little data": ({"a": ENTRY}, bytes(7), None, "it holds 7"),
+    "too much data": ({"a": ENTRY}, bytes(9), None, "it holds 9"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_HEADS)
+def test_a_bad_head_is_an_error_that_names_the_file_and_the_cause(tmp_path, name):
+    head, data, length, text = BAD_HEADS[name]
+    file = saved(tmp_path) / WEIGHTS
+    put(file, head, data, length)
+    if name == "no bytes":
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{WEIGHTS} is no complete safetensors file: .*{text}"):
+        PeftModel.from_pretrained(mlp(), tmp_path)
+
+
+def test_what_the_format_allows_is_read(tmp_path):
+    tensors = {
+        "scalar": torch.tensor(3.0),
+        "none": torch.zeros(0, 5),
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "half": torch.ones(5, dtype=torch.bfloat16),
+        "ünï\n\"'": torch.ones(2, dtype=torch.float64),
+        "small": torch.ones(3).to(torch.float8_e4m3fn),
+        "flags": torch.tensor([True, False]),
+        "whole": torch.arange(7),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    saved_here = Saved({str(tmp_path / "a.safetensors"): read_header(tmp_path / "a.safetensors")})
+    got = saved_here.read()
+    assert got.keys() == tensors.keys()
+    assert all(got[k].dtype == v.dtype and torch.equal(got[k].float(), v.float()) for k, v in tensors.items())
+    assert {k: (v.shape, v.dtype) for k, v in saved_here.outline.items()} == {
+        k: (v.shape, v.dtype) for k, v in tensors.items()
+    }
+
+
+# Nothing is made that the file does not fit --------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that is made with memory of its own."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(t, torch.Tensor) and not t.is_meta:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out
+
+
+RANKS = [2**20, 10**11]  # the latter no machine could hold
+
+
+@pytest.mark.parametrize("r", RANKS)
+@pytest.mark.parametrize("new", [True, False])
+def test_a_wrong_rank_costs_no_memory(tmp_path, r, new):
+    edit(saved(tmp_path), r=r)
+    model = get_peft_model(mlp(), lora())
+    with Largest() as largest, pytest.raises(RuntimeError, match=r"size mismatch.*\n.*fc1\.lora_A\.weight"):
+        if new:
+            PeftModel.from_pretrained(mlp(), tmp_path)
+        else:
+            model.load_adapter(tmp_path, "more")
+    assert largest.bytes < 4096
+
+
+def test_a_wrong_base_costs_no_memory(tmp_path):
+    saved(tmp_path, r=64, modules_to_save=["fc2"])
+    base = mlp(size=100_000)
+    with Largest() as largest, pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert largest.bytes < 4096
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_tensors_are_read_after_the_head_has_proved_right(tmp_path, monkeypatch, new):
+    rewrite(saved(tmp_path), lambda state: {k: torch.zeros(5, 5) for k in state})
+    monkeypatch.setattr(Saved, "read", lambda *_: pytest.fail("the tensors were read"))
+    model = get_peft_model(mlp(), lora())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_adapter(tmp_path, "more" if new else "default")
+
+
+def test_a_configuration_that_asks_for_more_than_the_file_holds_is_refused(tmp_path):
+    edit(saved(tmp_path), rank_pattern={"fc2": 10**10})
+    rewrite(tmp_path, lambda state: {k: v for k, v in state.items() if "fc1" in k})
+    with Largest() as largest, pytest.raises(ValueError, match="more than the base model has"):
+        PeftModel.from_pretrained(mlp(), tmp_path)
+    assert largest.bytes < 4096
+
+
+@pytest.mark.parametrize(("kind", "field"), [(PromptTuningConfig, "token_dim"), (PrefixTuningConfig, "num_layers")])
+def test_a_prompt_that_is_larger_than_its_file_is_refused(tmp_path, kind, field):
+    get_peft_model(llama(), kind(num_virtual_tokens=3, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    for name in ("num_virtual_tokens", field):
+        edit(tmp_path, **{name: 10**10})
+        with pytest.raises((RuntimeError, ValueError), match="does not fit"):
+            PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_what_a_file_lacks_starts_as_a_new_adapter_does(tmp_path):
+    saved(tmp_path, init_lora_weights=True)
+    rewrite(tmp_path, lambda state: {k: v + 1 for k, v in state.items() if "fc1" in k})
+    with pytest.warns(PeftWarning, match=r"lacks 2 tensors(.|\n)*They keep the values they had"):
+        model = PeftModel.from_pretrained(mlp(), tmp_path)
+    assert not any(p.is_meta for p in model.parameters())
+    layer = model.base_model.model.fc2
+    assert not layer.lora_B["default"].weight.any() and layer.lora_A["default"].weight.any()
+
+
+def test_loading_leaves_the_random_numbers_alone(tmp_path):
+    saved(tmp_path)
+    torch.manual_seed(3)
+    PeftModel.from_pretrained(mlp(), tmp_path)
+    torch.manual_seed(3)
+    want = torch.rand(2)
+    torch.manual_seed(3)
+    base = mlp()
+    torch.manual_seed(3)
+    PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(torch.rand(2), want)
+
+
+def test_two_tensors_are_never_renamed_to_one(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(ValueError, match=r"fc0\.lora_A\.weight' to several tensors"):
+        PeftModel.from_pretrained(mlp(), tmp_path, key_mapping={r"^fc\d": "fc0"})
+
+
+# A failed load leaves no trace --------------------------------------------------------------------------------------
+
+
+def portrait(model):
+    """Everything of a model that a load might leave behind."""
+    modules = {
+        name: (id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__))
+        for name, m in model.named_modules()
+    }
+    parameters = {name: (id(p), p.requires_grad, p._version) for name, p in model.named_parameters()}
+    config = model.config.to_dict() if hasattr(model, "config") else None
+    return modules, parameters, config, [model.active_adapters, list(model.peft_config)] if isinstance(model, PeftModel) else []
+
+
+def misshapen(state):
+    return {k: torch.zeros(*v.shape[:-1], v.shape[-1] + 1) for k, v in state.items()}
+
+
+SPOILT = [misshapen, lambda s: {**s, "more": torch.zeros(2)}, lambda s: {"more": torch.zeros(2)}]
+CONFIGS = [
+    LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_token_indices=[1, 2]),
+    LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 1), (0, 2)]),
+    LoraConfig(r=2, target_modules=["q_proj"], bias="all"),
+    VeraConfig(target_modules=["q_proj"], r=4),
+    AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+    PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("spoil", SPOILT, ids=["misshapen", "unexpected", "nothing"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: type(c).__name__)
+def test_a_failed_load_leaves_no_trace(tmp_path, config, spoil):
+    get_peft_model(llama(), config).save_pretrained(tmp_path)
+    rewrite(tmp_path, spoil)
+    base = llama().train()
+    base.gradient_checkpointing_enable()
+    base.lm_head.weight.requires_grad_(False)
+    before = portrait(base)
+    with pytest.raises((ValueError, RuntimeError)):
+        PeftModel.from_pretrained(base, tmp_path, strict=True)
+    assert portrait(base) == before
+    if isinstance(config, AdaLoraConfig):
+        return  # its homes of tensors hold parameters, and the layer's own become such, with the same content
+    first = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    first = first if config.is_prompt_learning else LoraConfig(r=3, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(llama(), first, adapter_name="first").train()
+    before = portrait(model)
+    with pytest.raises((ValueError, RuntimeError)):
+        model.load_adapter(tmp_path, "second", strict=True)
+    assert portrait(model) == before
+
+
+def test_a_passed_configuration_is_as_it_was_after_a_failed_load(tmp_path):
+    rewrite(saved(tmp_path), misshapen)
+    config = lora(target_modules="all-linear")
+    before = dict(vars(config))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(mlp(), tmp_path, config=config)
+    assert vars(config) == before
+
+
+# Nothing that an adapter names is imported ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trap(tmp_path, monkeypatch):
+    """The name of a module that leaves a file when it is imported, and that file."""
+    trace = tmp_path / "trace"
+    (tmp_path / "evil_adapter_module.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Evil: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "evil_adapter_module", trace
+    sys.modules.pop("evil_adapter_module", None)
+
+
+FIELDS = [
+    {"auto_mapping": {"parent_library": "NAME", "base_model_class": "Evil"}, "task_type": None},
+    {"auto_mapping": {"parent_library": "transformers.NAME", "base_model_class": "Evil"}, "task_type": None},
+    {"peft_type": "NAME.Evil"},
+    {"peft_type": "NAME"},
+    {"task_type": "NAME"},
+    {"megatron_core": "NAME", "megatron_config": {"a": 1}},
+    {"runtime_config": {"NAME": "Evil"}},
+    {"eva_config": {"py/object": "NAME.Evil"}},
+    {"base_model_name_or_path": "NAME"},
+    {"custom_class": "NAME.Evil"},
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("fields", FIELDS, ids=lambda f: next(iter(f)))
+def test_nothing_that_an_adapter_names_is_imported(tmp_path, trap, fields):
+    name, trace = trap
+    folder = saved(tmp_path / "adapter")
+    edit(folder, **{"task_type": "CAUSAL_LM", **json.loads(json.dumps(fields).replace("NAME", name))})
+    model = get_peft_model(mlp(), lora())
+    for load in (
+        lambda: PeftModel.from_pretrained(mlp(), folder),
+        lambda: model.load_adapter(folder, "more"),
+        lambda: AutoPeftModel.from_pretrained(folder),
+        lambda: AutoPeftModelForCausalLM.from_pretrained(folder),
+    ):
+        try:
+            load()
+        except (ValueError, TypeError, AttributeError, OSError, ImportError, NotImplementedError):
+            continue
+    assert not trace.exists() and name not in sys.modules
+
+
+def test_a_text_to_start_from_runs_no_code_of_its_tokenizer(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    get_peft_model(llama(), config).save_pretrained(tmp_path)
+    start = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a", "tokenizer_name_or_path": "someone/else"}
+    edit(tmp_path, **start, tokenizer_kwargs={"trust_remote_code": True})
+    stop = classmethod(lambda *_, **__: pytest.fail("a tokenizer was loaded"))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", stop)
+    PeftModel.from_pretrained(llama(), tmp_path)
+
+
+# The base model ------------------------------------------------------------------------------------------------------
+
+
+def test_another_base_is_reported_with_what_differs(tmp_path):
+    get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert "base_fingerprint" in read_header(tmp_path / WEIGHTS).metadata
+    text = r"model\.embed_tokens\.weight: 1 of 32x16 when it was saved, 1 of 40x16 here"
+    base = llama(vocab=40)
+    before = portrait(base)
+    with pytest.warns(OtherBaseWarning, match=text):
+        PeftModel.from_pretrained(llama(vocab=40), tmp_path)
+    with pytest.raises(PeftStrictError, match=text):
+        PeftModel.from_pretrained(base, tmp_path, strict=True)
+    assert portrait(base) == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PeftModel.from_pretrained(llama().to(torch.bfloat16), tmp_path)
+
+
+def test_the_fingerprint_is_of_the_base_alone():
+    want = fingerprint(llama())
+    assert fingerprint(llama().half()) == fingerprint(llama().to("meta")) == want
+    for config in CONFIGS:
+        if not getattr(config, "layer_replication", None):
+            assert fingerprint(get_peft_model(llama(), config)) == want
+    assert fingerprint(llama(layers=3)) != want != fingerprint(llama(vocab=33))
+
+
+def test_heads_that_an_adapter_replaces_do_not_count(tmp_path):
+    def classifier(labels):
+        return llama(kind="LlamaForSequenceClassification", num_labels=labels)
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    model = get_peft_model(classifier(3), config)
+    noted = fingerprint(model, config.modules_to_save)
+    assert difference(noted, classifier(5), config.modules_to_save) == []
+    assert difference(fingerprint(model), classifier(5)) == ["score.weight: 1 of 3x16 when it was saved, 1 of 5x16 here"]
+
+
+class Packed(nn.Module):
+    """A linear layer whose numbers lie in another form, as quantised ones do."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8))
+        self.register_buffer("bias", linear.bias.detach())
+
+
+def test_a_quantised_base_has_the_same_fingerprint():
+    packed = mlp()
+    packed.fc1 = Packed(packed.fc1)
+    assert fingerprint(packed) == fingerprint(mlp())
+
+
+def test_new_names_or_another_packing_are_no_other_base():
+    base = llama()
+    wrapped = nn.Module()
+    wrapped.language_model = base
+    assert fingerprint(wrapped) != fingerprint(base)
+    assert difference(fingerprint(base), wrapped) == []
+    one, two = nn.Module(), nn.Module()
+    one.gate, one.up = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(3, 4))
+    two.gate_up = nn.Parameter(torch.zeros(6, 4))
+    assert difference(fingerprint(one), two) == []
+
+
+@pytest.mark.parametrize("noted", [{}, {"base_fingerprint": "x"}, {"base_fingerprint": "x", "base_shapes": "[1"}])
+def test_files_without_a_usable_fingerprint_load(noted):
+    assert difference(noted, mlp()) == []
+
+
+def test_a_configuration_that_was_edited_is_reported(tmp_path):
+    def change(**fields):
+        config = json.loads((tmp_path / CONFIG).read_text())
+        (tmp_path / CONFIG).write_text(json.dumps({**config, **fields}))
+
+    saved(tmp_path)
+    change(base_model_name_or_path="another/name", revision="main", peft_version="0.1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PeftModel.from_pretrained(mlp(), tmp_path)
+    change(lora_alpha=16)
+    with pytest.warns(ChangedConfigWarning, match=CONFIG):
+        PeftModel.from_pretrained(mlp(), tmp_path)
+    with pytest.raises(PeftStrictError, match=CONFIG):
+        PeftModel.from_pretrained(mlp(), tmp_path, strict=True)
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+PARTS = ["lora", "lora_A", "lora_B", "default", "base_layer", "foo", "foobar", "model", "weight", "bias", "0", "modules"]
+PARTS += ["to_save", "original_module", "é", "名", "base_model", "A", "_", "-", " ", "adapter", "default_", "x" * 30]
+
+
+def names(random_, count, joiner=""):
+    found: dict[str, None] = {}
+    while len(found) < count:
+        name = joiner.join(random_.choices(PARTS, k=random_.randint(1, 4)))
+        if not hasattr(nn.Module, name) and name not in ("training", "base_layer", "model"):
+            found[name] = None
+    return list(found)
+
+
+class Named(nn.Module):
+    """Layers under given names, some of them below others."""
+
+    def __init__(self, names):
+        super().__init__()
+        for i, name in enumerate(names):
+            inner = nn.Module()
+            inner.add_module(names[-1 - i], nn.Linear(1, 1, bias=False))
+            self.add_module(name, nn.Linear(1, 1, bias=False) if i % 3 else inner)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(3))
+def test_random_names_of_modules_and_adapters_make_the_round_trip(tmp_path, seed):
+    random_ = random.Random(seed)
+    base = names(random_, 300)
+    paths = [n for n, m in Named(base).named_modules() if isinstance(m, nn.Linear)]
+    adapters = names(random_, 4)
+
+    def config(count):
+        targets = "|".join(map(re.escape, random_.sample(paths, count)))
+        return LoraConfig(r=1, target_modules=targets, init_lora_weights=False)
+
+    model = get_peft_model(Named(base), config(300), adapter_name=adapters[0])
+    for name in adapters[1:]:
+        model.add_adapter(name, config(150))
+    before = {n: {k: v.clone() for k, v in get_peft_model_state_dict(model, adapter_name=n).items()} for n in adapters}
+    assert [len(before[n]) for n in adapters] == [600, 300, 300, 300]
+    model.save_pretrained(tmp_path)
+    folders = [tmp_path / n if n != "default" else tmp_path for n in adapters]
+    again = PeftModel.from_pretrained(Named(base), folders[0], adapter_name="other")
+    for folder, name in zip(folders[1:], adapters[1:], strict=True):
+        again.load_adapter(folder, name + "x", strict=True)
+    for mine, there in zip(adapters, ["other", *(n + "x" for n in adapters[1:])], strict=True):
+        got = get_peft_model_state_dict(again, adapter_name=there)
+        assert got.keys() == before[mine].keys() and all(torch.equal(got[k], v) for k, v in before[mine].items())
+    new = {k: v + 1 for k, v in before[adapters[1]].items()}
+    set_peft_model_state_dict(model, new, adapter_name=adapters[1], strict=True)
+    for name in adapters:
+        got, want = get_peft_model_state_dict(model, adapter_name=name), new if name == adapters[1] else before[name]
+        assert all(torch.equal(got[k], v) for k, v in want.items())
