@@ -211,6 +211,22 @@ def test_a_layer_whose_weight_is_read_takes_one_task():
         model(x)
 
 
+def test_fused_experts_run_once_for_each_task_on_its_tokens():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    options = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "task_type": "CAUSAL_LM"}
+    model = wrapped(transformers.MixtralForCausalLM(config), target_modules=[], **options).eval()
+    with torch.no_grad():
+        found = model(input_ids=IDS, task_ids=TASKS).logits
+        alone = [model(input_ids=IDS[i : i + 1], task_ids=TASKS[i : i + 1]).logits for i in range(4)]
+        assert torch.allclose(found, torch.cat(alone), atol=1e-5)
+        assert not torch.allclose(found, model(input_ids=IDS, task_ids=OTHERS).logits, atol=1e-5)
+
+
 def test_each_task_reaches_layers_that_torch_would_fuse():
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True))
