@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -367,3 +368,44 @@ def test_a_pool_takes_over_a_model_that_was_loaded(eight: dict[str, Any], tmp_pa
     pool = AdapterPool(PeftModel.from_pretrained(Net(), tmp_path))
     assert pool.active == "default"
     assert torch.allclose(pool.model(X), eight["a3"](X), atol=1e-6)
+
+
+# ---- adapters that stay loaded ------------------------------------------------------------------------------------
+
+
+def calls(action: Any) -> int:
+    """How many Python and C functions are called."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    gc.collect()
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_loading_the_twentieth_adapter_does_as_much_as_the_second(tmp_path: Path) -> None:
+    base = nn.Sequential(*(Net() for _ in range(10)))
+    made = get_peft_model(base, LoraConfig(r=2, target_modules=r".*layers\.\d", init_lora_weights=False))
+    made.save_pretrained(tmp_path)
+    counts = [calls(lambda i=i: made.load_adapter(tmp_path, f"a{i}")) for i in range(1, 21)]
+    assert counts[-1] <= 1.1 * counts[1]
+
+
+def test_training_mode_reaches_every_module_of_every_adapter() -> None:
+    made = get_peft_model(
+        Net(), LoraConfig(target_modules=["layers.0"], lora_dropout=0.1, modules_to_save=["layers.2"])
+    )
+    made.add_adapter("b", LoraConfig(target_modules=["layers.0"], lora_dropout=0.2))
+    for mode in (False, True, False):
+        made.train(mode)
+        assert {m.training for m in made.modules()} == {mode}
+    layer = made.base_model.model.layers[0]
+    assert layer.train() is layer
+    assert layer.lora_dropout["b"].training
