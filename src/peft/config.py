@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from .core import hub
 from .core.defaults import CONFIG_NAME
 from .errors import UnknownFieldWarning, nearest, report
-from .fields import check_fields
 from .types import PeftType, TaskType
 from .version import __version__
 
@@ -235,6 +234,8 @@ class PeftConfigMixin:
                 "may come from another version, or a name may be misspelt.",
                 stacklevel=4,
             )
+        from .fields import check_fields
+
         check_fields(cls, values, origin)
         return cls(**{k: v for k, v in values.items() if k in known})
 
