@@ -152,14 +152,10 @@ def test_the_files_are_those_of_a_merge_in_memory(model: str, dtype: torch.dtype
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in base.iterdir()}
 
 
-OVER_LLAMA = {
-    name: row
-    for name, row in METHODS.items()
-    if row.merges and all(row.forbidden(LAYOUTS[layout]) is None for layout in ("linear",))
-}
+NEED_NUMBERS = ("adamss",)  # of the base, to know what tensors they have
 
 
-@pytest.mark.parametrize("method", OVER_LLAMA)
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.merges])
 @pytest.mark.parametrize("layout", ["linear", "embedding", "parameter-3-D-transposed", "conv-2d"])
 def test_every_method_gives_the_bits_of_a_merge_in_memory(method: str, layout: str, tmp_path: Path) -> None:
     if (method, layout) not in cells(merged=True):
@@ -170,6 +166,9 @@ def test_every_method_gives_the_bits_of_a_merge_in_memory(method: str, layout: s
     (tmp_path / "base").mkdir()
     save_file(make(dtype).state_dict(), tmp_path / "base" / "model.safetensors")
     wanted = PeftModel.from_pretrained(make(dtype), str(tmp_path / "adapter")).merge_and_unload().state_dict()
+    if method.startswith(NEED_NUMBERS):
+        refused("numbers.*meta device", tmp_path / "base", tmp_path / "adapter", tmp_path / "out", model=make(dtype))
+        return
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", model=make(dtype))
     got = tensors(tmp_path / "out")
     assert set(got) == set(wanted)

@@ -51,7 +51,7 @@ class Computer:
         if not value.work:
             return start
         with ExitStack() as stack:
-            return _bias(value, start, stack) if value.is_bias else self._weight(value, start, stack)
+            return (self._bias if value.is_bias else self._weight)(value, start, stack)
 
     def _weight(self, value: Value, start: Tensor, stack: ExitStack) -> Tensor:
         bias = None if value.beside is None else self._start(value.beside)
@@ -68,22 +68,25 @@ class Computer:
             layer._write(names)
         return start
 
+    def _bias(self, value: Value, start: Tensor, stack: ExitStack) -> Tensor:
+        weight = None if value.beside is None else self._start(value.beside)
+        for layer, _ in value.work:
+            base = layer.get_base_layer()
+            stack.enter_context(put(base, layer.view.bias_name, start))
+            if weight is not None:
+                stack.enter_context(put(base, layer.view.name, weight))
+        for layer, names in value.work:
+            found = layer.stack(names).bias()
+            if found is not None and found is not layer.view.bias(layer.get_base_layer()):
+                start.copy_(found)
+        return start
+
     def _start(self, value: Value) -> Tensor:
         return self.raw(value) if value.own is None else value.own.detach().clone()
 
     def equal(self, one: Value, two: Value) -> bool:
         """Whether two values are the same numbers."""
         return torch.equal(self.merged(one), self.merged(two))
-
-
-def _bias(value: Value, start: Tensor, stack: ExitStack) -> Tensor:
-    for layer, _ in value.work:
-        stack.enter_context(put(layer.get_base_layer(), layer.view.bias_name, start))
-    for layer, names in value.work:
-        found = layer.stack(names).bias()
-        if found is not None and found is not layer.view.bias(layer.get_base_layer()):
-            start.copy_(found)
-    return start
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class Value:
         names: the tensor of the base that they start from, by all its names; none where they are an adapter's own.
         own: the numbers, where an adapter brings them.
         work: layers, and the names of the adapters to merge, in order.
-        beside: of a weight, the bias of the same layer.
+        beside: what else the merge reads: of a weight the bias of its layer; of a bias the weight, if it is needed.
         is_bias: whether it is a bias to the layers of `work`.
     """
 
@@ -105,9 +105,13 @@ class Outcome:
         tensor = held(base, view.bias_name) if view.bias_name else None
         bias = None if tensor is None else self.known.get(id(tensor))
         weight.beside = bias or weight.beside
-        if tensor is not None and bias is not None and changes_bias(layer, own, tensor):
+        if tensor is None or bias is None:
+            return
+        changes, reads = of_bias(layer, own, tensor)
+        if changes:
             bias.work.append((layer, own))
             bias.is_bias = True
+            bias.beside = weight if reads else bias.beside
 
     def _know(self, tensor: Tensor, names: list[str]) -> Value:
         """The value of a tensor; one with numbers has them from an adapter."""
@@ -141,7 +145,10 @@ class Outcome:
 
 
 @torch.no_grad()
-def changes_bias(layer: BaseTunerLayer, names: tuple[str, ...], bias: Tensor) -> bool:
-    """Whether a merge changes a layer's bias."""
+def of_bias(layer: BaseTunerLayer, names: tuple[str, ...], bias: Tensor) -> tuple[bool, bool]:
+    """Whether a merge changes a layer's bias, and whether it reads the weight for that."""
     probe = torch.zeros(bias.shape, dtype=bias.dtype)
-    return any(layer.adapters[n].method.bias(layer.adapters[n], probe) is not probe for n in names)
+    try:
+        return any(layer.adapters[n].method.bias(layer.adapters[n], probe) is not probe for n in names), False
+    except (RuntimeError, NotImplementedError):  # of numbers that are on no device
+        return True, True

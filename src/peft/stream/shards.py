@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import mmap
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -55,7 +56,7 @@ class Stored:
 
     def read(self) -> Tensor:
         """The tensor; raises CheckpointError naming the file if it ends before."""
-        new = torch.empty(self.shape, dtype=self.dtype)
+        new = room(self.shape, self.dtype)
         with open(self.file, "rb", buffering=0) as handle:
             handle.seek(self.start)
             view, done = memory(new), 0
@@ -78,6 +79,18 @@ class Stored:
                     raise _cut(self.file, self.stop - left, f"the numbers of {self.key!r}")
                 left -= got
                 yield room[:got]
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in memory of its own, which goes back to the system at once when the tensor goes.
+
+    The allocator keeps freed blocks of up to 32 MiB, and in the gaps between them nothing larger has room.
+    """
+    count = math.prod(shape)
+    if count * dtype.itemsize < 2**20 or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 
 
 def memory(tensor: Tensor) -> memoryview:
