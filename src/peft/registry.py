@@ -136,6 +136,9 @@ def lookup(peft_type: str | PeftType) -> Method:
 
     Raises ValueError if there is no such method, `MissingMethodError` if this release lacks it.
     """
+    known = METHODS.get(peft_type)  # type: ignore[arg-type]
+    if known is not None:
+        return known
     names = [t.value for t in PeftType]
     peft_type = OLDER.get(peft_type, peft_type)
     if peft_type not in names:
