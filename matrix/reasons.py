@@ -39,7 +39,12 @@ REASONS: list[tuple[str, str, str]] = [
     ("beft", "DoRA*", "Biases are learnt; there is no update of the weight."),
     ("unilora", "per-module pattern", "All layers share one vector out together, so its settings hold for all."),
     ("lora:dora", "DoRA*", "The row is DoRA itself."),
-    ("poly, lora:alora, lora:arrow, xlora", "DoRA*", "Its W' differs from token to token, so there is no one norm."),
+    (
+        "lily", "MultiheadAttention, Parameter*",
+        "The router reads the layer's input, which these modules do not hand to a weight.",
+    ),
+    ("lily", "mixed batch*", "Its router's mean is over the samples that run together; alone, a sample has another."),
+    ("poly, lily, lora:alora, lora:arrow, xlora", "DoRA*", "Its W' differs from token to token, so there is no one norm."),
     (
         "beft, lora:lora_bias", "Parameter*",
         "Its module multiplies the parameter by itself: the product that a bias is added to is out of reach.",
@@ -50,17 +55,18 @@ REASONS: list[tuple[str, str, str]] = [
     ),
     (UNCUT, "Conv2d grouped", "LoRA's factors read all channels there; the start has no such kernel."),
     (
-        "poly, lora:alora, lora:arrow, xlora", MERGING,
+        "poly, lily, lora:alora, lora:arrow, xlora", MERGING,
         "The update depends on the input (or the task), so no weight holds it.",
     ),
-    ("lora:arrow", "base output at init", "It is built of trained experts."),
+    ("lora:arrow, xlora", "base output at init", "It is built of trained experts."),
+    ("xlora", "two*, mixed batch*, delete_adapter, hotswap",
+     "One gate speaks for all experts of the model; the experts themselves switch, mix and swap."),
     ("lora:arrow, xlora", f"{FILES}, trains, bf16, fp16, gradient*, PeftMixedModel",
      "It is built of saved adapters; the router of Arrow has no weights of its own."),
 ]  # fmt: skip
 
 # What the mathematics allows and this release does not do; these cells count as "no".
-GAPS: list[tuple[str, str, str]] = [
-]
+GAPS: list[tuple[str, str, str]] = []
 
 
 def reason(row: str, column: str, lines: list[tuple[str, str, str]] = REASONS) -> str | None:

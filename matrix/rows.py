@@ -113,7 +113,7 @@ ROWS: dict[str, Row] = {
     "glora": Row("GloraConfig", {"r": 4}),
     "deft": Row("DeftConfig", {"r": 4}),
     "osf": Row("OSFConfig", {"effective_rank": 4}),
-    "frod": Row("FrodConfig", {"sparse_rate": 0.1}),
+    "frod": Row("FrodConfig", {"sparse_rate": 0.1}, pattern={"init_weights": False}),
     "lily": Row("LilyConfig", {"r": 4, "num_B": 2, "stride_A": 1}),
     "peanut": Row("PeanutConfig", {"r": 4}),
     "beft": Row("BeftConfig", {}),

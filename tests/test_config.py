@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from peft import LoraConfig, PeftConfig, PeftType, PromptLearningConfig, TaskType
+from peft import LoraConfig, PeftConfig, PeftType, PromptLearningConfig, TaskType, registry
 from peft.config import PeftConfigMixin
 from peft.core import defaults, hub
 from peft.errors import PeftStrictError, PeftWarning, UnknownFieldWarning, set_strict
@@ -192,12 +192,13 @@ def test_broken_json_is_reported_with_its_position(tmp_path):
         PeftConfig.from_pretrained(write(tmp_path, "[]"))
 
 
-def test_a_file_must_name_its_method(tmp_path):
+def test_a_file_must_name_its_method(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="missing required keys: 'peft_type'"):
         PeftConfig.from_pretrained(write(tmp_path, {"r": 3}))
     assert LoraConfig.from_pretrained(write(tmp_path, {"r": 3})).r == 3
     with pytest.raises(ValueError, match="Did you mean 'LORA'"):
         PeftConfig.from_pretrained(write(tmp_path, {"peft_type": "LORAA"}))
+    monkeypatch.delitem(registry.METHODS, PeftType.LILY)
     with pytest.raises(ImportError, match="The method LILY comes with a later release"):
         PeftConfig.from_pretrained(write(tmp_path, {"peft_type": "LILY"}))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from contextlib import chdir
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ BESIDE = re.compile("prompt|ptuning|prefix|mpt|cpt|cartridge")
 REFUSED = {
     "lora-alora": "some tokens only",
     "poly": "another update for each task",
+    "lily": "as the input has it",
     BESIDE.pattern: "changes no weight",
 }
 
@@ -181,7 +183,7 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def adapted(name: str) -> PeftModel:
     """The base model with the case's adapters loaded and activated."""
     case, folder = read(name)[0], GOLDEN / name
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), chdir(folder):  # X-LoRA's configuration names its experts by relative paths
         warnings.simplefilter("ignore")  # tied weights, settings of an init that conversion has replaced
         learns = case.get("trainable", True)  # prompts are loaded as what their network made
         model = PeftModel.from_pretrained(base_model(case), folder, is_trainable=learns)
@@ -302,6 +304,8 @@ def test_the_saved_files_are_the_same(name, tmp_path):
         warnings.simplefilter("ignore", peft.PeftWarning)  # targeted embeddings are saved with a word
         model.save_pretrained(tmp_path)
     for folder in read(name)[0].get("saved", {"default": "."}).values():
+        if folder is None:  # X-LoRA's gate is saved incompletely there
+            continue
         there = load_file(GOLDEN / name / folder / "adapter_model.safetensors")
         here = load_file(tmp_path / folder / "adapter_model.safetensors")
         assert here.keys() == there.keys()

@@ -50,7 +50,6 @@ def test_deep_names_exist_or_are_known_to_be_missing(module, name):
     ("statement", "reason"),
     [
         ("from peft.helpers import DoraCaching", "comes with a later release"),
-        ("from peft.tuners import LilyConfig", "comes with a later release"),
         ("from peft.import_utils import is_transformers_dtensor_tp", "internal to the original library"),
         ("from peft.utils.integrations import TpInfo", "internal to the original library"),
         ("from peft.utils.constants import is_transformers_dtensor_tp", "internal to the original library"),
@@ -164,7 +163,12 @@ def test_import_costs_next_to_nothing():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_registry_is_a_mapping_that_answers_strings_and_members():
+@pytest.fixture
+def without_lily(monkeypatch):
+    monkeypatch.setattr(registry, "METHODS", {k: m for k, m in registry.METHODS.items() if k is not PeftType.LILY})
+
+
+def test_the_registry_is_a_mapping_that_answers_strings_and_members(without_lily):
     mapping = registry.PEFT_TYPE_TO_CONFIG_MAPPING
     assert isinstance(mapping, Mapping)
     assert mapping["LORA"] is mapping[PeftType.LORA] is peft.LoraConfig
@@ -173,19 +177,17 @@ def test_the_registry_is_a_mapping_that_answers_strings_and_members():
     assert registry.MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"] is peft.PeftModelForCausalLM
 
 
-def test_a_method_can_be_registered_from_outside():
+def test_a_method_can_be_registered_from_outside(without_lily):
     class Tuner:
         prefix = "lily_"
 
     register = registry.register_peft_method
-    try:
+    register(name="lily", config_cls=peft.LoraConfig, model_cls=Tuner)
+    assert registry.PEFT_TYPE_TO_PREFIX_MAPPING["LILY"] == "lily_"
+    assert "LILY" not in registry.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+    with pytest.raises(KeyError):
         register(name="lily", config_cls=peft.LoraConfig, model_cls=Tuner)
-        assert registry.PEFT_TYPE_TO_PREFIX_MAPPING["LILY"] == "lily_"
-        assert "LILY" not in registry.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
-        with pytest.raises(KeyError):
-            register(name="lily", config_cls=peft.LoraConfig, model_cls=Tuner)
-    finally:
-        registry.METHODS.pop(PeftType.LILY, None)
+    registry.METHODS.pop(PeftType.LILY)
     for bad in ("LILY", "lily_", "nonsense"):
         with pytest.raises(ValueError):
             register(name=bad, config_cls=peft.LoraConfig, model_cls=Tuner)

@@ -15,7 +15,7 @@ from peft.core.method import Delta
 from peft.core.tuner import BaseTuner
 from peft.target_config import TargetConfig
 
-KIND = "LILY"  # a name that the registry knows, of a method that this release lacks
+KIND = "LILY"  # a name that the registry knows; its own method is put aside
 
 
 @dataclass
@@ -51,9 +51,12 @@ class ToyModel(BaseTuner):
 
 @pytest.fixture
 def toy():
+    own = registry.METHODS.pop(peft.PeftType(KIND), None)
     registry.register_peft_method(name=KIND.lower(), config_cls=ToyConfig, model_cls=ToyModel)
     yield
     registry.METHODS.pop(peft.PeftType(KIND))
+    if own is not None:
+        registry.METHODS[peft.PeftType(KIND)] = own
 
 
 class Net(nn.Module):

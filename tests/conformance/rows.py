@@ -115,8 +115,8 @@ def train(model: nn.Module, name: str = "default", seed: int = 0) -> None:
         first = layer.__dict__.setdefault("first", {})
         first[name] = {slot.live: slot.tensor.clone() for slot in layer.slots(name)}
         for slot in layer.slots(name):
-            if not slot.tensor.is_floating_point():
-                continue  # places are not trained
+            if not isinstance(slot.tensor, nn.Parameter):
+                continue  # buffers are not trained
             noise = torch.randn(slot.tensor.shape, generator=generator).to(slot.tensor)
             slot.tensor.copy_(
                 slot.tensor * (1 + 0.2 * noise) if "magnitude" in slot.live else slot.tensor + noise * scale
@@ -136,6 +136,8 @@ def expected(
 ) -> Tensor:
     """The output by the formulas in double precision, differentiable in the adapters' tensors and in x."""
     row = METHODS[method]
+    if row.of_input is not None:
+        row = replace(row, weight=row.of_input(x))
     if row.of_task is None:
         return by_formulas(model, row, layout, x, names, dtype)
     parts = x.split(1) if layout.batched else [x]

@@ -64,8 +64,8 @@ class Method:
     by_rows = True  # some out-features of W' can be computed from the same ones of W
     # tensors in which W' is affine, all else of an adapter being the same, with the values at which W' is W
     linear: ClassVar[Mapping[str, float]] = {}
-    copies: ClassVar[tuple[str, ...]] = ()  # keys under which files may hold shared tensors again, for every layer
     may_be_empty: ClassVar[frozenset[str]] = frozenset()  # keys of vectors that have no elements in some layers
+    copies: ClassVar[tuple[str, ...]] = ()  # keys under which files may hold shared tensors again, for every layer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Method:
         return self
@@ -279,11 +279,12 @@ class LowRank(Delta):
         return extra if b is None else (b + extra).to(b.dtype)
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
+        scale, extra = self.scaling(p), self.up_bias(p)
         if not self.whole and inner.view.groups(inner.base) != 1:
-            return super().onto(p, inner, y, x)
+            y = super().onto(p, inner, y, x)
+            return y if extra is None else (y + inner.spread(extra * scale)).to(y.dtype)
         A, B = self.factors(p)
-        scale, rate = self.scaling(p), self.drop_rate(p)
-        extra = self.up_bias(p)
+        rate = self.drop_rate(p)
         if inner.view.dense:
             if extra is not None:
                 y = (y + extra * scale).to(y.dtype)

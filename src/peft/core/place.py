@@ -103,14 +103,16 @@ class Injection(Placing):
             home.add(self.name, new, self.meta)
             self.shared[key] = home
 
-    def _shapes(self, plan: Any) -> Iterator[tuple[int, ...]]:
+    def _sights(self, plan: Any) -> Iterator[Sight]:
         for t in plan.targets:
             base = innermost(t.module)
             view = views.view_of(base, t.parameter, self.whole)
-            yield from [views.view_of(base, part).shape(base) for part in view.parts(base)] or [view.shape(base)]
+            for part in view.parts(base) or (t.parameter,):
+                one = views.view_of(base, part, self.whole)
+                yield Sight(".".join(filter(None, (t.path, part))), base, one, _existing(t.module, part))
             for name in view.read_children if t.parameter is None else ():
                 child = innermost(base.get_submodule(name))
-                yield views.view_of(child).shape(child)
+                yield Sight(f"{t.path}.{name}", child, views.view_of(child), _existing(base.get_submodule(name), None))
 
     # ---- targets -----------------------------------------------------------------------------------------------
 

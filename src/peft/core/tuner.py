@@ -115,7 +115,9 @@ class BaseTuner(Switching, Combined, nn.Module):
         undo = [] if undo is None else undo
         with no_collection():
             try:
-                steps = self.injection(self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, undo)
+                steps = self.kind_of(config).injection(
+                    self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, undo
+                )
                 steps.run(state_dict)
                 self._join(self.kind_of(config).companion)
             except BaseException:

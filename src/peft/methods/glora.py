@@ -10,20 +10,19 @@ base weight also in unmerging, and bf16 weights do not round the update away in 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import describe
-from ..core.draw import kaiming
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
 from ..core.stack import Adapter, Stack
 from ..target_config import choice
 from .additive import AdditiveConfig, AdditiveModel
+from .glora_paths import path
 
 HOMES = ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E")
 
@@ -49,84 +48,16 @@ class GloraConfig(AdditiveConfig):
         choice("config_D_E", self.config_D_E, ("vector", "constant", "none"))
 
 
-class GloraPath(nn.Module):
-    """Holds one of A to E under the names that checkpoints have."""
-
-    def value(self, rows: slice = slice(None)) -> Tensor | None:
-        """What it stands for, or these rows of it; None for zero."""
-        return None
-
-    def start(self, at_base: bool) -> None:
-        """First values: of the base model, or random ones."""
-
-
-class GloraLoraPath(GloraPath):
-    """Xd Xu."""
-
-    def __init__(self, lead: list[int], out: int, inp: int, r: int, **kwargs: Any):
-        super().__init__()
-        self.Xd = nn.Parameter(torch.empty(*lead, out, r, **kwargs))
-        self.Xu = nn.Parameter(torch.empty(*lead, r, inp, **kwargs))
-
-    def value(self, rows: slice = slice(None)) -> Tensor:
-        return self.Xd[..., rows, :] @ self.Xu
-
-    def start(self, at_base: bool) -> None:
-        kaiming(self.Xu)
-        self.Xd.zero_() if at_base else kaiming(self.Xd)
-
-
-class GloraVectorPath(GloraPath):
-    """A number per row: a column, or (n,)."""
-
-    def __init__(self, *shape: int, **kwargs: Any):
-        super().__init__()
-        self.X = nn.Parameter(torch.empty(shape, **kwargs))
-
-    def value(self, rows: slice = slice(None)) -> Tensor:
-        return self.X[..., rows, :] if self.X.dim() > 1 else self.X
-
-    def start(self, at_base: bool) -> None:
-        bound = 1 / math.sqrt(self.X.shape[-1])
-        self.X.zero_() if at_base else self.X.uniform_(-bound, bound)
-
-
-class GloraScalarPath(GloraVectorPath):
-    """One number."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(1, **kwargs)
-
-    def start(self, at_base: bool) -> None:
-        self.X.zero_() if at_base else self.X.normal_(0, 0.02)
-
-
-class GloraEmptyPath(GloraPath):
-    """Zero, which files hold in full."""
-
-    def __init__(self, *shape: int, **kwargs: Any):
-        super().__init__()
-        self.register_buffer("zeros", torch.zeros(shape, **kwargs))
-
-
 class GLoRA(Delta):
     """W' = W + W0 * A + B."""
 
     def build(self, site: Site) -> dict[str, Any]:
-        c, kwargs = site.settings, site.kwargs
+        c = site.settings
         *lead, out, inp = site.view.shape(site.module)
-
-        def path(form: str, column: bool, *shape: int) -> GloraPath:
-            if form == "lora":
-                return GloraLoraPath(lead, *shape, c.r, **kwargs)
-            if form == "vector":
-                return GloraVectorPath(*lead, *((shape[0], 1) if column else shape), **kwargs)
-            return GloraScalarPath(**kwargs) if form == "constant" else GloraEmptyPath(*lead, *shape, **kwargs)
-
-        biased = site.view.bias(site.module) is not None
-        of_c, of_d = (c.config_C, c.config_D_E) if biased else ("none", "none")
-        weights = [path(c.config_A_B, True, out, inp) for _ in "AB"]
-        paths = [*weights, path(of_c, True, inp, 1), *(path(of_d, False, out) for _ in "DE")]
+        of_c, of_d = ("none",) * 2 if site.view.bias(site.module) is None else (c.config_C, c.config_D_E)
+        weight = (c.config_A_B, *lead, out, inp)
+        stated: list[Any] = [weight, weight, (of_c, *lead, inp, 1), (of_d, *lead, out), (of_d, *lead, out)]
+        paths = [path(c.r, form, shape, len(lead), **site.kwargs) for form, *shape in stated]
         return {**dict(zip(HOMES, paths, strict=True)), "r": c.r}
 
     def init(self, p: Adapter, inner: Stack) -> None:

@@ -32,8 +32,10 @@ class Row:
         alone: whether only one adapter can be active.
         own_dtype: whether its tensors are of the base weight's dtype, also of half precision.
         merges: whether there is one W', into which it can be merged.
+        of_numbers: whether its tensors' shapes depend on the base's numbers, so that the meta device has none.
         tasks: the task of each sample, where the method must be told.
         of_task: a task -> the `weight` of its samples.
+        of_input: the whole batch -> the `weight` of its samples, where they are run together.
         values: (layer, adapter's name) -> the module's tensors by name, where it is replaced as a whole.
     """
 
@@ -50,8 +52,10 @@ class Row:
     alone: bool = False
     own_dtype: bool = False
     merges: bool = True
+    of_numbers: bool = False
     tasks: tuple[int, ...] = ()
     of_task: Callable[[int], Callable[[BaseTunerLayer, str, Tensor, Tensor], Tensor]] | None = None
+    of_input: Callable[[Tensor], Callable[[BaseTunerLayer, str, Tensor, Tensor], Tensor]] | None = None
     values: Callable[[BaseTunerLayer, str], dict[str, Tensor]] | None = None
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)  # by the first word of a layout's name
 
@@ -81,6 +85,22 @@ def on_matrix(formula: Callable[[dict[str, Tensor], Tensor, BaseTunerLayer], Ten
         return found.reshape(W.shape) if conv else found.mT if by_input(layer) else found
 
     return weight
+
+
+def adding(formula: Callable[[dict[str, Tensor], Tensor, BaseTunerLayer], Tensor]) -> Any:
+    """Lift a formula (tensors, original W as (..., out, in), layer) -> update to weights as they are stored."""
+
+    def weight(layer: BaseTunerLayer, name: str, W: Tensor, original: Tensor) -> Tensor:
+        update = formula(held(layer, name), matrix(layer, original), layer)
+        return W + (update.mT if by_input(layer) else update.reshape(W.shape))
+
+    return weight
+
+
+def matrix(layer: BaseTunerLayer, W: Tensor) -> Tensor:
+    """A stored weight as (..., out, in)."""
+    conv = isinstance(layer.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return W.flatten(1) if conv else W.mT if by_input(layer) else W
 
 
 def directed(layer: BaseTunerLayer, name: str, V: Tensor, of_norm: Tensor) -> Tensor:

@@ -1,0 +1,205 @@
+"""Lily's shared factors, FRoD's shared basis, and what GLoRA and PEANuT refuse."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import peft
+from peft import FrodConfig, GloraConfig, LilyConfig, PeanutConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.methods.frod.basis import kind_of, number_of
+from peft.methods.lily import suffix
+
+
+class Net(nn.Module):
+    """Four blocks of two layers, one of which has another size in the last block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        width = [6, 6, 6, 6, 8]
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"fc": nn.Linear(6, width[i + 1]), "out": nn.Linear(width[i + 1], 6)}) for i in range(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.layers:
+            x = block["out"](torch.tanh(block["fc"](x)))
+        return x
+
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+
+
+def lily(**more) -> LilyConfig:
+    return LilyConfig(**{"target_modules": ["fc", "out"], "r": 3, "init_weights": False, **more})
+
+
+def held(model: PeftModel, home: str, adapter: str = "default", leaf: str = "fc") -> list[nn.Module]:
+    return [getattr(block[leaf], home)[adapter] for block in model.base_model.model.layers]
+
+
+# ---- Lily --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", ["default", "second"])
+def test_layers_of_one_kind_share_their_factors(adapter):
+    model = get_peft_model(Net(), lily(stride_A=2))
+    model.add_adapter("second", lily(stride_A=2))
+    A, B = held(model, "lily_A", adapter), held(model, "lily_B", adapter)
+    assert A[0] is A[1] and A[2] is not A[0] and A[3] is not A[2]  # the last has another size
+    assert B[0] is B[1] is B[2] and B[3] is not B[0]
+    assert len({id(m) for m in held(model, "lily_router", adapter)}) == 4
+    assert held(model, "lily_B", adapter, "out")[0] is not B[0]
+
+
+def test_a_file_holds_the_shared_factors_for_every_layer_and_they_are_shared_again(tmp_path):
+    model = get_peft_model(Net(), lily(stride_A=2))
+    state = get_peft_model_state_dict(model)
+    assert len(state) == 24
+    model.save_pretrained(tmp_path)
+    for low in (False, True):
+        loaded = PeftModel.from_pretrained(Net(), tmp_path, low_cpu_mem_usage=low, is_trainable=True)
+        assert torch.equal(loaded(X), model(X))
+        A = held(loaded, "lily_A")
+        assert A[0].weight is A[1].weight and A[0].weight is not A[2].weight
+
+
+def test_an_adapter_of_another_tuner_shares_too():
+    model = peft.PeftMixedModel(Net(), peft.LoraConfig(target_modules=["out"]), "default")
+    model.add_adapter("second", lily())
+    assert held(model, "lily_B", "second")[0] is held(model, "lily_B", "second")[2]
+
+
+def test_a_deep_copy_shares_within_itself():
+    model = get_peft_model(Net(), lily())
+    twin = copy.deepcopy(model)
+    assert held(twin, "lily_B")[0] is held(twin, "lily_B")[1] is not held(model, "lily_B")[0]
+
+
+def test_the_kind_of_a_layer_is_the_target_that_selects_it():
+    assert suffix("layers.0.self_attn.out", ["out", "self_attn.out"]) == "self_attn.out"
+    assert suffix("layers.0.out", r".*\.out") == suffix("layers.0.out", None) == "out"
+
+
+def test_it_cannot_be_merged_and_says_why():
+    model = get_peft_model(Net(), lily())
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match="mixes its experts as the input has it"):
+            merge()
+
+
+# ---- FRoD --------------------------------------------------------------------------------------------------------
+
+
+def frod(**more) -> FrodConfig:
+    fields = {"target_modules": ["fc", "out"], "sparse_rate": 0.2, "progressbar": False, "init_weights": False}
+    return FrodConfig(**{**fields, **more})
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "number"),
+    [
+        ("fc", "fc", None),
+        ("layers.3.fc", "fc", 3),
+        ("model.2.layers.1.self_attn.q_proj", "self_attn_q_proj", 1),
+        ("encoder.4.attention.output.dense", "attention_output", 4),
+        ("encoder.4.output.dense", "output_dense", 4),
+        ("block.0.base_layer.out_proj", "out_proj", 0),
+    ],
+)
+def test_layers_are_sorted_by_the_end_of_their_path_and_by_number(path, kind, number):
+    assert (kind_of(path), number_of(path)) == (kind, number)
+
+
+def test_in_features_of_another_size_are_a_kind_of_their_own():
+    state = get_peft_model_state_dict(get_peft_model(Net(), frod()))
+    shapes = {k: tuple(v.shape) for k, v in state.items() if "frod_V" in k}
+    assert shapes == {
+        "base_model.frod_V.fc": (6, 6),
+        "base_model.frod_V.out": (6, 6),
+        "base_model.frod_V.out_8": (8, 8),
+    }
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_adapter_comes_back_with_and_without_its_basis_in_the_file(tmp_path, kept):
+    torch.manual_seed(3)
+    model = get_peft_model(Net(), frod(save_projection=kept, projection_prng_key=4))
+    model.save_pretrained(tmp_path)
+    assert any("frod_V" in k for k in get_peft_model_state_dict(model)) is kept
+    assert torch.equal(PeftModel.from_pretrained(Net(), tmp_path)(X), model(X))
+
+
+def test_the_left_side_follows_the_basis_of_a_file(tmp_path):
+    model = get_peft_model(Net(), frod())
+    state = get_peft_model_state_dict(model)
+    wanted = model(X)
+    for key in [k for k in state if "frod_V" in k]:
+        state[key] = -state[key]  # another machine's eigenvectors may have other signs
+    peft.set_peft_model_state_dict(model, state)
+    torch.testing.assert_close(model(X), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_other_targets_has_its_own_basis_and_equal_ones_are_kept_once():
+    model = get_peft_model(Net(), frod())
+    model.add_adapter("same", frod())
+    model.add_adapter("other", frod(layers_to_transform=[0, 1], layers_pattern="layers"))
+    homes = model.base_model.frod_V
+    assert homes.fc.tensor("same") is homes.fc.tensor("default")
+    assert not torch.equal(homes.fc.tensor("other"), homes.fc.tensor("default"))
+
+
+def test_the_basis_is_that_of_the_base_weight_while_another_adapter_is_merged():
+    model = get_peft_model(Net(), frod())
+    before = model.base_model.frod_V.fc.tensor("default").clone()
+    model.merge_adapter()
+    model.add_adapter("second", frod())
+    assert torch.equal(model.base_model.frod_V.fc.tensor("second"), before)
+
+
+def test_a_setting_without_effect_and_settings_that_cannot_be_are_told():
+    with pytest.warns(peft.PeftWarning, match="runtime_offload_base_weight"):
+        frod(runtime_offload_base_weight=True)
+    for wrong in ({"sparse_rate": 1.5}, {"regularization_alpha": 0.0}, {"module_config": {"fc": {"sparse_rate": 0.5}}}):
+        with pytest.raises(ValueError, match="sparse_rate|regularization_alpha"):
+            frod(**wrong)
+
+
+# ---- GLoRA, PEANuT -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (GloraConfig, "config_A_B", "matrix"),
+        (GloraConfig, "config_C", "constant"),
+        (GloraConfig, "config_D_E", "lora"),
+        (PeanutConfig, "act_fn", "rellu"),
+        (PeanutConfig, "depth", -1),
+        (LilyConfig, "num_B", 1),
+        (LilyConfig, "stride_A", 0),
+    ],
+)
+def test_choices_that_do_not_exist_are_refused_by_name(kind, field, value):
+    with pytest.raises(ValueError, match=field):
+        kind(target_modules=["fc"], **{field: value})
+
+
+@pytest.mark.parametrize("kind", [PeanutConfig, LilyConfig])
+def test_a_layer_s_scaling_can_be_changed_and_given_back(kind):
+    model = get_peft_model(Net(), kind(target_modules=["fc"], r=3, scaling=2.0, init_weights=False)).eval()
+    layer, y = model.base_model.model.layers[0]["fc"], model(X)
+    layer.scale_layer(3.0)
+    assert layer.scaling["default"] == 6.0 and not torch.allclose(model(X), y)
+    layer.unscale_layer()
+    assert torch.equal(model(X), y)
+
+
+def test_an_activation_by_any_name_that_transformers_knows():
+    pytest.importorskip("transformers")
+    model = get_peft_model(Net(), PeanutConfig(target_modules=["fc"], r=3, act_fn="quick_gelu", init_weights=False))
+    assert torch.isfinite(model(X)).all()
