@@ -292,18 +292,13 @@ class PeftModel(Persistent, nn.Module):
         undo.append(lambda: self._tuner.peft_config.pop(adapter_name))
 
     def _place(self, name: str, config: PeftConfig, meta: bool, autocast: bool, undo: list) -> None:
-        """Put an adapter into the model: beside the tuner, into it, or under a new one."""
-        holder = self._tuner
-        if config.is_prompt_learning:
-            from .prompts.standing import prompts_of
+        """Put an adapter into the tuner, or where it stands in a model with prompts."""
+        if config.is_prompt_learning or "prompts" in self.__dict__:
+            from .prompts.standing import place
 
-            holder = prompts_of(self, undo)
-        elif holder is not self.base_model:
-            from .prompts.standing import first_layers
-
-            first_layers(self, name, autocast, meta, undo)
-            return self._prepare(holder.model)
-        holder.inject_adapter(holder.model, name, autocast_adapter_dtype=autocast, low_cpu_mem_usage=meta, undo=undo)
+            return place(self, name, autocast, meta, undo)
+        tuner: Any = self.base_model
+        tuner.inject_adapter(tuner.model, name, autocast_adapter_dtype=autocast, low_cpu_mem_usage=meta, undo=undo)
 
     def _check_mix(self, adapter_name: str, peft_config: PeftConfig) -> None:
         """Raise ValueError for a method that cannot stand beside the model's others."""

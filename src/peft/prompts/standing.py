@@ -24,6 +24,24 @@ def first_prompt(peft_model: Any, model: nn.Module, config: Any, name: str) -> N
     peft_model.base_model, peft_model.prompt_encoder = model, prompts.encoders
 
 
+def place(peft_model: Any, name: str, autocast: bool, meta: bool, undo: Undo) -> None:
+    """Put an adapter into a model with prompts, or its first prompt: beside the tuner, into it, or into a new one.
+
+    Arguments:
+        peft_model: which knows the configuration.
+        name: the adapter's name.
+        autocast, meta: as `autocast_adapter_dtype` and `low_cpu_mem_usage` of `PeftModel.add_adapter`.
+        undo: receives the steps that take it back.
+    """
+    if peft_model.peft_config[name].is_prompt_learning:
+        holder: Any = prompts_of(peft_model, undo)
+    elif peft_model.prompts.alone:
+        return first_layers(peft_model, name, autocast, meta, undo)
+    else:
+        holder = peft_model.base_model
+    holder.inject_adapter(holder.model, name, autocast_adapter_dtype=autocast, low_cpu_mem_usage=meta, undo=undo)
+
+
 def prompts_of(peft_model: Any, undo: Undo) -> Prompts:
     """The prompts of a PeftModel, made beside its tuner if there are none yet; `undo` receives what takes them back."""
     known: Prompts | None = peft_model.__dict__.get("prompts")
@@ -60,6 +78,7 @@ def first_layers(peft_model: Any, name: str, autocast: bool, meta: bool, undo: U
     tuner.active_adapter = active
     _join(prompts, tuner)
     peft_model.base_model = tuner
+    peft_model._prepare(model)
 
     def leave() -> None:
         peft_model.base_model, prompts.alone, prompts.active_adapter = model, True, active
