@@ -301,6 +301,11 @@ from .utils.other import (
 )
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "AdaLoraConfig",
     "AdaLoraModel",
     "AdamssConfig",
@@ -359,7 +364,6 @@ __all__ = [
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "MissConfig",
     "MissModel",
     "MissingTensorsWarning",
@@ -372,9 +376,6 @@ __all__ = [
     "OFTModel",
     "OSFConfig",
     "OSFModel",
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
     "PeanutConfig",
     "PeanutModel",
     "PeftConfig",
@@ -412,7 +413,6 @@ __all__ = [
     "ShiraModel",
     "SupertuningConfig",
     "SupertuningModel",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "TaskType",
     "TinyLoraConfig",
     "TinyLoraModel",

@@ -9,15 +9,9 @@ from importlib.util import find_spec
 
 NAMES = frozenset(
     [
-        "AdamssConfig",
-        "AdamssModel",
         "BasePromptEncoder",
         "DoraCaching",
-        "FrodConfig",
-        "FrodModel",
         "GPTQLoraLinear",
-        "GloraConfig",
-        "GloraModel",
         "KappaTuneSelector",
         "ShadowConfig",
         "ShadowModel",

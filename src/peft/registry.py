@@ -90,6 +90,11 @@ METHODS: dict[PeftType, Method] = {
     PeftType.DEFT: Method("peft.methods.deft:DeftConfig", "peft.methods.deft:DeftModel", "deft_"),
     PeftType.HIRA: Method("peft.methods.hira:HiraConfig", "peft.methods.hira:HiraModel", "hira_", True),
     PeftType.PVERA: Method("peft.methods.pvera:PveraConfig", "peft.methods.pvera:PveraModel", "pvera_lambda_"),
+    PeftType.ADAMSS: Method("peft.methods.adamss.config:AdamssConfig", "peft.methods.adamss.model:AdamssModel", "adamss_"),
+    PeftType.FROD: Method("peft.methods.frod.config:FrodConfig", "peft.methods.frod.model:FrodModel", "frod_"),
+    PeftType.LILY: Method("peft.methods.lily:LilyConfig", "peft.methods.lily:LilyModel", "lily_"),
+    PeftType.GLORA: Method("peft.methods.glora:GloraConfig", "peft.methods.glora:GloraModel", "glora_"),
+    PeftType.PEANUT: Method("peft.methods.peanut:PeanutConfig", "peft.methods.peanut:PeanutModel", "peanut_"),
     PeftType.UNILORA: Method("peft.methods.unilora:UniLoraConfig", "peft.methods.unilora:UniLoraModel", "unilora_"),
     PeftType.TINYLORA: Method(
         "peft.methods.tinylora:TinyLoraConfig", "peft.methods.tinylora:TinyLoraModel", "tinylora_"
