@@ -34,7 +34,7 @@ SOME = (
     *("attention-packed", "attention-separate", "parameter-two"),
 )
 # DoRA over LoRA's product that mixes all channels has no weight; and what is no W' has no W' - W
-NONE = {(m, "conv-2d-grouped") for m in ("dora", "dora-bias", "kasa")}
+NONE = {(m, "conv-2d-grouped") for m in ("dora", "dora-bias", "velora-dora", "kasa")}
 WEIGHTS = [m for m, row in METHODS.items() if row.values is None and getattr(row, "merges", True)]
 CELLS = [c for c in cells([m for m in WEIGHTS if m not in ("tokens", "beft")]) if c[1] in SOME and c not in NONE]
 
