@@ -265,6 +265,12 @@ from .methods.waveft import (
     WaveFTConfig,
     WaveFTModel,
 )
+from .methods.xlora.config import (
+    XLoraConfig,
+)
+from .methods.xlora.model import (
+    XLoraModel,
+)
 from .mixed_model import (
     PeftMixedModel,
 )
@@ -430,6 +436,8 @@ __all__ = [
     "VeraModel",
     "WaveFTConfig",
     "WaveFTModel",
+    "XLoraConfig",
+    "XLoraModel",
     "adapter_parameters",
     "cast_mixed_precision_params",
     "compose_cartridge_adapters",

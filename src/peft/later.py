@@ -15,8 +15,6 @@ NAMES = frozenset(
         "KappaTuneSelector",
         "ShadowConfig",
         "ShadowModel",
-        "XLoraConfig",
-        "XLoraModel",
         "_prepare_prompt_learning_config",
         "check_target_module_exists",
         "bloom_model_postprocess_past_key_value",

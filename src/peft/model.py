@@ -199,7 +199,7 @@ class PeftModel(Persistent, nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the base model; `adapter_names` as in `forward`."""
-        model = self.get_base_model()
+        model, kwargs = self.get_base_model(), {**kwargs, **getattr(self._tuner, "generating", {})}
         sources = (kwargs, kwargs.get("generation_config"), getattr(model, "generation_config", None))
         beams = [setting(sources, key) or 1 for key in ("num_beams", "num_return_sequences")]
         return self._run(model.generate, args, kwargs, beams=max(beams))

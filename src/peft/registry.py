@@ -105,6 +105,7 @@ METHODS: dict[PeftType, Method] = {
         "trainable_tokens_",
     ),
     PeftType.VBLORA: Method("peft.methods.vblora:VBLoRAConfig", "peft.methods.vblora:VBLoRAModel", "vblora_"),
+    PeftType.XLORA: Method("peft.methods.xlora.config:XLoraConfig", "peft.methods.xlora.model:XLoraModel", None),
     PeftType.WAVEFT: Method("peft.methods.waveft:WaveFTConfig", "peft.methods.waveft:WaveFTModel", "waveft_"),
 }
 

@@ -34,12 +34,13 @@ class Call:
         part: while a module runs on some rows of a batch, which these are, and of how many.
         offsets: adapter -> on how many of each row's last positions it acts, (rows,); None where nobody has looked.
         given_offsets: what the caller says of that, one number or None per sample.
+        gates: a weak reference to what a gate says of each token, while it is in force.
         keys: the keys and values that stand before those of the text in every layer; None where layers have them.
         watched: whether somebody finds offsets before each forward.
         plain: whether no call was or is mixed, so that layers need not ask.
     """
 
-    FACTS = ("names", "beams", "length", "tasks", "offsets", "given_offsets", "keys")
+    FACTS = ("names", "beams", "length", "tasks", "offsets", "given_offsets", "keys", "gates")
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] | None = None
@@ -51,6 +52,7 @@ class Call:
         self.part: tuple[Tensor, int] | None = None
         self.offsets: dict[str, Tensor] | None = None
         self.given_offsets: list[int | None] | None = None
+        self.gates: Any = None
         self.keys: Any = None
         self.watched = False
         self.plain = True
@@ -61,9 +63,10 @@ class Call:
         self._past: deque[tuple[int, int, dict[str, Any]]] = deque(maxlen=REMEMBERED)
         self._node: int | None = None  # the autograd node in whose evaluation the facts were set; None outside backward
         self._recalled: dict[str, Any] | None = None
+        self.gates = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_past", "_node", "_recalled")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_past", "_node", "_recalled", "gates")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
