@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -348,6 +349,77 @@ def test_only_the_modules_of_the_file_are_targeted_where_names_end_alike(tmp_pat
     assert [p for p, _ in tuner_layers(loaded)] == ["base_model.model.b"]
 
 
+def unet_names() -> list[str]:
+    """The convolutions and projections of a UNet built as Stable Diffusion XL's is."""
+    inner = ("conv1", "conv2", "time_emb_proj")
+    names = ["conv_in", "conv_out", "time_embedding.linear_1", "add_embedding.linear_2"]
+    for side, count, blocks in (("down", 2, (0, 2, 2)), ("up", 3, (3, 3, 0))):
+        for i, attentions in enumerate(blocks):
+            names += [f"{side}_blocks.{i}.resnets.{j}.{n}" for j in range(count) for n in inner]
+            names += [f"{side}_blocks.{i}.attentions.{j}.proj_in" for j in range(attentions)]
+            names += [f"{side}_blocks.{i}.{side}samplers.0.conv"] * (i < 2)
+    return [*names, "mid_block.resnets.0.conv1", "mid_block.attentions.0.proj_in", "mid_block.resnets.1.conv2"]
+
+
+ORIGINAL = {
+    "input_blocks.0.0": "conv_in",
+    "input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1",
+    "input_blocks.2.0.emb_layers.1": "down_blocks.0.resnets.1.time_emb_proj",
+    "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks.4.1.proj_in": "down_blocks.1.attentions.0.proj_in",
+    "input_blocks.8.1.proj_in": "down_blocks.2.attentions.1.proj_in",
+    "middle_block.1.proj_in": "mid_block.attentions.0.proj_in",
+    "middle_block.2.out_layers.3": "mid_block.resnets.1.conv2",
+    "output_blocks.2.1.proj_in": "up_blocks.0.attentions.2.proj_in",
+    "output_blocks.2.2.conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks.5.2.conv": "up_blocks.1.upsamplers.0.conv",
+    "output_blocks.8.0.out_layers.3": "up_blocks.2.resnets.2.conv2",
+    "time_embed.0": "time_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "out.2": "conv_out",
+}
+
+
+def test_the_names_of_the_original_code_follow_from_the_structure_of_a_unet() -> None:
+    from peft.convert.ldm import original_names
+
+    found = original_names(unet_names())
+    assert {old: found.get(old) for old in ORIGINAL} == ORIGINAL
+    assert sorted(found.values()) == sorted(unet_names())
+    assert original_names(["model.layers.0.q_proj"]) == {}
+
+
+def test_diffusers_reads_the_names_of_the_original_code_in_the_same_way(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from peft.convert.ldm import original_names
+
+    def unet() -> Any:
+        torch.manual_seed(0)
+        return diffusers.UNet2DConditionModel(
+            sample_size=8, block_out_channels=(8, 16, 16), norm_num_groups=4, cross_attention_dim=16,
+            attention_head_dim=4, down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+            up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"), use_linear_projection=True,
+        )  # fmt: skip
+
+    base, state = unet(), {}
+    shapes = {n: m.weight.shape for n, m in base.named_modules() if getattr(m, "weight", None) is not None}
+    for old, new in original_names(shapes).items():
+        if ".transformer_blocks." in new and len(shapes[new]) == 2:
+            key = "lora_unet_" + old.replace(".", "_")
+            state[f"{key}.lora_down.weight"] = torch.randn(2, shapes[new][1])
+            state[f"{key}.lora_up.weight"] = torch.randn(shapes[new][0], 2)
+            state[f"{key}.alpha"] = torch.tensor(1.0)
+    save_file(state, tmp_path / "a.safetensors")
+    convert_adapter(tmp_path / "a.safetensors", "lora", tmp_path / "out", base=base)
+    ours, theirs = PeftModel.from_pretrained(base, tmp_path / "out"), unet()
+    kind = diffusers.StableDiffusionXLPipeline
+    read, alphas = kind.lora_state_dict(str(tmp_path), weight_name="a.safetensors", unet_config=theirs.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kind.load_lora_into_unet(read, alphas, theirs)
+    assert same(updates(theirs, "default_0"), updates(ours))
+
+
 def test_a_convolution_in_three_factors_is_read(tmp_path: Path) -> None:
     key = "lora_unet_conv_in"
     down, mid, up = torch.randn(2, 3, 1, 1), torch.randn(2, 2, 3, 3), torch.randn(8, 2, 1, 1)
@@ -661,6 +733,54 @@ def test_a_base_that_does_not_fit_is_told(tmp_path: Path) -> None:
     saved(config(use_dora=True), tmp_path / "adapter")
     with pytest.raises(ConversionError, match="does not fit the base model"):
         convert_adapter(tmp_path / "adapter", "lora", tmp_path / "out", base=nn.ModuleDict({"x": nn.Linear(2, 2)}))
+
+
+def mutated(state: dict[str, Tensor], rng: random.Random) -> dict[str, Tensor]:
+    """The tensors of a file with something wrong in one to three of them."""
+    for _ in range(rng.randint(1, 3)):
+        key = rng.choice(list(state))
+        value = state.pop(key)
+        what = rng.randrange(6)
+        if what == 1:
+            state[key] = torch.zeros([rng.choice((0, 1, 2, 3, 8)) for _ in range(rng.randint(0, 5))])
+        elif what == 2:
+            state[rng.choice(("x", "lora_unet_x", "unet.", key)) + rng.choice(("", ".alpha", ".lokr_w1"))] = value
+        elif what == 3:
+            state[key] = value.to(rng.choice((torch.int64, torch.bool, torch.float16)))
+        elif what == 4:
+            state[key] = value.flatten()
+        elif what == 5:
+            state[key] = torch.full_like(value, float("nan"))
+        if not state:
+            return {"x": value}
+    return state
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["lora", "loha-conv", "lokr-core"])
+@pytest.mark.parametrize("written", ["peft", "kohya", "diffusers"])
+def test_whatever_is_wrong_with_a_file_the_error_is_one_of_ours(name: str, written: str, tmp_path: Path) -> None:
+    made = config(use_dora=True) if name == "lora" else LYCORIS[name]
+    made.target_modules = {*NAMES, "conv_in"}
+    saved(made, tmp_path / "adapter")
+    good = tmp_path / "adapter" / FILE
+    if written != "peft":
+        if name != "lora" and written == "diffusers":
+            pytest.skip("diffusers has no files of LyCORIS")
+        (good,) = convert_adapter(tmp_path / "adapter", written, tmp_path / "f", component="unet").files
+    with safe_open(good, "pt") as handle:
+        metadata = {k: v for k, v in handle.metadata().items() if k != "checksum"}
+    rng, original = random.Random(0), load_file(good)
+    for i in range(40):
+        broken = good if written == "peft" else tmp_path / "b.safetensors"
+        save_file(mutated(dict(original), rng), broken, metadata=metadata)
+        source = tmp_path / "adapter" if written == "peft" else broken
+        base, rank, drop = rng.choice((None, net())), rng.choice((None, 2)), rng.random() < 0.5
+        to, out = rng.choice(("lora", "peft", "kohya", "diffusers", "vllm")), tmp_path / "out" / str(i)
+        try:
+            convert_adapter(source, to, out, component="unet", base=base, rank=rank, drop=drop)
+        except ConversionError:
+            assert not out.exists()
 
 
 def test_every_format_is_documented() -> None:

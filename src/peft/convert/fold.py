@@ -33,6 +33,9 @@ def fold(part: Part, component: str, reasons: list[Feature], options: Options, r
         report: is told what was done, and how much was left out.
     """
     what = " and ".join(f.text for f in reasons)
+    bad = [k for k, t in part.state.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if bad:
+        raise ConversionError(f"{what} cannot be written as a LoRA: {listing(bad, 4)} hold NaN or infinite values.")
     tuner = _loaded(part, _model(part, component, what, options), what)
     try:
         with warnings.catch_warnings():

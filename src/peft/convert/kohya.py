@@ -4,7 +4,8 @@
 
 The scaling is alpha / r; without alpha it is 1. `dora_scale` holds DoRA's norms, one for each out-feature (LyCORIS also
 trains norms of in-features, which is another method). A flattened name is resolved by what the file itself recorded, or
-by the names of the base's modules. Sources: kohya-ss/sd-scripts, networks/lora.py; LyCORIS, docs and modules.
+by the names of the base's modules: those of diffusers, or of the original code of a UNet (`ldm`). Sources:
+kohya-ss/sd-scripts, networks/lora.py; LyCORIS, docs and modules.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..errors import listing
 from . import sound
 from .build import config_for
 from .format import Format, Options, Report, Source, write_safetensors
+from .ldm import original_names
 from .names import check_shapes, flat, unflatten
 from .part import HADA, LOKR, ConversionError, Layer, Part, join, number
 from .vllm import scaled
@@ -225,7 +227,8 @@ def resolved(
     modules = options.base.modules(component)
     wanted = {_component(key)[1]: size for key, size in sizes.items()}
     wrappers = (flat(CLIP_WRAPPER),) if component.startswith("text_encoder") else ()
-    found = unflatten(wanted, modules, wrappers, f" ({component})")
+    others = original_names(modules) if component == "unet" else {}
+    found = unflatten(wanted, modules, wrappers, others, f" ({component})")
     check_shapes({found[name]: size for name, size in wanted.items()}, modules, f" ({component})")
     return {key: found[_component(key)[1]] for key in sizes}, modules
 

@@ -6,7 +6,7 @@ They prove what a flattened name means. A name that fits no module, or two, is a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,11 @@ def flat(name: str) -> str:
 
 
 def unflatten(
-    wanted: dict[str, tuple[int, int]], modules: Shapes, wrappers: tuple[str, ...] = (), where: str = ""
+    wanted: dict[str, tuple[int, int]],
+    modules: Shapes,
+    wrappers: tuple[str, ...] = (),
+    others: Mapping[str, str] | None = None,
+    where: str = "",
 ) -> dict[str, str]:
     """{flattened name: name of the module}, each proven: one module only has that name and that shape.
 
@@ -118,13 +122,14 @@ def unflatten(
         wanted: {flattened name: (O, I) of its update; I is of all but the first axis of the weight}.
         modules: names and shapes of the base.
         wrappers: what files may have in front of all names although the base lacks it.
+        others: {name in another code base: module}, for files that have such names.
         where: named in errors.
 
     Raises ConversionError with all names that fit nothing, or more than one module.
     """
     table: dict[str, list[str]] = {}
-    for module in modules:
-        table.setdefault(flat(module), []).append(module)
+    for name, module in [*((m, m) for m in modules), *(others or {}).items()]:
+        table.setdefault(flat(name), []).append(module)
     for wrapper in ("", *wrappers):
         cut = {name: name.removeprefix(wrapper) for name in wanted}
         found = {name: _fitting(table.get(cut[name], []), modules, wanted[name]) for name in wanted}
@@ -135,8 +140,8 @@ def unflatten(
         hint = nearest(cut[missing[0]], table)
         raise ConversionError(
             f"{len(missing)} names of the file fit no module of the base{where}: {listing(missing, 4)}.{hint} "
-            "Give the base model that the adapter was trained for (names of the original Stable Diffusion XL or Flux "
-            "code are not those of diffusers)."
+            "Give the base model that the adapter was trained for (names of other code bases than diffusers are known "
+            "of UNets only)."
         )
     double = {n: c for n, c in found.items() if len(c) > 1}
     if double:

@@ -243,8 +243,8 @@ def _kind(key: str, config: Any) -> str:
 
 
 def join(path: str, name: str) -> str:
-    """path.name, or the name alone."""
-    return f"{path}.{name}" if path else name
+    """path.name, or the one of them that is not empty."""
+    return f"{path}.{name}" if path and name else path or name
 
 
 def number(value: float) -> float:
