@@ -446,3 +446,13 @@ def test_intruders_are_looked_for_in_plain_lora_only() -> None:
     with pytest.raises(ValueError, match="already"):
         reduce_intruder_dimension(made, "x2", "x1")
     assert list(made.peft_config) == ["x1", "x2"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("top_k", 0), ("top_k", 1.5), ("threshold_epsilon", 1.5), ("mitigation_lambda", float("nan"))]
+)
+def test_numbers_without_a_meaning_are_refused(field: str, value: Any) -> None:
+    made = model(lora())
+    with pytest.raises(ValueError, match=field):
+        reduce_intruder_dimension(made, "x1", "less", **{field: value}, logging_sink=lambda _: None)
+    assert list(made.peft_config) == ["x1"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import re
 import sys
 import threading
 from pathlib import Path
@@ -209,7 +211,7 @@ def live_bytes() -> int:
     gc.collect()
     found: dict[int, int] = {}
     for t in gc.get_objects():
-        if isinstance(t, Tensor) and t.device.type != "meta":
+        if type(t) in (Tensor, nn.Parameter) and t.device.type != "meta":
             storage = t.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
@@ -394,8 +396,11 @@ def test_loading_the_twentieth_adapter_does_as_much_as_the_second(tmp_path: Path
     base = nn.Sequential(*(Net() for _ in range(10)))
     made = get_peft_model(base, LoraConfig(r=2, target_modules=r".*layers\.\d", init_lora_weights=False))
     made.save_pretrained(tmp_path)
-    counts = [calls(lambda i=i: made.load_adapter(tmp_path, f"a{i}")) for i in range(1, 21)]
-    assert counts[-1] <= 1.1 * counts[1]
+    made.load_adapter(tmp_path, "a1")
+    second = calls(lambda: made.load_adapter(tmp_path, "a2"))
+    for i in range(3, 20):
+        made.load_adapter(tmp_path, f"a{i}")
+    assert calls(lambda: made.load_adapter(tmp_path, "a20")) <= 1.1 * second
 
 
 def test_training_mode_reaches_every_module_of_every_adapter() -> None:
@@ -409,3 +414,24 @@ def test_training_mode_reaches_every_module_of_every_adapter() -> None:
     layer = made.base_model.model.layers[0]
     assert layer.train() is layer
     assert layer.lora_dropout["b"].training
+
+
+# ---- what the documents show --------------------------------------------------------------------------------------
+
+
+def test_the_document_on_serving_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    adapters = {f"customer-{i}": varied(i) for i in (1, 2, 7)}
+    for name, adapter in adapters.items():
+        adapter.save_pretrained(tmp_path / "adapters" / name)
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    names: dict[str, Any] = {"base": Net(), "x": X, "torch": torch}
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 4
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for block in blocks:
+            exec(block, names)
+    assert torch.allclose(names["output"], adapters["customer-7"](X), atol=1e-6)
+    assert torch.allclose(names["outputs"], adapters["customer-7"](X), atol=1e-6)

@@ -10,6 +10,7 @@ u0 are the left singular vectors of W. They go with forgetting of what the base 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,10 +46,11 @@ def reduce_intruder_dimension(
         mitigation_lambda: what the intruders' singular values are multiplied with; 1 leaves them.
         logging_sink: is told how many intruders each layer has.
 
-    Raises ValueError for another method, unknown or taken names; the model is then unchanged.
+    Raises ValueError for another method, unknown or taken names, numbers without a meaning; the model is then unchanged.
     """
     tuner = peft_model.base_model
     _check(tuner, old_adapter_name, new_adapter_name)
+    _check_numbers(top_k, threshold_epsilon, mitigation_lambda)
     found = updates(tuner.model, {old_adapter_name: 1.0})
     results: dict[str, Result | None] = {}
     for path, (update,) in found.items():
@@ -74,6 +76,15 @@ def _check(tuner: Any, old: str, new: str) -> None:
     check_adapter_name(new)
     if new in configs:
         raise ValueError(f"There is an adapter {new!r} already. Delete it first, or choose another new_adapter_name.")
+
+
+def _check_numbers(top_k: Any, eps: Any, factor: Any) -> None:
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"top_k={top_k!r} is no number of vectors. Give a whole number of at least 1.")
+    if not 0 <= eps <= 1:
+        raise ValueError(f"threshold_epsilon={eps!r} is no cosine. Give a number in [0, 1].")
+    if not math.isfinite(factor):
+        raise ValueError(f"mitigation_lambda={factor!r} is no factor. Give a finite number; 1 changes nothing.")
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from ..errors import listing, nearest
 from .compatible import unlike
 from .compiled import prepare_model_for_compiled_hotswap
 from .exchange import Contents, exchange
-from .room import largest_rank
+from .room import has_ranks, largest_rank
 from .swap import hotswap_adapter_from_state_dict, put
 from .tiers import Tiers
 
@@ -306,7 +306,7 @@ class AdapterPool:
                 f"The adapter {name!r} does not fit in the pool: for {field} it has {getattr(config, field, None)!r}, "
                 f"and the pool's room {getattr(self.room, field, None)!r}."
             )
-        if hasattr(config, "rank_pattern") and largest_rank(config) > largest_rank(self.room):
+        if has_ranks(config) and largest_rank(config) > largest_rank(self.room):
             raise ValueError(
                 f"The adapter {name!r} has rank {largest_rank(config)}, and the pool's room {largest_rank(self.room)}."
                 " Make the pool with a configuration of that rank (`room_for`)."

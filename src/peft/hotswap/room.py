@@ -39,12 +39,17 @@ def room_for(configs: Iterable[Any]) -> Any:
         entries = [e for c in given for e in getattr(c, name, None) or ()]
         if entries:
             setattr(first, name, list(dict.fromkeys(entries)))
-    if hasattr(first, "rank_pattern"):
+    if has_ranks(first):
         rank = max(largest_rank(c) for c in given)
         first.r, first.rank_pattern, first.alpha_pattern = rank, {}, {}
     if str(getattr(first, "init_lora_weights", True)).lower() not in ("true", "false"):
         first.init_lora_weights = True  # what an adapter starts from is in its file
     return first
+
+
+def has_ranks(config: Any) -> bool:
+    """Whether a configuration gives each layer a rank by `r` and `rank_pattern`."""
+    return hasattr(config, "r") and hasattr(config, "rank_pattern")
 
 
 def largest_rank(config: Any) -> int:
