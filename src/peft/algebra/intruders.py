@@ -46,7 +46,8 @@ def reduce_intruder_dimension(
         mitigation_lambda: what the intruders' singular values are multiplied with; 1 leaves them.
         logging_sink: is told how many intruders each layer has.
 
-    Raises ValueError for another method, unknown or taken names, numbers without a meaning; the model is then unchanged.
+    Raises ValueError for another method, unknown or taken names, and numbers without a meaning; the model is then
+    unchanged.
     """
     tuner = peft_model.base_model
     _check(tuner, old_adapter_name, new_adapter_name)
