@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import peft
-from peft import AdaptionPromptConfig, PeftModel, get_peft_model
+from peft import AdaptionPromptConfig, LoraConfig, PeftModel, get_peft_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -264,3 +264,141 @@ def test_a_failed_second_adapter_leaves_nothing_behind() -> None:
         model.add_adapter("two", config(adapter_layers=9))
     assert set(model.state_dict()) == names
     assert list(model.peft_config) == ["default"]
+
+
+# ---- beside other adapters -------------------------------------------------------------------------------------------
+
+
+def beside(*kinds: str, family: str = "llama") -> Any:
+    """A model with adapters of these kinds, named after them; all are active, in this order."""
+    targets = (
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True} if family == "gpt2" else {"target_modules": "q_proj"}
+    )
+    made = {
+        "gated": lambda: config(),
+        "short": lambda: config(adapter_len=1, adapter_layers=1),
+        "low": lambda: LoraConfig(r=2, task_type="CAUSAL_LM", **targets),
+        "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    }
+    if family != "gpt2":
+        targets["target_modules"] = ["q_proj", "k_proj", "o_proj"]
+    model = get_peft_model(base(family), made[kinds[0]](), adapter_name=kinds[0])
+    for kind in kinds[1:]:
+        model.add_adapter(kind, made[kind]())
+    for i, kind in enumerate(sorted(kinds)):
+        torch.manual_seed(10 + i)
+        for parameter in model.adapter_parameters(kind).values():
+            parameter.data.normal_().mul_(0.3)
+    model._tuner.set_adapter(list(kinds))
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_terms_of_two_active_prompts_add_up(family: str) -> None:
+    model, seen = beside("gated", "short", family=family), []
+    layer = attention(model)
+    hook = layer.register_forward_hook(lambda m, args, out: seen.append(out[0]))
+    inner = layer.model.register_forward_hook(lambda m, args, out: seen.append(out[0]))
+    x = torch.randn(2, 4, 16)
+    given: dict[str, Any] = {}
+    if family != "gpt2":
+        turns = model.get_base_model().model.rotary_emb(x, torch.arange(4)[None])
+        given = {"position_embeddings": turns, "attention_mask": None}
+    sums = []
+    for names in (["gated"], ["short"], ["gated", "short"]):
+        model.base_model.set_adapter(names)
+        layer(hidden_states=x, **given)
+        sums.append(seen[-1] - seen[-2])
+    hook.remove()
+    inner.remove()
+    assert all(s.abs().max() > 1e-5 for s in sums)
+    torch.testing.assert_close(sums[2], sums[0] + sums[1], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kinds", [("gated", "low"), ("low", "gated")])
+def test_the_prompt_passes_through_adapted_projections(kinds: tuple[str, str], family: str) -> None:
+    model = beside(*kinds, family=family)
+    merged = copy.deepcopy(model)
+    merged.merge_adapter(["low"])
+    expected = merged(TOKENS).logits
+    assert torch.allclose(model(TOKENS).logits, expected, atol=1e-5)
+    model.set_adapter("gated")
+    assert not torch.allclose(model(TOKENS).logits, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("kinds", [("gated", "low"), ("low", "gated"), ("gated", "short"), ("prefix", "gated", "low")])
+def test_every_adapter_has_its_own_file_and_any_may_come_first(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    model = beside(*kinds)
+    wanted = model(TOKENS).logits
+    model.save_pretrained(tmp_path)
+    for first in kinds:
+        model.set_adapter(first)
+        again = PeftModel.from_pretrained(base(), tmp_path / first, adapter_name=first)
+        assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+        for other in kinds:
+            if other != first:
+                again.load_adapter(tmp_path / other, other)
+        again._tuner.set_adapter(list(kinds))
+        assert torch.allclose(again(TOKENS).logits, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("kinds", [("gated", "low"), ("low", "gated"), ("gated", "prefix")])
+def test_all_of_them_learn_mix_in_a_batch_and_go(kinds: tuple[str, ...]) -> None:
+    model, alone = beside(*kinds), {}
+    gradients = []
+    for reentrant in (None, False, True):
+        model.train().zero_grad()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(TOKENS, labels=TOKENS).loss.backward()
+        gradients.append([p.grad.clone() for n in kinds for p in model.adapter_parameters(n).values()])
+    assert all(g.any() for g in gradients[0])
+    for found in gradients[1:]:
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, gradients[0], strict=True))
+    model.eval()
+    for kind in kinds:
+        model.set_adapter(kind)
+        alone[kind] = model(TOKENS).logits
+    mixed = model(TOKENS, adapter_names=list(kinds)).logits
+    assert torch.allclose(mixed, torch.stack([alone[k][i] for i, k in enumerate(kinds)]), atol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(model(TOKENS).logits, base()(TOKENS).logits)
+    model._tuner.set_adapter(list(kinds))
+    model.delete_adapter(kinds[0])
+    assert torch.equal(model(TOKENS).logits, alone[kinds[1]])
+    free = model.unload()
+    assert torch.equal(free(TOKENS).logits, base()(TOKENS).logits)
+    assert set(free.state_dict()) == set(base().state_dict())
+
+
+def test_targets_below_a_prompt_are_named_as_without_it() -> None:
+    model = beside("gated")
+    model.add_adapter("low", LoraConfig(r=2, target_modules=["layers.2.self_attn.v_proj"], layers_to_transform=None))
+    assert model.base_model.targeted_module_names[-1] == "model.layers.2.self_attn.v_proj"
+    keys = peft.get_peft_model_state_dict(model, adapter_name="low")
+    assert set(keys) == {f"base_model.model.model.layers.2.self_attn.v_proj.lora_{f}.weight" for f in "AB"}
+    model.add_adapter("all", LoraConfig(r=2, target_modules="all-linear"))
+    assert "model.layers.2.self_attn.v_proj" in model.base_model.targeted_module_names
+    for names in (None, ["gated"]):
+        model._tuner.set_adapter(["gated", "low"])
+        with pytest.raises(ValueError, match="cannot be merged"):
+            model.merge_adapter(names)
+
+
+def test_whole_modules_and_new_heads_are_trained_and_saved(tmp_path: Path) -> None:
+    model = get_peft_model(base(), config(modules_to_save=["lm_head"]))
+    for parameter in model.adapter_parameters("default").values():
+        parameter.data.add_(0.3)
+    assert any("lm_head" in n and p.requires_grad for n, p in model.named_parameters())
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path)
+    assert again.peft_config["default"].modules_to_save == ["lm_head"]
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    assert "modules_to_save" not in config().to_dict()
+    setting = transformers.LlamaConfig(**LLAMA, num_labels=3)
+    heads = get_peft_model(transformers.LlamaForSequenceClassification(setting), config(task_type="SEQ_CLS"))
+    assert any("score" in n and p.requires_grad for n, p in heads.named_parameters())
+    with pytest.raises(ValueError, match="Only one adapter can be active for 'score'"):
+        heads.add_adapter("two", config(task_type="SEQ_CLS"))
+        heads.base_model.set_adapter(["default", "two"])
