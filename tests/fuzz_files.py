@@ -41,13 +41,15 @@ ROOM = 1 << 30  # bytes of address space beyond what the process has at the star
 
 HUGE = st.sampled_from([-1, 0, 1, 2, 3, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63)])
 WORDS = st.sampled_from(
-    ["F32", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "F33", "", "a", "lora_A", "fc1", "default", "LORA", "all-linear", "\0"]
-    + ["*", "(", "[", ".*", "fc[12]", "NaN", "é", "__metadata__", "base_model.model.fc1.lora_A.weight", "x" * 5000]
+    [
+        *("F32", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "F33", "", "a", "lora_A", "fc1", "default", "LORA", "\0"),
+        *("all-linear", "*", "(", "[", ".*", "fc[12]", "NaN", "é", "__metadata__", "x" * 5000),
+        "base_model.model.fc1.lora_A.weight",
+    ]
 )
 SCALARS = st.none() | st.booleans() | HUGE | st.integers(-9, 9) | st.floats() | WORDS | st.text(max_size=6)
-VALUES = st.recursive(
-    SCALARS, lambda v: st.lists(v, max_size=4) | st.dictionaries(WORDS | st.text(max_size=4), v, max_size=4), max_leaves=8
-)
+NAMES = WORDS | st.text(max_size=4)
+VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=4) | st.dictionaries(NAMES, v, max_size=4), max_leaves=8)
 SIZES = st.lists(HUGE | st.integers(0, 9), max_size=4)
 ENTRY = st.fixed_dictionaries({"dtype": WORDS, "shape": SIZES, "data_offsets": SIZES}) | VALUES
 HEADS = st.dictionaries(WORDS | st.text(max_size=8), ENTRY, max_size=5).map(lambda h: json.dumps(h).encode())

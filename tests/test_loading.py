@@ -260,7 +260,12 @@ def portrait(model):
     }
     parameters = {name: (id(p), p.requires_grad, p._version) for name, p in model.named_parameters()}
     config = model.config.to_dict() if hasattr(model, "config") else None
-    return modules, parameters, config, [model.active_adapters, list(model.peft_config)] if isinstance(model, PeftModel) else []
+    return (
+        modules,
+        parameters,
+        config,
+        [model.active_adapters, list(model.peft_config)] if isinstance(model, PeftModel) else [],
+    )
 
 
 def misshapen(state):
@@ -407,7 +412,9 @@ def test_heads_that_an_adapter_replaces_do_not_count(tmp_path):
     model = get_peft_model(classifier(3), config)
     noted = fingerprint(model, config.modules_to_save)
     assert difference(noted, classifier(5), config.modules_to_save) == []
-    assert difference(fingerprint(model), classifier(5)) == ["score.weight: 1 of 3x16 when it was saved, 1 of 5x16 here"]
+    assert difference(fingerprint(model), classifier(5)) == [
+        "score.weight: 1 of 3x16 when it was saved, 1 of 5x16 here"
+    ]
 
 
 class Packed(nn.Module):
@@ -462,7 +469,20 @@ def test_a_configuration_that_was_edited_is_reported(tmp_path):
 
 # Names ---------------------------------------------------------------------------------------------------------------
 
-PARTS = ["lora", "lora_A", "lora_B", "default", "base_layer", "foo", "foobar", "model", "weight", "bias", "0", "modules"]
+PARTS = [
+    "lora",
+    "lora_A",
+    "lora_B",
+    "default",
+    "base_layer",
+    "foo",
+    "foobar",
+    "model",
+    "weight",
+    "bias",
+    "0",
+    "modules",
+]
 PARTS += ["to_save", "original_module", "é", "名", "base_model", "A", "_", "-", " ", "adapter", "default_", "x" * 30]
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PeftWarning, listing
+from . import hub
 from .commit import staged
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .header import CHECKSUM, Header, data_of, is_sound, read_header, tensors_of, write_file
@@ -215,7 +216,7 @@ def open_weights(file: str | os.PathLike[str], fetch: Callable[[str], str] | Non
     text = os.fspath(file)
     if text.endswith(".index.json"):
         beside = os.path.dirname(text)
-        return _open_shards(text, fetch or (lambda name: os.path.join(beside, name)))
+        return _open_shards(text, fetch or (lambda name: hub.fetch(beside, name)))
     if text.endswith(".safetensors"):
         return Saved({text: read_header(file)})
     return Saved(state=_read_pickle(text))
@@ -232,11 +233,9 @@ def _open_shards(index: str, fetch: Callable[[str], str]) -> Saved:
     for name in sorted(set(places.values())):
         try:
             path = fetch(name)
-            head = read_header(path)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{index} names {name!r}, which is missing: {error}. Download or save it again."
-            ) from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{index} names {name!r}, which is missing: {error} Download or save it again.") from error
+        head = read_header(path)
         wanted = {k for k, n in places.items() if n == name}
         wrong = sorted(wanted ^ head.tensors.keys())
         if wrong:
