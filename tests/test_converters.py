@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import test_golden
 from peft import (
     LoHaConfig,
     LoKrConfig,
@@ -710,6 +711,47 @@ def test_updates_that_depend_on_the_base_are_written_as_a_lora_with_it(name: str
             convert_adapter(tmp_path / "adapter", to, tmp_path / "out", base=net())
     convert_adapter(tmp_path / "adapter", to, tmp_path / "out", base=net(), rank=1.0 if name == "dora" else None)
     assert same(of_folder(tmp_path / "out"), updates(model), 2e-5)
+
+
+def one_of_each_method() -> list[str]:
+    """The first golden case of each method whose adapter is loaded by itself."""
+    found: dict[str, str] = {}
+    for name in test_golden.CASES:
+        case = json.loads((test_golden.GOLDEN / name / "case.json").read_text())
+        kind = json.loads((test_golden.GOLDEN / name / "adapter_config.json").read_text())["peft_type"]
+        if not case.get("ops") and kind not in NO_WEIGHTS:
+            found.setdefault(kind, name)
+    return [*found.values(), "lora-pissa", "lora-kasa", "lora-mha", "dora-rslora", "lora-experts"]
+
+
+NO_WEIGHTS = {
+    *("ADAPTION_PROMPT", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "CARTRIDGE"),
+    *("LN_TUNING", "TRAINABLE_TOKENS", "POLY", "BEFT"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [n for n in one_of_each_method() if n in test_golden.CASES])
+def test_an_adapter_of_any_method_that_changes_weights_is_the_same_as_a_lora(name: str, tmp_path: Path) -> None:
+    case, io = test_golden.read(name)
+    base = test_golden.base_model(case)
+    try:
+        convert_adapter(test_golden.GOLDEN / name, "lora", tmp_path, base=base, rank=1.0)
+    except ConversionError as error:
+        assert "trained biases" in str(error) or "depends on its input" in str(error)
+        return
+    found = PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        wanted = io["merged_output" if name in test_golden.RUNS_AS_MERGED else "output"]
+        test_golden.close(test_golden.run(found, name, **case.get("call", {})), wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["prompt-gpt2", "lntuning-llama", "poly-linear", "adaption-prompt-gpt2"])
+def test_what_is_no_change_of_weights_is_no_lora(name: str, tmp_path: Path) -> None:
+    base = test_golden.base_model(test_golden.read(name)[0])
+    with pytest.raises(ConversionError, match=r"changes no weights|cannot be written as a LoRA"):
+        convert_adapter(test_golden.GOLDEN / name, "lora", tmp_path / "out", base=base)
 
 
 def test_the_report_says_how_much_a_rank_leaves_out(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_norms_and_scalings_are_those_of_the_updates(changes: dict[str, Any], tm
         alpha = (made.alpha_pattern or {}).get(target.path.rpartition(".")[2], 6)
         assert (target.rank, target.alpha) == (r, alpha)
         assert target.scaling == pytest.approx(alpha / (r**0.5 if made.use_rslora else r))
-        assert target.update_norm == pytest.approx(float(torch.linalg.matrix_norm(B @ A)) * target.scaling, rel=1e-5)
+        assert target.product_norm == pytest.approx(float(torch.linalg.matrix_norm(B @ A)) * target.scaling, rel=1e-5)
 
 
 def test_the_fingerprint_of_the_base_is_shown(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_json_holds_everything(llama: Path, tmp_path: Path) -> None:
     of_llama(tmp_path / "a", llama, config(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     found = json.loads(command("inspect", tmp_path / "a", "--json")[1])
     assert (found["method"], found["ok"], len(found["targets"])) == ("LORA", True, 2)
-    assert {"path", "rank", "scaling", "update_norm", "parameters"} <= found["targets"][0].keys()
+    assert {"path", "rank", "scaling", "product_norm", "parameters"} <= found["targets"][0].keys()
     assert json.loads(command("check", tmp_path / "a", "--base", llama, "--json")[1])["matched"] == 4
 
 

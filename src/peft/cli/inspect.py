@@ -27,10 +27,10 @@ def run(options: InspectOptions) -> int:
     shown = {k: v for k, v in found.config.items() if k not in ("peft_type", "base_model_name_or_path")}
     report.say("Configuration: " + ", ".join(f"{k}={v!r}" for k, v in shown.items()))
     rows = [
-        [t.path or "(the model)", _number(t.rank), _number(t.scaling), _number(t.update_norm), f"{t.parameters:,}"]
+        [t.path or "(the model)", _number(t.rank), _number(t.scaling), _number(t.product_norm), f"{t.parameters:,}"]
         for t in found.targets
     ]
-    _table("Targets", ["module", "rank", "scaling", "norm of the update", "parameters"], rows)
+    _table("Targets", ["module", "rank", "scaling", "norm of s B A", "parameters"], rows)
     tensors = [
         [t.key.removeprefix("base_model.model."), " x ".join(map(str, t.shape)), t.dtype, _number(t.norm)]
         for t in found.tensors

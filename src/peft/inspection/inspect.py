@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import PeftConfig
+from ..convert.part import Part
 from ..core.checkpoint import open_adapter
 from ..core.defaults import CONFIG_NAME
 from ..core.entries import PREFIX
@@ -121,16 +122,13 @@ def _info(key: str, t: Tensor) -> TensorInfo:
 
 def _told(values: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """The fields of the file that are not what they would be anyway."""
-    usual = type(config)().to_dict() if _has_defaults(config) else {}
-    return {k: v for k, v in sorted(values.items()) if k not in usual or _plain(usual[k]) != v}
-
-
-def _has_defaults(config: Any) -> bool:
     try:
-        type(config)()
-    except (TypeError, ValueError):
-        return False
-    return True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            usual = type(config)().to_dict()
+    except (TypeError, ValueError):  # some field has no usual value
+        usual = {}
+    return {k: v for k, v in sorted(values.items()) if k not in usual or _plain(usual[k]) != v}
 
 
 def _plain(value: Any) -> Any:
@@ -147,12 +145,12 @@ def _changed(saved: Saved, values: dict[str, Any]) -> list[Problem]:
 
 def _target(path: str, parts: Mapping[str, Tensor], config: Any, method: str) -> TargetInfo:
     count = sum(t.numel() for t in parts.values())
-    own = settings(config, path.replace(".base_layer", ""))
+    own = settings(config, Part(config, {}).name_of(path))
     alpha, r = getattr(own, "lora_alpha", getattr(own, "alpha", None)), getattr(own, "r", None)
     scaling = None
     if method in ("LORA", "LOHA", "LOKR") and isinstance(alpha, int | float) and isinstance(r, int):
         scaling = alpha / (math.sqrt(r) if getattr(own, "use_rslora", False) else r)
-    norm = None if scaling is None else _update_norm(parts, scaling)
+    norm = None if scaling is None else _product_norm(parts, scaling, r)
     return TargetInfo(path, tuple(parts), count, _rank(parts, r), alpha, scaling, norm)
 
 
@@ -163,11 +161,11 @@ def _rank(parts: Mapping[str, Tensor], r: Any) -> int | None:
     return r if isinstance(r, int) else None
 
 
-def _update_norm(parts: Mapping[str, Tensor], scaling: float) -> float | None:
-    """The norm of s B A by the small squares of its factors; None for other updates."""
+def _product_norm(parts: Mapping[str, Tensor], scaling: float, r: Any) -> float | None:
+    """The norm of s B A by the small squares of its factors; None for other updates, and for several in one."""
     for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
         A, B = parts.get(a), parts.get(b)
-        if A is not None and B is not None and min(A.dim(), B.dim()) > 1 and A.shape[0] == B.shape[1]:
+        if A is not None and B is not None and min(A.dim(), B.dim()) > 1 and A.shape[0] == r:
             A, B = A.double().flatten(1), B.double().flatten(1)
             if A.shape[0] != B.shape[1]:
                 return None

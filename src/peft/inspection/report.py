@@ -42,9 +42,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """What an adapter has for one module; `rank`, `scaling` and `update_norm` where the method has them.
+    """What an adapter has for one module; `rank`, `scaling` and `product_norm` where the method has them.
 
-    `update_norm` is the Frobenius norm of what is added to the weight.
+    `product_norm` is the Frobenius norm of s B A. That is all that is added to the weight, unless DoRA's norms or a
+    start from the base's own weight come in.
     """
 
     path: str
@@ -53,7 +54,7 @@ class TargetInfo:
     rank: int | None = None
     alpha: float | None = None
     scaling: float | None = None
-    update_norm: float | None = None
+    product_norm: float | None = None
 
 
 @dataclass
