@@ -353,3 +353,44 @@ def test_biases_trained_by_a_lora_are_those_of_the_model_alone() -> None:
     assert set(model.adapter_parameters("default")) == {
         f"prompt_encoder.default.{n}" for n, _ in model.prompt_encoder["default"].named_parameters()
     }
+
+
+def test_terms_of_the_loss_are_added_to_the_loss_of_a_context() -> None:
+    model = get_peft_model(llama(), config("cpt"), adapter_name="one")
+    adalora = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model.add_adapter("two", adalora)
+    moved(model).set_adapter(["one", "two"])
+    found = []
+    for weight in (0.0, 0.5, 1.0):
+        model.peft_config["two"].orth_reg_weight = weight
+        found.append(model(**text(), labels=text()["input_ids"]).loss.detach())
+    assert found[2] > found[1] > found[0]
+    torch.testing.assert_close(found[2] - found[1], found[1] - found[0])
+
+
+@pytest.mark.filterwarnings("ignore:aLoRA")
+@pytest.mark.parametrize("prompt", ["prompt", "prefix"])
+def test_an_alora_finds_its_words_behind_a_prompt(prompt: str) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM",
+                                               alora_invocation_tokens=[9]), adapter_name="one")  # fmt: skip
+    model.add_adapter("two", config(prompt))
+    moved(model).set_adapter(["one", "two"])
+    given = text()
+    given["input_ids"][given["input_ids"] == 9] = 8
+    quiet = logits(model, **given)
+    given["input_ids"][0, 2] = 9
+    found, words = logits(model, **given), model.generate(**given, **WORDS)
+    told = logits(model, **given, alora_offsets=[3, None])
+    assert torch.equal(found, told) and torch.equal(found[1], quiet[1])
+    model.set_adapter("two")
+    assert not torch.allclose(logits(model, **given)[0, -3:], found[0, -3:], atol=1e-4)
+    torch.testing.assert_close(logits(model, **given)[:, :-3], found[:, :-3])
+    model.set_adapter(["one", "two"])
+    assert torch.equal(model.generate(**given, **WORDS, use_cache=True), words)
+    assert model.generate(**given, **WORDS, num_beams=2).shape == words.shape
+    ids = given["input_ids"]
+    for _ in range(4):
+        scores = logits(model, input_ids=ids, attention_mask=torch.ones_like(ids))[:, -1]
+        scores[:, 2] = -torch.inf
+        ids = torch.cat([ids, scores.argmax(-1)[:, None]], 1)
+    assert torch.equal(words, ids)

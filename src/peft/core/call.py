@@ -36,11 +36,13 @@ class Call:
         given_offsets: what the caller says of that, one number or None per sample.
         gates: a weak reference to what a gate says of each token, while it is in force.
         keys: the keys and values that stand before those of the text in every layer; None where layers have them.
+        ids: the text's own, where the model is given embeddings in their place.
+        virtual: how many tokens before the text are no text.
         watched: whether somebody finds offsets before each forward.
         plain: whether no call was or is mixed, so that layers need not ask.
     """
 
-    FACTS = ("names", "beams", "length", "tasks", "offsets", "given_offsets", "keys", "gates")
+    FACTS = ("names", "beams", "length", "tasks", "offsets", "given_offsets", "keys", "ids", "gates")
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] | None = None
@@ -54,6 +56,8 @@ class Call:
         self.given_offsets: list[int | None] | None = None
         self.gates: Any = None
         self.keys: Any = None
+        self.ids: Tensor | None = None
+        self.virtual = 0
         self.watched = False
         self.plain = True
         self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
@@ -142,7 +146,9 @@ class Call:
             beams: how often each sample may be repeated; None for a forward.
             names, task_ids, offsets: what the caller says of each sample, or None.
         """
-        facts: dict[str, Any] = {"keys": None, **({} if offsets is None else {"given_offsets": list(offsets)})}
+        facts: dict[str, Any] = {"keys": None, "ids": None, "virtual": 0}
+        if offsets is not None:
+            facts["given_offsets"] = list(offsets)
         first = first_tensor(args, kwargs)
         length = tokens(first) if beams is None else None
         if names is not None:

@@ -43,7 +43,7 @@ def generate(prompts: Prompts, run: Callable[..., Any], args: tuple[Any, ...], g
     batch = batch_of(given)
     _give_mask(prompts.model, given)
     two = bool(getattr(prompts.model.config, "is_encoder_decoder", False))
-    ids = given.get("input_ids")
+    ids, prompts.call.virtual = given.get("input_ids"), chosen.tokens
     if front is not None:
         made = front.prompt(batch, checked_tasks(front, task_ids, batch))[:, : front.num_virtual_tokens]
         given = hide(prompts.model, front, in_front(prompts, given, made), "attention_mask", True)
@@ -53,7 +53,7 @@ def generate(prompts: Prompts, run: Callable[..., Any], args: tuple[Any, ...], g
         if not two and given.get("inputs_embeds") is not None:  # transformers cuts off as many as the cache holds
             given["inputs_embeds"] = pad(given["inputs_embeds"], (0, 0, cached.num_virtual_tokens, 0))
     if front is not None and not two and ids is not None:
-        given["input_ids"] = ids  # generated tokens follow them in the result
+        prompts.call.ids = given["input_ids"] = ids  # generated tokens follow them in the result
         _lengths(prompts.model, given, ids.shape[1])
     return run(*args, **given)
 

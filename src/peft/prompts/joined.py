@@ -20,6 +20,11 @@ class Chosen(NamedTuple):
     cached: Any = None
 
     @property
+    def tokens(self) -> int:
+        """How many virtual tokens there are."""
+        return sum(e.num_virtual_tokens for e in self if e is not None)
+
+    @property
     def own_loss(self) -> Any:
         """The encoder whose loss takes the place of the model's own, and the numbers of other tokens around its own.
 

@@ -35,15 +35,18 @@ def forward(prompts: Prompts, function: Callable[..., Any], args: tuple[Any, ...
     }
     inputs = extended(prompts, chosen, passed, prompts.labels())
     call = prompts.call
-    if call.length is not None and chosen.front is not None:
-        call.length += chosen.front.num_virtual_tokens
+    call.virtual = chosen.tokens
+    if chosen.front is not None:
+        call.ids = given.get("input_ids")
+        call.length = None if call.length is None else call.length + chosen.front.num_virtual_tokens
     kept = call.keys = _kept(prompts, chosen.cached, inputs)
-    output = function(**inputs)
+    output = (function if loss is None else prompts.model)(**inputs)
     if kept is not None:
         kept.settle(output)
-    if loss is not None:
-        output.loss = loss[0].loss(output.logits, given["labels"], given, loss[1])
-    return output
+    if loss is None:
+        return output
+    output.loss = loss[0].loss(output.logits, given["labels"], given, loss[1])
+    return function.completed(output) if hasattr(type(function), "completed") else output  # type: ignore[attr-defined]
 
 
 def _kept(prompts: Prompts, encoder: Any, inputs: dict[str, Any]) -> Kept | None:

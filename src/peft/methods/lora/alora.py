@@ -58,16 +58,17 @@ class Offsets:
         call = self.tuner.call
         self.start = call.begin()
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
-            ids = None
+            ids = _of_embeddings(call.ids, kwargs.get("inputs_embeds"))
+        cached = max(0, _cached(kwargs.get("past_key_values")) - call.virtual)  # of the text
         if call.given_offsets is not None:
-            call.offsets = self._given(tokens, call.given_offsets, ids, _cached(kwargs.get("past_key_values")))
+            call.offsets = self._given(tokens, call.given_offsets, ids, cached)
         elif ids is None:
             call.offsets = None
             if any(n in tokens for n in self.tuner.active_adapters):
                 text = "aLoRA needs `input_ids` to find its invocation tokens; without them the adapter does nothing."
                 warnings.warn(text, PeftWarning, stacklevel=2)
         else:
-            before = self.found if _cached(kwargs.get("past_key_values")) else {}
+            before = self.found if cached else {}
             call.offsets = self.found = {n: _of_rows(ids, t, before.get(n)) for n, t in tokens.items()}
 
     def _given(self, names: Iterable[str], offsets: Any, ids: Tensor | None, cached: int) -> dict[str, Tensor]:
@@ -87,6 +88,13 @@ class Offsets:
 
 def _cached(past: Any) -> int:
     return int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
+
+
+def _of_embeddings(ids: Tensor | None, embeddings: Tensor | None) -> Tensor | None:
+    """The ids of a text that stands last among embeddings, for rows that may be repeated."""
+    if ids is None or embeddings is None:
+        return None
+    return ids.repeat_interleave(max(1, len(embeddings) // max(1, len(ids))), 0)
 
 
 def _of_rows(ids: Tensor, tokens: list[int], before: Tensor | None) -> Tensor:
