@@ -304,6 +304,13 @@ def test_the_headers_of_a_base_on_disk_are_enough(tmp_path: Path) -> None:
     assert set(of_folder(tmp_path / "out")) == {"down_blocks.0.attn_1.to_q"}
 
 
+def test_the_transformer_of_a_base_is_meant_where_it_has_no_unet(tmp_path: Path) -> None:
+    file = kohya_file(tmp_path / "a.safetensors", [TO_Q])
+    convert_adapter(file, "diffusers", tmp_path / "out", base={"transformer": net()})
+    keys = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert set(keys) == {f"transformer.down_blocks.0.attn_1.to_q.lora_{s}.weight" for s in "AB"}
+
+
 def test_underscores_are_never_guessed(tmp_path: Path) -> None:
     file = kohya_file(tmp_path / "a.safetensors", [TO_Q])
     with pytest.raises(ConversionError, match=r"may be dots or not.*Give `base`"):

@@ -91,9 +91,11 @@ class Kohya(Format):
         layers = grouped(source.state)
         record = _record(source.metadata.get(RECORD, ""))
         parts = {}
-        for component in dict.fromkeys(_component(key)[0] for key in layers):
+        components = dict.fromkeys(_component(key)[0] for key in layers)
+        for component in components:
             own = {k: t for k, t in layers.items() if _component(k)[0] == component}
-            parts[component] = self._part(component, own, record, options)
+            name = options.component if options.component and len(components) == 1 else _meant(component, options)
+            parts[name] = self._part(name, own, record, options)
         return parts
 
     def _part(
@@ -193,6 +195,12 @@ def _component(key: str) -> tuple[str, str]:
     """The component and the flattened name after its prefix."""
     prefix = next(p for p in READ if key.startswith(p))
     return READ[prefix], key[len(prefix) :]
+
+
+def _meant(component: str, options: Options) -> str:
+    """The component; sd-scripts says unet of transformers, too."""
+    there = options.base.components if options.base is not None else []
+    return "transformer" if component == "unet" and "unet" not in there and "transformer" in there else component
 
 
 def _record(text: str) -> dict[str, str]:

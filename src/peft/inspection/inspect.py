@@ -151,7 +151,8 @@ def _target(path: str, parts: Mapping[str, Tensor], config: Any, method: str) ->
     if method in ("LORA", "LOHA", "LOKR") and isinstance(alpha, int | float) and isinstance(r, int):
         scaling = alpha / (math.sqrt(r) if getattr(own, "use_rslora", False) else r)
     norm = None if scaling is None else _product_norm(parts, scaling, r)
-    return TargetInfo(path, tuple(parts), count, _rank(parts, r), alpha, scaling, norm)
+    stacked = norm is None and getattr(config, "target_parameters", None)  # tensors have r times as many rows
+    return TargetInfo(path, tuple(parts), count, r if stacked else _rank(parts, r), alpha, scaling, norm)
 
 
 def _rank(parts: Mapping[str, Tensor], r: Any) -> int | None:
