@@ -206,6 +206,15 @@ def test_every_layout_is_resized(layout: str) -> None:
     assert torch.allclose(made(cell.x()), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
 
 
+def test_what_is_trained_beside_the_factors_is_copied() -> None:
+    made = model(lora(target_modules=["0"], modules_to_save=["2"]))
+    made.base_model.model[2].modules_to_save["x1"].weight.data.add_(1)
+    expected = made(X).detach()
+    resize(made, 5, "x1", "large")
+    made.set_adapter("large")
+    assert torch.allclose(made(X), expected, atol=1e-6)
+
+
 def test_what_cannot_be_resized_leaves_the_model_as_it_was() -> None:
     made = model(lora())
     names = set(made.state_dict())

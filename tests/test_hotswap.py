@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,35 @@ def test_room_that_cannot_be_made_is_refused() -> None:
     prepare_model_for_compiled_hotswap(compiled, target_rank=8, check_compiled="ignore")
     with pytest.raises(ValueError, match="check_compiled"):
         prepare_model_for_compiled_hotswap(made(), check_compiled="never")
+
+
+def test_an_exchange_calls_few_functions_for_each_layer() -> None:
+    def stacked(rank: int) -> Any:
+        base = nn.Sequential(*(Net() for _ in range(20)))
+        return get_peft_model(base, LoraConfig(r=rank, target_modules=r".*layers\.\d", init_lora_weights=False))
+
+    model, other = stacked(8), stacked(4)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    state, config = get_peft_model_state_dict(other), other.peft_config["default"]
+    hotswap_adapter_from_state_dict(model, state, "default", config)
+    count = calls(lambda: hotswap_adapter_from_state_dict(model, state, "default", config))
+    assert count <= 300 * 60
+
+
+def calls(action: Any) -> int:
+    """How many Python and C functions are called."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------

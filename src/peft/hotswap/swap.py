@@ -293,7 +293,18 @@ class Swap:
             held.update(new, settings=change.settings)
             change.changed = not new.keys() <= p.method.free(p)
         if scales:
-            copy_with_undo(scales, [n.to(t) for n, t in zip(torch.tensor(numbers).unbind(), scales, strict=True)], undo)
+            copy_with_undo(
+                scales,
+                [
+                    n.to(t)
+                    for n, t in zip(
+                        torch.tensor(numbers, dtype=scales[0].dtype, device=scales[0].device).unbind(),
+                        scales,
+                        strict=True,
+                    )
+                ],
+                undo,
+            )
 
 
 def _of_method(entry: Entry) -> bool:
