@@ -24,51 +24,73 @@ Describe here what the adapter was trained for, on which data, and how it was ev
 
 
 def update_card(model: PeftModel, output_dir: str) -> None:
-    """Write `README.md` in a folder, or update the metadata and the version line of the one that is there.
+    """Write `README.md` in a folder, or add what is missing to the one that is there.
 
     Arguments:
         model: the model with adapters.
-        output_dir: the folder; edits made by hand in its card are kept.
+        output_dir: the folder. Every character of a card stays as it is, whatever its encoding, but the number of the
+            version.
     """
     file = Path(output_dir) / "README.md"
-    before = file.read_text(encoding="utf-8") if file.is_file() else None
-    try:
-        text = _hub_text(model, before)
-    except ImportError:
-        text = _plain_text(model, before)
+    before = file.read_bytes().decode("utf-8", "surrogateescape") if file.is_file() else None
+    text = _new_text(model) if before is None else _updated(model, before)
     with staged(output_dir) as stage:
-        (stage / "README.md").write_text(text, encoding="utf-8")
+        (stage / "README.md").write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
-def _hub_text(model: PeftModel, before: str | None) -> str:
-    from huggingface_hub import ModelCard, ModelCardData
+def _new_text(model: PeftModel) -> str:
+    """The hub's template, with the metadata in front; a shorter one without huggingface_hub."""
+    try:
+        from huggingface_hub import ModelCard, ModelCardData
 
-    card = ModelCard(before) if before is not None else ModelCard.from_template(ModelCardData())
-    data = card.data
-    for key, value in _metadata(model, data.get("tags"), data.get("pipeline_tag")).items():
-        data[key] = value
+        card = ModelCard.from_template(ModelCardData())
+    except ImportError:  # of the hub's library, or of the one that fills in templates
+        return _updated(model, TEMPLATE)
+    for key, value in _metadata(model).items():
+        card.data[key] = value
     card.text = _with_version(card.text)
     return str(card)
 
 
-def _plain_text(model: PeftModel, before: str | None) -> str:
-    """The card without huggingface_hub: metadata of an existing card is kept as it is."""
-    if before is not None and before.startswith("---"):
-        return _with_version(before)
-    lines = []
-    for key, value in sorted(_metadata(model, None, None).items()):
-        if isinstance(value, list):
-            lines += [f"{key}:", *(f"- {json.dumps(v)}" for v in value)]
-        else:
-            lines.append(f"{key}: {json.dumps(value)}")
-    return "---\n" + "\n".join(lines) + "\n---\n\n" + _with_version(before or TEMPLATE)
+FRONT = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
 
-def _metadata(model: PeftModel, tags: list[str] | str | None, pipeline: str | None) -> dict[str, Any]:
+def _updated(model: PeftModel, text: str) -> str:
+    """A card with the metadata that it lacks, and the version; what was written by hand wins."""
+    end = "\r\n" if "\r\n" in text else "\n"
+    found = FRONT.match(text)
+    data = _metadata(model)
+    if found is None:
+        lines = [line for key, value in sorted(data.items()) for line in _yaml(key, value)]
+        return _with_version(end.join(["---", *lines, "---", "", ""]) + text)
+    front = _with_tags(found[1], data.pop("tags", []), end)
+    missing = [key for key in sorted(data) if not re.search(rf"^{key}[ \t]*:", front, re.MULTILINE)]
+    front += "".join(line + end for key in missing for line in _yaml(key, data[key]))
+    return _with_version(text[: found.start(1)] + front + text[found.end(1) :])
+
+
+def _yaml(key: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [f"{key}:", *(f"- {json.dumps(v)}" for v in value)]
+    return [f"{key}: {json.dumps(value)}"]
+
+
+def _with_tags(front: str, tags: list[str], end: str) -> str:
+    """Metadata with tags added to its list; a list in a form that is not known stays as it is."""
+    listed = re.search(r"^tags[ \t]*:[ \t]*(#.*)?\r?\n((?:[ \t]*-[ \t].*\n?)*)", front, re.MULTILINE)
+    if listed is None:
+        known = re.search(r"^tags[ \t]*:", front, re.MULTILINE)
+        return front if known or not tags else front + "".join(line + end for line in _yaml("tags", tags))
+    items = [line.split("-", 1)[1].split(" #")[0].strip().strip("'\"") for line in listed[2].splitlines()]
+    indent = re.match(r"[ \t]*", listed[2])
+    new = [f"{indent[0] if indent else ''}- {json.dumps(t)}{end}" for t in tags if t not in items]
+    return front[: listed.end()] + "".join(new) + front[listed.end() :]
+
+
+def _metadata(model: PeftModel) -> dict[str, Any]:
     base = model.get_base_model()
     kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}
-    names = {tags} if isinstance(tags, str) else set(tags or ())
-    names.update(getattr(base, "model_tags", None) or ())
+    names = set(getattr(base, "model_tags", None) or ())
     data: dict[str, Any] = {"library_name": "peft"}
     name = _name(model, base)
     if _from_transformers(base):
@@ -77,7 +99,7 @@ def _metadata(model: PeftModel, tags: list[str] | str | None, pipeline: str | No
         names.add("lora")
     if name is not None:
         data["base_model"] = name
-    if pipeline is None and type(model).__name__ == "PeftModelForCausalLM":
+    if type(model).__name__ == "PeftModelForCausalLM":
         data["pipeline_tag"] = "text-generation"
     if names:
         data["tags"] = sorted(names)
@@ -96,13 +118,14 @@ def _from_transformers(base: nn.Module) -> bool:
 
 def _with_version(text: str) -> str:
     """The text with one section on versions, and in it one line on this library."""
-    line = f"- PEFT {__version__}"
-    if re.search(r"^- PEFT .*$", text, flags=re.MULTILINE):
-        return re.sub(r"^- PEFT .*$", line, text, count=1, flags=re.MULTILINE)
+    line, end = f"- PEFT {__version__}", "\r\n" if "\r\n" in text else "\n"
+    new, count = re.subn(r"^- PEFT v?\d[\w.+@-]*(?=[ \t]*\r?$)", line, text, count=1, flags=re.MULTILINE)
+    if count:
+        return new
     if VERSIONS in text:
         head, _, tail = text.partition(VERSIONS)
-        return f"{head}{VERSIONS}\n\n{line}\n{tail.lstrip()}"
-    return f"{text.rstrip()}\n\n{VERSIONS}\n\n{line}\n"
+        return f"{head}{VERSIONS}{end}{end}{line}{end}{tail.lstrip()}"
+    return f"{text.rstrip()}{end}{end}{VERSIONS}{end}{end}{line}{end}"
 
 
 def push(model: PeftModel, repo_id: str, **kwargs: Any) -> Any:

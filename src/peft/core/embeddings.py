@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -102,12 +102,26 @@ def vocabulary(model: nn.Module) -> int | None:
     return _vocab_of(getattr(model, "config", None))
 
 
-def recorded_vocabulary(model: nn.Module, name_or_path: str | None) -> int | None:
-    """The vocabulary of the base checkpoint if it lies on this machine, else the model's current one."""
+class Sizes(NamedTuple):
+    """How many words a model had when it was wrapped: by its configuration, and rows of its input embedding."""
+
+    words: int | None
+    rows: int | None
+
+
+def recorded_vocabulary(model: nn.Module, name_or_path: str | None) -> Sizes:
+    """The sizes to compare with when the model is saved; the base checkpoint's if it lies on this machine."""
     current = vocabulary(model)
-    if current is None:
+    return Sizes(current if current is None else _on_disk(name_or_path) or current, _rows(model))
+
+
+def _rows(model: nn.Module) -> int | None:
+    try:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
         return None
-    return _on_disk(name_or_path) or current
+    shape = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))
+    return shape[0] if len(shape) == 2 else None
 
 
 def _base(root: nn.Module) -> nn.Module:
@@ -119,7 +133,8 @@ def _vocabulary_changed(root: nn.Module) -> bool:
     before = root.__dict__.get("_recorded_vocab")
     if before is None:
         return False
-    return vocabulary(_base(root)) not in (None, before)
+    now = Sizes(vocabulary(_base(root)), _rows(_base(root)))
+    return any(None not in (a, b) and a != b for a, b in zip(now, before, strict=True))
 
 
 def _vocab_of(config: Any) -> int | None:
