@@ -44,7 +44,10 @@ REASONS: list[tuple[str, str, str]] = [
         "The router reads the layer's input, which these modules do not hand to a weight.",
     ),
     ("lily", "mixed batch*", "Its router's mean is over the samples that run together; alone, a sample has another."),
-    ("poly, lily, lora:alora, lora:arrow, xlora", "DoRA*", "Its W' differs from token to token, so there is no one norm."),
+    (
+        "poly, lily, lora:alora, lora:arrow, xlora", "DoRA*",
+        "Its W' differs from token to token, so there is no one norm.",
+    ),
     (
         "beft, lora:lora_bias", "Parameter*",
         "Its module multiplies the parameter by itself: the product that a bias is added to is out of reach.",

@@ -165,7 +165,7 @@ def test_a_setting_without_effect_and_settings_that_cannot_be_are_told():
     with pytest.warns(peft.PeftWarning, match="runtime_offload_base_weight"):
         frod(runtime_offload_base_weight=True)
     for wrong in ({"sparse_rate": 1.5}, {"regularization_alpha": 0.0}, {"module_config": {"fc": {"sparse_rate": 0.5}}}):
-        with pytest.raises(ValueError, match="sparse_rate|regularization_alpha"):
+        with pytest.raises(ValueError, match=r"sparse_rate|regularization_alpha"):
             frod(**wrong)
 
 

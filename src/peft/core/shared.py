@@ -22,7 +22,7 @@ class Shared(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """One target before the adapter is made: its path, module and view, and the tuner layer that stands there if any."""
+    """One target before the adapter is made: path, module and view, and the tuner layer that stands there if any."""
 
     path: str
     module: nn.Module

@@ -12,7 +12,7 @@ from peft import LilyConfig
 from peft.core.layer import BaseTunerLayer
 
 from ..layouts import Layout
-from .row import Row, held, on_matrix
+from .row import Row, on_matrix
 
 R, EXPERTS, SCALING = 3, 3, 1.5
 

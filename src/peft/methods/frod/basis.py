@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def kind_of(path: str) -> str:
 def number_of(path: str) -> int | None:
     """The number of the layer: behind `layers`, or the first."""
     parts = path.split(".")
-    behind = [b for a, b in zip(parts, parts[1:], strict=False) if a == "layers"][:1]
+    behind = [b for a, b in pairwise(parts) if a == "layers"][:1]
     found = [int(part) for part in (*behind, *parts) if part.isdigit()]
     return found[0] if found else None
 

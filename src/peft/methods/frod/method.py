@@ -1,4 +1,4 @@
-"""FRoD: layers of one kind share the right side of a decomposition of their weights; its middle is learnt, of full rank.
+"""FRoD: layers of one kind share the right side of a decomposition of their weights; its full middle is learnt.
 
     W' = U (S + diag(l)) V',   W0 = U diag(l0) V',   so that   W' = W + U (S + diag(l - l0)) V'
 
