@@ -196,7 +196,7 @@ def test_an_exchange_calls_few_functions_for_each_layer() -> None:
     state, config = get_peft_model_state_dict(other), other.peft_config["default"]
     hotswap_adapter_from_state_dict(model, state, "default", config)
     count = calls(lambda: hotswap_adapter_from_state_dict(model, state, "default", config))
-    assert count <= 300 * 60
+    assert count <= 350 * 60
 
 
 def calls(action: Any) -> int:
