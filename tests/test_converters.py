@@ -805,6 +805,18 @@ def mutated(state: dict[str, Tensor], rng: random.Random) -> dict[str, Tensor]:
     return state
 
 
+@pytest.mark.parametrize("written", ["peft", "kohya", "diffusers"])
+@pytest.mark.parametrize("content", [b"", b"\x10", b"\xff" * 64], ids=["empty", "short", "noise"])
+def test_a_damaged_file_is_named(content: bytes, written: str, tmp_path: Path) -> None:
+    saved(config(), tmp_path / "adapter")
+    file = tmp_path / "adapter" / FILE
+    if written != "peft":
+        (file,) = convert_adapter(tmp_path / "adapter", written, tmp_path / "f", component="unet").files
+    file.write_bytes(content)
+    with pytest.raises(ConversionError, match=f"{file.name} is no complete safetensors file"):
+        convert_adapter(tmp_path / "adapter" if written == "peft" else file, "lora", tmp_path / "out")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["lora", "loha-conv", "lokr-core"])
 @pytest.mark.parametrize("written", ["peft", "kohya", "diffusers"])

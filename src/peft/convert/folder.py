@@ -40,9 +40,12 @@ class PeftFolder(Format):
         for component, folder in source.parts.items():
             config = _config(folder)
             name = component or options.component or component_of(config)
-            saved = open_adapter(str(folder))
-            noted = {k: v for k, v in saved.metadata.items() if k in (HASH, SHAPES)}
-            parts[name] = Part(config, bare(saved.read()), noted)
+            try:
+                saved = open_adapter(str(folder))
+                state = bare(saved.read())
+            except (OSError, ValueError) as error:
+                raise ConversionError(str(error)) from error
+            parts[name] = Part(config, state, {k: v for k, v in saved.metadata.items() if k in (HASH, SHAPES)})
         if not parts:
             raise ConversionError(f"{source.path} holds no adapter_config.json, so it is no PEFT folder.")
         return parts

@@ -112,7 +112,10 @@ class Source:
     @cached_property
     def state(self) -> dict[str, Tensor]:
         """All tensors."""
-        return read_weights(self.file)
+        try:
+            return read_weights(self.file)
+        except (OSError, ValueError) as error:
+            raise ConversionError(str(error)) from error
 
 
 class Format:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.header import read_header
 from ..errors import listing, nearest
 from .part import COMPONENTS, ConversionError
 
@@ -21,16 +22,11 @@ Shapes = dict[str, tuple[int, ...]]
 
 def header(file: Path) -> tuple[Shapes, dict[str, str]]:
     """Shapes by key and metadata of a safetensors file, without reading a tensor."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(str(file), framework="pt") as handle:
-            keys = handle.keys()
-            return {k: tuple(handle.get_slice(k).get_shape()) for k in keys}, dict(handle.metadata() or {})
-    except SafetensorError as error:
-        raise ConversionError(
-            f"{file} is no complete safetensors file ({error}). Download or save it again."
-        ) from error
+        head = read_header(file)
+    except (OSError, ValueError) as error:
+        raise ConversionError(str(error)) from error
+    return {k: info.shape for k, info in head.tensors.items()}, head.metadata
 
 
 class Base:
