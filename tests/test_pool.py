@@ -287,6 +287,7 @@ def test_adapters_without_room_are_refused_when_they_are_registered(tmp_path: Pa
         r"rank 7, and the pool's room 2": {"r": 7},
         "rank 5": {"rank_pattern": {"layers.1": 5}},
         "use_dora": {"use_dora": True},
+        "lora_bias": {"lora_bias": True},
     }.items():
         other = made(1, **fields)
         with pytest.raises(ValueError, match=match):

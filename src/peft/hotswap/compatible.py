@@ -53,7 +53,7 @@ def unlike(config0: PeftConfig, config1: PeftConfig) -> str | None:
     Raises ValueError for adapters of two methods.
     """
     _check_kind(config0, config1)
-    fields = (name for name in _names(config0) if name not in OF_TRAINING)
+    fields = [name for name in _names(config0) if name not in OF_TRAINING] + ["lora_bias"]
     values = ((name, getattr(config0, name, None), getattr(config1, name, None)) for name in fields)
     return next((name for name, one, other in values if one != other and (one or other)), None)
 
