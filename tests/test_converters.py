@@ -110,6 +110,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "patterns": {"rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_q": 5}},
     "rslora-patterns": {"use_rslora": True, "rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_q": 5}},
     "module-config": {"module_config": {"to_v": {"r": 3, "lora_alpha": 7, "use_rslora": True}}},
+    "all-linear": {"target_modules": "all-linear"},
     "expression": {"target_modules": r".*\.(to_q|to_v)"},
     "conv": {"target_modules": [*NAMES, "conv_in"]},
     "conv-patterns": {"target_modules": [*NAMES, "conv_in"], "rank_pattern": {"conv_in": 3}},
@@ -163,6 +164,7 @@ def test_a_file_of_diffusers_adds_the_same(adapter: Any, tmp_path: Path) -> None
         fields = json.loads(handle.metadata()["lora_adapter_metadata"])
     fields = {k.removeprefix("unet."): v for k, v in fields.items()}
     assert "module_config" not in fields
+    assert fields["target_modules"] != "all-linear"
     made = PeftModel(net(), LoraConfig(**fields))
     state = {k.replace("unet.", "base_model.model.", 1): v for k, v in load_file(file).items()}
     import peft

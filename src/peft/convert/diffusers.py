@@ -98,6 +98,8 @@ def _fields(part: Part) -> dict[str, Any]:
             use_dora=any(f.name == "dora" for f in features(part)),
             lora_bias=any(f.name == "lora_bias" for f in features(part)),
         ).to_dict()
+    if values["target_modules"] in (None, "all-linear"):  # which mean something in models of transformers only
+        values["target_modules"] = sorted(x.path for x in part.split()[0])
     return {k: v for k, v in values.items() if k not in UNKNOWN_TO_THE_PEER}
 
 
