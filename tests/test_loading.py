@@ -490,7 +490,7 @@ def names(random_, count, joiner=""):
     found: dict[str, None] = {}
     while len(found) < count:
         name = joiner.join(random_.choices(PARTS, k=random_.randint(1, 4)))
-        if not hasattr(nn.Module, name) and name not in ("training", "base_layer", "model"):
+        if not hasattr(nn.Module(), name) and name not in ("base_layer", "model"):
             found[name] = None
     return list(found)
 

@@ -50,6 +50,7 @@ def test_dropout_of_deft_leaves_out_the_learnt_part_only():
     torch.testing.assert_close(model.eval()(X), full)
 
 
+@pytest.mark.filterwarnings("ignore:.*is not the configuration that was saved")
 def test_a_file_of_hira_whose_ranks_ignore_the_pattern_loads(tmp_path):
     """The other library gives rank r to every module."""
     model = get_peft_model(plain(), HiraConfig(r=4, init_weights=False, **TARGETS))

@@ -234,10 +234,9 @@ class PeftConfigMixin:
                 "may come from another version, or a name may be misspelt.",
                 stacklevel=4,
             )
-        from .fields import check_fields
+        from .fields import checked_fields
 
-        check_fields(cls, values, origin)
-        return cls(**{k: v for k, v in values.items() if k in known})
+        return cls(**checked_fields(cls, {k: v for k, v in values.items() if k in known}, origin))
 
 
 @dataclass

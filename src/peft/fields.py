@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any
 
 KINDS = {
+    "a whole number": (int,),
     "a number": (int, float),
     "a text": (str, enum.Enum),
     "a list": (list, tuple, set, frozenset),
@@ -18,27 +19,33 @@ KINDS = {
 }
 
 
-def check_fields(kind: type, values: Mapping[str, Any], origin: str) -> None:
-    """Raise TypeError for a value that is no number, text, list or dictionary where its field is one.
+def checked_fields(kind: type, values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The values, whole numbers as integers.
 
-    Files of other releases and other programs are no stricter than that: an integer may be a float, and every field may
-    be null.
+    Files of other releases and other programs are not stricter than this: every field may be null, and `alpha` may be a
+    fraction.
 
     Arguments:
         kind: the class of the configuration.
         values: its fields.
         origin: where they come from, for the message.
+
+    Raises TypeError for a value that is no number, text, list or dictionary where its field is one.
     """
     allowed = _allowed(kind)
+    checked = dict(values)
     for name, value in values.items():
         kinds = allowed.get(name)
         if kinds is None or value is None or dataclasses.is_dataclass(value):
             continue
-        if not any(isinstance(value, KINDS[k]) for k in kinds):
+        if "a whole number" in kinds and isinstance(value, float) and value.is_integer():
+            value = checked[name] = int(value)
+        if not any(isinstance(value, KINDS[k]) for k in kinds) or (isinstance(value, int) and abs(value) >= 2**63):
             raise TypeError(
                 f"{origin} sets {name} to {value!r:.80}, which is {type(value).__name__}; {' or '.join(sorted(kinds))} "
                 "is expected. Restore the file, or save the adapter again."
             )
+    return checked
 
 
 @functools.cache
@@ -49,7 +56,11 @@ def _allowed(kind: type) -> dict[str, set[str]]:
     except (NameError, TypeError):  # names that only a type checker sees
         return {}
     found = {name: _kinds(hint) for name, hint in hints.items()}
-    return {name: kinds for name, kinds in found.items() if kinds}
+    return {
+        name: kinds | ({"a number"} if "alpha" in name and "a whole number" in kinds else set())
+        for name, kinds in found.items()
+        if kinds
+    }
 
 
 def _kinds(hint: Any) -> set[str]:
@@ -62,4 +73,8 @@ def _kinds(hint: Any) -> set[str]:
     plain = typing.get_origin(hint) or hint
     if dataclasses.is_dataclass(plain):
         return {"a dictionary"}
-    return {k for k, types in KINDS.items() if isinstance(plain, type) and issubclass(plain, types)}
+    if plain is bool:
+        return {"a number"}
+    return {k for k, types in KINDS.items() if isinstance(plain, type) and issubclass(plain, types)} - (
+        {"a number"} if plain is int else set()
+    )
