@@ -338,9 +338,13 @@ def replication(p: Probe) -> str:
         raise NotAsked
     more: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     p = Probe(p.row, bases.llama, None, p.folder)
+    more = {k: v for k, v in more.items() if not (p.row.blocks and k == "target_modules")}
     model, inputs = p.wrapped(layer_replication=[[0, 2], [1, 2]], **more)
     p.run(model, inputs)
-    need(sum(type(m).__name__.endswith("DecoderLayer") for m in model.modules()) == 3, "layers not replicated")
+    need(
+        sum(type(m).__name__.endswith("DecoderLayer") for m in model.get_base_model().modules()) == 3,
+        "layers not replicated",
+    )
     return "yes"
 
 
@@ -351,6 +355,7 @@ PATTERNS = {"rank_pattern": 2, "n_frequency_pattern": 9, "block_size_pattern": 2
 def patterns(p: Probe) -> str:
     known = fields(p.row)
     path = "layers.0.self_attn.q_proj" if p.row.base.startswith("llama") else "layers.1.fc"
+    path = "model.layers.0" if p.row.blocks else path
     name = None if p.row.pattern else next((n for n in PATTERNS if n in known), None)
     if name is None:
         need("module_config" in known, "no such option")

@@ -45,7 +45,7 @@ REASONS: list[tuple[str, str, str]] = [
     ),
     ("lily", "mixed batch*", "Its router's mean is over the samples that run together; alone, a sample has another."),
     (
-        "poly, lily, lora:alora, lora:arrow, xlora", "DoRA*",
+        "poly, lily, lora:alora, lora:arrow, xlora, shadow", "DoRA*",
         "Its W' differs from token to token, so there is no one norm.",
     ),
     (
@@ -58,7 +58,7 @@ REASONS: list[tuple[str, str, str]] = [
     ),
     (UNCUT, "Conv2d grouped", "LoRA's factors read all channels there; the start has no such kernel."),
     (
-        "poly, lily, lora:alora, lora:arrow, xlora", MERGING,
+        "poly, lily, lora:alora, lora:arrow, xlora, shadow", MERGING,
         "The update depends on the input (or the task), so no weight holds it.",
     ),
     ("lora:arrow, xlora", "base output at init", "It is built of trained experts."),

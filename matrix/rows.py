@@ -19,6 +19,7 @@ class Row:
         prepare: what comes before or after wrapping ("eva", "corda", "lora_ga", "arrow", "xlora").
         tasks: whether its forward needs `task_ids`.
         cut: by how much randomising its tensors is weakened.
+        blocks: whether its targets are whole blocks, not layers.
         pattern: settings that one module may have apart; None if a table such as `rank_pattern` sets them.
     """
 
@@ -28,6 +29,7 @@ class Row:
     prepare: str | None = None
     tasks: bool = False
     cut: float = 1.0
+    blocks: bool = False
     pattern: dict[str, Any] | None = None
 
 
@@ -119,5 +121,5 @@ ROWS: dict[str, Row] = {
     "beft": Row("BeftConfig", {}),
     "adamss": Row("AdamssConfig", {"r": 8, "num_subspaces": 2, "subspace_rank": 2}),
     "supertuning": Row("SupertuningConfig", {"sparsity": 0.8}),
-    "shadow": _text("ShadowConfig", r=4, shadow_dropout=0.0),
+    "shadow": Row("ShadowConfig", {"task_type": "CAUSAL_LM", "r": 4, "shadow_dropout": 0.0}, "llama", blocks=True),
 }

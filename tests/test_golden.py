@@ -58,6 +58,7 @@ BESIDE = re.compile("prompt|ptuning|prefix|mpt|cpt|cartridge")
 # Why there is no W' to merge into.
 REFUSED = {
     "lora-alora": "some tokens only",
+    "shadow": "depends on the input",
     "poly": "another update for each task",
     "lily": "as the input has it",
     BESIDE.pattern: "changes no weight",

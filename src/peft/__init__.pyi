@@ -233,6 +233,12 @@ from .methods.road import (
     RoadConfig,
     RoadModel,
 )
+from .methods.shadow.config import (
+    ShadowConfig,
+)
+from .methods.shadow.model import (
+    ShadowModel,
+)
 from .methods.shira import (
     ShiraConfig,
     ShiraModel,
@@ -415,6 +421,8 @@ __all__ = [
     "RandLoraModel",
     "RoadConfig",
     "RoadModel",
+    "ShadowConfig",
+    "ShadowModel",
     "ShiraConfig",
     "ShiraModel",
     "SupertuningConfig",

@@ -13,8 +13,6 @@ NAMES = frozenset(
         "DoraCaching",
         "GPTQLoraLinear",
         "KappaTuneSelector",
-        "ShadowConfig",
-        "ShadowModel",
         "_prepare_prompt_learning_config",
         "check_target_module_exists",
         "bloom_model_postprocess_past_key_value",

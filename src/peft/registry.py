@@ -108,6 +108,9 @@ METHODS: dict[PeftType, Method] = {
     PeftType.XLORA: Method("peft.methods.xlora.config:XLoraConfig", "peft.methods.xlora.model:XLoraModel", None),
     PeftType.WAVEFT: Method("peft.methods.waveft:WaveFTConfig", "peft.methods.waveft:WaveFTModel", "waveft_"),
 }
+    PeftType.SHADOW: Method(
+        "peft.methods.shadow.config:ShadowConfig", "peft.methods.shadow.model:ShadowModel", "shadow_"
+    ),
 
 MODEL_CLASSES = {
     TaskType.SEQ_CLS: "peft.heads:PeftModelForSequenceClassification",

@@ -59,13 +59,13 @@ class Projected(torch.autograd.Function):
     """x, whose gradient keeps what lies in the span of a basis (n, k), or in its complement."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, basis: Tensor, within: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, basis: Tensor, within: bool) -> Tensor:
         ctx.save_for_backward(basis)
         ctx.within = within
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (basis,) = ctx.saved_tensors
         inside = basis @ (basis.mT @ g)
         return inside if ctx.within else g - inside, None, None

@@ -56,8 +56,8 @@ class Gated(Method):
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         y, now = inner(x), p.layer.call.fact("gates")
-        found: Scalings | None = None if now is None else now()
-        if found is None:
+        found = None if now is None else now()
+        if not isinstance(found, Scalings):
             raise ValueError(
                 f"The layer {p.path!r} runs without the gate of {p.name!r}, which looks at the whole model's input "
                 "first. Call the model, not a part of it; with gradient checkpointing, call backward() after each "
