@@ -82,12 +82,6 @@ class Prompts(Switching):
         """The base model's embedding of words."""
         return word_embeddings(self.model)
 
-    @property
-    def encoder(self) -> Any:
-        """The encoder of the first active prompt; None if there is none, or prompts are switched off."""
-        names = self.encoders.active_adapters
-        return self.encoders[names[0]] if names and not self.encoders.disable_adapters else None
-
     def shows(self, name: str) -> bool:
         """Whether a PeftModel's attribute of that name is this one's."""
         return name in SHOWN or (self.alone and name in ALONE)
