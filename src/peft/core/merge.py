@@ -14,7 +14,7 @@ from .method import Delta
 from .stack import Adapter, Stack
 from .views import LinearView
 
-TILE_BYTES = 64 * 2**20  # what a merge may allocate beyond the weights themselves
+TILE_BYTES = 16 * 2**20  # what a merge may allocate beyond the weights themselves; more would leave the caches
 
 
 class Mergeable(nn.Module):
@@ -75,7 +75,7 @@ class Mergeable(nn.Module):
             adapter_names: which adapters; None means the active ones. Names that the layer lacks are skipped.
 
         Raises TypeError for a string, ValueError if the result is not finite or if the answer would change.
-        Extra memory: one copy of the weight while merged, and at most 64 MiB during the call.
+        Extra memory: one copy of the weight while merged, and at most 16 MiB during the call.
         """
         names = adapters_to_merge(self, adapter_names)
         self._merge(tuple(n for n in names if n in self.adapters))
@@ -158,7 +158,7 @@ class Mergeable(nn.Module):
             rows = slice(start, start + step) if by_rows else slice(None)
             W = stack.weight(rows)
             W = self.view.absorb(base, W, b[rows]) if self.view.one_hot and b is not None else W
-            if not torch.isfinite(W).all():
+            if not finite(W):
                 raise ValueError(
                     f"Merging {list(names)} into {self._where()!r} gives weights that are not finite. The adapter or "
                     "the base weight holds NaN or infinity, or the sum leaves the range of the dtype. Nothing was "
@@ -227,6 +227,12 @@ class Mergeable(nn.Module):
         """Whether the adapter's update can be written as a LoRA."""
         p = self.adapters.get(adapter_name)
         return p is not None and p.method.mergeable and self.view.name != ""
+
+
+def finite(W: Tensor) -> bool:
+    """Whether all numbers are finite. If their sum is, they are; if not, it may have left its range."""
+    wide = W.dtype if W.dtype is torch.float64 else torch.float32
+    return bool(torch.isfinite(W.sum(dtype=wide))) or bool(torch.isfinite(W).all())
 
 
 def adapters_to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:

@@ -80,20 +80,22 @@ class DoRA(Delta):
         return m if p.layer.view.label == "ParamWrapper" else m.flatten()
 
     @torch.no_grad()
-    def norm(self, p: Adapter) -> Tensor:
-        """|V| of each row, (..., O), float32."""
+    def norm(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
+        """|V| of each row, (..., rows), float32."""
         W = p.original_weight()
         if not isinstance(self.of, LowRank):
-            return torch.cat([torch.linalg.vector_norm(V.float(), dim=-1) for V in self._rows(p, W)], -1)
+            return torch.cat([torch.linalg.vector_norm(V.float(), dim=-1) for V in self._rows(p, W)], -1)[..., rows]
         A, B = (t.float() for t in self.of.factors(p))
         s = self.of.scaling(p)
         base = p.layer.get_base_layer()
         special = p.layer.view.norm_product(base, A, B) if self.of.whole else None
         if special is not None:
-            return torch.linalg.vector_norm(base.weight.float().flatten(1) + s * special, dim=-1)
+            return torch.linalg.vector_norm(base.weight.float().flatten(1) + s * special, dim=-1)[rows]
+        base_square = self._base_square(p, W, rows)
+        W, B = W[..., rows, :], B[..., rows, :]
         cross = torch.cat([w.float() @ A.mT for w in _tiles(W)], -2)
         gram = A @ A.mT
-        square = self._base_square(p, W) + (2 * s) * (cross * B).sum(-1) + (s * s) * ((B @ gram) * B).sum(-1)
+        square = base_square + (2 * s) * (cross * B).sum(-1) + (s * s) * ((B @ gram) * B).sum(-1)
         return square.clamp_min(0).sqrt()
 
     def _rows(self, p: Adapter, W: Tensor) -> list[Tensor]:
@@ -102,29 +104,29 @@ class DoRA(Delta):
         start = itertools.accumulate((w.shape[-2] for w in _tiles(W)), initial=0)
         return [self.of.weight(p, w, slice(s, s + w.shape[-2])) for w, s in zip(_tiles(W), start, strict=False)]
 
-    def _base_square(self, p: Adapter, W: Tensor) -> Tensor:
-        """|W|^2 of each row, (..., O), computed again only when the base weight changes."""
-        if torch.compiler.is_compiling() or W.is_inference():
-            return _square(W)
+    def _base_square(self, p: Adapter, W: Tensor, rows: slice) -> Tensor:
+        """|W|^2 of each row, (..., rows); that of all is computed again only when the base weight changes."""
+        if torch.compiler.is_compiling() or W.is_inference() or W[..., rows, :].shape != W.shape:
+            return _square(W[..., rows, :])
         key = (W.data_ptr(), W._version, W.shape, W.device)
         if p.cache.get("key") != key:
             p.cache.update(key=key, square=_square(W))
         return p.cache["square"]
 
-    def gain(self, p: Adapter) -> Tensor:
-        """m / |V|, (..., O); where a row of V is zero its direction does not matter."""
-        return self.magnitude(p) / self.safe_norm(p)
+    def gain(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
+        """m / |V|, (..., rows); where a row of V is zero its direction does not matter."""
+        return self.magnitude(p)[..., rows] / self.safe_norm(p, rows)
 
-    def safe_norm(self, p: Adapter) -> Tensor:
+    def safe_norm(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
         """|V| with 1 in place of 0."""
-        n = self.norm(p)
+        n = self.norm(p, rows)
         return torch.where(n == 0, torch.ones_like(n), n)
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         return self.of.delta(p, W, rows)
 
     def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        gain = self.gain(p)[..., rows, None]
+        gain = self.gain(p, rows)[..., None]
         return ((W + self.of.delta(p, W, rows)) * gain).to(W.dtype)
 
     def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
