@@ -92,6 +92,18 @@ def test_it_cannot_be_merged_and_says_why():
             merge()
 
 
+def test_layers_that_torch_would_fuse_are_called_with_their_input():
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    model = get_peft_model(block, lily(target_modules=["linear1", "linear2"])).eval()
+    x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(2))
+    slow = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), slow)
+        with model.disable_adapter():
+            assert not torch.allclose(model(x), slow, atol=1e-3)
+
+
 # ---- FRoD --------------------------------------------------------------------------------------------------------
 
 

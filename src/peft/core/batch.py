@@ -54,6 +54,8 @@ class MixedBatch(nn.Module):
     adapters: dict[str, Adapter]
     _merged: list[str]
     _read: str
+    _by_task: bool = False  # of the active adapters
+    _by_input: bool = False
     get_base_layer: Callable[[], nn.Module]
     stack: Callable[..., Stack]
     _runner: Callable[[Stack], Any]
@@ -113,8 +115,7 @@ class MixedBatch(nn.Module):
         if mixed and self._read == READS:
             text = NOT_ONE.format(repr(self._where()))
             raise ValueError(f"{text} Target the module itself, which then runs once for each adapter.")
-        by_task = self.call.task is None and any(self.adapters[n].method.by_task for n in self._live_names())
-        if self._read != READS and (mixed or by_task):
+        if self._read != READS and (mixed or self._by_input or (self._by_task and self.call.task is None)):
             return Unfused.of(self.view.read(self.get_base_layer()), self._where())
         return None
 

@@ -301,6 +301,8 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
             p.direct = {k: h[name] for k, h in self._modules.items() if k != "base_layer" and name in h}  # type: ignore
             p.direct.update({k: home.tensor(name) for k, home in p.shared.items()})
             p.method.prepare(p)
+        methods = [self.adapters[n].method for n in names]
+        self.__dict__.update(_by_task=any(m.by_task for m in methods), _by_input=any(m.by_input for m in methods))
         self.__dict__["_run"] = self._runner(self.stack(names)) if names else None
 
     def _runner(self, stack: Stack) -> Any:

@@ -60,6 +60,7 @@ class Method:
     additive = False  # W' - W does not depend on the other adapters: any order gives the same weight
     mergeable = True
     by_task = False  # W' is another one for each task of a batch's samples
+    by_input = False  # the update depends on the layer's input, so that there is no W' to read
     some_positions = False  # it acts on some positions of its input only, so that there is no one W'
     by_rows = True  # some out-features of W' can be computed from the same ones of W
     # tensors in which W' is affine, all else of an adapter being the same, with the values at which W' is W
@@ -172,6 +173,10 @@ class Method:
 
     def rest(self, p: Adapter) -> None:
         """Make of an adapter whose tensors are zeros, and derived ones in place, one that leaves its layer as it is."""
+
+    def window(self, p: Adapter, key: str, held: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """The part of a tensor that a smaller one of `shape` fills, the rest being zeros; None if `fitted` must say."""
+        return None
 
     def roomy(self, p: Adapter, rank: int) -> dict[str, Tensor]:
         """The tensors, by key, that get room for adapters up to a rank; raises ValueError if that cannot be."""

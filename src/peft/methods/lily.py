@@ -26,7 +26,7 @@ from ..core.place import Injection
 from ..core.scale import ScaledLayer
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
-from ..core.views import linear_module
+from ..core.views import READS, linear_module
 from ..target_config import TargetConfig, number
 
 HOMES = ("lily_A", "lily_B", "lily_router")
@@ -57,10 +57,11 @@ class Lily(Delta):
 
     additive = False
     mergeable = False
+    by_input = True
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
-        if not site.view.activations or (site.layer is not None and site.layer._read):
+        if not site.view.activations or (site.layer is not None and site.layer._read == READS):
             raise ValueError(
                 f"{site.path!r} cannot have a Lily adapter: its module reads the weight, and Lily's update depends on "
                 "the layer's input. Leave it out (`exclude_modules`), or use another method for it."
