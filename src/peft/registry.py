@@ -90,7 +90,9 @@ METHODS: dict[PeftType, Method] = {
     PeftType.DEFT: Method("peft.methods.deft:DeftConfig", "peft.methods.deft:DeftModel", "deft_"),
     PeftType.HIRA: Method("peft.methods.hira:HiraConfig", "peft.methods.hira:HiraModel", "hira_", True),
     PeftType.PVERA: Method("peft.methods.pvera:PveraConfig", "peft.methods.pvera:PveraModel", "pvera_lambda_"),
-    PeftType.ADAMSS: Method("peft.methods.adamss.config:AdamssConfig", "peft.methods.adamss.model:AdamssModel", "adamss_"),
+    PeftType.ADAMSS: Method(
+        "peft.methods.adamss.config:AdamssConfig", "peft.methods.adamss.model:AdamssModel", "adamss_"
+    ),
     PeftType.FROD: Method("peft.methods.frod.config:FrodConfig", "peft.methods.frod.model:FrodModel", "frod_"),
     PeftType.LILY: Method("peft.methods.lily:LilyConfig", "peft.methods.lily:LilyModel", "lily_"),
     PeftType.GLORA: Method("peft.methods.glora:GloraConfig", "peft.methods.glora:GloraModel", "glora_"),
@@ -106,11 +108,11 @@ METHODS: dict[PeftType, Method] = {
     ),
     PeftType.VBLORA: Method("peft.methods.vblora:VBLoRAConfig", "peft.methods.vblora:VBLoRAModel", "vblora_"),
     PeftType.XLORA: Method("peft.methods.xlora.config:XLoraConfig", "peft.methods.xlora.model:XLoraModel", None),
-    PeftType.WAVEFT: Method("peft.methods.waveft:WaveFTConfig", "peft.methods.waveft:WaveFTModel", "waveft_"),
-}
     PeftType.SHADOW: Method(
         "peft.methods.shadow.config:ShadowConfig", "peft.methods.shadow.model:ShadowModel", "shadow_"
     ),
+    PeftType.WAVEFT: Method("peft.methods.waveft:WaveFTConfig", "peft.methods.waveft:WaveFTModel", "waveft_"),
+}
 
 MODEL_CLASSES = {
     TaskType.SEQ_CLS: "peft.heads:PeftModelForSequenceClassification",
