@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from . import lazy, registry
 from .errors import (
+    ChangedConfigWarning,
     MissingTensorsWarning,
     NoMatchingPeftModuleError,
+    OtherBaseWarning,
     PeftError,
     PeftWarning,
     UnexpectedTensorsWarning,
@@ -61,8 +63,10 @@ _NAMES = {
 
 __getattr__, __dir__, __all__ = lazy.names(__name__, registry.exports(), _NAMES)
 __all__ += [
+    "ChangedConfigWarning",
     "MissingTensorsWarning",
     "NoMatchingPeftModuleError",
+    "OtherBaseWarning",
     "PeftError",
     "PeftWarning",
     "UnexpectedTensorsWarning",
