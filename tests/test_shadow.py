@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft import PeftModel, ShadowConfig, get_peft_model
+from peft import LoraConfig, PeftModel, ShadowConfig, get_peft_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -202,6 +202,25 @@ def test_copies_are_independent():
         randomised(twin, 5)
         assert not torch.allclose(twin(X).logits, wanted)
     assert torch.equal(model(X).logits, wanted)
+
+
+@torch.no_grad()
+def test_other_methods_work_inside_the_blocks(tmp_path):
+    model = wrapped()
+    model.add_adapter("low", LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "low"])
+    wanted = model(X).logits
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path).eval()
+    again.load_adapter(tmp_path / "low", "low")
+    again.base_model.set_adapter(["default", "low"])
+    assert torch.equal(again(X).logits, wanted)
+    model.set_adapter("low")
+    alone = PeftModel.from_pretrained(base(), tmp_path / "low", adapter_name="low").eval()
+    assert torch.equal(alone(X).logits, model(X).logits)
+    with pytest.raises(ValueError, match="must be the model's first"):
+        alone.load_adapter(tmp_path, "default")
+    assert list(alone.peft_config) == ["low"]
 
 
 def test_blocks_can_be_chosen_and_mistakes_are_told():

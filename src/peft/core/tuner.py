@@ -44,6 +44,7 @@ class BaseTuner(Switching, Combined, nn.Module):
     layer_classes: ClassVar[dict[str, type[BaseTunerLayer]]] = {}  # by the label of a view
     uses_shared_state: ClassVar[bool] = False
     alone: ClassVar[bool] = False  # no other method can be mixed in
+    leads: ClassVar[bool] = False  # adapters of its method need it as the tuner, so that one of them must come first
     injection: ClassVar[type[Injection]] = Injection
     companion: ClassVar[type | None] = None  # what a method does over the whole model, made with the tuner
     beside: dict[str, Any]  # what holds adapters outside the model's layers, by name
@@ -147,6 +148,12 @@ class BaseTuner(Switching, Combined, nn.Module):
     def _check_new_adapter(self, model: nn.Module, name: str, config: Any) -> None:
         if hasattr(config, "refuse_unsupported"):
             config.refuse_unsupported()
+        kind = self.kind_of(config)
+        if kind.leads and not isinstance(self, kind):
+            raise ValueError(
+                f"The adapter {name!r} runs the whole model in its own way ({config.peft_type}), so it must be the "
+                "model's first. Wrap the model with it, then add the others."
+            )
         layers = list(tuner_layers(model))
         if any(name in layer._get_available_adapters() for _, layer in layers):
             raise ValueError(f"The model has an adapter {name!r} already. Delete it first, or choose another name.")

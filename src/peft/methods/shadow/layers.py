@@ -106,6 +106,7 @@ class ShadowLayer(BaseTunerLayer):
     """A block of the model under shadows."""
 
     family = "shadow"
+    unnamed: ClassVar[bool] = True  # names of modules in the block leave `base_layer` out, and other methods find them
     adapter_layer_names = (*NAMES, "shadow_dropout")
     other_param_names = ("shadow_r", "shadow_alpha")
     _home_order: ClassVar[tuple[str, ...]] = (*NAMES[:2], "shadow_dropout", *NAMES[2:])

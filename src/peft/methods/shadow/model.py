@@ -77,7 +77,7 @@ class Look:
                 )
             found = {name: _new() for name in names}
             self._pair(past, found)
-        return found  # type: ignore[no-any-return]
+        return found
 
     def _pair(self, past: Any, own: dict[str, Any]) -> None:
         self.caches[past] = own
@@ -101,7 +101,7 @@ class Look:
 
     def _add_loss(self, output: Any, labels: Tensor, mask: Tensor | None) -> None:
         tuner, total = self.tuner, None
-        for name in self.trail.first:
+        for name in self.trail.first if self.trail is not None else ():
             weight, own = tuner.peft_config[name].auxiliary_loss_weight, tuner._own_loss(name, labels, mask)
             if own is not None and weight:
                 output.loss = output.loss + weight * own.to(output.loss.device)
@@ -132,6 +132,7 @@ class ShadowModel(BaseTuner):
     """Shadows on a model."""
 
     prefix = "shadow_"
+    leads = True
     uses_shared_state = True
     layer_classes: ClassVar[dict[str, type[BaseTunerLayer]]] = {"Module": ShadowLayer}
     method: ClassVar[Following] = Following()

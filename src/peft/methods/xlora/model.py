@@ -81,6 +81,7 @@ class XLoraModel(LoraModel):
         lora_model: the tuner that holds the experts, which is this one.
     """
 
+    leads = True
     generating: ClassVar[dict[str, Any]] = {"use_cache": False}
 
     @classmethod
