@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,30 +64,42 @@ class Change:
         return self.modules or {}
 
 
-def derive(change: Change, fitting: dict[str, Tensor]) -> None:
+class Fit(NamedTuple):
+    """A tensor that is there, the part of it that is written, its new value; the rest becomes zero."""
+
+    whole: Tensor
+    part: Tensor
+    value: Tensor
+
+
+def derive(change: Change, fits: list[Fit]) -> None:
     """Compute what depends on the base weight anew, and note what the forward needs."""
     p = change.p
     p.method.derive(p, p.layer.stack(()))
     if change.neutral:
         p.method.rest(p)
-    for place in change.places if not change.neutral else ():  # what is derived may be learnt: magnitudes
-        place.tensor.copy_(as_held(fitting[place.part], place.tensor))
+    for fit in fits if not change.neutral else ():  # what is derived may be learnt: magnitudes
+        fit.part.copy_(fit.value)
     p.layer._replan()
 
 
-def fitting(change: Change) -> dict[str, Tensor] | None:
-    """The new values in the shapes of the tensors that are there, or None if some do not fit."""
-    p, found = change.p, dict[str, Tensor]()
-    if {e.part for e in change.places} != set(change.tensors):
+def fitting(change: Change) -> list[Fit] | None:
+    """The new values and where they go in the tensors that are there, or None if some do not fit."""
+    p, found = change.p, list[Fit]()
+    if {e.part for e in change.places} != change.tensors.keys():
         return None
     for place in change.places:
         value: Tensor | None = change.tensors[place.part]
-        shape = tuple(place.tensor.shape)
-        if value is not None and value.shape != shape:
-            value = p.method.fitted(p, place.part, value, shape)
+        whole = part = place.tensor
+        if value is not None and value.shape != whole.shape:
+            window = p.method.window(p, place.part, whole, tuple(value.shape))
+            if window is None:
+                value = p.method.fitted(p, place.part, value, tuple(whole.shape))
+            else:
+                part = window
         if value is None:
             return None
-        found[place.part] = value
+        found.append(Fit(whole, part, as_held(value, part)))
     return found
 
 
@@ -120,11 +132,15 @@ def rebuild(change: Change, undo: Undo) -> None:
     layer._replan()
 
 
-def copy_with_undo(places: list[Tensor], values: list[Tensor], undo: Undo) -> None:
-    """`copy_all`, which `undo` takes back."""
-    before = [t.clone() for t in places]
-    undo.append(lambda: copy_all(places, before))
-    copy_all(places, values)
+def write_all(fits: list[Fit], undo: Undo) -> None:
+    """Write values into their places, which `undo` takes back."""
+    wholes = [fit.whole for fit in fits]
+    before = [t.clone() for t in wholes]
+    undo.append(lambda: copy_all(wholes, before))
+    roomy = [fit.whole for fit in fits if fit.part is not fit.whole]
+    if roomy:
+        torch._foreach_zero_(roomy)
+    copy_all([fit.part for fit in fits], [fit.value for fit in fits])
 
 
 def copy_all(places: list[Tensor], values: list[Tensor]) -> None:

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from ..core.tuner import no_collection
 from ..core.wrappers import ModulesToSaveWrapper
 from ..errors import listing, nearest
 from ..registry import tuner_class
-from .change import Change, Undo, copy_with_undo, derive, fitting, rebuild
+from .change import Change, Fit, Undo, derive, fitting, rebuild, write_all
 from .compatible import OF_THE_FILE, SELECTED, check_hotswap_configs_compatible
 
 
@@ -253,20 +254,15 @@ class Swap:
                 f"The adapter does not fit in the room at {large.p.path!r}: it has {large.shapes}, and there is "
                 f"{ {e.part: tuple(e.tensor.shape) for e in large.places} }."
             )
-        places = [entry.tensor for entry, _ in self.copies]
-        values = [as_held(value, entry.tensor) for entry, value in self.copies]
-        for change, fit in ready:
-            if fit is not None:
-                tensors = [place.tensor for place in change.places]
-                places += tensors
-                values += [as_held(fit[e.part], t) for e, t in zip(change.places, tensors, strict=True)]
+        copies = ((entry.tensor, value) for entry, value in self.copies)
+        fits = [Fit(tensor, tensor, as_held(value, tensor)) for tensor, value in copies]
         self._plain_values(undo)
-        copy_with_undo(places, values, undo)
-        for change, fit in ready:
-            if fit is None:
+        write_all([*fits, *chain.from_iterable(fits for _, fits in ready if fits is not None)], undo)
+        for change, own in ready:
+            if own is None:
                 rebuild(change, undo)
             elif change.changed or change.neutral:
-                derive(change, fit)
+                derive(change, own)
         vars(self.old).update(self.values)
         for change in self.changes:
             change.p.settings = self.old if change.settings is self.future else change.settings
@@ -293,18 +289,8 @@ class Swap:
             held.update(new, settings=change.settings)
             change.changed = not new.keys() <= p.method.free(p)
         if scales:
-            copy_with_undo(
-                scales,
-                [
-                    n.to(t)
-                    for n, t in zip(
-                        torch.tensor(numbers, dtype=scales[0].dtype, device=scales[0].device).unbind(),
-                        scales,
-                        strict=True,
-                    )
-                ],
-                undo,
-            )
+            new_scales = torch.tensor(numbers, dtype=scales[0].dtype, device=scales[0].device).unbind()
+            write_all([Fit(t, t, n.to(t)) for t, n in zip(scales, new_scales, strict=True)], undo)
 
 
 def _of_method(entry: Entry) -> bool:

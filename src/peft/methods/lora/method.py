@@ -126,6 +126,9 @@ class LoRA(LowRank):
         if p.subtracts:
             room.fill(p, *self.first_factors(p))
 
+    def window(self, p: Adapter, key: str, held: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        return room.window(p, key, held, shape)
+
     def roomy(self, p: Adapter, rank: int) -> dict[str, Tensor]:
         return room.widened(p, rank)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ...core.stack import Adapter
@@ -22,13 +21,19 @@ def padded(p: Adapter, key: str, value: Tensor, shape: Sequence[int]) -> Tensor 
         return None
     if value.shape[axis] > shape[axis] or value.shape[axis] % blocks or shape[axis] % blocks:
         return None
-    if blocks == 1:
-        behind = [0, 0] * (value.dim() - 1 - axis)
-        return torch.constant_pad_nd(value, [*behind, 0, shape[axis] - value.shape[axis]])
     full = value.new_zeros(shape)
     parts = value.unflatten(axis, (blocks, -1))
     full.unflatten(axis, (blocks, -1)).narrow(axis + 1, 0, parts.shape[axis + 1]).copy_(parts)
     return full
+
+
+def window(p: Adapter, key: str, held: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """The part of a factor that one of a smaller rank fills; None where its ranks lie in several places."""
+    axis, blocks = _axis(p, key)
+    if axis is None or blocks > 1 or held.dim() != len(shape) or shape[axis] > held.shape[axis]:
+        return None
+    part = held.narrow(axis, 0, shape[axis])
+    return part if part.shape == tuple(shape) else None
 
 
 def fill(p: Adapter, A: Tensor, B: Tensor) -> None:
