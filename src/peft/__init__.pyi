@@ -36,8 +36,10 @@ from .create import (
     inject_adapter_in_model,
 )
 from .errors import (
+    ChangedConfigWarning,
     MissingTensorsWarning,
     NoMatchingPeftModuleError,
+    OtherBaseWarning,
     PeftError,
     PeftWarning,
     UnexpectedTensorsWarning,
