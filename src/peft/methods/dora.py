@@ -44,9 +44,8 @@ class DoRA(Delta):
 
     def __init__(self, of: Delta):
         self.of = of
-        self.shared, self.shared_by = of.shared, of.shared_by  # type: ignore[method-assign]
-        self.takes, self.for_file = of.takes, of.for_file  # type: ignore[method-assign]
-        self.fitted, self.roomy = of.fitted, of.roomy  # type: ignore[method-assign]
+        self.shared, self.shared_by, self.takes = of.shared, of.shared_by, of.takes  # type: ignore[method-assign]
+        self.for_file, self.fitted, self.roomy = of.for_file, of.fitted, of.roomy  # type: ignore[method-assign]
         self.split, self.parts, self.join, self.written = of.split, of.parts, of.join, of.written  # type: ignore
         self.copies, self.may_be_empty = of.copies, of.may_be_empty  # type: ignore[misc]
         self.form, self.free, self.rest = of.form, of.free, of.rest  # type: ignore[method-assign]
