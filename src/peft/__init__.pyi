@@ -24,6 +24,9 @@ from .core.checkpoint import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
+from .core.kappa import (
+    find_kappa_target_modules,
+)
 from .core.state import (
     adapter_parameters,
 )
@@ -315,6 +318,11 @@ from .utils.other import (
 )
 
 __all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "AdaLoraConfig",
     "AdaLoraModel",
     "AdamssConfig",
@@ -374,7 +382,6 @@ __all__ = [
     "LoraGAConfig",
     "LoraModel",
     "LoraRuntimeConfig",
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "MissConfig",
     "MissModel",
     "MissingTensorsWarning",
@@ -388,9 +395,6 @@ __all__ = [
     "OSFConfig",
     "OSFModel",
     "OtherBaseWarning",
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
     "PeanutConfig",
     "PeanutModel",
     "PeftConfig",
@@ -430,7 +434,6 @@ __all__ = [
     "ShiraModel",
     "SupertuningConfig",
     "SupertuningModel",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "TaskType",
     "TinyLoraConfig",
     "TinyLoraModel",
@@ -455,6 +458,7 @@ __all__ = [
     "compose_cartridge_adapters",
     "convert_to_lora",
     "create_arrow_model",
+    "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",

@@ -12,12 +12,10 @@ NAMES = frozenset(
         "BasePromptEncoder",
         "DoraCaching",
         "GPTQLoraLinear",
-        "KappaTuneSelector",
         "_prepare_prompt_learning_config",
         "check_target_module_exists",
         "bloom_model_postprocess_past_key_value",
         "factorization",
-        "find_kappa_target_modules",
         "get_gptqmodel_quant_linear",
         "map_cache_to_layer_device_map",
     ]
