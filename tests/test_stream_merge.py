@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peft
+import test_golden as golden
 from conformance.rows import LAYOUTS, METHODS, adapted, cells
 from peft import PeftModel, get_peft_model, merge_checkpoint
 from peft.stream import CheckpointError
@@ -320,6 +322,34 @@ def test_methods_that_share_or_derive_tensors_are_merged(method: str, tmp_path: 
     adapter = trained(tmp_path / "adapter", base, SHARED[method])
     merge_checkpoint(base, adapter, tmp_path / "out")
     same(tmp_path / "out", in_memory(tmp_path / "want", base, adapter))
+
+
+def original(name: str, tmp_path: Path) -> tuple[Path, Path, Path, nn.Module]:
+    """Base, adapter and output of a case of the original library, and its base model."""
+    case = golden.read(name)[0]
+    (tmp_path / "base").mkdir()
+    shutil.copy(golden.GOLDEN / "bases" / case["base_file"], tmp_path / "base" / "model.safetensors")
+    return tmp_path / "base", golden.GOLDEN / name, tmp_path / "out", golden.base_model(case)
+
+
+OVER_LLAMA = [name for name in golden.CASES if "-llama" in name]
+BESIDE = re.compile(golden.BESIDE.pattern + "|adaption-prompt|-alora|shadow|poly|lily|xlora|adamss|replication")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in OVER_LLAMA if not BESIDE.search(name)])
+def test_adapters_of_the_original_library_are_merged(name: str, tmp_path: Path) -> None:
+    base, adapter, out, model = original(name, tmp_path)
+    merge_checkpoint(base, adapter, out, model=model)
+    wanted = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in tensors(out).items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in OVER_LLAMA if BESIDE.search(name)])
+def test_adapters_that_no_weight_can_hold_are_refused(name: str, tmp_path: Path) -> None:
+    base, adapter, out, model = original(name, tmp_path)
+    refused("merge|Load the base", base, adapter, out, (ValueError, NotImplementedError), model=model)
 
 
 # Several adapters ---------------------------------------------------------------------------------------------
@@ -652,6 +682,13 @@ def test_what_changes_no_weights_is_refused_by_its_name(tmp_path: Path) -> None:
     refused("PROMPT_TUNING, which adds tokens.*cannot be merged", base, tmp_path / "prompt", out)
     trained(tmp_path / "fsm", base, peft.LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]))
     refused("layer_replication", base, tmp_path / "fsm", out)
+
+
+def test_what_only_the_whole_base_tells_is_refused(tmp_path: Path) -> None:
+    base, _, out = small(tmp_path)
+    config = peft.FrodConfig(target_modules=["q_proj", "v_proj"], save_projection=False)
+    adapter = trained(tmp_path / "frod", base, config)
+    refused("does not hold 'frod_.*FROD makes from all weights", base, adapter, out)
 
 
 def test_packed_numbers_are_refused(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def place(model: nn.Module, sources: Sequence[Source]) -> Any:
             foreseen(root, renamed(source.saved.outline, renames), source.name, False)
             state = renamed(source.saved.read(), renames)
             set_peft_model_state_dict(root, state, source.name, low_cpu_mem_usage=True, strict=True)
+            _check_shared(tuner, source)
             _check_base(root.base_model.model, source)
     tuner.eval()
     tuner.set_adapter([s.name for s in sources], inference_mode=True)
@@ -102,6 +103,17 @@ def place(model: nn.Module, sources: Sequence[Source]) -> Any:
         if source.weight != 1:
             scale(tuner, source)
     return tuner
+
+
+def _check_shared(tuner: Any, source: Source) -> None:
+    """Raise CheckpointError for what all layers share, and only the whole base tells."""
+    for key, home in tuner._modules.items():
+        if key != "model" and any(t.is_meta for t in (*home.parameters(), *home.buffers())):
+            method = getattr(source.config.peft_type, "value", source.config.peft_type)
+            raise CheckpointError(
+                f"The adapter in {source.place} does not hold {key!r}, which {method} makes from all weights of the "
+                "base at once. Load the model and merge in memory, or save the adapter with save_projection=True."
+            )
 
 
 def _check_base(model: nn.Module, source: Source) -> None:
