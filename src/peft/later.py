@@ -133,5 +133,7 @@ def is_later_module(fullname: str) -> bool:
         return False
     if parts[2] == "lora":
         return len(parts) == 4 and parts[3] in LORA
-    deep = len(parts) == 4 and parts[3] not in ("config", "layer", "model")
-    return parts[2] in TUNERS and (deep or find_spec(f"peft.methods.{parts[2]}") is None)
+    method = find_spec(f"peft.methods.{parts[2]}") if parts[2] in TUNERS else None
+    if method is None or len(parts) < 4 or parts[3] in ("config", "layer", "model"):
+        return parts[2] in TUNERS and method is None
+    return method.submodule_search_locations is None or find_spec(f"{method.name}.{parts[3]}") is None

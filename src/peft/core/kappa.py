@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .search import walk
 from .tie import innermost
 from .unload import progress
-from .views import view_of
+from .views import is_linear, view_of
 
 Weight = tuple[str, tuple[int, ...], Callable[[], Tensor]]  # name, (out, in), and what reads its numbers
 EPS = 1e-8
@@ -72,7 +72,7 @@ class KappaTuneSelector:
     def _layers(self) -> Iterator[Weight]:
         for name, module in walk(self.model):
             layer = innermost(module)
-            if isinstance(layer, nn.Linear):
+            if is_linear(type(layer)):
                 yield name, view_of(layer).shape(layer), partial(view_of(layer).read, layer)
 
     def _experts(self) -> Iterator[Weight]:

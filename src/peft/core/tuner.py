@@ -116,15 +116,23 @@ class BaseTuner(Switching, Combined, nn.Module):
         undo = [] if undo is None else undo
         with no_collection():
             try:
+                self.before_layers(model, adapter_name, autocast_adapter_dtype, undo)
                 steps = self.kind_of(config).injection(
                     self, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, undo
                 )
                 steps.run(state_dict)
+                self.after_layers(model, adapter_name, low_cpu_mem_usage, undo)
                 self._join(self.kind_of(config).companion)
             except BaseException:
                 for step in reversed(undo):
                     step()
                 raise
+
+    def before_layers(self, model: Any, name: str, autocast: bool, undo: list[Callable[[], Any]]) -> None:
+        """What an adapter needs before its layers are placed; `undo` receives what takes it back."""
+
+    def after_layers(self, model: Any, name: str, meta: bool, undo: list[Callable[[], Any]]) -> None:
+        """What stands beside the layers of an adapter; `undo` receives what takes it back."""
 
     def _join(self, companion: Any) -> None:
         if companion is not None and companion not in self.companions:

@@ -129,9 +129,7 @@ class ShadowLayer(BaseTunerLayer):
             self.adapters[name].method.refuse_merge(self.adapters[name])
 
     def __getattr__(self, name: str) -> Any:
-        try:
+        own = name.startswith("_") or "adapters" not in self.__dict__ or name in self._home_order
+        if own or not hasattr(self.get_base_layer(), name):
             return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "adapters" not in self.__dict__:
-                raise
         return getattr(self.get_base_layer(), name)

@@ -154,31 +154,11 @@ class ShadowModel(BaseTuner):
             config.target_modules = {f"{path}.{k}" for k in wanted}
         return super().match(model, config, adapter_name, state_dict)
 
-    def inject_adapter(
-        self,
-        model: Any,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: Any = None,
-        undo: list[Callable[[], Any]] | None = None,
-    ) -> None:
-        """Wrap the blocks, and put the small model beside."""
-        config, done = self.peft_config[adapter_name], [] if undo is None else undo
-        steps: list[Callable[[], Any]] = []
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, steps)
-        done += steps
+    def after_layers(self, model: Any, name: str, meta: bool, undo: list[Callable[[], Any]]) -> None:
+        """Put the small model beside the blocks."""
+        config: Any = self.peft_config[name]
         if config.peft_type != "SHADOW":
             return
-        try:
-            self._beside(model, adapter_name, config, low_cpu_mem_usage, done)
-        except BaseException:
-            for step in reversed(done):
-                step()
-            done.clear()
-            raise
-
-    def _beside(self, model: Any, name: str, config: Any, meta: bool, done: list[Callable[[], Any]]) -> None:
         layer = next(m for _, m in tuner_layers(model) if name in getattr(m, "adapters", {}))
         weight = layer.shadow_down[name].weight
         device = layer.original_weight_device()
@@ -195,12 +175,12 @@ class ShadowModel(BaseTuner):
                 _without_numbers(module)
             if key not in self._modules:
                 self._modules[key] = Beside()
-                done.append(partial(self._modules.pop, key))
+                undo.append(partial(self._modules.pop, key))
             home: Any = self._modules[key]
             home.put(name, module.train(model.training))
-            done.append(partial(home.delete_adapter, name))
+            undo.append(partial(home.delete_adapter, name))
         if "look" not in self.__dict__:
-            self._watch(model, done)
+            self._watch(model, undo)
 
     def _watch(self, model: Any, done: list[Callable[[], Any]]) -> None:
         look = self.__dict__["look"] = Look(self)

@@ -119,33 +119,13 @@ class XLoraModel(LoraModel):
         ]
         return plan
 
-    def inject_adapter(
-        self,
-        model: Any,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: Any = None,
-        undo: list[Callable[[], Any]] | None = None,
-    ) -> None:
-        """Add an adapter: a LoRA, or the gate with its experts."""
-        config, done = self.peft_config[adapter_name], [] if undo is None else undo
-        inject = partial(super().inject_adapter, model)
-        if config.peft_type != "XLORA":
-            return inject(adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, done)
-        self._check(model, config)
-        try:
-            for name, path in config.adapters.items():
-                self._load(inject, name, _found(config, name, path), autocast_adapter_dtype, done)
-            steps: list[Callable[[], Any]] = []
-            inject(adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, None, steps)
-            done += steps
-            self._open_gate(model, adapter_name, config, low_cpu_mem_usage, done)
-        except BaseException:
-            for step in reversed(done):
-                step()
-            done.clear()
-            raise
+    def before_layers(self, model: Any, name: str, autocast: bool, undo: list[Callable[[], Any]]) -> None:
+        """Load the experts of a gate."""
+        config: Any = self.peft_config[name]
+        if config.peft_type == "XLORA":
+            self._check(model, config)
+            for expert, path in config.adapters.items():
+                self._load(model, expert, _found(config, expert, path), autocast, undo)
 
     def _check(self, model: Any, config: Any) -> None:
         if self.gate is not None:
@@ -163,7 +143,7 @@ class XLoraModel(LoraModel):
             raise ValueError(f"hidden_size={config.hidden_size}, but the model's hidden states have {size}. Give that.")
         config.__dict__["numbers"] = {}
 
-    def _load(self, inject: Any, name: str, path: str, autocast: bool, done: list[Callable[[], Any]]) -> None:
+    def _load(self, model: Any, name: str, path: str, autocast: bool, undo: list[Callable[[], Any]]) -> None:
         """Load an expert, frozen."""
         if name in self.peft_config:
             raise ValueError(f"The expert {name!r} has the name of another adapter. Name it otherwise.")
@@ -180,7 +160,7 @@ class XLoraModel(LoraModel):
             state = load_peft_weights(path)
             with in_hand(list(state)):
                 more: list[Callable[[], Any]] = []
-                inject(name, autocast, True, None, more)
+                self.inject_adapter(model, name, autocast, True, None, more)
             steps += more
             state = {key.removeprefix("base_model."): value for key, value in state.items()}
             set_peft_model_state_dict(self, state, name, low_cpu_mem_usage=True)
@@ -188,9 +168,13 @@ class XLoraModel(LoraModel):
             for step in reversed(steps):
                 step()
             raise
-        done += steps
+        undo += steps
 
-    def _open_gate(self, model: Any, name: str, config: Any, meta: bool, done: list[Callable[[], Any]]) -> None:
+    def after_layers(self, model: Any, name: str, meta: bool, undo: list[Callable[[], Any]]) -> None:
+        """Open the gate where the experts are."""
+        config: Any = self.peft_config[name]
+        if config.peft_type != "XLORA":
+            return
         layers = [layer for _, layer in tuner_layers(model) if name in getattr(layer, "adapters", {})]
         weight = layers[0].view.sample(layers[0].get_base_layer())
         device = torch.device("meta") if meta else weight.device
@@ -203,10 +187,10 @@ class XLoraModel(LoraModel):
             hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
             hooks.append(module.register_forward_hook(look.after, always_call=True))
         self._offsets.extend(hooks)
-        done += [h.remove for h in hooks]
+        undo += [h.remove for h in hooks]
         before = self._modules.get(GATE)
         self._modules[GATE] = gate
-        done.append(partial(self._modules.__setitem__, GATE, before))
+        undo.append(partial(self._modules.__setitem__, GATE, before))
         self.__dict__["routed"] = layers
 
     # ---- state -------------------------------------------------------------------------------------------------
