@@ -16,7 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from .config import PeftConfig
 from .core.base_state import original_modules
-from .core.checkpoint import foreseen, open_adapter, renamed, set_peft_model_state_dict
+from .core.checkpoint import Foreseen, foreseen, open_adapter, renamed, set_peft_model_state_dict
 from .core.defaults import CONFIG_NAME
 from .core.entries import Entry
 from .core.files import CONFIG_HASH, Saved, config_hash, in_hand
@@ -48,7 +48,7 @@ class AdapterFile:
     name: str
     renames: dict[str, str] | None
     options: Mapping[str, Any]
-    _places: list[Entry] | None = None
+    _known: Foreseen | None = None
 
     @classmethod
     def of(
@@ -92,14 +92,14 @@ class AdapterFile:
             config.__dict__.update(before)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # all has been said the first time
-                self._places = None
+                self._known = None
                 return place(False)
 
     def foresee(self, model: PeftModel, outline: Mapping[str, Tensor] | None = None) -> list[Entry]:
         """The places that the file does not fill; raises what loading would raise of shapes and dtypes."""
         ignore = bool(self.options.get("ignore_mismatched_sizes", False))
-        self._places, lacking = foreseen(model, self.outline if outline is None else outline, self.name, ignore)
-        return lacking
+        self._known = foreseen(model, self.outline if outline is None else outline, self.name, ignore)
+        return self._known.lacking
 
     def fill(self, model: PeftModel, undo: Callable[[], Any], is_trainable: bool, meta: bool) -> _IncompatibleKeys:
         """Read the tensors and write them into the adapter; if that fails, `undo` puts the model back as it was."""
@@ -113,7 +113,7 @@ class AdapterFile:
                 ignore_mismatched_sizes=self.options.get("ignore_mismatched_sizes", False),
                 low_cpu_mem_usage=meta,
                 strict=strict,
-                places=self._places,
+                known=self._known,
             )
         except BaseException:
             undo()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -34,6 +34,19 @@ __all__ = [
     "set_peft_model_state_dict",
     "walk",
 ]
+
+
+class Foreseen(NamedTuple):
+    """What a checkpoint would fill.
+
+    `places` are the adapter's, `lacking` those without numbers (meta device) that it has no tensor for. `keys` has the
+    place and the checkpoint's key by live name if every tensor goes as it is, with the keys that go nowhere.
+    """
+
+    places: list[Entry]
+    lacking: list[Entry]
+    keys: dict[str, tuple[Entry, str]] | None = None
+    unexpected: list[str] = []  # noqa: RUF012
 
 
 def get_peft_model_state_dict(
@@ -82,7 +95,7 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
     strict: bool | None = None,
-    places: list[Entry] | None = None,
+    known: Foreseen | None = None,
 ) -> _IncompatibleKeys:
     """Write a checkpoint's tensors into an adapter, in place (an optimizer keeps its parameters).
 
@@ -94,14 +107,19 @@ def set_peft_model_state_dict(
         ignore_mismatched_sizes: leave tensors of another shape out, with a warning, instead of raising.
         low_cpu_mem_usage: the adapter was made on the meta device; tensors take the place of its parameters.
         strict: True turns missing and unexpected tensors into errors; None follows the process-wide setting.
-        places: the adapter's places where they are known, of `foreseen`.
+        known: what `foreseen` has found for a checkpoint with these keys and shapes.
 
     Returns torch's (missing_keys, unexpected_keys); missing ones by live name.
     Raises RuntimeError for wrong shapes, ValueError if nothing fits; the model is then unchanged.
     """
-    root, entries, state, write = _arranged(model, peft_model_state_dict, adapter_name, places)
-    elsewhere = write is not None
-    missing, unexpected = fill(root, entries, state, adapter_name, ignore_mismatched_sizes, strict, elsewhere)
+    if known is not None and known.keys is not None:
+        root, entries, state, write = _unwrap(model)[0], known.places, peft_model_state_dict, None
+        pairs = {live: (entry, state[key]) for live, (entry, key) in known.keys.items()}
+        found = pairs, known.unexpected
+    else:
+        root, entries, state, write = _arranged(model, peft_model_state_dict, adapter_name, known and known.places)
+        found = checked(root, entries, state, adapter_name, ignore_mismatched_sizes, write is not None)
+    missing, unexpected = fill(entries, *found, adapter_name, strict)
     written(entries)
     if write is not None:
         write()
@@ -110,8 +128,8 @@ def set_peft_model_state_dict(
 
 def foreseen(
     model: nn.Module, outline: Mapping[str, Tensor], adapter_name: str, ignore_mismatched_sizes: bool = False
-) -> tuple[list[Entry], list[Entry]]:
-    """(an adapter's places, those of them without numbers (meta device) that a checkpoint has no tensors for).
+) -> Foreseen:
+    """What a checkpoint would fill, told by its keys and shapes.
 
     Arguments:
         model: a PeftModel or a model with injected layers.
@@ -124,8 +142,13 @@ def foreseen(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         root, entries, state, write = _arranged(model, outline, adapter_name)
-        found, _ = checked(root, entries, state, adapter_name, ignore_mismatched_sizes, write is not None)
-    return entries, [e for e in entries if e.live not in found and e.tensor.is_meta]
+        found, unexpected = checked(root, entries, state, adapter_name, ignore_mismatched_sizes, write is not None)
+    lacking = [e for e in entries if e.live not in found and e.tensor.is_meta]
+    if write is not None or ignore_mismatched_sizes or state.keys() != outline.keys():
+        return Foreseen(entries, lacking)
+    names = {id(value): key for key, value in outline.items()}
+    keys = {live: (entry, names.get(id(value), "")) for live, (entry, value) in found.items()}
+    return Foreseen(entries, lacking, keys if all(key for _, key in keys.values()) else None, unexpected)
 
 
 def _arranged(

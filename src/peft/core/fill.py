@@ -17,28 +17,18 @@ Found = dict[str, tuple[Entry, Tensor]]
 
 
 def fill(
-    root: nn.Module,
-    entries: list[Entry],
-    state: Mapping[str, Tensor],
-    adapter_name: str,
-    ignore_mismatched_sizes: bool,
-    strict: bool | None,
-    elsewhere: bool = False,
+    entries: list[Entry], found: Found, unexpected: list[str], adapter_name: str, strict: bool | None
 ) -> tuple[list[Entry], list[str]]:
-    """Write a checkpoint into the tensors of an adapter; nothing is written before all of it is known to fit.
+    """Write a checkpoint into the tensors of an adapter; nothing is written before all is said.
 
     Arguments:
-        root: the model that the entries' names are relative to.
         entries: the places; those on the meta device become the checkpoint's tensors.
-        state: checkpoint key -> tensor.
+        found, unexpected: what goes where, and the keys without a place, as `checked` has them.
         adapter_name: for messages.
-        ignore_mismatched_sizes: leave tensors of another shape out, with a warning.
         strict: turn missing and unexpected tensors into errors; None follows the process-wide setting.
-        elsewhere: other tensors of the checkpoint have found a place that is none of the entries.
 
     Returns the places without a tensor and the keys without a place.
     """
-    found, unexpected = checked(root, entries, state, adapter_name, ignore_mismatched_sizes, elsewhere)
     missing = [e for e in entries if e.live not in found]
     if missing:
         report(MissingTensorsWarning, _missing_text(missing, unexpected, adapter_name), strict, stacklevel=4)
@@ -68,9 +58,15 @@ def checked(
 ) -> tuple[Found, list[str]]:
     """What goes where, {name in the live model: place and tensor}, and the keys without a place.
 
-    Arguments: as for `fill`; the tensors may be on the meta device, for only their shapes and dtypes are looked at.
+    Arguments:
+        root: the model that the entries' names are relative to.
+        entries: the places.
+        state: checkpoint key -> tensor, which may be on the meta device: only shapes and dtypes are looked at.
+        adapter_name: for messages.
+        ignore_mismatched_sizes: leave tensors of another shape out, with a warning.
+        elsewhere: other tensors of the checkpoint have found a place that is none of the entries.
 
-    Raises what `fill` raises of them.
+    Raises RuntimeError for other shapes, TypeError for other kinds of numbers, ValueError if nothing fits.
     """
     found, unexpected = _match(root, entries, state)
     same_kind(found)

@@ -30,8 +30,7 @@ def fingerprint(model: nn.Module, replaced: Collection[str] = ()) -> dict[str, s
         replaced: endings of the names of modules that the adapter replaces (`modules_to_save`).
     """
     shapes = dict(_shapes(model, replaced))
-    lines = "\n".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
-    noted = {HASH: "sha256:" + hashlib.sha256(lines.encode()).hexdigest()}
+    noted = {HASH: _hash(shapes)}
     text = json.dumps(_grouped(shapes), separators=(",", ":"), sort_keys=True)
     return {**noted, SHAPES: text} if len(text) <= LONGEST else noted
 
@@ -48,14 +47,19 @@ def difference(noted: Mapping[str, str], model: nn.Module, replaced: Collection[
     """
     if HASH not in noted or SHAPES not in noted:
         return []
-    here = fingerprint(model, replaced)
-    before, now = _read(noted[SHAPES]), _read(here.get(SHAPES, "{}"))
-    if here[HASH] == noted[HASH] or not before or not now or _total(before) == _total(now):
+    shapes = dict(_shapes(model, replaced))
+    if _hash(shapes) == noted[HASH]:
         return []
-    if _endings(before) == _endings(now):
+    before, now = _read(noted[SHAPES]), _grouped(shapes)
+    if not before or _total(before) == _total(now) or _endings(before) == _endings(now):
         return []
     names = [n for n in {**before, **now} if before.get(n) != now.get(n)]
     return [f"{n}: {_said(before.get(n))} when it was saved, {_said(now.get(n))} here" for n in names]
+
+
+def _hash(shapes: Mapping[str, str]) -> str:
+    lines = "\n".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
+    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _shapes(model: nn.Module, replaced: Collection[str]) -> Iterator[tuple[str, str]]:

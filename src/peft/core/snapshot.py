@@ -39,10 +39,10 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             for name in own.keys() - values.keys():
                 del own[name]
             own.update(values)
-            for name, content in tables.items():
-                table = own[name]
-                table.clear()
-                table.update(content)
+            for name in _TABLES:
+                if own.get(name) or name in tables:
+                    own[name].clear()
+                    own[name].update(tables.get(name, ()))
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
@@ -54,4 +54,4 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 
 def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, dict[Any, Any]]]:
     values = dict(module.__dict__)
-    return values, {name: dict(values[name]) for name in _TABLES if name in values}
+    return values, {name: dict(values[name]) for name in _TABLES if values.get(name)}
