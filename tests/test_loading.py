@@ -186,6 +186,13 @@ def test_a_wrong_rank_costs_no_memory(tmp_path, r, new):
     assert largest.bytes < 4096
 
 
+@pytest.mark.parametrize("fields", [{"r": 2**63 - 1}, {"rank_pattern": {"fc1": 2**62}}, {"r": 2**70}])
+def test_sizes_beyond_counting_are_refused(tmp_path, fields):
+    edit(saved(tmp_path), **fields)
+    with pytest.raises((ValueError, TypeError), match="no machine can hold|whole number"):
+        PeftModel.from_pretrained(mlp(), tmp_path)
+
+
 def test_a_wrong_base_costs_no_memory(tmp_path):
     saved(tmp_path, r=64, modules_to_save=["fc2"])
     base = mlp(size=100_000)

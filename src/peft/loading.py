@@ -79,7 +79,7 @@ class AdapterFile:
         _check_prompt(config, outline, self.name)
         before = copy.deepcopy(config.__dict__)
         with in_hand(list(outline)):
-            model, undo = place(True)
+            model, undo = _outlined(place)
             try:
                 lacking = self.foresee(model, outline)
                 _check_room(lacking, model, outline)
@@ -148,6 +148,16 @@ class AdapterFile:
                 "damaged, or comes from another save. The adapter may compute something else than it did."
             )
             report(ChangedConfigWarning, text, self.options.get("strict"), stacklevel=4)
+
+
+def _outlined(place: Callable[[bool], Placed]) -> Placed:
+    """The adapter without memory; raises ValueError for sizes that torch cannot even count."""
+    try:
+        return place(True)
+    except (RuntimeError, OverflowError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise ValueError(f"The configuration asks for tensors that no machine can hold: {error}") from error
 
 
 def _check_room(lacking: list[Entry], model: PeftModel, outline: Mapping[str, Tensor]) -> None:

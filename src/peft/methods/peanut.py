@@ -34,6 +34,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
 }
 HOMES = ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders")
+DEEPEST = 1000  # a network that no one trains; files may say anything
 
 
 @dataclass
@@ -51,8 +52,8 @@ class PeanutConfig(AdditiveConfig):
     def check(self) -> None:
         """Numbers and names."""
         number("scaling", self.scaling)
-        if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 0:
-            raise ValueError(f"`depth` must be an integer of at least 0; got {self.depth!r}.")
+        if isinstance(self.depth, bool) or not isinstance(self.depth, int) or not 0 <= self.depth <= DEEPEST:
+            raise ValueError(f"`depth` must be an integer from 0 to {DEEPEST}; got {self.depth!r}.")
         activation(self.act_fn)
 
 
