@@ -62,6 +62,7 @@ REASONS: list[tuple[str, str, str]] = [
         "The update depends on the input (or the task), so no weight holds it.",
     ),
     ("lora:arrow, xlora", "base output at init", "It is built of trained experts."),
+    ("xlora", "bias, layer_replication", "Biases and repeated layers are the experts' own, from their configurations."),
     ("xlora", "two*, mixed batch*, delete_adapter, hotswap",
      "One gate speaks for all experts of the model; the experts themselves switch, mix and swap."),
     ("lora:arrow, xlora", f"{FILES}, trains, bf16, fp16, gradient*, PeftMixedModel",
