@@ -178,10 +178,6 @@ class Method:
         """The part of a tensor that a smaller one of `shape` fills, the rest being zeros; None if `fitted` must say."""
         return None
 
-    def window(self, p: Adapter, key: str, held: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """The part of a tensor that a smaller one of `shape` fills, the rest being zeros; None if `fitted` must say."""
-        return None
-
     def roomy(self, p: Adapter, rank: int) -> dict[str, Tensor]:
         """The tensors, by key, that get room for adapters up to a rank; raises ValueError if that cannot be."""
         return {}

@@ -83,7 +83,7 @@ def compiled(pattern: str, field: str) -> re.Pattern[str]:
 
 
 class Table:
-    """The keys of a pattern dictionary in their order; keys without special characters are looked up."""
+    """The keys of a pattern dictionary in their order; keys without special characters are looked up.
 
     With `anywhere` a key need only be found in a name.
     """
@@ -93,7 +93,7 @@ class Table:
         self._plain = {key: i for i, key in enumerate(self.keys) if not anywhere and _PLAIN.fullmatch(key)}
         form = r".*?(?:{})" if anywhere else r"(?:.*\.)?(?:{})$"
         self._regex = [
-            (i, compiled(rf"(?:.*\.)?(?:{key})$", field)) for i, key in enumerate(self.keys) if key not in self._plain
+            (i, compiled(form.format(key), field)) for i, key in enumerate(self.keys) if key not in self._plain
         ]
 
     def matches(self, name: str) -> list[str]:
