@@ -155,7 +155,7 @@ def _outlined(place: Callable[[bool], Placed]) -> Placed:
     try:
         return place(True)
     except (RuntimeError, OverflowError) as error:
-        if "overflow" not in str(error).lower():
+        if not any(text in str(error).lower() for text in ("overflow", "can't allocate")):
             raise
         raise ValueError(f"The configuration asks for tensors that no machine can hold: {error}") from error
 
