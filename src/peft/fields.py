@@ -39,7 +39,7 @@ def checked_fields(kind: type, values: Mapping[str, Any], origin: str) -> dict[s
         if kinds is None or dataclasses.is_dataclass(value) or (value is None and "prng_key" not in name):
             continue
         if kinds == {"a whole number"} and isinstance(value, bool):
-            value = checked[name] = int(value)  # noqa: PLW2901
+            value = checked[name] = int(value)
         if "a whole number" in kinds and isinstance(value, float) and value.is_integer():
             value = checked[name] = int(value)
         if not any(isinstance(value, KINDS[k]) for k in kinds) or (isinstance(value, int) and abs(value) >= 2**63):
