@@ -167,7 +167,10 @@ def test_an_embedding_in_a_file_of_the_other_library_is_plain_whatever_its_start
 
 def test_first_factors_that_a_file_of_the_other_library_does_not_hold_are_told(tmp_path):
     save_file(
-        {"base_model.model.fc.lora_A.weight": torch.randn(2, 4), "base_model.model.fc.lora_B.weight": torch.randn(3, 2)},
+        {
+            "base_model.model.fc.lora_A.weight": torch.randn(2, 4),
+            "base_model.model.fc.lora_B.weight": torch.randn(3, 2),
+        },
         tmp_path / "adapter_model.safetensors",
     )
     values = {**of_release("0.18"), "init_lora_weights": "pissa_niter_4"}

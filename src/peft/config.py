@@ -223,8 +223,8 @@ class PeftConfigMixin:
         if wanted := sorted(k for k in unknown if _changes_the_result(k, values[k])):
             raise ValueError(
                 f"{origin} sets {', '.join(f'{k}={values[k]!r}{nearest(k, known)}' for k in wanted)}, which this "
-                f"version of {cls.__name__} does not know. The adapter would compute something else without it: use a version "
-                "that knows it, or take the field out of the file if it is of no account."
+                f"version of {cls.__name__} does not know. The adapter would compute something else without it: use a "
+                "version that knows it, or take the field out of the file if it is of no account."
             )
         if unknown:
             hints = "; ".join(f"{k!r}{nearest(k, known)}" for k in sorted(unknown))

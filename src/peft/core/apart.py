@@ -31,7 +31,7 @@ class Experts(NamedTuple):
     """One block of experts: its path, how many there are, the names of their projections (gate, up, down)."""
 
     path: str
-    count: int
+    number: int
     names: tuple[str, ...]
     inner: int  # I, the rows of gate
     outer: int  # H, its columns
@@ -67,7 +67,7 @@ def rewrite(config: Any, model: nn.Module) -> Callable[[], None] | None:
     for name in wanted:
         for block in found:
             parts = block.names[:2] if _last(name) == BOTH else block.names[2:]
-            modules |= {f"experts.{expert}.{part}" for expert in range(block.count) for part in parts}
+            modules |= {f"experts.{expert}.{part}" for expert in range(block.number) for part in parts}
             for table in tables:
                 value = pattern_value(before[table], f"{block.path}.{_last(name)}", None)
                 kept = {k: v for k, v in getattr(config, table).items() if not k.endswith(BOTH)}
@@ -102,7 +102,7 @@ def split(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]
 
 def _pieces(block: Experts, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     """{"0.w1.lora_A.weight": ...} of one stacked pair: A (E r, in) expert by expert, B (out, r E) rank by rank."""
-    count = block.count
+    count = block.number
     if A.dim() != 2 or len(A) % count or B.shape[1] != len(A):
         return {}
     if (A.shape[1], len(B)) == (block.outer, 2 * block.inner):

@@ -52,8 +52,8 @@ def rewrite(config: Any, model: nn.Module) -> Callable[[], None]:
 
     Returns a function that takes it back. Raises ValueError if one half of a fused parameter is named alone.
     """
-    if undo := apart.rewrite(config, model):
-        return undo
+    if (back := apart.rewrite(config, model)) is not None:
+        return back
     wanted = getattr(config, "target_modules", None)
     names = _NAMES.get(model_type(model))
     if names is None or config.peft_type not in _METHODS or not _sounds_like(wanted, {*names, _ROUTER}):
