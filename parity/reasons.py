@@ -11,7 +11,7 @@ CONVOLUTIONS = "Conv1d, Conv2d*, Conv3d"
 
 REASONS: list[tuple[str, str, str]] = [
     ("oft*", CONVOLUTIONS, "There the forward of a convolution is not that of its merged weight; here it is."),
-    ("oft:coft", "*", "There a forward projects the trained tensors anew, which rounds them before they are saved again."),
+    ("oft:coft", "*", "There a forward projects the trained tensors anew, which rounds them once more."),
     ("boft, hra", "Conv2d dilated", "There dilation is ignored."),
     ("lora:lora_bias", "MultiheadAttention", "There the bias of the update is saved and has no effect."),
     ("lora:pissa*, lora:olora", "Embedding", "There an embedding starts as with True, whatever the start is called."),

@@ -3,8 +3,8 @@
     W' = W,   b' = b + beta;   beta starts at zero
 
 A layer without a bias gets one, which only a merge cannot hold; an embedding's merge can, as each input is one token:
-it goes into every row. Source: Huang et al. 2025, arXiv 2509.15974. Different from the peer: convolutions, embeddings and
-attention, too.
+it goes into every row. Source: Huang et al. 2025, arXiv 2509.15974. Different from the peer: convolutions, embeddings
+and attention, too.
 """
 
 from __future__ import annotations
