@@ -254,8 +254,8 @@ MISTAKES = [
           ("torch.int32", "torch.float32", "lora_A")),
     *load("complex numbers", lambda s: {k: v.to(torch.complex64) for k, v in s.items()}, TypeError,
           ("torch.complex64",)),
-    *load("keys of another model", lambda s: {"h." + k: v for k, v in s.items()}, ValueError,
-          ("nothing was loaded", "'h.base_model", "key_mapping")),
+    *load("keys of another model", lambda s: {f"h.{i}.attn.weight": v for i, v in enumerate(s.values())}, ValueError,
+          ("nothing was loaded", "'h.0.attn.weight'", "key_mapping")),
 ]  # fmt: skip
 
 

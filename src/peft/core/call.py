@@ -54,7 +54,6 @@ class Call:
         self.part: tuple[Tensor, int] | None = None
         self.offsets: dict[str, Tensor] | None = None
         self.given_offsets: list[int | None] | None = None
-        self.gates: Any = None
         self.keys: Any = None
         self.ids: Tensor | None = None
         self.virtual = 0
@@ -67,7 +66,7 @@ class Call:
         self._past: deque[tuple[int, int, dict[str, Any]]] = deque(maxlen=REMEMBERED)
         self._node: int | None = None  # the autograd node in whose evaluation the facts were set; None outside backward
         self._recalled: dict[str, Any] | None = None
-        self.gates = None
+        self.gates: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_past", "_node", "_recalled", "gates")}

@@ -17,6 +17,7 @@ from .layer import BaseTunerLayer, tuner_layers
 from .stack import Adapter
 
 PREFIX = "base_model.model."
+Layers = list[tuple[str, Any]]  # path and layer, as `tuner_layers` tells them
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
@@ -41,18 +42,20 @@ class Entry(NamedTuple):
         return self.owner._buffers[self.attr] if found is None else found  # type: ignore[return-value]
 
 
-def walk(model: nn.Module, adapter_name: str) -> list[Entry]:
+def walk(model: nn.Module, adapter_name: str, layers: Layers | None = None) -> list[Entry]:
     """Every tensor that the model's layers have filed under an adapter, in the order of the modules.
 
     Arguments:
         model: a PeftModel, a tuner, or a model with injected layers; keys are relative to it.
         adapter_name: the adapter.
+        layers: the model's, where the caller has looked for them.
     """
-    layers = list(tuner_layers(model))
+    layers = list(tuner_layers(model)) if layers is None else layers
     seams = _seams(layers)
     return [
-        Entry(join(_stated(path, seams), slot.key), join(path, slot.live), slot.owner, slot.attr, layer, p, slot.key)
+        Entry(join(start, slot.key), join(path, slot.live), slot.owner, slot.attr, layer, p, slot.key)
         for path, layer in layers
+        for start in (_stated(path, seams) if seams else path,)
         for p in (layer.adapters.get(adapter_name) if isinstance(layer, BaseTunerLayer) else None,)
         for slot in layer.slots(adapter_name)
     ]
@@ -60,22 +63,24 @@ def walk(model: nn.Module, adapter_name: str) -> list[Entry]:
 
 def entries_of(root: nn.Module, config: Any, adapter_name: str) -> list[Entry]:
     """All that an adapter trains: its own tensors, then the base model's biases that go with it."""
-    return stated(root, config, [*walk(root, adapter_name), *_biases(root, config, adapter_name)])
+    layers = list(tuner_layers(root))
+    found = [*walk(root, adapter_name, layers), *_biases(root, config, adapter_name)]
+    return stated(root, config, found, layers)
 
 
-def stated(root: nn.Module, config: Any, entries: list[Entry]) -> list[Entry]:
+def stated(root: nn.Module, config: Any, entries: list[Entry], layers: Layers | None = None) -> list[Entry]:
     """Entries under the keys that files have for them, whatever else the model holds.
 
     Wrappers that names leave out are left out, and the tuner too by adapters that need none (prompts).
     """
-    seams = _seams(list(tuner_layers(root)))
+    seams = _seams(list(tuner_layers(root)) if layers is None else layers)
     around = hasattr(type(root._modules.get("base_model")), "inject_adapter")
     if around and getattr(config, "is_prompt_learning", False):
         seams = [(PREFIX, "base_model."), *seams]
     return [e._replace(key=_stated(e.key, seams)) for e in entries] if seams else entries
 
 
-def _seams(layers: list[tuple[str, Any]]) -> list[tuple[str, str]]:
+def _seams(layers: Layers) -> list[tuple[str, str]]:
     """(how names of modules start in the model, how in files) below each wrapper that names leave out."""
     found = [(path, layer._below[0]) for path, layer in layers if getattr(type(layer), "unnamed", False)]
     return [(f"{path}.{below}.", f"{path}.") for path, below in found]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from .base_state import original_modules
 HASH, SHAPES = "base_fingerprint", "base_shapes"  # keys among a file's remarks
 LONGEST = 100_000  # characters of the shapes; the names of most models fold to a thousand
 Groups = dict[str, dict[str, int]]
+_NUMBERS = re.compile(r"(?<![^.])[0-9]+(?![^.])")  # whole parts of a name
 
 
 def fingerprint(model: nn.Module, replaced: Collection[str] = ()) -> dict[str, str]:
@@ -78,8 +80,8 @@ def _shapes(model: nn.Module, replaced: Collection[str]) -> Iterator[tuple[str, 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The parameters of one module; of a linear layer those that it stands for, however they are stored."""
-    sizes = tuple(_plain(module, n) for n in ("out_features", "in_features"))
-    linear = all(type(n) is int for n in sizes) and not module._modules
+    sizes = _plain(module, "out_features"), _plain(module, "in_features")
+    linear = type(sizes[0]) is int and type(sizes[1]) is int and not module._modules
     if linear:
         yield "weight", sizes
     for name, p in module._parameters.items():
@@ -98,7 +100,7 @@ def _plain(module: nn.Module, name: str) -> Any:
 def _grouped(shapes: Mapping[str, str]) -> Groups:
     groups: dict[str, Counter[str]] = {}
     for name, shape in shapes.items():
-        folded = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        folded = _NUMBERS.sub("*", name)
         groups.setdefault(folded, Counter())[shape] += 1
     return {name: dict(counts) for name, counts in groups.items()}
 

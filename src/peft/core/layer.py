@@ -296,14 +296,15 @@ class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
     def _replan(self) -> None:
         """Decide what a forward runs."""
         names = self._live_names()
+        by_task = by_input = False
         for name in names:
             p = self.adapters[name]
             p.direct = {k: h[name] for k, h in self._modules.items() if k != "base_layer" and name in h}  # type: ignore
             p.direct.update({k: home.tensor(name) for k, home in p.shared.items()})
             p.method.prepare(p)
-        methods = [self.adapters[n].method for n in names]
-        self.__dict__.update(_by_task=any(m.by_task for m in methods), _by_input=any(m.by_input for m in methods))
-        self.__dict__["_run"] = self._runner(self.stack(names)) if names else None
+            by_task, by_input = by_task or p.method.by_task, by_input or p.method.by_input
+        run = self._runner(self.stack(names)) if names else None
+        self.__dict__.update(_by_task=by_task, _by_input=by_input, _run=run)
 
     def _runner(self, stack: Stack) -> Any:
         if not self.view.activations:

@@ -155,7 +155,7 @@ class Mergeable(nn.Module):
         dense = type(storage.of(base, self.view.name)) is storage.Storage
         by_rows = dense and all(a.method.rowwise(a) for a in stack.adapters)
         for start in range(0, out, step if by_rows else out):
-            rows = slice(start, start + step) if by_rows else slice(None)
+            rows = slice(start, start + step) if by_rows and step < out else slice(None)
             W = stack.weight(rows)
             W = self.view.absorb(base, W, b[rows]) if self.view.one_hot and b is not None else W
             if not finite(W):
