@@ -539,3 +539,12 @@ def test_auto_model_imports_only_from_allowed_packages(tmp_path):
     get_peft_model(_named(mlp(), str(tmp_path / "base")), lora()).save_pretrained(tmp_path / "own")
     with pytest.raises(ValueError, match="not in an allowed package"):
         AutoPeftModel.from_pretrained(tmp_path / "own")
+
+
+@pytest.mark.parametrize("name", ["half", "keys", "type", "training", "parameters", "items", "forward"])
+def test_a_name_that_torchs_containers_have_themselves_is_refused_before_anything_changes(name):
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
+    before = [n for n, _ in net.named_modules()]
+    with pytest.raises(ValueError, match=f"'{name}' is an attribute of the torch modules"):
+        get_peft_model(net, LoraConfig(target_modules=["0", "1"]), adapter_name=name)
+    assert [n for n, _ in net.named_modules()] == before

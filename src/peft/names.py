@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import warnings
 
+from torch import nn
+
 from .config import PeftConfig
 from .errors import PeftError
 from .registry import lookup
+
+
+CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
 
 
 class AdapterNameError(PeftError, ValueError, KeyError):
@@ -25,6 +30,11 @@ def check_adapter_name(name: str) -> None:
         raise AdapterNameError(
             f"The adapter name {name!r} contains a dot. Names become part of parameter names, where a dot separates "
             f"modules: use {name.replace('.', '_')!r}, for example."
+        )
+    if any(hasattr(kind, name) for kind in CONTAINERS) or name == "training":
+        raise AdapterNameError(
+            f"The adapter name {name!r} is an attribute of the torch modules that hold adapters by name, so they cannot "
+            f"hold one of that name. Use another, such as {name + '_1'!r}."
         )
 
 
