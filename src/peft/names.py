@@ -10,7 +10,6 @@ from .config import PeftConfig
 from .errors import PeftError
 from .registry import lookup
 
-
 CONTAINERS = (nn.ModuleDict, nn.ParameterDict)
 
 
@@ -33,8 +32,8 @@ def check_adapter_name(name: str) -> None:
         )
     if any(hasattr(kind, name) for kind in CONTAINERS) or name == "training":
         raise AdapterNameError(
-            f"The adapter name {name!r} is an attribute of the torch modules that hold adapters by name, so they cannot "
-            f"hold one of that name. Use another, such as {name + '_1'!r}."
+            f"The adapter name {name!r} is an attribute of the torch modules that hold adapters by name, so they "
+            f"cannot hold one of that name. Use another, such as {name + '_1'!r}."
         )
 
 
