@@ -92,8 +92,7 @@ class DoRA(Delta):
         if special is not None:
             return torch.linalg.vector_norm(base.weight.float().flatten(1) + s * special, dim=-1)[rows]
         base_square = self._base_square(p, W, rows)
-        if _some(rows):
-            W, B = W[..., rows, :], B[..., rows, :]
+        W, B = (W, B) if rows == slice(None) else (W[..., rows, :], B[..., rows, :])
         cross = torch.cat([w.float() @ A.mT for w in _tiles(W)], -2)
         gram = A @ A.mT
         square = base_square + (2 * s) * (cross * B).sum(-1) + (s * s) * ((B @ gram) * B).sum(-1)
@@ -107,9 +106,8 @@ class DoRA(Delta):
 
     def _base_square(self, p: Adapter, W: Tensor, rows: slice) -> Tensor:
         """|W|^2 of each row, (..., rows); that of all is computed again only when the base weight changes."""
-        part = W[..., rows, :] if _some(rows) else W
-        if torch.compiler.is_compiling() or W.is_inference() or part.shape != W.shape:
-            return _square(part)
+        if torch.compiler.is_compiling() or W.is_inference() or rows != slice(None):
+            return _square(W[..., rows, :])
         key = (W.data_ptr(), W._version, W.shape, W.device)
         if p.cache.get("key") != key:
             p.cache.update(key=key, square=_square(W))
@@ -117,8 +115,7 @@ class DoRA(Delta):
 
     def gain(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
         """m / |V|, (..., rows); where a row of V is zero its direction does not matter."""
-        m = self.magnitude(p)
-        return (m[..., rows] if _some(rows) else m) / self.safe_norm(p, rows)
+        return self.magnitude(p)[..., rows] / self.safe_norm(p, rows)
 
     def safe_norm(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
         """|V| with 1 in place of 0."""
@@ -151,11 +148,6 @@ class DoRA(Delta):
         b = None if b is None else inner.spread(b)  # b' in full: what `of` adds to y has its own bias in it
         z = self.of.onto(p, inner, y if b is None else (y - b).to(y.dtype), x) * gain
         return (z if b is None else z + b).to(y.dtype)
-
-
-def _some(rows: slice) -> bool:
-    """Whether not all rows are asked for, as far as the slice itself says."""
-    return rows.start is not None or rows.stop is not None
 
 
 def _tiles(W: Tensor) -> tuple[Tensor, ...]:
