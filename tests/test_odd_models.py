@@ -114,6 +114,18 @@ def test_an_adapter_on_an_offloaded_base_has_numbers():
         assert torch.allclose(model(X), wanted)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_needs_an_offloaded_weight_at_other_times_names_its_layer(dora, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    get_peft_model(base(), LoraConfig(r=2, target_modules=["0"], use_dora=dora)).save_pretrained(tmp_path)
+    model = base()
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    model = peft.PeftModel.from_pretrained(model, str(tmp_path))
+    with torch.no_grad(), pytest.raises(ValueError, match="weight of '0' is offloaded by accelerate"):
+        model(X) if dora else model.merge_and_unload()
+    assert model.peft_config.keys() == {"default"}
+
+
 @pytest.mark.parametrize("which", ["base_layer", "lora_A", "lora_B"])
 @pytest.mark.parametrize(
     "kind", ["forward", "forward_pre", "full_backward", "full_backward_pre", "everywhere", "class"]

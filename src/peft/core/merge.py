@@ -52,6 +52,7 @@ class Mergeable(nn.Module):
     def original_weight(self) -> Tensor:
         """The base weight without any merged adapter, (..., O, I)."""
         base = self.get_base_layer()
+        self.refuse_offloaded()
         if self._saved is None:
             return self.view.read(base)
         return self.view.matrix(base, storage.of(base, self.view.name).original(self._saved[self.view.name]))
@@ -106,9 +107,21 @@ class Mergeable(nn.Module):
         self._merged = before + list(names)
         self._replan()
 
+    def refuse_offloaded(self) -> None:
+        """Raise ValueError where accelerate brings the base weight only while the base layer itself runs."""
+        base = self.get_base_layer()
+        hook = base.__dict__.get("_hf_hook")
+        if hook is not None and getattr(hook, "offload", False) and getattr(base, self.view.name).is_meta:
+            raise ValueError(
+                f"The {self.view.name} of {self._where()!r} is offloaded by accelerate: it is there only while that "
+                "layer runs, but merging, and methods that look at the weight (such as DoRA), need it at other times. "
+                "Load the model with a device_map that keeps this layer on a device."
+            )
+
     def check_merge(self, names: tuple[str, ...]) -> None:
         """Raise if merging these adapters is impossible or would change the output."""
         base = self.get_base_layer()
+        self.refuse_offloaded()
         self.view.check_stored(base, self._where())
         live = [n for n in self._active if n in self.adapters and n not in self.merged_adapters]
         rest = [n for n in live if n not in names]
