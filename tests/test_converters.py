@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -679,6 +680,9 @@ def test_wrong_arguments_are_told_with_the_nearest_choice(tmp_path: Path) -> Non
     save_file({"x.weight": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ConversionError, match=r"no format that can be read.*x\.weight"):
         convert_adapter(tmp_path / "x.safetensors", "lora", tmp_path / "out")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(ConversionError, match="GGUF is only written"):
+        convert_adapter(tmp_path / "x.gguf", "lora", tmp_path / "out")
 
 
 def test_fields_that_are_not_known_may_change_the_result_and_are_refused(tmp_path: Path) -> None:
@@ -769,6 +773,8 @@ def test_the_report_says_how_much_a_rank_leaves_out(tmp_path: Path) -> None:
     report = convert_adapter(tmp_path / "adapter", "lora", tmp_path / "out", base=net(), rank=2)
     (line,) = report.folded
     assert "rank 2, which leaves out up to" in line
+    report = convert_adapter(tmp_path / "adapter", "lora", tmp_path / "share", base=net(), rank=0.9)
+    assert re.search(r"of ranks from \d+ to \d+", report.folded[0])
 
 
 def test_the_base_in_memory_stays_as_it_is(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def put(file: Path, head, data: bytes = bytes(8), length: int | None = None):
 BAD_HEADS = {
     "no bytes": (b"", b"", None, "shorter than the 8 bytes"),
     "longer than the file": ({"a": ENTRY}, bytes(8), 10**6, "of which"),
+    "a pointer of Git LFS": (b"version https://git-lfs", b"", int.from_bytes(b"version ", "little"), "git lfs pull"),
     "longer than allowed": ({"a": ENTRY}, bytes(8), 2**63, "are allowed"),
     "no text": (b"\xff\xfe{}", b"", None, "no valid JSON"),
     "no JSON": (b"{", b"", None, "no valid JSON"),
@@ -543,3 +544,29 @@ def test_random_names_of_modules_and_adapters_make_the_round_trip(tmp_path, seed
     for name in adapters:
         got, want = get_peft_model_state_dict(model, adapter_name=name), new if name == adapters[1] else before[name]
         assert all(torch.equal(got[k], v) for k, v in want.items())
+
+
+# Over an adapter that is there ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{"lora_alpha": 99}, {"use_rslora": True}, {"alpha_pattern": {"fc1": 3}}])
+def test_weights_of_other_settings_over_an_adapter_that_is_there_are_told(fields, tmp_path):
+    same, other = saved(tmp_path / "same"), saved(tmp_path / "other", **fields)
+    model = get_peft_model(mlp(), lora())
+    with pytest.warns(ChangedConfigWarning, match=f"{next(iter(fields))}=.* instead of .*new name"):
+        model.load_adapter(other, "default")
+    before = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    with pytest.raises(PeftStrictError, match="instead of"):
+        model.load_adapter(other, "default", strict=True)
+    after = get_peft_model_state_dict(model)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(same, "default")
+        (same / CONFIG).unlink()
+        model.load_adapter(same, "default")
+
+
+def test_a_file_given_for_its_folder_is_told(tmp_path):
+    with pytest.raises(ValueError, match="this is a file; give the folder that contains it"):
+        PeftModel.from_pretrained(mlp(), str(saved(tmp_path) / WEIGHTS))

@@ -384,6 +384,8 @@ def test_a_weight_is_refused_where_nothing_can_be_scaled(tmp_path: Path) -> None
         merge_checkpoint(base, adapter, tmp_path / "out", weights=[0.5])
     with pytest.raises(CheckpointError, match="1 adapters need as many weights, but 2"):
         merge_checkpoint(base, adapter, tmp_path / "out", weights=[1, 1])
+    with pytest.raises(CheckpointError, match="must be a finite number"):
+        merge_checkpoint(base, adapter, tmp_path / "out", weights=[float("nan")])
 
 
 def test_a_weight_leaves_whole_modules_as_they_are_and_says_so(tmp_path: Path) -> None:

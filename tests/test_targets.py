@@ -238,6 +238,7 @@ def test_a_model_without_defaults_needs_target_modules():
     ("fields", "error", "text"),
     [
         ({"target_modules": ["q_prj"]}, NoMatchingPeftModuleError, "'q_prj' .Did you mean 'q_proj'"),
+        ({"target_modules": "all_linear"}, NoMatchingPeftModuleError, "Did you mean 'all-linear'"),
         ({"target_modules": ["attn.q_prj"]}, NoMatchingPeftModuleError, "Did you mean 'attn.q_proj'"),
         ({"target_modules": "q_proj"}, NoMatchingPeftModuleError, r"whole name.*\['q_proj'\]"),
         ({"target_modules": [".*q_proj"]}, NoMatchingPeftModuleError, "not regular expressions"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
     from .model import PeftModel
 
 Placed = tuple[Any, Callable[[], Any]]
+# Settings of what is made, trained or saved; given tensors compute the same under each.
+_OF_TRAINING = frozenset(
+    [
+        *("r", "inference_mode", "ensure_weight_tying", "save_projection", "target_r", "tfinal", "deltaT"),
+        *("beta1", "beta2", "orth_reg_weight"),
+    ]
+)
 
 
 @dataclass
@@ -148,6 +156,32 @@ class AdapterFile:
                 "damaged, or comes from another save. The adapter may compute something else than it did."
             )
             report(ChangedConfigWarning, text, self.options.get("strict"), stacklevel=4)
+
+    def check_settings(self, model_id: str | os.PathLike[str], kept: PeftConfig) -> None:
+        """Warn if the tensors were trained with other settings than the adapter has that they are written into."""
+        try:
+            own = PeftConfig.from_pretrained(model_id, **hub_arguments(self.options))
+        except ValueError:
+            return  # no configuration lies beside the weights, which suffice to fill an adapter that is there
+        values = [(n, getattr(own, n, None), getattr(kept, n, None)) for n in _settings(kept)]
+        other = [f"{n}={a!r} instead of {b!r}" for n, a, b in values if a != b and (a or b)]
+        if other:
+            text = (
+                f"The weights of {os.fspath(model_id)} were saved with {', '.join(other)} of adapter {self.name!r}, "
+                "which takes them and keeps its own settings: it may compute something else than it did when it was "
+                "saved. Load it under a new name, or delete_adapter first, to have its settings too."
+            )
+            report(ChangedConfigWarning, text, self.options.get("strict"), stacklevel=4)
+
+
+def _settings(config: PeftConfig) -> list[str]:
+    """The fields that change what given tensors compute, as far as the tensors' names and shapes do not tell."""
+    found = ["peft_type", *(n for n in ("alpha_pattern", "module_config") if hasattr(config, n))]
+    for field in dataclasses.fields(config):
+        of_numbers = isinstance(field.default, (bool, int, float)) and field.name not in _OF_TRAINING
+        if of_numbers and "init" not in field.name and "dropout" not in field.name:
+            found.append(field.name)
+    return found
 
 
 def _outlined(place: Callable[[bool], Placed]) -> Placed:

@@ -157,6 +157,7 @@ class Persistent:
         file = AdapterFile.of(self.get_base_model(), model_id, adapter_name, key_mapping, kwargs)
         if adapter_name in self.peft_config:
             file.foresee(self)
+            file.check_settings(model_id, self.peft_config[adapter_name])
             result = file.fill(self, lambda: None, is_trainable, low_cpu_mem_usage)
         else:
             config = read_config(model_id, is_trainable, kwargs)

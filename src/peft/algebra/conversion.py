@@ -114,7 +114,7 @@ def convert_to_lora(
     Arguments: as for `to_lora`; `compile_kwargs` is kept for compatibility: compiling gains a decomposition nothing.
     """
     new = to_lora(model, rank, adapter_name, progressbar)
-    new.report.tell("Give a larger rank, or a share of the norm to keep, such as rank=0.9999.")
+    new.report.tell("Give a larger rank, or a share of the squared norm to keep, such as rank=0.9999.")
     return new.config, new.state
 
 
@@ -144,7 +144,8 @@ def check_rank(rank: float) -> None:
     whole = isinstance(rank, int) and not isinstance(rank, bool)
     if not (whole and rank > 0) and not (isinstance(rank, float) and 0 < rank <= 1):
         raise ValueError(
-            f"rank={rank!r} is no rank. Give a whole number of at least 1, or the share of the norm to keep in (0, 1]."
+            f"rank={rank!r} is no rank. Give a whole number of at least 1, or the share of the squared norm to keep in "
+            "(0, 1]."
         )
 
 

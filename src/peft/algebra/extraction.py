@@ -241,7 +241,7 @@ def _copies(holder: nn.Module, tuned: nn.Module) -> tuple[dict[str, Tensor], set
 
 
 def _tell(new: Conversion) -> None:
-    new.report.tell("Give a larger rank, or a share of the norm to keep, such as rank=0.9999.")
+    new.report.tell("Give a larger rank, or a share of the squared norm to keep, such as rank=0.9999.")
     others = new.report.others
     if others:
         worst = max(others, key=others.__getitem__)

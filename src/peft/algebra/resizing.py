@@ -42,7 +42,9 @@ def resize(model: Any, rank: float, adapter_name: str = "default", new_adapter_n
             "you want: peft.convert_to_lora(model, rank)."
         )
     size = {"rank": rank} if isinstance(rank, int) else {"energy": rank}
-    recipe = Recipe("svd", **size, advice="Give a larger rank, or a share of the norm to keep, such as rank=0.9999.")
+    recipe = Recipe(
+        "svd", **size, advice="Give a larger rank, or a share of the squared norm to keep, such as rank=0.9999."
+    )
     return add_weighted_adapter(tuner, [adapter_name], [1.0], new_adapter_name, recipe)
 
 

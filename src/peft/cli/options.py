@@ -125,7 +125,9 @@ class ConvertOptions:
     source: str | None = option("Format of ADAPTER. Default: told by its tensors.", DATA, None, "--from")
     base: Path | None = option("Folder of the base model, where names or updates depend on it.", DATA, None)  # noqa: RUF009
     component: str | None = option("Model of a pipeline: unet, transformer, text_encoder ...", DATA, None)
-    rank: str | None = option("To write an update as a LoRA: its rank (16), or the share to keep (0.99).", METHOD, None)
+    rank: str | None = option(
+        "To write an update as a LoRA: its rank (16), or the share of its squared norm to keep (0.9999).", METHOD, None
+    )
     drop: bool = option("Leave out what the format cannot hold, and name it.", RUN, False, "--drop")
     overwrite: bool = option("Replace files that exist.", RUN, False, "--overwrite")
 

@@ -46,7 +46,8 @@ def fold(part: Part, component: str, reasons: list[Feature], options: Options, r
     ranks = sorted(set(new.report.ranks.values()))
     worst = max(new.report.errors.values(), default=0.0)
     left = f", which leaves out up to {worst:.2%} of a layer's update" if worst > SHARE else ""
-    report.folded.append(f"{what} written as a LoRA of rank {' and '.join(map(str, ranks))}{left}")
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks from {ranks[0]} to {ranks[-1]}"
+    report.folded.append(f"{what} written as a LoRA of {span}{left}")
     config = new.config
     config.inference_mode = True
     state = {k.removeprefix("model.").replace(f".{NAME}", ""): v for k, v in new.state.items()}
@@ -86,7 +87,7 @@ def _rank(tuner: Any, what: str, options: Options) -> float:
     if dense:
         raise ConversionError(
             f"{what}: the updates of {listing(dense, 3)} have no low rank of their own. Give `rank`: a number, or the "
-            "share of each update to keep, such as 0.999."
+            "share of each update's squared norm to keep, such as 0.9999."
         )
     return max(u.factors.rank * u.form.groups for u in found if u.factors is not None) if found else 1
 

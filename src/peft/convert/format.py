@@ -113,6 +113,11 @@ class Source:
     def state(self) -> dict[str, Tensor]:
         """All tensors."""
         try:
+            with open(self.file, "rb") as file:
+                if file.read(4) == b"GGUF":
+                    raise ConversionError(
+                        f"{self.file} is a GGUF file. GGUF is only written: convert the adapter that it was made from."
+                    )
             return read_weights(self.file)
         except (OSError, ValueError) as error:
             raise ConversionError(str(error)) from error

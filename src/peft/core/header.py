@@ -90,6 +90,8 @@ def read_header(file: str | os.PathLike[str]) -> Header:
 def _length(first: bytes, size: int) -> int:
     if len(first) < 8:
         raise _Fault("it is shorter than the 8 bytes that start one")
+    if first == b"version ":
+        raise _Fault("it is the pointer that Git LFS leaves in its place; `git lfs pull` fetches the file itself")
     length = int.from_bytes(first, "little")
     if length > LIMIT:
         raise _Fault(f"its head would have {length} bytes, and {LIMIT} are allowed")

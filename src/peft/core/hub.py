@@ -74,7 +74,7 @@ def is_local(model_id: str | os.PathLike[str]) -> bool:
 
 def _inventory(folder: str) -> str:
     """What a folder holds, for an error message."""
-    if os.path.isfile(folder):
+    if os.path.isfile(folder.rstrip("/" + os.sep)):
         return "this is a file; give the folder that contains it."
     if not os.path.isdir(folder):
         return "there is no such folder."

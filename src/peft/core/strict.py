@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 from ..errors import NoMatchingPeftModuleError, UnmatchedTargetWarning, listing, nearest, report
 from . import experts, views
+from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from .pattern import Selector, suffixes, table, tables
 from .plan import Plan, Target
 from .search import Search
@@ -111,6 +112,8 @@ def _leaf_names(names: Iterable[str]) -> str:
 
 def _missing(selector: Selector, names: Callable[[], list[str]]) -> list[str]:
     unused = selector.unused()[:_MOST_LISTED]
+    if len(unused) == 1 and re.sub("[ _]", "-", unused[0].lower()) == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return [f"{unused[0]!r} (Did you mean {INCLUDE_LINEAR_LAYERS_SHORTHAND!r}?)"]
     return [_shown(e, names(), selector.regex is not None) for e in unused]
 
 

@@ -306,6 +306,12 @@ class AdapterPool:
                 f"The adapter {name!r} does not fit in the pool: for {field} it has {getattr(config, field, None)!r}, "
                 f"and the pool's room {getattr(self.room, field, None)!r}."
             )
+        for field in ("modules_to_save", "trainable_token_indices"):
+            if getattr(config, field, None) and not getattr(self.room, field, None):
+                raise ValueError(
+                    f"The adapter {name!r} does not fit in the pool: its {field} are {getattr(config, field)!r}, and "
+                    "the pool's room has none. Make the pool with a configuration that has them (`room_for`)."
+                )
         if has_ranks(config) and largest_rank(config) > largest_rank(self.room):
             raise ValueError(
                 f"The adapter {name!r} has rank {largest_rank(config)}, and the pool's room {largest_rank(self.room)}."

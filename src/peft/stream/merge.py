@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -105,6 +106,8 @@ def _weights(adapters: list[Folder], weights: Sequence[float] | None) -> list[fl
     factors = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
     if len(factors) != len(adapters):
         raise CheckpointError(f"{len(adapters)} adapters need as many weights, but {len(factors)} are given.")
+    if not all(map(math.isfinite, factors)):
+        raise CheckpointError(f"weights={factors}: a weight must be a finite number, such as 0.5.")
     return factors
 
 
