@@ -205,3 +205,11 @@ def test_beside_another_method_it_adds_to_the_loss_and_cuts_ranks(first):
     assert out.loss > (out.y - labels).square().mean()
     fit(model, FIELDS["total_step"])
     assert sum(ranks(model)) == 2 * FIELDS["target_r"]
+
+
+@pytest.mark.parametrize("rule", ["lora_only", "adalora_only"])
+def test_biases_of_adapted_layers_are_trained_under_either_name(rule):
+    model = wrapped(bias=rule)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
+    assert trained == {f"base_model.model.{n}.base_layer.bias" for n in ("one", "two")}
+    assert {n for n in peft.get_peft_model_state_dict(model) if n.endswith("bias")} == trained

@@ -100,6 +100,28 @@ def test_biases_follow_the_configuration():
     assert names == {f"base_model.model.{m}.base_layer.bias" for m in ("fc1", "fc2")} | more
 
 
+def test_a_bias_of_a_copied_module_is_saved_twice_and_its_original_stays_frozen(tmp_path):
+    """As the original library writes them: under the module's name, and under that of the copy."""
+    model = adapted(bias="all", modules_to_save=["head"])
+    head = model.base_model.model.head
+    assert head.modules_to_save["default"].bias.requires_grad
+    assert not head.original_module.bias.requires_grad
+    with torch.no_grad():
+        head.modules_to_save["default"].bias.add_(1)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    start = "base_model.model.head"
+    assert torch.equal(state[f"{start}.bias"], head.modules_to_save["default"].bias)
+    assert torch.equal(state[f"{start}.modules_to_save.bias"], state[f"{start}.bias"])
+    assert torch.equal(state[f"{start}.original_module.bias"], head.original_module.bias)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnexpectedTensorsWarning)
+        warnings.simplefilter("error", MissingTensorsWarning)
+        again = PeftModel.from_pretrained(mlp(), tmp_path)
+    x = torch.randn(4, 6)
+    assert torch.equal(again(x), model(x))
+
+
 def test_saved_modules_have_their_original_names():
     state = get_peft_model_state_dict(adapted(modules_to_save=["head", "norm"]))
     extra = {"head.weight", "head.bias", "norm.weight", "norm.bias"}

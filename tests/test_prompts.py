@@ -510,3 +510,10 @@ def test_a_file_of_another_size_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(RuntimeError, match=r"\(3, 16\) in the file, \(4, 16\) here"):
         model.load_adapter(tmp_path, "default")
     assert torch.equal(before, get_peft_model_state_dict(model)["prompt_embeddings"])
+
+
+def test_the_network_of_a_prefix_is_as_wide_as_the_keys_if_not_stated():
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=K, prefix_projection=True)
+    encoder = get_peft_model(llama(), config).prompt_encoder["default"]
+    assert config.encoder_hidden_size == config.token_dim == SIZE // 2  # two of four heads have keys
+    assert encoder.transform[0].weight.shape == (SIZE // 2, SIZE // 2)

@@ -149,3 +149,10 @@ def test_the_norms_of_delora_are_saved_and_not_trained():
     other = get_peft_model(Net(), DeloraConfig(target_modules=["fc"], r=2))
     peft.set_peft_model_state_dict(other, state)
     assert torch.equal(other.base_model.model.fc.delora_w_norm["default"], norms)
+
+
+@pytest.mark.parametrize(("count", "shape"), [(2, (2, 15)), (4, (4, 3)), (6, (6, 1))])
+def test_the_number_of_blocks_is_that_of_all_groups_of_a_convolution(count, shape):
+    base = nn.Sequential(nn.Conv2d(12, 4, 1, groups=2))
+    model = get_peft_model(base, OFTConfig(target_modules=["0"], r=count, oft_block_size=0))
+    assert [tuple(p.shape) for p in model.parameters() if p.requires_grad] == [shape]

@@ -185,6 +185,26 @@ def test_a_pattern_gives_a_layer_its_own_number():
         FourierFTConfig(n_frequency_pattern={"1": 0})
 
 
+@pytest.mark.parametrize(
+    ("key", "sizes"), [("^inner.0", [6, 6]), (r"inner\.\d", [6, 6]), (r".*\d", [6, 2]), ("0", [2, 2]), (r"\d", [6, 2])]
+)
+@pytest.mark.parametrize("kind", ["fourierft", "c3a"])
+def test_an_expression_for_sizes_matches_only_what_follows_a_dot(kind, key, sizes):
+    """As in the original library, whose files are to load; a name is matched as it is, or by its last parts."""
+    base = nn.Sequential()
+    base.add_module("0", nn.Linear(12, 12))
+    base.add_module("inner", nn.Sequential(nn.Linear(12, 12)))
+    fields = {"fourierft": "n_frequency", "c3a": "block_size"}
+    name = fields[kind]
+    made = {"fourierft": FourierFTConfig, "c3a": C3AConfig}[kind]
+    config = made(target_modules=["0"], **{name: 6, f"{name}_pattern": {key: 2}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layers = [layer for _, layer in tuner_layers(get_peft_model(base, config))]
+    found = [p.shape[-1] for layer in layers for n, p in layer.named_parameters() if n.endswith(".default")]
+    assert found == sizes
+
+
 def test_a_mask_of_ones_own_chooses_the_places():
     with pytest.warns(PeftWarning, match="mask_fn"):
         config = ShiraConfig(target_modules=["0"], r=2, mask_type="rows")

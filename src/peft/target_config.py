@@ -30,6 +30,7 @@ class TargetConfig(PeftConfig):
     ranks: ClassVar[tuple[str, ...]] = ("r",)  # fields that must be at least 1
     any_module: ClassVar[bool] = False  # targets may be modules of any class
     searched: ClassVar[frozenset[str]] = frozenset()  # tables whose keys need only be found in a name
+    below: ClassVar[frozenset[str]] = frozenset()  # tables whose expressions match what follows a dot alone
     corrected: ClassVar[bool] = True  # fan_in_fan_out becomes what the layers have; files of some methods never do so
 
     target_modules: list[str] | str | None = field(
@@ -170,9 +171,9 @@ def read_names(config: Any) -> None:
             setattr(config, name, patterns(name, getattr(config, name)))
 
 
-def check_bias(config: Any, own: str) -> None:
+def check_bias(config: Any, *own: str) -> None:
     """Raise if `bias` names no rule."""
-    rules = ("none", "all", own)
+    rules = ("none", "all", *own)
     if config.bias not in rules:
         raise UnknownBiasError(
             f"bias={config.bias!r} is unknown.{nearest(str(config.bias), rules)} Use one of {', '.join(rules)}."

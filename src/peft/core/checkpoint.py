@@ -84,7 +84,7 @@ def get_peft_model_state_dict(
     beside = root.__dict__.get("prompts")  # what stands beside the model writes its own
     own: dict[str, Tensor] = {} if beside is None else beside.for_file(adapter_name)
     for key, e, value in zip(keys, entries, tensors, strict=True):
-        own.update({**split(e, key, _whole(value.detach())), **repeated(e, key)})
+        own.update({**split(e, key, _whole(value.detach())), **repeated(e, key, config)})
     return own
 
 

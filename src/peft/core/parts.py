@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from .entries import PREFIX, Entry
+from .wrappers import ModulesToSaveWrapper
 
 
 def split(entry: Entry, key: str, value: Tensor) -> dict[str, Tensor]:
@@ -19,20 +21,34 @@ def split(entry: Entry, key: str, value: Tensor) -> dict[str, Tensor]:
     return {before + part: t for part, t in parts.items()}
 
 
-def repeated(entry: Entry, key: str) -> dict[str, Tensor]:
-    """The tensors that all layers share and files hold again for each, beside one whose key there is `key`."""
+def repeated(entry: Entry, key: str, config: Any) -> dict[str, Tensor]:
+    """What files hold again beside a tensor whose key there is `key`.
+
+    These are tensors that all layers share, and with `bias="all"` the biases of copies made by `modules_to_save`.
+    """
     p = entry.adapter
     if p is None:
-        return {}
+        again = _again(entry, key)
+        return {again: entry.tensor.detach().clone()} if again and getattr(config, "bias", "none") == "all" else {}
     before = key.removesuffix(entry.part)
     hosts = ((name, p.shared[name]) for name in p.method.copies if name in p.shared)
     return {before + name: host.tensor(p.name).detach().clone() for name, host in hosts if host.slots(p.name)}
+
+
+def _again(entry: Entry, key: str) -> str | None:
+    """The second key of a bias in a copy made by `modules_to_save`."""
+    if entry.attr != "bias" or not entry.part or not isinstance(entry.layer, ModulesToSaveWrapper):
+        return None
+    return f"{key.removesuffix(entry.part)}modules_to_save.{entry.part}"
 
 
 def joined(entries: list[Entry], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors, those in parts put together, and copies of shared tensors left out."""
     state = dict(state)
     for entry in entries:
+        if again := _again(entry, entry.key):
+            for spelled in (again, PREFIX + again, again.removeprefix(PREFIX)):
+                state.pop(spelled, None)
         p = entry.adapter
         parts = () if p is None else p.method.parts(entry.part)
         if p is None or not (parts or p.method.copies):

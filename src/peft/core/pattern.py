@@ -24,6 +24,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     "lambda_pattern": ("delora_lambda",),
 }
 _PLAIN = re.compile(r"[\w.\-]*")
+# Where a key matches: the whole name or all after a dot; all after a dot alone; or anywhere.
+_RULES = {"tail": r"(?:.*\.)?(?:{})$", "below": r".*\.{}$", "anywhere": r".*?(?:{})"}
 
 
 def suffixes(name: str) -> Iterator[str]:
@@ -85,13 +87,13 @@ def compiled(pattern: str, field: str) -> re.Pattern[str]:
 class Table:
     """The keys of a pattern dictionary in their order; keys without special characters are looked up.
 
-    With `anywhere` a key need only be found in a name.
+    The `rule` of the others is one of `_RULES`.
     """
 
-    def __init__(self, keys: Iterable[str], field: str, anywhere: bool = False) -> None:
+    def __init__(self, keys: Iterable[str], field: str, rule: str = "tail") -> None:
         self.keys = list(keys)
-        self._plain = {key: i for i, key in enumerate(self.keys) if not anywhere and _PLAIN.fullmatch(key)}
-        form = r".*?(?:{})" if anywhere else r"(?:.*\.)?(?:{})$"
+        self._plain = {key: i for i, key in enumerate(self.keys) if rule != "anywhere" and _PLAIN.fullmatch(key)}
+        form = _RULES[rule]
         self._regex = [
             (i, compiled(form.format(key), field)) for i, key in enumerate(self.keys) if key not in self._plain
         ]
@@ -104,13 +106,14 @@ class Table:
 
 
 @functools.lru_cache(maxsize=64)
-def _table(keys: tuple[str, ...], field: str, anywhere: bool) -> Table:
-    return Table(keys, field, anywhere)
+def _table(keys: tuple[str, ...], field: str, rule: str) -> Table:
+    return Table(keys, field, rule)
 
 
 def table(patterns: Mapping[str, Any], field: str = "pattern", config: Any = None) -> Table:
     """The compiled keys of `patterns`, the value of a field of a configuration."""
-    return _table(tuple(patterns), field, field in getattr(config, "searched", ()))
+    rules = (("anywhere", getattr(config, "searched", ())), ("below", getattr(config, "below", ())))
+    return _table(tuple(patterns), field, next((rule for rule, fields in rules if field in fields), "tail"))
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:

@@ -247,7 +247,10 @@ class Injection(Placing):
         if kind == "none" or getattr(self.config, "inference_mode", False):
             return
         if kind == "all":
-            chosen: list[Any] = [p for n, p in self.model.named_parameters() if n == "bias" or n.endswith(".bias")]
+            copied = [m.original_module for _, m in tuner_layers(self.model) if isinstance(m, ModulesToSaveWrapper)]
+            idle = {id(p) for m in copied for p in m.parameters()}  # their copies learn
+            named = self.model.named_parameters()
+            chosen: list[Any] = [p for n, p in named if n.rpartition(".")[2] == "bias" and id(p) not in idle]
         else:
             chosen = [b for layer in self.placed if (b := layer.view.bias(layer.get_base_layer())) is not None]
         before = [p.requires_grad for p in chosen]

@@ -167,7 +167,7 @@ class BaseTuner(Switching, Combined, nn.Module):
             raise ValueError(f"The model has an adapter {name!r} already. Delete it first, or choose another name.")
         bias = getattr(config, "bias", "none")
         own = f"{str(getattr(config.peft_type, 'value', config.peft_type)).lower()}_only"
-        if bias not in (*BIASES, own):
+        if bias not in (*BIASES, own, f"{kind.prefix}only"):
             raise NotImplementedError(
                 f"bias={bias!r} is not known.{nearest(str(bias), (*BIASES, own))} Use 'none', 'all' or {own!r}."
             )

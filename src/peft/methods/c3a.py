@@ -32,6 +32,7 @@ class C3AConfig(AdditiveConfig):
     kind = "C3A"
     added = frozenset({"exclude_modules"})
     ranks = ("block_size",)
+    below = frozenset({"block_size_pattern"})
     block_size: int = field(default=256, metadata=describe("Size of a circulant block; it divides in and out."))
     block_size_pattern: dict | None = field(
         default_factory=dict,

@@ -30,6 +30,7 @@ class FourierFTConfig(AdditiveConfig):
 
     kind = "FOURIERFT"
     ranks = ("n_frequency",)
+    below = frozenset({"n_frequency_pattern"})
     n_frequency: int = field(default=1000, metadata=describe("How many coefficients are trained in each layer."))
     scaling: float = field(default=150.0, metadata=describe("Factor of the update."))
     random_loc_seed: int | None = field(default=777, metadata=describe("Seed of the places of the coefficients."))

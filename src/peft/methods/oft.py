@@ -85,8 +85,11 @@ class OFT(Rotation):
     def build(self, site: Site) -> dict[str, Any]:
         c, view = site.settings, site.view
         *lead, out, inp = view.shape(site.module)
-        size = nearest_divisor(site.path, out if view.infix else inp, c.r, c.oft_block_size)
-        count = (out if view.infix else inp * view.groups(site.module)) // size
+        whole = out if view.infix else inp * view.groups(site.module)
+        size = nearest_divisor(site.path, whole, c.r, c.oft_block_size)
+        if not view.infix and inp % size:  # a block within one group of channels
+            size = nearest_divisor(site.path, inp, 0, c.oft_block_size or size)
+        count = whole // size
         held = torch.zeros(*lead, 1 if c.block_share else count, size * (size - 1) // 2, **site.kwargs)
         return {
             f"oft_{view.infix}R": OFTRotationModule(nn.Parameter(held)),

@@ -43,10 +43,10 @@ def fit(model: nn.Module, config: PromptLearningConfig) -> None:
             setattr(config, name, found)
     if config.num_transformer_submodules is None:
         config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
-    if getattr(config, "encoder_hidden_size", 0) is None:
-        config.encoder_hidden_size = config.token_dim  # type: ignore[attr-defined]
     if config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
         _fit_heads(base, config)
+    if getattr(config, "encoder_hidden_size", 0) is None:  # of the keys, where these are smaller
+        config.encoder_hidden_size = config.token_dim  # type: ignore[attr-defined]
 
 
 def _fit_heads(base: Any, config: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ...config import describe
 from ...errors import PeftWarning, report
@@ -33,6 +33,8 @@ class AdaLoraConfig(LoraConfig):
     rank_pattern: dict | None = field(
         default=None, metadata=describe("What was kept: {path of lora_E: a bool for each rank}; set by training.")
     )
+
+    other_biases: ClassVar[tuple[str, ...]] = ("adalora_only",)
 
     def __post_init__(self) -> None:
         pattern, self.rank_pattern = self.rank_pattern, None

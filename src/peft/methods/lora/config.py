@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ...config import PeftConfig, describe
 from ...errors import PeftWarning, UnknownFieldWarning, nearest, report
@@ -72,6 +72,8 @@ class LoraConfig(PeftConfig):
 
     Raises ValueError for values that cannot be, or not together; TypeError for values of the wrong kind.
     """
+
+    other_biases: ClassVar[tuple[str, ...]] = ()  # further values of `bias`, for the biases of adapted layers
 
     r: int = field(default=8, metadata=describe("Rank of the factors, at least 1."))
     target_modules: list[str] | str | None = field(
@@ -271,7 +273,7 @@ class LoraConfig(PeftConfig):
         for name in FLAGS:
             if getattr(self, name) not in (True, False, None):
                 raise TypeError(f"`{name}` must be True or False; got {getattr(self, name)!r}.")
-        check_bias(self, "lora_only")
+        check_bias(self, "lora_only", *self.other_biases)
         init = self.init_lora_weights
         if init is None or isinstance(init, bool) or init in INIT:
             return
