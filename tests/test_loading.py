@@ -570,3 +570,39 @@ def test_weights_of_other_settings_over_an_adapter_that_is_there_are_told(fields
 def test_a_file_given_for_its_folder_is_told(tmp_path):
     with pytest.raises(ValueError, match="this is a file; give the folder that contains it"):
         PeftModel.from_pretrained(mlp(), str(saved(tmp_path) / WEIGHTS))
+
+
+# Misspelt arguments ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "given", "meant"),
+    [
+        ("save", {"max_shard_sise": 10}, "max_shard_size"),
+        ("save", {"safe_serialisation": False}, "safe_serialization"),
+        ("save", {"verfy": True}, "verify"),
+        ("from", {"is_trainble": True}, "is_trainable"),
+        ("from", {"strct": True}, "strict"),
+        ("load", {"subfoldr": "nowhere"}, "subfolder"),
+        ("load", {"ignore_mismatched_size": True}, "ignore_mismatched_sizes"),
+    ],
+)
+def test_a_misspelt_argument_is_told_with_the_nearest_one(call, given, meant, tmp_path):
+    base = nn.Sequential(nn.Linear(4, 4))
+    model = get_peft_model(base, LoraConfig(target_modules=["0"]))
+    model.save_pretrained(tmp_path, state_dict=None, save_function=None)
+    calls = {
+        "save": lambda: model.save_pretrained(tmp_path, **given),
+        "from": lambda: PeftModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path, **given),
+        "load": lambda: model.load_adapter(tmp_path, "new", **given),
+    }
+    with pytest.warns(PeftWarning, match=rf"no argument '{next(iter(given))}'.*Did you mean '{meant}'"):
+        calls[call]()
+
+
+def test_arguments_that_are_for_others_pass_without_a_word(tmp_path):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path, save_function=torch.save, push_to_hub=False, state_dict=None)
+        model.load_adapter(tmp_path, "new", device_map="auto", max_memory=None, offload_folder=None, token=None)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class PeftError(Exception):
@@ -90,6 +91,24 @@ def nearest(word: str, choices: Iterable[str]) -> str:
         lower = {c.lower(): c for c in pool}
         close = [lower[m] for m in difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)]
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_spelling(given: Iterable[str], function: Callable[..., Any], others: Iterable[str]) -> None:
+    """Warn of further keyword arguments that are nearly the name of an argument.
+
+    Clients hand on arguments that are for others, so a name that is like none is left alone.
+
+    Arguments:
+        given: the names of `**kwargs`.
+        function: the function; its named arguments are known.
+        others: further names that it takes.
+    """
+    known = [*function.__code__.co_varnames[: function.__code__.co_argcount], *others]
+    for name in given:
+        close = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        if close:
+            text = f"{function.__name__} takes no argument {name!r}, which has no effect. Did you mean {close[0]!r}?"
+            report(PeftWarning, text, stacklevel=4)
 
 
 def listing(items: Iterable[str], most: int = 8) -> str:

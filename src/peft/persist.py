@@ -17,9 +17,16 @@ from .core.commit import settle, staged
 from .core.defaults import CONFIG_NAME
 from .core.files import CONFIG_HASH, SHARD_SIZE, check_written, config_hash, write_weights
 from .core.fingerprint import fingerprint
-from .core.hub import hub_arguments
-from .errors import PeftWarning, listing, nearest, report
+from .core.hub import DOWNLOAD_ARGUMENTS, hub_arguments
+from .errors import PeftWarning, check_spelling, listing, nearest, report
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+# Names among the further arguments that mean something, here or to the programs that hand them on.
+FOR_SAVING = frozenset({"state_dict", "save_function", "push_to_hub", "token", "variant"})
+FOR_LOADING = DOWNLOAD_ARGUMENTS | {
+    "subfolder", "use_auth_token", "ignore_mismatched_sizes", "strict", "torch_device", "torch_dtype", "dtype",
+    "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index", "import_allowlist",
+}  # fmt: skip
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -56,6 +63,7 @@ class Persistent:
                 with an index, which the other `peft` does not read.
             kwargs: `state_dict`: the full state by live name, to be used instead of the live tensors.
         """
+        check_spelling(kwargs, Persistent.save_pretrained, FOR_SAVING)
         folder = prepare_folder(save_directory, sweep=is_main_process)
         names = selected(self, selected_adapters)
         for name in names:
@@ -107,6 +115,7 @@ class Persistent:
         """
         from .loading import AdapterFile, taken_back
 
+        check_spelling(kwargs, Persistent.from_pretrained.__func__, FOR_LOADING)  # type: ignore[attr-defined]
         from_file = config is None
         if config is None:
             config = read_config(model_id, is_trainable, kwargs)
@@ -153,6 +162,7 @@ class Persistent:
         """
         from .loading import AdapterFile
 
+        check_spelling(kwargs, Persistent.load_adapter, FOR_LOADING)
         kwargs = {"torch_device": torch_device, **kwargs}
         file = AdapterFile.of(self.get_base_model(), model_id, adapter_name, key_mapping, kwargs)
         if adapter_name in self.peft_config:
