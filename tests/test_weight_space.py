@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import peft
 from conformance.layouts import LAYOUTS
 from conformance.oracles import METHODS
 from conformance.rows import adapted, close
@@ -203,6 +204,24 @@ def test_an_expression_for_sizes_matches_only_what_follows_a_dot(kind, key, size
         layers = [layer for _, layer in tuner_layers(get_peft_model(base, config))]
     found = [p.shape[-1] for layer in layers for n, p in layer.named_parameters() if n.endswith(".default")]
     assert found == sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (peft.PolyConfig(target_modules=["0"], r=2), ["poly_router", "poly_lora_A", "poly_lora_B"]),
+        (
+            LoHaConfig(target_modules=["0"], r=2, use_effective_conv2d=True),
+            ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"],
+        ),
+    ],
+    ids=["poly", "loha"],
+)
+def test_the_parameters_come_in_the_order_that_states_of_optimizers_rely_on(config, names):
+    base = nn.Linear(8, 8) if config.peft_type == "POLY" else nn.Conv2d(4, 6, 3)
+    model = get_peft_model(nn.Sequential(base), config)
+    found = [n.split(".")[3] for n, p in model.named_parameters() if p.requires_grad]
+    assert found == names
 
 
 def test_a_mask_of_ones_own_chooses_the_places():

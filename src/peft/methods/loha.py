@@ -102,7 +102,7 @@ class LoHa(Thinned):
         else:
             a, b, shapes = (out, c.r), (c.r, inp), {}
         shapes.update(hada_w1_a=a, hada_w1_b=b, hada_w2_a=a, hada_w2_b=b)
-        tensors = {name: nn.Parameter(torch.empty(*lead, *shape, **site.kwargs)) for name, shape in shapes.items()}
+        tensors = {n: nn.Parameter(torch.empty(*lead, *shapes[n], **site.kwargs)) for n in NAMES if n in shapes}
         return {**tensors, **c.values(), "effective": effective}
 
     def init(self, p: Adapter, inner: Stack) -> None:

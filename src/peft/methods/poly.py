@@ -73,9 +73,9 @@ class Poly(Delta):
                 "another one, for this layer alone with module_config, or exclude the layer (`exclude_modules`)."
             )
         return {
+            "poly_router": PolyRouter(c.n_tasks, q * c.n_skills, **site.kwargs),
             "poly_lora_A": nn.Parameter(torch.empty(*lead, q, c.n_skills, inp // q, c.r, **site.kwargs)),
             "poly_lora_B": nn.Parameter(torch.empty(*lead, q, c.n_skills, c.r, out // q, **site.kwargs)),
-            "poly_router": PolyRouter(c.n_tasks, q * c.n_skills, **site.kwargs),
             "r": c.r,
             "n_tasks": c.n_tasks,
             "n_skills": c.n_skills,
@@ -144,7 +144,7 @@ class PolyLayer(BaseTunerLayer):
     family = "poly"
     adapter_layer_names = ("poly_lora_A", "poly_lora_B", "poly_router")
     other_param_names = ("r", "n_tasks", "n_skills", "n_splits")
-    _home_order = ("poly_lora_A", "poly_lora_B", "poly_router")
+    _home_order = ("poly_router", "poly_lora_A", "poly_lora_B")
     _parameter_homes = frozenset({"poly_lora_A", "poly_lora_B"})
 
 
