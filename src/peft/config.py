@@ -222,8 +222,8 @@ class PeftConfigMixin:
         unknown = [k for k in values if k not in known]
         if wanted := sorted(k for k in unknown if _changes_the_result(k, values[k])):
             raise ValueError(
-                f"{origin} sets {', '.join(f'{k}={values[k]!r}' for k in wanted)}, which this version of {cls.__name__} "
-                f"does not know.{nearest(wanted[0], known)} The adapter would compute something else without it: use a "
+                f"{origin} sets {', '.join(f'{k}={values[k]!r}' for k in wanted)}, which this version of "
+                f"{cls.__name__} does not know.{nearest(wanted[0], known)} The adapter would compute something else without it: use a "
                 "version that knows it, or take the field out of the file if it is of no account."
             )
         if unknown:

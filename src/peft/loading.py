@@ -25,6 +25,7 @@ from .core.fingerprint import difference
 from .core.hub import fetch, hub_arguments
 from .core.layer import tuner_layers
 from .core.snapshot import snapshot
+from .core.tuner import no_collection
 from .errors import ChangedConfigWarning, OtherBaseWarning, report
 from .registry import tuner_class
 
@@ -72,6 +73,7 @@ class AdapterFile:
         """The tensors without their numbers, as the model is to see them."""
         return renamed(self.saved.outline, self.renames)
 
+    @no_collection()
     def placed(self, config: PeftConfig, place: Callable[[bool], Placed], keep_empty: bool) -> Placed:
         """(the model with the adapter in it, what takes it out again); the adapter's tensors still wait for the file.
 
@@ -109,6 +111,7 @@ class AdapterFile:
         self._known = foreseen(model, self.outline if outline is None else outline, self.name, ignore)
         return self._known.lacking
 
+    @no_collection()
     def fill(self, model: PeftModel, undo: Callable[[], Any], is_trainable: bool, meta: bool) -> _IncompatibleKeys:
         """Read the tensors and write them into the adapter; if that fails, `undo` puts the model back as it was."""
         strict = self.options.get("strict")
