@@ -223,8 +223,8 @@ class PeftConfigMixin:
         if wanted := sorted(k for k in unknown if _changes_the_result(k, values[k])):
             raise ValueError(
                 f"{origin} sets {', '.join(f'{k}={values[k]!r}' for k in wanted)}, which this version of "
-                f"{cls.__name__} does not know.{nearest(wanted[0], known)} The adapter would compute something else without it: use a "
-                "version that knows it, or take the field out of the file if it is of no account."
+                f"{cls.__name__} does not know.{nearest(wanted[0], known)} The adapter would compute something else "
+                "without it: use a version that knows it, or take the field out of the file if it is of no account."
             )
         if unknown:
             hints = "; ".join(f"{k!r}{nearest(k, known)}" for k in sorted(unknown))
