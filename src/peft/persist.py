@@ -117,9 +117,8 @@ class Persistent:
 
         check_spelling(kwargs, Persistent.from_pretrained.__func__, FOR_LOADING)  # type: ignore[attr-defined]
         from_file = config is None
-        if config is None:
-            config = read_config(model_id, is_trainable, kwargs)
-        elif not isinstance(config, PeftConfig):
+        config = read_config(model_id, is_trainable, kwargs) if config is None else config
+        if not isinstance(config, PeftConfig):
             raise ValueError(f"config must be a PeftConfig, but is {type(config).__name__}.")
         file = AdapterFile.of(model, model_id, adapter_name, key_mapping, kwargs)
         undo = taken_back(model, config)
