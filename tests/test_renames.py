@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoHaConfig, LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoHaConfig,
+    LoraConfig,
+    NoMatchingPeftModuleError,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.errors import PeftWarning
 
 SIZE = 6
@@ -198,3 +206,44 @@ def test_key_mapping_comes_first():
     chosen = {mapped(k, {r"^model\.layers": "model.language_model.layers"}): v for k, v in saved.items()}
     with pytest.warns(UserWarning, match="missing adapter keys"):
         assert not set_peft_model_state_dict(model, chosen).unexpected_keys
+
+
+FULL = [f"layers.{i}.self_attn.{name}" for i in range(3) for name in ("q_proj", "v_proj")]
+
+
+@pytest.mark.filterwarnings("ignore::peft.errors.OtherBaseWarning")
+@pytest.mark.parametrize("again", [False, True], ids=["new model", "beside another adapter"])
+def test_targets_that_are_whole_paths_are_found_under_their_new_names(again, tmp_path):
+    old = [f"model.{name}" for name in FULL]
+    ranks = {old[0]: 3}
+    model = get_peft_model(tree(old), LoraConfig(target_modules=old, r=2, rank_pattern=ranks, init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    saved = get_peft_model_state_dict(model)
+    towers = [f"model.language_model.{name}" for name in FULL] + [f"model.visual.{name}" for name in FULL[:4]]
+    base = tree([*towers, "head.fc"])
+    warning = pytest.warns(PeftWarning, match="'model' is now 'model.language_model'")
+    if again:
+        there = get_peft_model(base, LoraConfig(target_modules=["fc"]))
+        with warning:
+            there.load_adapter(tmp_path, "new")
+    else:
+        with warning:
+            there = PeftModel.from_pretrained(base, tmp_path, adapter_name="new")
+    state = get_peft_model_state_dict(there, adapter_name="new")
+    moved = {k.replace("model.model.layers", "model.model.language_model.layers"): v for k, v in saved.items()}
+    assert state.keys() == moved.keys() and all(torch.equal(state[k], moved[k]) for k in moved)
+    assert there.peft_config["new"].rank_pattern == {"model.language_model.layers.0.self_attn.q_proj": 3}
+    there.save_pretrained(tmp_path / "again", selected_adapters=["new"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PeftModel.from_pretrained(tree([*towers, "head.fc"]), tmp_path / "again" / "new")
+
+
+def test_targets_in_doubt_are_refused_and_nothing_changes(tmp_path):
+    old = [f"model.{name}" for name in FULL]
+    get_peft_model(tree(old), LoraConfig(target_modules=old, r=2)).save_pretrained(tmp_path)
+    base = tree([f"{tower}.{name}" for tower in ("model.language_model", "model.visual") for name in FULL])
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(NoMatchingPeftModuleError):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert [name for name, _ in base.named_modules()] == before

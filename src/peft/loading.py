@@ -24,9 +24,10 @@ from .core.files import CONFIG_HASH, Saved, config_hash, in_hand
 from .core.fingerprint import difference
 from .core.hub import fetch, hub_arguments
 from .core.layer import tuner_layers
+from .core.renames import retargeted
 from .core.snapshot import snapshot
 from .core.tuner import no_collection
-from .errors import ChangedConfigWarning, OtherBaseWarning, report
+from .errors import ChangedConfigWarning, NoMatchingPeftModuleError, OtherBaseWarning, report
 from .registry import tuner_class
 
 if TYPE_CHECKING:
@@ -51,12 +52,14 @@ class AdapterFile:
         name: the adapter's name in the model.
         renames: {regular expression: replacement} for the keys.
         options: `ignore_mismatched_sizes`, `strict`, `torch_device`.
+        base: the base model.
     """
 
     saved: Saved
     name: str
     renames: dict[str, str] | None
     options: Mapping[str, Any]
+    base: nn.Module
     _known: Foreseen | None = None
 
     @classmethod
@@ -66,7 +69,7 @@ class AdapterFile:
         """Look into the files of a folder or repository, to be loaded under `name` into `model`."""
         renames = renames if renames is not None else getattr(model, "_checkpoint_conversion_mapping", None)
         saved = open_adapter(os.fspath(model_id), **hub_arguments(options))
-        return cls(saved, name, renames or None, options)
+        return cls(saved, name, renames or None, options, model)
 
     @property
     def outline(self) -> dict[str, Tensor]:
@@ -89,7 +92,15 @@ class AdapterFile:
         _check_prompt(config, outline, self.name)
         before = copy.deepcopy(config.__dict__)
         with in_hand(list(outline)):
-            model, undo = _outlined(place)
+            try:
+                model, undo = _outlined(place)
+            except NoMatchingPeftModuleError:
+                new = retargeted(self.base, config, outline)
+                if not new:
+                    raise
+                config.__dict__.update(new)
+                before = copy.deepcopy(config.__dict__)
+                model, undo = _outlined(place)
             try:
                 lacking = self.foresee(model, outline)
                 _check_room(lacking, model, outline)

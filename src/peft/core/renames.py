@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from ..errors import PeftWarning
 from ..registry import PEFT_TYPE_TO_TUNER_MAPPING, tuner_class
 from .entries import PREFIX, Entry, plain
+from .pattern import TABLES
 
 Path = tuple[str, ...]
+Place = tuple[Path, str]
 
 
 class Rule(NamedTuple):
@@ -52,6 +54,7 @@ class Key(NamedTuple):
     path: Path
     part: str
     shape: tuple[int, ...]
+    known: bool = True
 
 
 def found_again(root: nn.Module, entries: list[Entry], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -72,16 +75,11 @@ def found_again(root: nn.Module, entries: list[Entry], state: Mapping[str, Tenso
     free = {place: e for place, e in places.items() if _join(*place) not in taken}
     if not free:
         return state
-    new = _proved(root, [_read(k, state[k], {part for _, part in places}) for k in left], free)
+    keys = [_read(k, state[k], {part for _, part in places}) for k in left]
+    new = _proved(_modules(root), keys, free, lambda key, place: _fits(key, free.get(place)))
     if not new:
         return state
-    rules = dict.fromkeys(str(rule) for rule in new.values())
-    warnings.warn(
-        f"The checkpoint was made for other names of modules: {'; '.join(rules)}. Each of their tensors has "
-        "found its one place by its ending and its shape. Save the adapter again to have the new names in the file.",
-        PeftWarning,
-        stacklevel=5,
-    )
+    _tell(new, "Each of their tensors has found its one place by its ending and its shape", stacklevel=6)
     return {_apply(new[k], k) if k in new else k: v for k, v in state.items()}
 
 
@@ -94,12 +92,53 @@ def of_now(config: Any, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {".".join([*path, old.get(last, last)]): v for k, v in state.items() for *path, last in [k.split(".")]}
 
 
+def retargeted(model: nn.Module, config: Any, keys: Collection[str]) -> dict[str, Any]:
+    """The settings of a configuration whose targets are found under their new names; nothing if they are not.
+
+    For a file whose `target_modules` select nothing: its keys say which modules were adapted. Warns, with the rules.
+
+    Arguments:
+        model: the base model.
+        config: the configuration of the file.
+        keys: the keys of its tensors.
+    """
+    start = tuner_class(config.peft_type).prefix
+    parts = (tuple(_bare(plain(k)).split(".")) for k in keys)
+    ends = ((path, next((i for i, name in enumerate(path) if name.startswith(start)), 0)) for path in parts)
+    old = list(dict.fromkeys(path[:end] for path, end in ends if end))
+    modules = _modules(model)
+    found = [Key(".".join(path), path, "", ()) for path in old if path not in modules]
+    places = {(path, "") for path in modules}
+    new = _proved(modules, found, places, lambda key, place: place in places)
+    if not found or len(new) < len(found):
+        return {}
+    now = {".".join(p): ".".join((new[".".join(p)].of(p) or p) if ".".join(p) in new else p) for p in old}
+    _tell(new, "target_modules are the new names of those that the file has tensors for", stacklevel=7)
+    tables = {t: getattr(config, t) for t in TABLES if getattr(config, t, None)}
+    return {
+        "target_modules": set(now.values()),
+        **{t: {now.get(k.removeprefix("^"), k): v for k, v in values.items()} for t, values in tables.items()},
+        **dict.fromkeys(n for n in ("layers_to_transform", "layers_pattern") if hasattr(config, n)),
+    }
+
+
+def _tell(new: Mapping[str, Rule], what: str, stacklevel: int) -> None:
+    rules = "; ".join(dict.fromkeys(str(rule) for rule in new.values()))
+    text = f"The checkpoint was made for other names of modules: {rules}. {what}."
+    warnings.warn(f"{text} Save the adapter again to have the new names in the file.", PeftWarning, stacklevel)
+
+
 # ---- finding the rules ---------------------------------------------------------------------------------------------
 
 
-def _proved(root: nn.Module, keys: list[Key], free: Mapping[tuple[Path, str], Entry]) -> dict[str, Rule]:
+def _modules(root: nn.Module) -> set[Path]:
+    return {tuple(_bare(plain(name)).split(".")) for name, _ in root.named_modules()}
+
+
+def _proved(
+    modules: set[Path], keys: list[Key], free: Collection[Place], fits: Callable[[Key, Place], bool]
+) -> dict[str, Rule]:
     """{key: the rule that takes it to its place without a doubt}."""
-    modules = {tuple(_bare(plain(name)).split(".")) for name, _ in root.named_modules()}
     keys = [key for key in keys if key.path and key.path not in modules]
     by_end: dict[tuple[str, Path, str], list[Path]] = defaultdict(list)
     for path, part in free:
@@ -109,13 +148,13 @@ def _proved(root: nn.Module, keys: list[Key], free: Mapping[tuple[Path, str], En
     def holds(rule: Rule) -> bool:
         if rule not in rules:
             ends = [(key, path) for key in keys for path in [rule.of(key.path)] if path is not None]
-            rules[rule] = all(_fits(key, free.get((path, key.part))) for key, path in ends if key.part)
+            rules[rule] = all(fits(key, (path, key.part)) for key, path in ends if key.known)
         return rules[rule]
 
     chosen: dict[Key, Rule] = {}
     for key in keys:
         candidates = by_end.get((key.path[-1], _numbers(key.path), key.part), ())
-        found = [p for p in candidates if _fits(key, free[p, key.part])]
+        found = [p for p in candidates if fits(key, (p, key.part))]
         best = max((_common(key.path, p) for p in found), default=0)
         sure = [rule for p in found if _common(key.path, p) == best for rule in [_rule(key.path, p)] if holds(rule)]
         if len(sure) == 1:
@@ -170,7 +209,7 @@ def _read(key: str, value: Tensor, parts: set[str]) -> Key:
     name = _bare(plain(key))
     part = max((p for p in parts if name.endswith(f".{p}")), key=len, default="")
     path = name.removesuffix(f".{part}") if part else ""
-    return Key(key, tuple(filter(None, path.split("."))), part, tuple(value.shape))
+    return Key(key, tuple(filter(None, path.split("."))), part, tuple(value.shape), part != "")
 
 
 def _bare(name: str) -> str:
