@@ -73,7 +73,7 @@ def test_a_bias_rule_of_its_own_is_refused():
 def test_a_layer_that_another_method_adapts_is_refused():
     model = get_peft_model(net(), LoraConfig(target_modules=["fc"]))
     with pytest.raises(ValueError, match="another method"):
-        model.add_adapter("copy", LNTuningConfig(target_modules=["fc"]))
+        model.add_adapter("second", LNTuningConfig(target_modules=["fc"]))
     assert list(model.peft_config) == ["default"]
 
 
