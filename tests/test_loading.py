@@ -606,3 +606,36 @@ def test_arguments_that_are_for_others_pass_without_a_word(tmp_path):
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path, save_function=torch.save, push_to_hub=False, state_dict=None)
         model.load_adapter(tmp_path, "new", device_map="auto", max_memory=None, offload_folder=None, token=None)
+
+
+# Patterns without end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": r"(\w+)+[!?]"},
+        {"target_modules": r"(a|aa)+b|c"},
+        {"target_modules": ".*" * 30 + "[bc]"},
+        {"target_modules": ["a" * 60], "rank_pattern": {r"(a|aa)+!": 3}},
+        {"target_modules": ["a" * 60], "exclude_modules": r"((a|aa)+)+[!?]"},
+    ],
+)
+def test_a_pattern_that_would_take_for_ever_ends(fields, tmp_path):
+    pytest.importorskip("regex")
+    net = nn.Module()
+    net.add_module("a" * 60, nn.Linear(4, 4))
+    get_peft_model(net, LoraConfig(target_modules=["a" * 60])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    base = nn.Module()
+    base.add_module("a" * 60, nn.Linear(4, 4))
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"takes longer than a second|not found in"):
+        warnings.simplefilter("ignore")
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_a_repeated_group_selects_as_ever():
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4))
+    model = get_peft_model(net, LoraConfig(target_modules=r"(\d+\.)+1", rank_pattern={r"(\d\.)*1": 3}))
+    assert model.targeted_module_names == ["0.1"] and model.base_model.model[0][1].r["default"] == 3

@@ -13,6 +13,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 # The field of a table, and the fields that its values stand for (the first that the configuration has).
@@ -24,6 +25,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "lambda_pattern": ("delora_lambda",),
 }
 _PLAIN = re.compile(r"[\w.\-]*")
+_ENDLESS = re.compile(r"\)[*+{]|([*+}].*){4}")  # a repeated group, or many repeats
 # Where a key matches: the whole name or all after a dot; all after a dot alone; or anywhere.
 _RULES = {"tail": r"(?:.*\.)?(?:{})$", "below": r".*\.{}$", "anywhere": r".*?(?:{})"}
 
@@ -74,14 +76,49 @@ class Selector:
         return [entry for entry in self.entries if entry not in self.used]
 
 
-def compiled(pattern: str, field: str) -> re.Pattern[str]:
+def compiled(pattern: str, field: str) -> Any:
     """The compiled regular expression; ValueError with the field and the position if it is none."""
     try:
-        return re.compile(pattern)
+        plain = re.compile(pattern)
     except re.error as error:
         raise ValueError(
             f"{field}={pattern!r} is not a regular expression: {error}. Mend it, or pass a list of module names."
         ) from error
+    return Watched(plain, field) if _ENDLESS.search(pattern) and find_spec("regex") else plain
+
+
+class Watched:
+    """A regular expression whose repeats may need time without end for some names: it gets a second.
+
+    Adapter files come from others, and `re` cannot be interrupted; the package `regex` (of transformers) can.
+    """
+
+    def __init__(self, plain: re.Pattern[str], field: str) -> None:
+        import regex
+
+        self.pattern, self.field = plain.pattern, field
+        self._regex = regex.compile(plain.pattern, regex.V0)
+
+    def match(self, name: str) -> Any:
+        """As of `re`."""
+        return self._timed(self._regex.match, name)
+
+    def fullmatch(self, name: str) -> Any:
+        """As of `re`."""
+        return self._timed(self._regex.fullmatch, name)
+
+    def search(self, name: str) -> Any:
+        """As of `re`."""
+        return self._timed(self._regex.search, name)
+
+    def _timed(self, find: Any, name: str) -> Any:
+        try:
+            return find(name, timeout=1)
+        except TimeoutError as error:
+            raise ValueError(
+                f"{self.field}={self.pattern!r} takes longer than a second for the name {name!r}, as repeats within "
+                "repeats do. Write it without them, or pass a list of module names."
+            ) from error
 
 
 class Table:
