@@ -47,18 +47,12 @@ $(VENV)/.comparison: $(VENV)/.cli requirements/comparison.txt
 	@$(PIP) --no-deps -r requirements/comparison.txt
 	@touch $@
 
-$(VENV)/.bare: requirements/torch.txt requirements/bare.txt requirements/constraints.txt
-	$(PYTHON) -m venv $(VENV)/bare
-	$(VENV)/bare/bin/python -m pip --disable-pip-version-check install -q \
+# Environments of their own: the library with torch alone, and the peer.
+$(VENV)/.bare $(VENV)/.peer: $(VENV)/.%: requirements/torch.txt requirements/%.txt requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)/$*
+	$(VENV)/$*/bin/python -m pip --disable-pip-version-check install -q \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/torch.txt
-	$(VENV)/bare/bin/python -m pip --disable-pip-version-check install -q $(LOCK) -r requirements/bare.txt
-	@touch $@
-
-$(VENV)/.peer: requirements/torch.txt requirements/peer.txt requirements/constraints.txt
-	$(PYTHON) -m venv $(VENV)/peer
-	$(VENV)/peer/bin/python -m pip --disable-pip-version-check install -q \
-	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/torch.txt
-	$(VENV)/peer/bin/python -m pip --disable-pip-version-check install -q $(LOCK) -r requirements/peer.txt
+	$(VENV)/$*/bin/python -m pip --disable-pip-version-check install -q $(LOCK) -r requirements/$*.txt
 	@touch $@
 
 install: $(VENV)/.dev  ## make the development environment

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.measure import calls
 from conformance.layouts import LAYOUTS
 from conformance.rows import adapted, cells, train
 from peft import (
@@ -197,22 +197,6 @@ def test_an_exchange_calls_few_functions_for_each_layer() -> None:
     hotswap_adapter_from_state_dict(model, state, "default", config)
     count = calls(lambda: hotswap_adapter_from_state_dict(model, state, "default", config))
     assert count <= 350 * 60
-
-
-def calls(action: Any) -> int:
-    """How many Python and C functions are called."""
-    count = 0
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(note)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------

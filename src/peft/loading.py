@@ -92,15 +92,7 @@ class AdapterFile:
         _check_prompt(config, outline, self.name)
         before = copy.deepcopy(config.__dict__)
         with in_hand(list(outline)):
-            try:
-                model, undo = _outlined(place)
-            except NoMatchingPeftModuleError:
-                new = retargeted(self.base, config, outline)
-                if not new:
-                    raise
-                config.__dict__.update(new)
-                before = copy.deepcopy(config.__dict__)
-                model, undo = _outlined(place)
+            model, undo, moved = self._outlined(config, place, outline)
             try:
                 lacking = self.foresee(model, outline)
                 _check_room(lacking, model, outline)
@@ -110,11 +102,24 @@ class AdapterFile:
             if not lacking or keep_empty:
                 return model, undo
             undo()
-            config.__dict__.update(before)
+            config.__dict__.update({**before, **moved})
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # all has been said the first time
                 self._known = None
                 return place(False)
+
+    def _outlined(
+        self, config: PeftConfig, place: Callable[[bool], Placed], outline: Mapping[str, Tensor]
+    ) -> tuple[Any, Callable[[], Any], dict[str, Any]]:
+        """The adapter without memory, and the settings that name its targets anew if they are called otherwise now."""
+        try:
+            return *_outlined(place), {}
+        except NoMatchingPeftModuleError:
+            moved = retargeted(self.base, config, outline)
+            if not moved:
+                raise
+            config.__dict__.update(copy.deepcopy(moved))
+            return *_outlined(place), moved
 
     def foresee(self, model: PeftModel, outline: Mapping[str, Tensor] | None = None) -> list[Entry]:
         """The places that the file does not fill; raises what loading would raise of shapes and dtypes."""
