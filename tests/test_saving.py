@@ -209,7 +209,7 @@ def test_local_folders_need_no_network(tmp_path, offline):
 
 CARDS = {
     "comments": "---\n# by hand\nlicense: mit   # yes\nid: '007'\ntags:\n- mine\n---\n\n# Title\n\ntext\n",
-    "another library": "---\nlibrary_name: transformers\nbase_model: someone/base\ntags: [a, b]\n---\ntext\n",
+    "another library": "---\nlibrary_name: sentence-transformers\nbase_model: someone/base\ntags: [a, b]\n---\ntext\n",
     "no valid metadata": "---\na: [\n---\nbody\n",
     "a list": "---\n- a\n---\nbody\n",
     "none": "# hello\n",

@@ -29,7 +29,7 @@ def update_card(model: PeftModel, output_dir: str) -> None:
     Arguments:
         model: the model with adapters.
         output_dir: the folder. Every character of a card stays as it is, whatever its encoding, but the number of the
-            version.
+            version, and "transformers" as the library's name, which its Trainer writes over ours.
     """
     file = Path(output_dir) / "README.md"
     before = file.read_bytes().decode("utf-8", "surrogateescape") if file.is_file() else None
@@ -52,6 +52,7 @@ def _new_text(model: PeftModel) -> str:
     return str(card)
 
 
+LIBRARY = re.compile(r"^(library_name[ \t]*:[ \t]*)transformers(?=[ \t]*\r?$)", re.MULTILINE)
 FRONT = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
 
@@ -63,7 +64,7 @@ def _updated(model: PeftModel, text: str) -> str:
     if found is None:
         lines = [line for key, value in sorted(data.items()) for line in _yaml(key, value)]
         return _with_version(end.join(["---", *lines, "---", "", ""]) + text)
-    front = _with_tags(found[1], data.pop("tags", []), end)
+    front = LIBRARY.sub(r"\1peft", _with_tags(found[1], data.pop("tags", []), end))
     missing = [key for key in sorted(data) if not re.search(rf"^{key}[ \t]*:", front, re.MULTILINE)]
     front += "".join(line + end for key in missing for line in _yaml(key, data[key]))
     return _with_version(text[: found.start(1)] + front + text[found.end(1) :])

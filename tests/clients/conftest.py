@@ -1,0 +1,16 @@
+"""Folders that hold base models, made once."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory):
+    """A saved Llama with its tokenizer: every model is read from the same files."""
+    from . import tiny
+
+    folder = tmp_path_factory.mktemp("llama")
+    tiny.llama().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
