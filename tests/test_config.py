@@ -173,7 +173,7 @@ def test_the_file_wins_over_arguments(tmp_path):
 def test_subfolder_is_looked_into(tmp_path):
     LoraConfig(r=6).save_pretrained(tmp_path / "b")
     assert PeftConfig.from_pretrained(tmp_path, subfolder="b").r == 6
-    with pytest.raises(ValueError, match=r"Adapters lie in 'b': give `subfolder`"):
+    with pytest.raises(ValueError, match=r"Adapters lie in 'b': give that folder, '.*b', or `subfolder='b'`"):
         PeftConfig.from_pretrained(tmp_path)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .core import hub
+from .core.commit import folders, writing
 from .core.defaults import CONFIG_NAME
 from .errors import UnknownFieldWarning, nearest, report
 from .types import PeftType, TaskType
@@ -113,7 +114,7 @@ class PeftConfigMixin:
             save_directory: the folder.
             kwargs: `auto_mapping_dict`: a value for `auto_mapping` in the file.
 
-        Raises AssertionError if the path is a file.
+        Raises AssertionError if the path is a file, UnwritableError (an OSError) for what the system refuses.
         """
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
@@ -121,8 +122,8 @@ class PeftConfigMixin:
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
         text = json.dumps(_plain(values), indent=2, sort_keys=True)
-        os.makedirs(save_directory, exist_ok=True)
-        _replace(os.path.join(save_directory, CONFIG_NAME), text)
+        with folders(save_directory):
+            _replace(os.path.join(save_directory, CONFIG_NAME), text)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Save the file in a repository on the Hugging Face Hub, which is made if need be.
@@ -170,7 +171,7 @@ class PeftConfigMixin:
 
         Raises ValueError, with the position, if the file is not the JSON of one object.
         """
-        with open(path_json_file, encoding="utf-8") as file:
+        with open(path_json_file, encoding="utf-8-sig") as file:  # some editors put a mark in front
             try:
                 values = json.load(file)
             except (ValueError, RecursionError) as error:
@@ -312,7 +313,8 @@ def _plain(value: Any) -> Any:
 
 def _replace(path: str, text: str) -> None:
     """Write a file so that at any moment either the old or the new content is there."""
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".", suffix=".json.tmp")
+    with writing(path):
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".", suffix=".json.tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)

@@ -25,6 +25,10 @@ class PeftStrictError(PeftError, ValueError):
     """A warning that `strict` has turned into an error."""
 
 
+class UnwritableError(PeftError, OSError):
+    """A folder or a file cannot be written; `errno` is the system's number."""
+
+
 class PeftWarning(UserWarning):
     """Base class of the library's own warnings."""
 

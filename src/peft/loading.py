@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import warnings
@@ -167,9 +166,7 @@ class AdapterFile:
         if noted is None:
             return
         path = fetch(model_id, CONFIG_NAME, **hub_arguments(self.options))
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-        if config_hash(values) != noted:
+        if config_hash(PeftConfig.from_json_file(path)) != noted:
             text = (
                 f"{path} is not the configuration that was saved with the weights beside it: it has been edited since, "
                 "damaged, or comes from another save. The adapter may compute something else than it did."

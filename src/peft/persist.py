@@ -13,7 +13,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from .config import PeftConfig
 from .core.checkpoint import get_peft_model_state_dict, load_peft_weights
-from .core.commit import settle, staged
+from .core.commit import check_writable, folders, settle, staged
 from .core.defaults import CONFIG_NAME
 from .core.files import CONFIG_HASH, SHARD_SIZE, check_written, config_hash, write_weights
 from .core.fingerprint import fingerprint
@@ -64,12 +64,10 @@ class Persistent:
             kwargs: `state_dict`: the full state by live name, to be used instead of the live tensors.
         """
         check_spelling(kwargs, Persistent.save_pretrained, FOR_SAVING)
-        folder = prepare_folder(save_directory, sweep=is_main_process)
-        names = selected(self, selected_adapters)
-        for name in names:
-            target = folder if name == "default" else folder / name
-            target.mkdir(parents=True, exist_ok=True)
-            if is_main_process:
+        names, folder = selected(self, selected_adapters), prepare_folder(save_directory, sweep=is_main_process)
+        targets = {name: folder if name == "default" else folder / name for name in names}
+        with folders(folder, *targets.values()):
+            for name, target in targets.items() if is_main_process else ():
                 settle(target)
                 save_adapter(
                     self,
@@ -278,16 +276,16 @@ def _converted(state: dict[str, Tensor], config: Any, initial: str) -> tuple[dic
 
 
 def prepare_folder(save_directory: str | os.PathLike[str], sweep: bool) -> Path:
-    """The folder, made if need be; raises ValueError if there is a file of that name.
+    """The folder; raises ValueError if there is a file of that name, UnwritableError if nothing can be written to it.
 
     Arguments:
-        save_directory: the folder.
+        save_directory: the folder, which need not be there.
         sweep: finish what a crashed save has left behind.
     """
     folder = Path(save_directory)
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise ValueError(f"{folder} is a file. Provide a folder to save adapters in.")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
     if sweep:
         settle(folder)
     return folder

@@ -136,7 +136,7 @@ def _guarded(run: Callable[[Any], int], options: Any) -> int:
         return run(options)
     except PeftError as problem:
         error(str(problem))
-        return 2
+        return 1 if isinstance(problem, OSError) else 2
     except OSError as problem:  # a full disk, a folder without permission
         error(str(problem))
         return 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
 from peft.cli.options import CompareOptions, DataOptions, EvalOptions, GenerateOptions, TrainOptions
+from peft.core.commit import check_writable
 from peft.errors import PeftError, nearest
 
 METHODS = ("lora",)
@@ -71,6 +73,7 @@ def check_compare(options: CompareOptions) -> None:
         _demand(flag, value, value >= 1, "at least 1")
     _demand("--max-length", options.max_length, options.max_length >= 2, "at least 2")
     _demand("--eval-split", options.eval_split, 0 < options.eval_split < 1, "a fraction between 0 and 1")
+    check_folder("--output", options.output)
     _demand("--lr-scale", options.lr_scale, 0 < options.lr_scale < float("inf"), "above 0")
     _choose("--dtype", options.dtype, DTYPES)
     require("torch", "transformers")
@@ -181,8 +184,14 @@ def as_fraction(text: str | None) -> float | None:
 def _check_output(options: TrainOptions) -> None:
     if options.resume and options.overwrite:
         raise UsageError("--resume and --overwrite exclude each other: give one.")
-    if options.output.exists() and not options.output.is_dir():
-        raise UsageError(f"--output {options.output}: is a file. Give a folder.")
+    check_folder("--output", options.output)
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    """Raise UsageError for an output that is a file, UnwritableError for a folder that cannot be made or written."""
+    if os.path.isfile(folder):
+        raise UsageError(f"{flag} {folder}: is a file. Give a folder.")
+    check_writable(folder)
 
 
 def _check_adapter(folder: Path, model: str | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from peft.cli import report
 from peft.cli.check import UsageError
 from peft.cli.state import CURVE, STATE, replace
+from peft.core.commit import make_folders
 
 if TYPE_CHECKING:
     from peft.cli.session import Session
@@ -21,7 +22,7 @@ def save_adapter(session: Session) -> None:
     if not session.leads:
         return
     folder, log = session.options.output, session.log
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     session.plain.save_pretrained(str(folder))
     log.peak_memory_gib = report.peak_memory()
     log.save(folder)
@@ -38,7 +39,7 @@ def save_state(session: Session) -> None:
         return
     from peft import get_peft_model_state_dict
 
-    session.options.output.mkdir(parents=True, exist_ok=True)
+    make_folders(session.options.output)
     state = {
         "adapter": get_peft_model_state_dict(session.plain),
         "optimizer": session.optimizer.state_dict(),

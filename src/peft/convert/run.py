@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.commit import check_writable
 from ..errors import listing, nearest
 from .fold import fold
 from .format import Format, Options, Report, Source
@@ -165,6 +166,7 @@ def _told(part: Part, left: list[Feature]) -> Part:
 
 def _refuse_existing(out: Path, target: Format, overwrite: bool) -> None:
     place = target.place(out) if target.suffix else out
+    check_writable(place)
     exists = place.is_file() or (place.is_dir() and any(place.iterdir()))
     if exists and not overwrite:
         raise ConversionError(f"{place} exists already. Give another `out`, or overwrite=True (--overwrite).")

@@ -2,11 +2,13 @@
 
 New files are written into a folder beside the old ones and flushed to the disk. Then a list of what will move is put
 there, which makes them valid at one moment: before it a crash leaves the old files, after it `current` finds the new
-ones wherever they are, and the next save finishes the move.
+ones wherever they are, and the next save finishes the move. Folders for them are made with those above them or not at
+all, and what the system refuses is told with its cause and its cure.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,6 +17,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ..errors import UnwritableError
 
 PREFIX = ".saving-"
 LIST = "moving.json"
@@ -30,8 +34,13 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     all old ones, in whatever format those are.
     """
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=PREFIX, dir=target))
+    with folders(target):
+        yield from _staged(target)
+
+
+def _staged(target: Path) -> Iterator[Path]:
+    with writing(target):
+        stage = Path(tempfile.mkdtemp(prefix=PREFIX, dir=target))
     try:
         yield stage
         moving = _flushed(stage)
@@ -143,3 +152,114 @@ def _listed(stage: Path) -> tuple[list[str], list[str]] | None:
         return None
     here = {p.name for p in stage.iterdir() if p.is_file() and p.name != LIST}
     return [n for n in moving if n in here], [n for n in replaced if WEIGHTS.fullmatch(n)]
+
+
+# Folders to write into ------------------------------------------------------------------------------------------------
+
+Place = str | os.PathLike[str]
+_FILE = (
+    "a part of the path is a file, or a link that leads nowhere, where a folder is needed",
+    "Choose another path, or move it away",
+)
+_LEAVE = "there is no permission to write there", "Choose another folder, or ask its owner for permission"
+_FULL = "the disk is full", "Free some space, or choose a folder on another disk"
+_CAUSES = {
+    errno.ENOTDIR: _FILE,
+    errno.EEXIST: _FILE,
+    errno.EISDIR: ("it is a folder, where a file is needed", "Choose another path"),
+    errno.EACCES: _LEAVE,
+    errno.EPERM: _LEAVE,
+    errno.EROFS: ("the file system can only be read", "Choose a folder on another one"),
+    errno.ENAMETOOLONG: ("a name in it is longer than the file system takes", "Choose a shorter one"),
+    errno.ELOOP: ("its links lead in a circle", "Choose another path"),
+    errno.ENOENT: ("a folder on the way to it cannot be made", "Choose another path"),
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+}
+
+
+@contextmanager
+def writing(place: Place) -> Iterator[None]:
+    """What the system refuses inside is an UnwritableError: the path, the cause and what to do."""
+    if "\0" in os.fspath(place):
+        raise refusal(place, "a path holds no null character", "Take it out", errno.EINVAL)
+    try:
+        yield
+    except UnwritableError:
+        raise
+    except OSError as error:
+        cause = _CAUSES.get(error.errno or 0)
+        if cause is None:
+            raise
+        raise refusal(place, *cause, error.errno) from error
+
+
+def refusal(place: Place, cause: str, cure: str, number: int | None) -> UnwritableError:
+    """The error for a path that cannot be written."""
+    error = UnwritableError(f"{shown(place)} cannot be written: {cause}. {cure}. Nothing was written there.")
+    error.errno = number
+    return error
+
+
+def shown(place: Place) -> str:
+    """A path as it is told; one may be of any length."""
+    text = os.fspath(place)
+    return repr(text) if len(text) <= 300 else f"{text[:300]!r}... ({len(text)} characters)"
+
+
+def make_folders(*places: Place) -> list[Path]:
+    """Make folders, with those above them; returns what was not there, innermost first.
+
+    Raises UnwritableError; what was made until then is taken away again.
+    """
+    made: list[Path] = []
+    try:
+        for place in places:
+            with writing(place):
+                path = Path(place)
+                missing = [p for p in (path, *path.parents) if not os.path.lexists(p)]
+                for folder in reversed(missing):
+                    folder.mkdir()
+                    made.insert(0, folder)
+                path.mkdir(exist_ok=True)  # a file, or a link that leads nowhere, is told
+    except BaseException:
+        remove_folders(made)
+        raise
+    return made
+
+
+def remove_folders(made: list[Path]) -> None:
+    """Take folders away again, as far as they are empty."""
+    for folder in made:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
+def folders(*places: Place) -> Iterator[None]:
+    """Folders for what is written inside; if that fails, those that were not there before are taken away again."""
+    made = make_folders(*places)
+    try:
+        yield
+    except BaseException:
+        remove_folders(made)
+        raise
+
+
+def check_writable(place: Place) -> None:
+    """Raise UnwritableError for what can be seen without writing: a file on the way, or no permission."""
+    path = Path(place)
+    with writing(place):
+        above = next((p for p in (path, *path.absolute().parents) if _there(p)), path)
+        if above.is_dir() and not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(above))
+        if above != path and not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(above))
+
+
+def _there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

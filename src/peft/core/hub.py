@@ -6,8 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import listing
+from ..errors import listing, nearest
 from .commit import current
+from .defaults import CONFIG_NAME
+
+ADAPTER = "An adapter is a folder with adapter_config.json and adapter_model.safetensors, as save_pretrained writes it."
+DEPTH, FOLDERS = 3, 2000  # how far adapters are looked for below a folder that is none
 
 # Arguments of a download; everything else that a caller carries along is not for the hub.
 DOWNLOAD_ARGUMENTS = frozenset(
@@ -60,7 +64,7 @@ def fetch(
         if path is not None:
             return path
     if is_local(model_id):
-        raise ValueError(f"Can't find {' or '.join(map(repr, names))} at '{folder}': {_inventory(folder)}")
+        raise ValueError(f"Can't find {' or '.join(map(repr, names))} at '{folder}': {_inventory(folder, names)}")
     return _download(os.fspath(model_id), names, subfolder, download)
 
 
@@ -72,18 +76,45 @@ def is_local(model_id: str | os.PathLike[str]) -> bool:
     return text.startswith((".", "~")) or "\\" in text or text.strip("/").count("/") > 1
 
 
-def _inventory(folder: str) -> str:
-    """What a folder holds, for an error message."""
+def _inventory(folder: str, names: Sequence[str]) -> str:
+    """What a folder holds in place of some files, for an error message."""
     if os.path.isfile(folder.rstrip("/" + os.sep)):
         return "this is a file; give the folder that contains it."
     if not os.path.isdir(folder):
-        return "there is no such folder."
+        above, name = os.path.split(os.path.normpath(folder))
+        beside = os.listdir(above or ".") if os.path.isdir(above or ".") else []
+        return f"there is no such folder.{nearest(name, beside)}"
     found = sorted(os.listdir(folder))
     if not found:
-        return "the folder is empty."
-    hint = [f for f in found if os.path.isfile(os.path.join(folder, f, "adapter_config.json"))]
-    advice = f" Adapters lie in {listing(hint)}: give `subfolder`." if hint else ""
-    return f"the folder holds {listing(found)}.{advice}"
+        return f"the folder is empty. {ADAPTER}"
+    return f"the folder holds {listing(found)}. {_advice(folder, found, names)}"
+
+
+def _advice(folder: str, found: Sequence[str], names: Sequence[str]) -> str:
+    """What to do about a folder that lacks files."""
+    if CONFIG_NAME in found and CONFIG_NAME not in names:
+        return f"Its {CONFIG_NAME} is there, its weights are not: copy them too, or save the adapter again."
+    if any(f.startswith("adapter_model.") for f in found):
+        return f"Its weights are there, its {CONFIG_NAME} is not: copy it too, or save the adapter again."
+    below = _adapters_below(folder)
+    if below:
+        example = os.path.join(folder, below[0])
+        return f"Adapters lie in {listing(below)}: give that folder, {example!r}, or `subfolder={below[0]!r}`."
+    whole = "It looks like a whole model. " if "config.json" in found else ""
+    return f"No adapter lies in it or below. {whole}{ADAPTER}"
+
+
+def _adapters_below(folder: str) -> list[str]:
+    """The adapters in the folders below one, by their paths from there; not everything is looked through."""
+    below: list[str] = []
+    for count, (path, folders, files) in enumerate(os.walk(folder)):
+        if CONFIG_NAME in files:
+            below.append(os.path.relpath(path, folder))
+        deep = os.path.relpath(path, folder).count(os.sep) >= DEPTH
+        folders[:] = [] if deep else sorted(f for f in folders if not f.startswith("."))
+        if count >= FOLDERS:
+            break
+    return below
 
 
 def _download(repo: str, names: list[str], subfolder: str | None, download: dict[str, Any]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..algebra.lora import union
+from ..config import PeftConfig
 from .compatible import unlike
 
 RESTRICTIONS = ("layers_to_transform", "layers_pattern", "exclude_modules")
@@ -16,11 +18,12 @@ def room_for(configs: Iterable[Any]) -> Any:
     """The configuration of an adapter that has a place for each of some others: all their targets, the largest rank.
 
     Arguments:
-        configs: of the adapters, of one method.
+        configs: of the adapters, of one method: configurations, or folders or repositories of saved adapters.
 
-    Raises ValueError if they differ in more than selection, rank and scaling, or select by lists and by expressions.
+    Raises ValueError if they differ in more than selection, rank and scaling, or select by lists and by expressions,
+    TypeError for what is neither a configuration nor a place.
     """
-    given = list(configs)
+    given: list[Any] = _read(configs)
     if not given:
         raise ValueError("room_for needs at least one configuration.")
     first = copy.copy(given[0])
@@ -45,6 +48,23 @@ def room_for(configs: Iterable[Any]) -> Any:
     if str(getattr(first, "init_lora_weights", True)).lower() not in ("true", "false"):
         first.init_lora_weights = True  # what an adapter starts from is in its file
     return first
+
+
+def _read(configs: Any) -> list[PeftConfig]:
+    single = isinstance(configs, (str, os.PathLike, PeftConfig, bytes, Mapping))
+    if single or not isinstance(configs, Iterable):
+        raise TypeError(
+            f"room_for takes the configurations of several adapters, or their folders, in a list; got "
+            f"{type(configs).__name__}. Use room_for([...])."
+        )
+    given = [PeftConfig.from_pretrained(c) if isinstance(c, (str, os.PathLike)) else c for c in configs]
+    wrong = next((c for c in given if not isinstance(c, PeftConfig)), given)
+    if wrong is not given:
+        raise TypeError(
+            f"room_for takes configurations such as LoraConfig(r=8), or the folders of saved adapters; got a "
+            f"{type(wrong).__name__}. A loaded adapter's configuration is `model.peft_config[name]`."
+        )
+    return given
 
 
 def has_ranks(config: Any) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import PeftConfig
 from ..core.checkpoint import load_peft_weights
+from ..core.commit import make_folders
 from ..core.defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..core.files import write_weights
 
@@ -112,7 +113,7 @@ class Tiers:
             self.spill = Path(tempfile.mkdtemp(prefix="adapters-"))
             weakref.finalize(self, shutil.rmtree, self.spill, ignore_errors=True)
         folder = self.spill / str(self.files)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         self.files += 1
         write_weights(state, folder)
         return os.fspath(folder)

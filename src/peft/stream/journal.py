@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import version
+from ..core.commit import folders, writing
 from .shards import CheckpointError, sums_of
 
 
@@ -29,8 +30,8 @@ class Journal:
         self.done: dict[str, dict[str, int]] = {}
 
     def __enter__(self) -> Journal:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = open(self.file, "a+", encoding="utf-8")
+        with folders(self.out.parent), writing(self.out):
+            self._handle = open(self.file, "a+", encoding="utf-8")
         try:
             _lock(self._handle, self.out)
         except BaseException:
@@ -46,7 +47,8 @@ class Journal:
             self._handle.truncate(0)
             self._append(self.task)
             lines = []
-        self.stage.mkdir(exist_ok=True)
+        with writing(self.out):
+            self.stage.mkdir(exist_ok=True)
         self.done = {line["file"]: line["sums"] for line in lines[1:] if self._whole(line)}
         for file in self.stage.iterdir():
             if file.name not in self.done:

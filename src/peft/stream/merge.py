@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.commit import check_writable
 from . import placing, skeleton
 from .compute import Computer
 from .journal import Journal, flush_folder, sweep, task_of
@@ -72,13 +73,15 @@ def merge_checkpoint(
             a class of transformers.
         progressbar: show progress.
 
-    Raises CheckpointError (a ValueError) for files and folders that do not fit, OSError if the disk is too small, and
-    what loading an adapter raises. Nothing is written before all of that is known.
+    Raises CheckpointError (a ValueError) for files and folders that do not fit, UnwritableError (an OSError) for an
+    output that cannot be written, OSError if the disk is too small, and what loading an adapter raises. Nothing is
+    written before all of that is known.
     """
     base, out = Path(base), Path(out)
     adapters = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
     factors = _weights(adapters, weights)
     _check_folders(base, out, adapters)
+    _check_once(adapters)
     shards = Shards(base)
     sources = placing.read(adapters, factors)
     names, outcome = _merged_skeleton(base, shards, sources, model)
@@ -112,6 +115,7 @@ def _weights(adapters: list[Folder], weights: Sequence[float] | None) -> list[fl
 
 
 def _check_folders(base: Path, out: Path, adapters: Sequence[Folder]) -> None:
+    check_writable(out)
     if not base.is_dir():
         raise CheckpointError(
             f"The base {str(base)!r} is no folder. Download the model first (`hf download NAME --local-dir FOLDER`)."
@@ -125,6 +129,19 @@ def _check_folders(base: Path, out: Path, adapters: Sequence[Folder]) -> None:
     sweep(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"The output {str(out)!r} exists already. Choose a new folder, or delete it first.")
+
+
+def _check_once(adapters: Sequence[Folder]) -> None:
+    """Refuse a folder that is given twice: its update would be added twice, which is hardly meant."""
+    seen: set[Path] = set()
+    for place in adapters:
+        path = Path(place).resolve()
+        if path in seen:
+            raise CheckpointError(
+                f"The adapter {os.fspath(place)!r} is given twice, and would be added twice. Give it once; to add "
+                "its update twice, give it once with the weight 2 (--weight 2, one weight for each adapter)."
+            )
+        seen.add(path)
 
 
 def _merged_skeleton(

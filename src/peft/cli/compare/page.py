@@ -11,6 +11,7 @@ from peft.cli.compare.recipes import ADJUSTED
 from peft.cli.options import CompareOptions
 from peft.cli.report import has_matplotlib
 from peft.cli.state import replace
+from peft.core.commit import make_folders
 
 if TYPE_CHECKING:
     from peft.cli.compare.run import Result
@@ -25,7 +26,7 @@ REFERENCES = ("probe", "head", "full")
 
 def write_page(results: Sequence[Result], options: CompareOptions, task: Task, path: Path) -> None:
     """Write the table as Markdown, and the picture beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     error = 100 * math.sqrt(0.25 / len(task.test))
     rows = sorted(results, key=lambda r: -r.accuracy)
     picture = draw(results, path.with_suffix(".png"))

@@ -24,6 +24,7 @@ from peft.cli.compare.task import Task, probe, read_task
 from peft.cli.model import load, load_tokenizer, torch_dtype
 from peft.cli.options import CompareOptions
 from peft.cli.state import replace
+from peft.core.commit import make_folders
 
 HEADS = ("classifier", "score", "pooler", "pre_classifier")
 TIMED = 6  # steps in alternation with full fine-tuning
@@ -60,7 +61,7 @@ def run(options: CompareOptions) -> int:
     for name in ["probe", *names]:
         if name not in results:
             results[name] = measured(name, options, task)
-            options.output.mkdir(parents=True, exist_ok=True)
+            make_folders(options.output)
             kept = {"setting": setting, "results": {n: asdict(r) for n, r in results.items()}}
             _write(store, json.dumps(kept, indent=1, default=str))
         report.say(line(results[name]))

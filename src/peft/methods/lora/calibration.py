@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...core.commit import make_folders
 from ...core.experts import rewrite
 from ...core.targets import match, settings
 from ...core.tie import innermost
@@ -134,6 +135,6 @@ def write(file: str | None, values: Mapping[str, Any]) -> None:
     """Write measurements beside the old file, then put the new one in its place."""
     if file is None:
         return
-    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
+    make_folders(os.path.dirname(os.path.abspath(file)))
     torch.save({k: v.contiguous().cpu() if isinstance(v, Tensor) else v for k, v in values.items()}, f"{file}.new")
     os.replace(f"{file}.new", file)
