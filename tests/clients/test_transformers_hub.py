@@ -14,8 +14,8 @@ import peft
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from . import tiny
-from .tiny import TARGETS, llama, moved
 from .test_transformers_trainer import arguments, config, trainer_of
+from .tiny import TARGETS, llama, moved
 
 transformers = pytest.importorskip("transformers", "4.57")
 huggingface_hub = pytest.importorskip("huggingface_hub", "1.0", reason="the client's transport can be set since 1.0")

@@ -15,7 +15,7 @@ import peft
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 
 from . import tiny
-from .tiny import TARGETS, bert_config, llama, llama_config, moved, same, seeded, tensors, trainable
+from .tiny import TARGETS, bert_config, llama, moved, same, seeded, tensors, trainable
 
 transformers = pytest.importorskip("transformers", "4.57")
 
@@ -287,7 +287,7 @@ def test_a_quantised_base_model_may_be_trained_under_an_adapter_only(tmp_path):
     assert model.is_quantized and model.hf_quantizer is base.hf_quantizer
     trainer_of(model, tmp_path)
     base.hf_quantizer.is_trainable = False
-    with pytest.raises(ValueError, match="do(es)? not support training"):
+    with pytest.raises(ValueError, match="not support training"):
         trainer_of(model, tmp_path)
 
 

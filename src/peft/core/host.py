@@ -27,8 +27,8 @@ class AdapterHost(nn.Module):
         return list(self._active)
 
     @property
-    def active_adapter(self) -> list[str]:
-        """Same as `active_adapters`."""
+    def active_adapter(self) -> str | list[str]:
+        """Same as `active_adapters`; a wrapper of a whole module that has one active adapter gives its name."""
         return list(self._active)
 
     @property

@@ -168,10 +168,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def disable_adapters(self) -> bool:
         return self.token_adapter.disable_adapters
 
-    @property
-    def active_adapter(self) -> list[str]:
-        return self.token_adapter.active_adapters
-
     def _get_available_adapters(self) -> set[str]:
         return set()
 

@@ -23,6 +23,11 @@ class AuxiliaryTrainingWrapper(AdapterHost):
 
     unnamed: ClassVar[bool] = False  # names of modules below it, in configurations and files, leave it out
 
+    @property
+    def active_adapter(self) -> str | list[str]:
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
