@@ -33,6 +33,9 @@ class Scaling(Method):
     def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
         return b if b is None or self.on_input(p) else (b * self.scale(p)).to(b.dtype)
 
+    def keeps(self, p: Adapter) -> bool:
+        return self.on_input(p) and not p.layer.view.dense
+
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         if not self.on_input(p):
             y = inner(x)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import storage
 from .method import Delta
+from .rounding import MergeError, check_mode, dense_twin, measured, store
 from .stack import Adapter, Stack
 from .views import LinearView
 
@@ -28,6 +29,10 @@ class Mergeable(nn.Module):
     _saved: dict[str, Any] | None
     _disabled: bool
     _suspended: list[str] | None  # what enabling will merge again
+    _rounding: str  # how a quantised weight takes a merge
+    _dense_dtype: torch.dtype | None
+    _packed_base: nn.Module | None  # what a dense twin stands for while merged
+    merge_error: MergeError | None  # what the last merge into a quantised weight changed
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -55,31 +60,58 @@ class Mergeable(nn.Module):
         self.refuse_offloaded()
         if self._saved is None:
             return self.view.read(base)
-        return self.view.matrix(base, storage.of(base, self.view.name).original(self._saved[self.view.name]))
+        return self.view.matrix(base, self._original(self.view.name))
 
     def original_bias(self) -> Tensor | None:
         """The base bias without any merged adapter, (O,), or None."""
         base, name = self.get_base_layer(), self.view.bias_name
         if self._saved is None or name not in self._saved:
             return self.view.bias(base)
-        return storage.of(base, name).original(self._saved[name])
+        return self._original(name)
+
+    def _original(self, name: str) -> Tensor:
+        kind, payload = (self._saved or {})[name]
+        return kind.original(payload)
 
     def original_weight_device(self) -> torch.device:
         """Where the base weight lies."""
-        return getattr(self.get_base_layer(), self.view.name).device
+        return self.view.sample(self.get_base_layer()).device
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    @property
+    def packed(self) -> storage.Storage | None:
+        """The storage of the base weight if it is quantised, else None."""
+        return storage.packed(self.get_base_layer(), self.view.name)
+
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, quantized: str | None = None
+    ) -> None:
         """Write W' and b' into the base layer; the old payload is kept, so that `unmerge` restores every bit.
 
         Arguments:
             safe_merge: kept for compatibility; every merge is checked and leaves the layer unchanged when it fails.
             adapter_names: which adapters; None means the active ones. Names that the layer lacks are skipped.
+            quantized: what a quantised weight becomes: "requantize" (W' rounded), "compensated" (rounded so that the
+                update's effect stays) or "dequantize" (a dense weight); None is the way of the last merge.
 
         Raises TypeError for a string, ValueError if the result is not finite or if the answer would change.
         Extra memory: one copy of the weight while merged, and at most 16 MiB during the call.
         """
+        if quantized is not None:
+            self.round_by(quantized)
         names = adapters_to_merge(self, adapter_names)
         self._merge(tuple(n for n in names if n in self.adapters))
+
+    def round_by(self, mode: str, dtype: torch.dtype | None = None) -> None:
+        """How a quantised weight takes the merges that follow.
+
+        Arguments:
+            mode: as `quantized` of `merge`.
+            dtype: of a dense weight in place of a quantised one; None is that in which its numbers are read.
+
+        Raises ValueError for an unknown mode.
+        """
+        check_mode(mode)
+        self.__dict__.update(_rounding=mode, _dense_dtype=dtype)
 
     def _merge(self, names: tuple[str, ...], keep: bool = True) -> None:
         if not names:
@@ -95,7 +127,11 @@ class Mergeable(nn.Module):
             self.__dict__["_saved"] = self._payload()
         before = list(self._merged)
         try:
-            self._write(names)
+            if before and self._rewrites():  # what one merge has rounded is no part of the next
+                self._restore()
+                self._write((*before, *names))
+            else:
+                self._write(names)
         except BaseException:
             if self._saved is not None:
                 self._restore()
@@ -146,12 +182,26 @@ class Mergeable(nn.Module):
     def _payload(self) -> dict[str, Any]:
         base = self.get_base_layer()
         names = [self.view.name] + ([self.view.bias_name] if self.view.bias(base) is not None else [])
-        return {n: storage.of(base, n).save(base, n) for n in names}
+        kinds = {n: storage.of(base, n) for n in names}
+        return {n: (kind, kind.save(base, n)) for n, kind in kinds.items()}
+
+    def _rewrites(self) -> bool:
+        return self._saved is not None and bool(self.view.name) and self._saved[self.view.name][0].packed
 
     def _restore(self) -> None:
+        if self._packed_base is not None:
+            self._stand_in(self._packed_base.to(self.original_weight_device()))
+            self.__dict__["_packed_base"] = None
         base = self.get_base_layer()
-        for name, payload in (self._saved or {}).items():
-            storage.of(base, name).restore(base, name, payload)
+        for name, (kind, payload) in (self._saved or {}).items():
+            kind.restore(base, name, payload)
+
+    def _stand_in(self, module: nn.Module) -> None:
+        """Put a module in place of the innermost one."""
+        holder: Any = self
+        while isinstance(holder._modules["base_layer"], Mergeable):
+            holder = holder._modules["base_layer"]
+        holder._modules["base_layer"] = module
 
     @torch.no_grad()
     def tiles(self, names: tuple[str, ...]) -> Iterator[tuple[int, Tensor]]:
@@ -185,12 +235,25 @@ class Mergeable(nn.Module):
         kind = storage.of(base, self.view.name)
         b = self.stack(names).bias()
         for start, W in self.tiles(names):
-            if type(kind) is storage.Storage:
+            if not kind.packed:
                 self.view.write_rows(base, start, W)
+            elif self._rounding == "dequantize":
+                base = self._make_dense(base, W)
             else:
-                kind.write(base, self.view.name, self.view.raw(base, W))
+                self.__dict__["merge_error"] = store(self, kind, self._rounding, W, self.original_weight())
         if b is not None and b is not self.view.bias(base) and not self.view.one_hot:
             storage.of(base, self.view.bias_name).write(base, self.view.bias_name, b)
+
+    def _make_dense(self, base: nn.Module, W: Tensor) -> nn.Module:
+        wanted = W if self._dense_dtype is None else W.to(self._dense_dtype)
+        bias = self.view.bias(base)
+        bias = bias if bias is None or self._dense_dtype is None else bias.to(self._dense_dtype)
+        twin = dense_twin(self.view.label, base, self.view.raw(base, wanted), bias)
+        self.__dict__["merge_error"] = measured("dequantize", wanted, W, self.view.read(base))
+        if self._saved is not None:
+            self.__dict__["_packed_base"] = base
+        self._stand_in(twin)
+        return twin
 
     def unmerge(self) -> None:
         """Give back the base layer's payload as it was before the first merge, bit for bit."""

@@ -6,7 +6,7 @@ without building W'. The families below write the shortcut once. The conformance
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,6 +62,7 @@ class Method:
     by_task = False  # W' is another one for each task of a batch's samples
     by_input = False  # the update depends on the layer's input, so that there is no W' to read
     some_positions = False  # it acts on some positions of its input only, so that there is no one W'
+    reads = True  # what a forward differentiates holds numbers of W, or what is made of them
     by_rows = True  # some out-features of W' can be computed from the same ones of W
     # tensors in which W' is affine, all else of an adapter being the same, with the values at which W' is W
     linear: ClassVar[Mapping[str, float]] = {}
@@ -96,6 +97,10 @@ class Method:
     def free(self, p: Adapter) -> frozenset[str]:
         """The plain values of which nothing depends that `derive` computes or `prepare` notes."""
         return frozenset()
+
+    def drawn(self, p: Adapter, keys: Collection[str]) -> Mapping[str, Tensor]:
+        """Those of the buffers `keys` that come from a seed, with the numbers that `build` gives them elsewhere."""
+        return {}
 
     def init(self, p: Adapter, inner: Stack) -> None:
         """First values of the tensors; never runs on the meta device."""
@@ -143,6 +148,10 @@ class Method:
     def acting(self, p: Adapter, x: Tensor) -> Tensor | None:
         """On which positions of x it acts, to be broadcast over an output; None for none."""
         raise NotImplementedError
+
+    def keeps(self, p: Adapter) -> bool:
+        """Whether training keeps numbers of W, or a matrix made of them, from a forward for its backward."""
+        return self.reads
 
     def rowwise(self, p: Adapter) -> bool:
         """Whether `weight` can be asked for some rows only, in this layer."""
@@ -203,7 +212,7 @@ class Method:
 
 
 class Delta(Method):
-    """W' = W + delta(W)."""
+    """W' = W + delta(W). Where W is asked for its shape, dtype and device only, `reads` is False."""
 
     additive = True
 
@@ -236,7 +245,7 @@ class Delta(Method):
         """y + delta(W) x, for y = inner(x)."""
 
         def update(stack: Stack) -> Tensor:
-            D = self.live_delta(p, stack.live_weight())
+            D = self.live_delta(p, stack.live_weight() if self.reads else stack.outline())
             z, factor = stack.drop(x, self.drop_rate(p), D.dtype)
             made = stack.linear(z, D)
             return made if factor is None else made * factor
@@ -249,6 +258,7 @@ class LowRank(Delta):
     """W' = W + scaling * B A, with B (..., O, r) and A (..., r, I)."""
 
     times = 1.0  # what a merge multiplies the scaled product with
+    reads = False
     neutral_zeros = True  # an adapter whose tensors are all zero leaves the layer as it is
     direct = True  # in training, too, B A x is computed as stated, so that a fused form may take its place
     whole = False  # on a convolution with groups A reads all channels, as LoRA's does, so that B A is no kernel of it

@@ -47,6 +47,9 @@ class Rotation(Method):
             return self.rotate(p, W, back=True, drop=drop).to(W.dtype)
         return self.rotate(p, W.unflatten(-2, (groups, -1)), back=True, drop=drop).flatten(-3, -2).to(W.dtype)
 
+    def keeps(self, p: Adapter) -> bool:
+        return not self.on_output(p) and not p.layer.view.dense
+
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         drop = bool(p.layer.training)
         if self.on_output(p):

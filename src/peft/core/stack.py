@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .method import Method
 
@@ -94,10 +95,12 @@ class Adapter:
 class Stack:
     """The base layer under its first adapters, still an affine map: call it, or ask its weight and bias."""
 
-    def __init__(self, layer: Any, adapters: tuple[Adapter, ...], extra: Any = None):
+    def __init__(self, layer: Any, adapters: tuple[Adapter, ...], extra: Any = None, outer: bool = True):
         self.layer, self.view, self.adapters, self.extra = layer, layer.view, adapters, extra
+        self.packed = layer.packed
+        self.again = outer and self.packed is not None and any(a.method.keeps(a) for a in adapters)
         self.last = adapters[-1] if adapters else None
-        self.inner = Stack(layer, adapters[:-1], extra) if adapters else None
+        self.inner = Stack(layer, adapters[:-1], extra, outer=False) if adapters else None
 
     @property
     def root(self) -> Stack:
@@ -111,11 +114,28 @@ class Stack:
     def __call__(self, x: Tensor) -> Tensor:
         last = self.last
         if last is not None:
+            if self.again and torch.is_grad_enabled():
+                return checkpoint(last.method.forward, last, self.inner, x, use_reentrant=False)
             return last.method.forward(last, self.inner, x)  # type: ignore[arg-type]
+        if self.packed is not None:
+            return self.packed.apply(self._call_base, self.view, self.base, x)
+        return self._call_base(self.base, x)
+
+    def _call_base(self, _: nn.Module, x: Tensor) -> Tensor:
         base = self.layer._modules["base_layer"]
         if self.extra is not None:
             return base(x, *self.extra[0], **self.extra[1])
         return self.view.base(base, x)
+
+    def outline(self) -> Tensor:
+        """W without its numbers, where only shape, dtype and device are asked for; W itself where reading it is free.
+
+        What a packed weight gives takes no memory, and every element is NaN.
+        """
+        if self.packed is None:
+            return self.live_weight()
+        dtype, device = self.packed.dtype(self.base, self.view.name), self.view.sample(self.base).device
+        return torch.full((), torch.nan, dtype=dtype, device=device).expand(self.view.shape(self.base))
 
     def weight(self, rows: slice = slice(None)) -> Tensor:
         """W' of the stack, (..., rows, I)."""

@@ -1,36 +1,58 @@
-"""How a weight's numbers are held, in four verbs: read, write, save and restore.
+"""How a weight's numbers are held: read, write, save and restore them, and apply the weight as its library does.
 
-A storage is found by the qualified class name of the tensor (or of its module), so that no quantiser is ever imported
-to be asked. A new storage is one subclass with `names`, registered by defining it.
+A storage is found by the qualified class name of the weight, or of the module that holds it, so that no quantiser is
+ever imported to be asked. A new one is one file in `peft/storages` with a subclass of `Packed`, registered by being
+defined; those files are imported when the first weight of a class that torch does not define is met.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import importlib
+import pkgutil
+from collections.abc import Callable, Hashable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Payload = dict[str, Any]
 
 
 class Storage:
     """A dense tensor in any floating dtype: the values are the payload."""
 
-    names: ClassVar[tuple[str, ...]] = ()  # qualified class names, e.g. "bitsandbytes.nn.modules.Params4bit"
-    _by_name: ClassVar[dict[str, Storage]] = {}
+    names: ClassVar[tuple[str, ...]] = ()  # qualified names of the weight's or the module's class; `*` stands for any
+    weights: ClassVar[tuple[str, ...]] = ("weight",)  # which weights are meant where the module's class is named
+    label: ClassVar[str | None] = None  # of the library, as the status tells it
+    packed: ClassVar[bool] = False  # reading makes the numbers anew, and writing rounds them
+    trains: ClassVar[bool] = True  # the library's forward can be differentiated, and keeps no dense copy for that
+    _all: ClassVar[list[Storage]] = []
 
     def __init_subclass__(cls) -> None:
-        for name in cls.names:
-            Storage._by_name[name] = cls()
+        if cls.names:
+            Storage._all.append(cls())
 
-    def read(self, module: nn.Module, name: str) -> Tensor:
-        """The values as a dense tensor; for a dense storage the very tensor, not a copy."""
-        return getattr(module, name)
+    def sample(self, module: nn.Module, name: str) -> Any:
+        """A tensor that lies where the weight does; None where there is none."""
+        return getattr(module, name, None)
+
+    def dtype(self, module: nn.Module, name: str) -> torch.dtype:
+        """The dtype in which `read` gives the numbers."""
+        return cast(torch.dtype, getattr(module, name).dtype)
+
+    def read(self, module: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The values as a dense tensor; for a dense storage the very tensor, not a copy, unless `dtype` is another."""
+        value: Tensor = getattr(module, name)
+        return value if dtype is None else value.to(dtype)
 
     def write(self, module: nn.Module, name: str, value: Tensor) -> None:
         """Put dense values in place of the old ones, in the storage's own form."""
         getattr(module, name).data.copy_(value)
 
     def save(self, module: nn.Module, name: str) -> Any:
-        """The payload, to be handed back to `restore`."""
+        """The payload, to be handed back to `restore`; what is written meanwhile does not change it."""
         return getattr(module, name).detach().clone()
 
     def restore(self, module: nn.Module, name: str, payload: Any) -> None:
@@ -39,20 +61,146 @@ class Storage:
 
     def original(self, payload: Any) -> Tensor:
         """The values of a saved payload as a dense tensor."""
-        return payload
+        return cast(Tensor, payload)
 
     def numel(self, module: nn.Module, name: str) -> int:
         """Number of logical parameters."""
-        return getattr(module, name).numel()
+        return cast(int, getattr(module, name).numel())
+
+    def key(self, module: nn.Module, name: str) -> Hashable:
+        """Equal for two moments between which the numbers have not changed; None if that is not known."""
+        value: Tensor = getattr(module, name)
+        return None if value.is_inference() else (value.data_ptr(), value._version, value.shape, value.device)
+
+    def apply(self, base: Callable[[nn.Module, Tensor], Tensor], view: Any, module: nn.Module, x: Tensor) -> Tensor:
+        """W x + b as the library computes it; `base(module, x)` calls it."""
+        return base(module, x)
+
+
+class Packed(Storage):
+    """A quantised weight. A subclass states how to find its payload, and how to turn it into numbers and back.
+
+    A payload is a dict of what the numbers depend on: tensors, settings, opaque objects. It is never changed in place.
+    """
+
+    packed = True
+    trains = False
+
+    def take(self, module: nn.Module, name: str) -> Payload:
+        """The payload, as it lies in the module."""
+        raise NotImplementedError
+
+    def put(self, module: nn.Module, name: str, payload: Payload) -> None:
+        """Have the module compute with a payload."""
+        raise NotImplementedError
+
+    def unpack(self, payload: Payload) -> Tensor:
+        """The numbers in the stored layout, in the dtype that the library makes them in."""
+        raise NotImplementedError
+
+    def pack(self, value: Tensor, payload: Payload) -> Payload:
+        """Round numbers with the settings of a payload."""
+        raise NotImplementedError
+
+    def dtype(self, module: nn.Module, name: str) -> torch.dtype:
+        own = getattr(module, "compute_dtype", None)
+        return own if isinstance(own, torch.dtype) else torch.float32
+
+    def shape(self, module: nn.Module, name: str) -> tuple[int, ...]:
+        """The shape of the numbers."""
+        return tuple(getattr(module, name).shape)
+
+    def sample(self, module: nn.Module, name: str) -> Any:
+        return next((t for t in self.take(module, name).values() if isinstance(t, Tensor)), None)
+
+    def read(self, module: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        with torch.no_grad():
+            value = self.unpack(self.take(module, name))
+            return value if dtype is None else value.to(dtype)
+
+    def write(self, module: nn.Module, name: str, value: Tensor) -> None:
+        with torch.no_grad():
+            self.put(module, name, self.pack(value, self.take(module, name)))
+
+    def save(self, module: nn.Module, name: str) -> Any:
+        return self.take(module, name)
+
+    def restore(self, module: nn.Module, name: str, payload: Any) -> None:
+        device = self.sample(module, name).device
+        with torch.no_grad():
+            self.put(module, name, {k: moved(v, device) for k, v in payload.items()})
+
+    def original(self, payload: Any) -> Tensor:
+        with torch.no_grad():
+            return self.unpack(payload)
+
+    def rounded(self, value: Tensor, payload: Payload) -> Tensor:
+        """The numbers nearest to `value` that can be stored with the settings of a payload."""
+        with torch.no_grad():
+            return self.unpack(self.pack(value, payload))
+
+    def numel(self, module: nn.Module, name: str) -> int:
+        count = 1
+        for n in self.shape(module, name):
+            count *= n
+        return count
+
+    def key(self, module: nn.Module, name: str) -> Hashable:
+        tensors = [t for t in self.take(module, name).values() if isinstance(t, Tensor)]
+        return tuple((t.data_ptr(), t._version, t.shape, t.device) for t in tensors if not t.is_inference())
+
+    def apply(self, base: Callable[[nn.Module, Tensor], Tensor], view: Any, module: nn.Module, x: Tensor) -> Tensor:
+        b = view.bias(module)
+        learns = b is not None and b.requires_grad
+        if self.trains or not torch.is_grad_enabled() or not (x.requires_grad or learns):
+            return base(module, x)
+        return cast(Tensor, Applied.apply(x, b if learns else None, base, view, module, self.read))
+
+
+class Applied(torch.autograd.Function):
+    """The library's forward, with the gradient of W x + b for the dense W; nothing but shapes is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, base: Any, view: Any, module: nn.Module, read: Any) -> Tensor:
+        ctx.parts = view, module, read, x.shape, x.dtype
+        y: Tensor = base(module, x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        view, module, read, shape, dtype = ctx.parts
+        from_x = from_b = None
+        if ctx.needs_input_grad[0]:
+            W = view.matrix(module, read(module, view.name))
+            from_x = pulled(view, module, grad.to(W.dtype), W, shape).to(dtype)
+        if ctx.needs_input_grad[1]:
+            b = view.bias(module)
+            with torch.enable_grad():
+                b = b.detach().requires_grad_()
+                (from_b,) = torch.autograd.grad(view.spread(module, b).expand_as(grad), b, grad.to(b.dtype))
+        return from_x, from_b, None, None, None, None
+
+
+def pulled(view: Any, module: nn.Module, grad: Tensor, W: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of an input of a given shape from that of W x."""
+    if view.dense and len(view.kernel(module)) == 0:
+        return grad @ W
+    with torch.enable_grad():
+        x = torch.zeros(shape, dtype=W.dtype, device=W.device, requires_grad=True)
+        return torch.autograd.grad(view.linear(module, x, W), x, grad)[0]
 
 
 class Foreign(Storage):
     """A tensor class that is not known: it can be read if it says how to dequantise, and is never written."""
 
-    def read(self, module: nn.Module, name: str) -> Tensor:
+    packed = True
+
+    def read(self, module: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
         value = getattr(module, name)
         if type(value).dequantize is not Tensor.dequantize:
-            return value.dequantize()
+            made: Tensor = value.dequantize()
+            return made if dtype is None else made.to(dtype)
         raise NotImplementedError(
             f"The weight {name!r} of {type(module).__name__} is stored as {_kind(value)}, which cannot be read as "
             "numbers. Methods that only need the layer's forward work; this one needs the values."
@@ -61,9 +209,15 @@ class Foreign(Storage):
     def write(self, module: nn.Module, name: str, value: Tensor) -> None:
         raise NotImplementedError(
             f"Cannot merge into {name!r} of {type(module).__name__}: it is stored as "
-            f"{_kind(getattr(module, name))}, which cannot be written. Keep the adapter unmerged, or load the base "
-            "model in a floating-point dtype and merge there."
+            f"{_kind(getattr(module, name))}, which cannot be written. Keep the adapter unmerged, merge with "
+            'quantized="dequantize", or load the base model in a floating-point dtype and merge there.'
         )
+
+    def save(self, module: nn.Module, name: str) -> Any:
+        return getattr(module, name)
+
+    def original(self, payload: Any) -> Tensor:
+        return cast(Tensor, payload.dequantize())
 
 
 def _kind(value: Tensor) -> str:
@@ -72,17 +226,77 @@ def _kind(value: Tensor) -> str:
     return str(value.dtype) if plain else f"{type(value).__module__}.{type(value).__qualname__}"
 
 
+def moved(value: Any, device: torch.device) -> Any:
+    """A part of a payload on a device."""
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device)
+    if isinstance(value, Mapping):
+        return {k: moved(v, device) for k, v in value.items()}
+    return value
+
+
 _DENSE, _FOREIGN = Storage(), Foreign()
-_PLAIN = (nn.Parameter, Tensor)
-Storage._by_name["torch.distributed.tensor.DTensor"] = _DENSE
+_PLAIN = (nn.Parameter, Tensor, nn.Buffer)
+_OWN = ("torch.nn.modules.", "torch.nn.parameter.", "peft.", "transformers.models.", "transformers.pytorch_utils.")
+_by_class: dict[type, Storage | None] = dict.fromkeys(_PLAIN)
 
 
 def of(module: nn.Module, name: str) -> Storage:
     """The storage of `module.<name>`."""
+    found = by_class(type(module))
+    if found is not None and name in found.weights:
+        return found
     value = getattr(module, name)
     kind = type(value)
-    found = Storage._by_name.get(f"{kind.__module__}.{kind.__qualname__}") if kind not in _PLAIN else None
+    found = by_class(kind)
     if found is not None:
         return found
     packed = not (value.is_floating_point() or value.is_complex()) or hasattr(value, "__tensor_flatten__")
-    return _FOREIGN if packed else _DENSE
+    return _FOREIGN if packed and kind.__name__ != "DTensor" else _DENSE
+
+
+def sample(module: nn.Module, name: str) -> Any:
+    """A tensor that lies where a module's weight does, or None."""
+    found = by_class(type(module))
+    if found is None or name not in found.weights:
+        value = getattr(module, name, None) if name else None
+        found = None if value is None else by_class(type(value))
+        return value if found is None else found.sample(module, name)
+    return found.sample(module, name)
+
+
+def packed(module: nn.Module, name: str) -> Storage | None:
+    """The storage of a weight that is not dense, else None."""
+    if not name:
+        return None
+    found = of(module, name)
+    return found if found.packed else None
+
+
+def by_class(kind: type) -> Storage | None:
+    """The storage that names a class of weights or modules, or a class above it."""
+    try:
+        return _by_class[kind]
+    except KeyError:
+        _by_class[kind] = found = _find(kind)
+        return found
+
+
+def _find(kind: type) -> Storage | None:
+    names = [f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__ if c not in _PLAIN and c is not object]
+    foreign = [n for n in names if not n.startswith(_OWN)]
+    if not foreign:
+        return None
+    _define()
+    for name in foreign:
+        for storage in Storage._all:
+            if any(name == pattern or fnmatchcase(name, pattern) for pattern in storage.names):
+                return storage
+    return None
+
+
+def _define() -> None:
+    """Import every file of `peft/storages`; none of them imports its library."""
+    package = importlib.import_module("..storages", __package__)
+    for found in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{found.name}")

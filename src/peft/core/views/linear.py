@@ -43,7 +43,7 @@ class LinearView:
 
     def sample(self, m: Layer) -> Any:
         """The tensor beside which an adapter's tensors lie, in dtype and device."""
-        return getattr(m, self.name, None)
+        return storage.sample(m, self.name)
 
     def parts(self, m: Layer) -> tuple[str, ...]:
         """The parameters that are adapted one by one where the module is a target but holds no single matrix."""
@@ -75,6 +75,8 @@ class LinearView:
 
     def check_stored(self, m: Layer, path: str) -> None:
         """Raise ValueError where a new W would not be what the module computes with."""
+        if storage.of(m, self.name).packed:
+            return
         if self.name not in m._parameters and self.name not in m._buffers:
             raise ValueError(
                 f"The {self.name} of {path!r} is computed at each call (a parametrization, weight norm or pruning), so "

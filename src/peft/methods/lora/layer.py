@@ -50,12 +50,14 @@ class LoraLayer(ScaledLayer):
                 "weight, so together they would take them out twice. Activate one of them."
             )
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, quantized: str | None = None
+    ) -> None:
         if not isinstance(adapter_names, str):
             self.check_active(
                 [*self.merged_adapters, *(self.active_adapters if adapter_names is None else adapter_names)]
             )
-        super().merge(safe_merge, adapter_names)
+        super().merge(safe_merge, adapter_names, quantized)
 
     def natural_scaling(self, adapter: str) -> float:
         """alpha / r, or alpha / sqrt(r)."""

@@ -1,0 +1,117 @@
+"""Merging into a quantised weight: what is stored for W', and how far that is from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import nearest
+from .storage import Packed, Storage
+
+MODES = ("requantize", "dequantize", "compensated")
+ROUNDS, DIRECTIONS = 40, 64  # of the compensation: passes over the weight, and directions of the update it keeps
+LOSSY = 0.1  # the share of an update that may be lost before a merge warns of it
+
+
+class MergeError(NamedTuple):
+    """What storing W' changed in one layer.
+
+    Attributes:
+        mode: "requantize", "dequantize" or "compensated".
+        relative: |stored - W'| / |W'|, Frobenius norms.
+        lost: 1 - <stored - W, W' - W> / |W' - W|^2: the share of the update that is not there any more; 0 is none.
+    """
+
+    mode: str
+    relative: float
+    lost: float
+
+
+def check_mode(mode: str) -> None:
+    """Raise ValueError for a mode that does not exist."""
+    if mode not in MODES:
+        raise ValueError(f"quantized must be one of {list(MODES)}, got {mode!r}.{nearest(str(mode), MODES)}")
+
+
+def measured(mode: str, stored: Tensor, wanted: Tensor, before: Tensor) -> MergeError:
+    """How far what is stored is from what was wanted; all of one shape."""
+    error, update = (stored - wanted).float(), (wanted - before).float()
+    size = float(update.square().sum())
+    kept = float(((stored - before).float() * update).sum())
+    relative = float(torch.linalg.vector_norm(error)) / max(float(torch.linalg.vector_norm(wanted.float())), 1e-30)
+    return MergeError(mode, relative, 1 - kept / size if size else 0.0)
+
+
+def compensate(wanted: Tensor, before: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """Numbers that round to a weight which treats the directions of the update as W' does, (..., O, I).
+
+    Of all weights that can be stored this looks for the nearest to W' with (Q - W') V = 0, V being the directions of
+    the input that the update W' - W reads. The multiplier M of that condition is found by dual ascent: Q is what
+    W' + M V' rounds to, which solves the problem for that M, and M grows by what the condition lacks. Plain rounding
+    forgets an update that is smaller than its steps; here the missing part is added up until it is not.
+
+    Arguments:
+        wanted, before: W' and W.
+        rounded: numbers -> the nearest that can be stored.
+    """
+    W, D = wanted.float(), (wanted - before).float()
+    count = min(DIRECTIONS, *D.shape[-2:])
+    _, size, V = torch.svd_lowrank(D, q=count, niter=4)
+    V = V * (size > 1e-3 * size[..., :1]).to(V.dtype)[..., None, :]  # a direction that is none is no condition
+    M = torch.zeros(*W.shape[:-1], V.shape[-1], dtype=V.dtype, device=V.device)
+    best, least = W, float("inf")
+    for _ in range(ROUNDS):
+        target = W + M @ V.mT
+        lacking = (W - rounded(target.to(wanted.dtype)).float()) @ V
+        size_of = float(lacking.square().sum())
+        if size_of < least:
+            best, least = target, size_of
+        M = M + lacking
+    return best.to(wanted.dtype)
+
+
+def store(layer: Any, kind: Storage, mode: str, W: Tensor, before: Tensor) -> MergeError:
+    """Have a layer's base hold W', (..., O, I), in the storage's own form.
+
+    Arguments:
+        layer: the tuner layer.
+        kind: the storage of its weight.
+        mode: "requantize" or "compensated".
+        W, before: W', and W without any adapter.
+    """
+    base, view = layer.get_base_layer(), layer.view
+    if mode == "compensated" and isinstance(kind, Packed):
+        payload = kind.take(base, view.name)
+        W0, W = W, compensate(W, before, lambda t: view.matrix(base, kind.rounded(view.raw(base, t), payload)))
+    else:
+        W0 = W
+    kind.write(base, view.name, view.raw(base, W))
+    return measured(mode, view.read(base), W0, before)
+
+
+def dense_twin(label: str, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """An ordinary module with a weight of numbers, for a quantised one.
+
+    Arguments:
+        label: the layout, as views name it.
+        base: the quantised module.
+        weight: in the layout's stored form.
+        bias: (O,), or None.
+
+    Raises NotImplementedError for a layout that has no such module.
+    """
+    made: nn.Module
+    rows, columns = weight.shape[:2]
+    if label == "Linear":
+        made = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    elif label == "Embedding":
+        made = nn.Embedding(rows, columns, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, device="meta")
+    else:
+        raise NotImplementedError(f"{type(base).__name__} ({label}) has no dense form. Merge in another way.")
+    made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return made.train(base.training)

@@ -1,0 +1,129 @@
+"""bitsandbytes: NF4 and FP4 with or without double quantisation, and the row-wise int8 of LLM.int8().
+
+The numbers are unpacked and packed by the library's own functions. Source: Dettmers et al. 2023, arXiv 2305.14314, and
+2022, arXiv 2208.07339; the functions are documented in `bitsandbytes.functional`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.storage import Packed, Payload
+
+FUNCTIONAL = "bitsandbytes.functional"
+
+
+def _functional() -> Any:
+    return importlib.import_module(FUNCTIONAL)
+
+
+class FourBit(Packed):
+    """`Params4bit`: two numbers a byte in blocks, each block with its largest magnitude."""
+
+    names = ("bitsandbytes.nn.modules.Params4bit",)
+    label = "bitsandbytes"
+    trains = True
+
+    def take(self, module: nn.Module, name: str) -> Payload:
+        held: Any = getattr(module, name)
+        state = held.quant_state
+        if state is None:
+            return {"dense": held.data, "state": None}
+        return {"data": held.data, "state": state, "settings": _settings(held, state)}
+
+    def put(self, module: nn.Module, name: str, payload: Payload) -> None:
+        held: Any = getattr(module, name)
+        if payload["state"] is None:
+            held.data = payload["dense"]
+            return
+        state, device = payload["state"], payload["data"].device
+        if state.absmax.device != device:
+            state = copy.deepcopy(state)
+            state.to(device)
+        held.data, held.quant_state = payload["data"], state
+        if getattr(module, "quant_state", None) is not None:
+            module.quant_state = held.quant_state
+
+    def unpack(self, payload: Payload) -> Tensor:
+        if payload["state"] is None:
+            return payload["dense"]
+        data, state = _plain(payload["data"], payload["state"])
+        return _functional().dequantize_4bit(data, state)
+
+    def pack(self, value: Tensor, payload: Payload) -> Payload:
+        if payload["state"] is None:
+            return {"dense": value.to(payload["dense"].dtype), "state": None}
+        settings, state = payload["settings"], payload["state"]
+        made = value.detach().to(state.dtype).contiguous()
+        data, new = _functional().quantize_4bit(made, **settings)
+        new.dtype = state.dtype
+        return {"data": data.view(_plain(payload["data"], state)[0].shape), "state": new, "settings": settings}
+
+    def shape(self, module: nn.Module, name: str) -> tuple[int, ...]:
+        held: Any = getattr(module, name)
+        return tuple(held.shape if held.quant_state is None else held.quant_state.shape)
+
+    def dtype(self, module: nn.Module, name: str) -> torch.dtype:
+        held: Any = getattr(module, name)
+        return held.dtype if held.quant_state is None else held.quant_state.dtype
+
+
+def _settings(held: Any, state: Any) -> dict[str, Any]:
+    nested = getattr(state, "nested", held.compress_statistics) or getattr(state, "original_nested", False)
+    return {
+        "blocksize": state.blocksize,
+        "compress_statistics": nested,
+        "quant_type": state.quant_type,
+        "quant_storage": held.quant_storage,
+    }
+
+
+def _plain(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Undo the order in which the library keeps a weight for some CPUs after its first call without gradients."""
+    if not getattr(state, "packing_format_for_cpu", False):
+        return data, state
+    plain, state = _functional()._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
+    return plain, state
+
+
+class EightBit(Packed):
+    """`Int8Params`: int8 rows with the largest magnitude of each; which inputs are outliers is told by each call."""
+
+    names = ("bitsandbytes.nn.modules.Int8Params",)
+    label = "bitsandbytes"
+    trains = True
+
+    def take(self, module: nn.Module, name: str) -> Payload:
+        held: Any = getattr(module, name)
+        state: Any = getattr(module, "state", None)
+        scale = held.SCB if getattr(held, "SCB", None) is not None else getattr(state, "SCB", None)
+        return {"data": held.data, "scale": scale}
+
+    def put(self, module: nn.Module, name: str, payload: Payload) -> None:
+        held: Any = getattr(module, name)
+        state: Any = getattr(module, "state", None)
+        held.data = payload["data"]
+        if payload["scale"] is None:
+            return
+        if state is not None and getattr(state, "CB", None) is not None:  # the module has run: its state holds both
+            state.CB, state.SCB = held.data, payload["scale"]
+        else:
+            held.CB, held.SCB = held.data, payload["scale"]
+
+    def unpack(self, payload: Payload) -> Tensor:
+        if payload["scale"] is None:
+            return payload["data"]
+        return payload["data"].float() * (payload["scale"].float() / 127)[:, None]
+
+    def pack(self, value: Tensor, payload: Payload) -> Payload:
+        if payload["scale"] is None:
+            return {"data": value.to(payload["data"].dtype), "scale": None}
+        made = value.detach().contiguous()
+        made = made.float() if made.device.type == "cpu" else made.half()
+        data, scale, _ = _functional().int8_vectorwise_quant(made)
+        return {"data": data, "scale": scale.to(payload["scale"].dtype)}
