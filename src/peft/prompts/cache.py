@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -11,8 +12,17 @@ from .encoder import BasePromptEncoder
 from .fitting import text_config
 
 
-def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int) -> Any:
+KINDS = ("dynamic", "offloaded", "static", "offloaded_static", "quantized")
+
+
+def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int, empty: Any = None) -> Any:
     """A cache whose every layer holds the prefix, for a batch of `rows`.
+
+    Arguments:
+        model: the base model.
+        encoder: what makes keys and values.
+        rows: how many rows the cache has.
+        empty: the cache to be filled; None makes one that grows.
 
     Raises ValueError if the model's forward takes no cache.
     """
@@ -26,12 +36,61 @@ def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int) -> Any
     config: Any = text_config(model)
     pairs = layers_of(encoder, rows, model.dtype, bool(getattr(config, "is_encoder_decoder", False)))
     sliding = getattr(config, "layer_types", None) is not None
-    cache = DynamicCache(config=config) if sliding else DynamicCache()
+    cache = empty or (DynamicCache(config=config) if sliding else DynamicCache())
     for i, (key, value) in enumerate(pairs):
         cache.update(key, value, i)
     if not getattr(config, "is_encoder_decoder", False):
         return cache
     return EncoderDecoderCache(cache, DynamicCache())
+
+
+def asked_for(model: nn.Module, given: dict[str, Any], text: int) -> Any:
+    """The empty cache that `cache_implementation` asks `generate` for, or None for one that grows.
+
+    Arguments:
+        model: the base model.
+        given: the arguments of `generate`; what describes the cache is taken out, since a filled one is handed over.
+        text: how many tokens the prefix and the given text have.
+
+    Raises ValueError for a name that is none.
+    """
+    from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
+
+    default = getattr(model, "generation_config", None)
+    kind = _setting(given, default, "cache_implementation")
+    if kind is None:
+        return None
+    settings = _setting(given, default, "cache_config")
+    kind = {"sliding_window": "static", "hybrid": "static"}.get(kind, kind)
+    if kind not in KINDS:
+        raise ValueError(f"cache_implementation={kind!r} is none of {', '.join(map(repr, KINDS))}.")
+    config, away = text_config(model), kind.startswith("offloaded")
+    longest = max(_setting(given, default, name) or 0 for name in ("max_length", "max_cache_len"))
+    room = max(text + (_setting(given, default, "max_new_tokens") or 20), text + longest)
+    _take_out(given, default)
+    if kind == "quantized":
+        settings = {"config": config, "backend": "quanto", **(settings or {})}
+        return QuantizedCache(**settings)
+    if kind.endswith("static"):
+        return StaticCache(config=config, max_cache_len=room, offloading=away)
+    return DynamicCache(config=config, offloading=True) if away else None
+
+
+def _setting(given: dict[str, Any], default: Any, name: str) -> Any:
+    """A setting of generation: by name, in the configuration that is given, or in the model's."""
+    found = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(default, name, None))
+    return next((value for value in found if value is not None), None)
+
+
+def _take_out(given: dict[str, Any], default: Any) -> None:
+    """Remove what describes the cache, wherever it is set; an argument of None is stronger than the model's value."""
+    for name in ("cache_implementation", "cache_config"):
+        given.pop(name, None)
+        if getattr(given.get("generation_config"), name, None) is not None:
+            given["generation_config"] = copy.deepcopy(given["generation_config"])
+            setattr(given["generation_config"], name, None)
+        if getattr(default, name, None) is not None:
+            given[name] = None
 
 
 def layers_of(encoder: BasePromptEncoder, rows: int, dtype: Any, two: bool) -> list[tuple[Tensor, Tensor]]:

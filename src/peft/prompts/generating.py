@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from .cache import asked_for
 from .checkpointed import checkpoints
 from .inputs import batch_of, behind_keys, checked_tasks, in_front
 from .mixed import hide
@@ -115,12 +116,15 @@ def _cached(prompts: Prompts, encoder: Any, given: dict[str, Any], batch: int, t
         )
     wanted = (out.get(n, getattr(config, n, None)) or 1 for n in ("num_beams", "num_return_sequences"))
     rows = batch * max(*wanted)
+    texts = ("decoder_input_ids",) if two else ("input_ids", "inputs_embeds")
+    longest = max([out[n].shape[1] for n in texts if out.get(n) is not None], default=1)
+    empty = asked_for(model, out, encoder.num_virtual_tokens + longest)
     if not two:
-        return behind_keys(model, encoder, out, rows, "attention_mask")
+        return behind_keys(model, encoder, out, rows, "attention_mask", empty)
     if "encoder_outputs" not in out:
         encode: Any = model.get_encoder()  # type: ignore[operator]
         text = {n: out[n] for n in ("input_ids", "inputs_embeds", "attention_mask") if n in out}
         out["encoder_outputs"] = encode(**text, return_dict=True)
     start: Tensor | None = out.get("decoder_input_ids")
     out["decoder_attention_mask"] = out["attention_mask"].new_ones(batch, 1 if start is None else start.shape[1])
-    return behind_keys(model, encoder, out, rows, "decoder_attention_mask")
+    return behind_keys(model, encoder, out, rows, "decoder_attention_mask", empty)

@@ -127,7 +127,9 @@ def moved(positions: Tensor, k: int) -> Tensor:
     return torch.cat([own, positions + k], dim=-1)
 
 
-def behind_keys(model: nn.Module, encoder: Any, given: dict[str, Any], rows: int, mask: str) -> dict[str, Any]:
+def behind_keys(
+    model: nn.Module, encoder: Any, given: dict[str, Any], rows: int, mask: str, empty: Any = None
+) -> dict[str, Any]:
     """The arguments with a filled cache, whose keys the mask counts and the text's positions follow.
 
     Arguments:
@@ -136,9 +138,10 @@ def behind_keys(model: nn.Module, encoder: Any, given: dict[str, Any], rows: int
         given: the arguments by name.
         rows: how many rows the cache has.
         mask: the name of the mask over the cache and the text; a decoder's text has positions of its own.
+        empty: the cache to be filled; None makes one that grows.
     """
     out, k = dict(given), encoder.num_virtual_tokens
-    out["past_key_values"] = prefix_cache(model, encoder, rows)
+    out["past_key_values"] = prefix_cache(model, encoder, rows, empty)
     if out.get(mask) is not None:
         out[mask] = padded(out[mask], k, 1)
     if mask == "attention_mask" and out.get("position_ids") is not None:
