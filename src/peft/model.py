@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .config import PeftConfig, check_config
+from .core import sharded
 from .core.call import BASE, first_tensor
 from .core.embeddings import recorded_vocabulary
 from .core.layer import tuner_layers
@@ -186,6 +187,8 @@ class PeftModel(Persistent, nn.Module):
         except AttributeError:
             if name == "base_model" or (name.startswith("__") and name.endswith("__")):
                 raise
+        if name in sharded.WRITES:
+            sharded.lent_back(self)
         prompts = self.__dict__.get("prompts")
         shows = prompts is not None and prompts.shows(name)
         found = getattr(prompts if shows else self.base_model, name)

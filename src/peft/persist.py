@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from .config import PeftConfig
+from .core import sharded
 from .core.checkpoint import get_peft_model_state_dict, load_peft_weights
 from .core.commit import check_writable, folders, settle, staged
 from .core.defaults import CONFIG_NAME
@@ -54,7 +55,8 @@ class Persistent:
             safe_serialization: safetensors; False writes a pickle.
             selected_adapters: which adapters; None means all.
             save_embedding_layers: see `get_peft_model_state_dict`.
-            is_main_process: only this process writes files.
+            is_main_process: only this process writes files. Where parameters are spread over processes all of them
+                must call, as gathering takes all; the first one writes.
             path_initial_model_for_weight_conversion: folder with the adapter as it was before training;
                 PiSSA, OLoRA and the like are then written as a plain LoRA of twice the rank for the original
                 base model.
@@ -64,7 +66,10 @@ class Persistent:
             kwargs: `state_dict`: the full state by live name, to be used instead of the live tensors.
         """
         check_spelling(kwargs, Persistent.save_pretrained, FOR_SAVING)
-        names, folder = selected(self, selected_adapters), prepare_folder(save_directory, sweep=is_main_process)
+        names = selected(self, selected_adapters)
+        leads = _gathers(self, names, kwargs.get("state_dict"), save_embedding_layers)
+        is_main_process = is_main_process and leads is not False
+        folder = prepare_folder(save_directory, sweep=is_main_process)
         targets = {name: folder if name == "default" else folder / name for name in names}
         with folders(folder, *targets.values()):
             for name, target in targets.items() if is_main_process else ():
@@ -82,6 +87,8 @@ class Persistent:
                 )
         if is_main_process:
             self.create_or_update_model_card(str(folder))
+        if leads is not None:
+            sharded.wait()
 
     @classmethod
     def from_pretrained(
@@ -219,6 +226,14 @@ def selected(model: PeftModel, names: list[str] | None) -> list[str]:
             f"{listing(known)}."
         )
     return [n for n in known if n in names]
+
+
+def _gathers(model: PeftModel, names: list[str], given: Any, save_embedding_layers: Any) -> bool | None:
+    """Whether this process writes what all of them gather, having gathered if not; None where each has everything."""
+    leads = None if given is not None else sharded.leads(model)
+    for name in names if leads is False else ():
+        get_peft_model_state_dict(model, None, name, save_embedding_layers=save_embedding_layers)
+    return leads
 
 
 def save_adapter(

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..errors import listing
+from . import sharded
 from .layer import AdapterHost
+
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})  # names that torch puts in
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -19,9 +23,12 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
         model: a PeftModel, a model with injected layers, or a plain model.
     """
     state: OrderedDict[str, Tensor] = OrderedDict()
-    for original, _, module in _walk(_base(model), "", ""):
-        module._save_to_state_dict(state, original, False)  # one module's own tensors, quantised ones included
-    return dict(state)
+    with sharded.summoned(model) as opened:
+        for original, _, module in _walk(_base(model), "", ""):
+            module._save_to_state_dict(state, original, False)  # one module's own tensors, quantised ones included
+            spread = {original + n: p for n, p in module._parameters.items() if sharded.is_zero(p)}
+            state.update((n, sharded.full(p)) for n, p in spread.items() if p is not None)
+        return {k: v.clone() for k, v in state.items()} if opened else dict(state)
 
 
 def set_base_model_state_dict(
@@ -36,12 +43,20 @@ def set_base_model_state_dict(
 
     Returns (missing_keys, unexpected_keys), by original name.
     """
-    base = _base(model)
+    with sharded.summoned(model, write=True):
+        return _set(_base(model), state_dict, strict)
+
+
+def _set(base: nn.Module, state_dict: Mapping[str, Tensor], strict: bool) -> _IncompatibleKeys:
     live: dict[str, str] = {}
+    spread: dict[str, Tensor] = {}
     for original, prefix, module in _walk(base, "", ""):
         own: OrderedDict[str, Tensor] = OrderedDict()
         module._save_to_state_dict(own, "", False)
         live.update({original + name: prefix + name for name in own})
+        spread.update(
+            {original + n: p for n, p in module._parameters.items() if p is not None and sharded.is_spread(p)}
+        )
     missing = [n for n in live if n not in state_dict]
     unexpected = [n for n in state_dict if n not in live]
     if strict and (missing or unexpected):
@@ -49,7 +64,13 @@ def set_base_model_state_dict(
             f"The state dictionary does not fit {type(base).__name__}: missing {listing(missing) or 'none'}, "
             f"unexpected {listing(unexpected) or 'none'}. Pass strict=False to load the rest."
         )
-    base.load_state_dict({live[n]: v for n, v in state_dict.items() if n in live}, strict=False)
+    with torch.no_grad():
+        for name, tensor in spread.items():
+            if sharded.is_zero(tensor) and name in state_dict:
+                sharded.put(tensor, state_dict[name])
+    given = {n: v for n, v in state_dict.items() if n in live and not sharded.is_zero(spread.get(n))}
+    parts = {n: sharded.like(v, spread[n]) if n in spread else v for n, v in given.items()}
+    base.load_state_dict({live[n]: v for n, v in parts.items()}, strict=False)
     return _IncompatibleKeys(missing, unexpected)
 
 
@@ -78,4 +99,4 @@ def _walk(module: nn.Module, original: str, live: str) -> Iterator[tuple[str, st
     yield original, live, module
     for name, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, f"{original}{name}.", f"{live}{name}.")
+            yield from _walk(child, original if name in WRAPPERS else f"{original}{name}.", f"{live}{name}.")

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..errors import listing, nearest
+from . import sharded
 from .base_state import get_base_model_state_dict, set_base_model_state_dict
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .embeddings import embedding_tensors
-from .entries import Entry, entries_of, mapped, plain, walk
+from .entries import Entry, entries_of, mapped, plain, unwrapped, walk
 from .experts import fused
 from .files import INDEX_NAME, Saved, open_weights
 from .fill import checked, fill
@@ -70,21 +72,31 @@ def get_peft_model_state_dict(
     Raises ValueError if a tensor is missing from `state_dict`, or empty (a shard that was not gathered).
     """
     root, prefix = _unwrap(model)
+    with nullcontext(False) if state_dict is not None else sharded.summoned(root) as opened:
+        found = _own_state(root, prefix, state_dict, adapter_name, unwrap_compiled, save_embedding_layers)
+        return {k: v.clone() for k, v in found.items()} if opened else found
+
+
+def _own_state(
+    root: nn.Module, prefix: str, state_dict: Any, adapter_name: str, unwrap_compiled: bool, save_embedding_layers: Any
+) -> dict[str, Tensor]:
     config = adapter_config(root, adapter_name)
     entries = entries_of(root, config, adapter_name)
     entries += embedding_tensors(root, config, adapter_name, save_embedding_layers, Entry)
     tensors = _gathered(entries, state_dict) if state_dict is not None else [e.tensor for e in entries]
-    empty = [e.key for e, t in zip(entries, tensors, strict=True) if not t.numel() and not _no_rank(e, t)]
+    empty = [
+        e.key for e, t in zip(entries, tensors, strict=True) if not sharded.shape(t).numel() and not _no_rank(e, t)
+    ]
     if empty:
         raise ValueError(
             f"Adapter {adapter_name!r} has tensors without elements: {listing(empty)}. They are probably shards: "
             "gather the full state on the saving process and pass it as `state_dict`."
         )
-    keys = [plain(e.key) if unwrap_compiled else prefix + e.key for e in entries]
+    keys = [plain(e.key) if unwrap_compiled else prefix + unwrapped(e.key) for e in entries]
     beside = root.__dict__.get("prompts")  # what stands beside the model writes its own
     own: dict[str, Tensor] = {} if beside is None else beside.for_file(adapter_name)
     for key, e, value in zip(keys, entries, tensors, strict=True):
-        own.update({**split(e, key, _whole(value.detach())), **repeated(e, key, config)})
+        own.update({**split(e, key, sharded.full(value).detach()), **repeated(e, key, config)})
     return own
 
 
@@ -112,12 +124,25 @@ def set_peft_model_state_dict(
     Returns torch's (missing_keys, unexpected_keys); missing ones by live name.
     Raises RuntimeError for wrong shapes, ValueError if nothing fits; the model is then unchanged.
     """
+    root = _unwrap(model)[0]
+    with sharded.summoned(root, write=True):
+        return _written(root, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, strict, known)
+
+
+def _written(
+    root: nn.Module,
+    state: Mapping[str, Tensor],
+    adapter_name: str,
+    ignore_mismatched_sizes: bool,
+    strict: bool | None,
+    known: Foreseen | None,
+) -> _IncompatibleKeys:
     if known is not None and known.keys is not None:
-        root, entries, state, write = _unwrap(model)[0], known.places, peft_model_state_dict, None
+        entries, write = known.places, None
         pairs = {live: (entry, state[key]) for live, (entry, key) in known.keys.items()}
         found = pairs, known.unexpected
     else:
-        root, entries, state, write = _arranged(model, peft_model_state_dict, adapter_name, known and known.places)
+        root, entries, state, write = _arranged(root, state, adapter_name, known and known.places)
         found = checked(root, entries, state, adapter_name, ignore_mismatched_sizes, write is not None)
     missing, unexpected = fill(entries, *found, adapter_name, strict)
     written(entries)
@@ -246,7 +271,3 @@ def _no_rank(entry: Entry, tensor: Tensor) -> bool:
     """Whether an empty tensor is what the adapter has: a matrix whose rank was cut to nothing."""
     p = entry.adapter
     return p is not None and not entry.tensor.numel() and (tensor.dim() > 1 or entry.part in p.method.may_be_empty)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

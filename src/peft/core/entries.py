@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .base_state import saved_tensors
+from .base_state import WRAPPERS, saved_tensors
 from .layer import BaseTunerLayer, tuner_layers
 from .stack import Adapter
 
 PREFIX = "base_model.model."
 Layers = list[tuple[str, Any]]  # path and layer, as `tuner_layers` tells them
-WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 class Entry(NamedTuple):
@@ -149,6 +148,11 @@ def plain(name: str) -> str:
     if "_orig_mod" not in name and "_wrapped_module" not in name:
         return name
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def unwrapped(name: str) -> str:
+    """A name without the segments of FSDP and checkpointing, which stand around modules without being part of them."""
+    return plain(name) if "_wrapped_module" in name and "_orig_mod" not in name else name
 
 
 def mapped(key: str, mapping: Mapping[str, str]) -> str:

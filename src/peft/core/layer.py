@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .batch import MixedBatch, is_mixed
 from .call import Call
 from .host import AdapterHost, tuner_layers
-from .merge import Mergeable
 from .method import Method, Site
+from .sharded.together import Together
 from .stack import Adapter, BufferDict, Finish, InPlace, Late, SavedBuffers, Slot, Stack, Values, tensors_below
 from .views import LABELS, Template, view_of
 
@@ -26,7 +26,7 @@ _MODULES, _PARAMETERS = Template(nn.ModuleDict()), Template(nn.ParameterDict())
 _BUFFERS, _SAVED = Template(BufferDict()), Template(SavedBuffers())
 
 
-class BaseTunerLayer(Mergeable, MixedBatch, AdapterHost):
+class BaseTunerLayer(Together, MixedBatch, AdapterHost):
     """Stands where the target stood; holds it as `base_layer` and every adapter's tensors under the peer's names.
 
     Attributes:

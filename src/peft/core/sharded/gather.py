@@ -1,0 +1,188 @@
+"""The one room through which tensors that are spread over processes are made whole and spread again.
+
+Known are torch's DTensor (FSDP2, tensor parallelism), DeepSpeed's ZeRO-3 and FSDP1's flat parameters. They are told by
+public marks of the tensors and modules themselves, and the engine is imported only by a program that uses it. Making a
+tensor whole is a collective operation: every process must ask for the same tensors in the same order.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WRITES = frozenset({"merge_adapter", "unmerge_adapter", "merge_and_unload", "unload"})
+Held = tuple[dict[str, Any], str, Tensor]  # where a tensor hangs: the dictionary, its name, itself
+
+
+def is_mesh(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, spread over the processes of a mesh."""
+    return hasattr(tensor, "device_mesh")
+
+
+def is_zero(tensor: Any) -> bool:
+    """Whether a tensor is one of ZeRO-3's parameters, which has no elements between uses."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_spread(tensor: Any) -> bool:
+    """Whether this process may hold only a part of a tensor, as far as the tensor itself tells."""
+    return is_mesh(tensor) or is_zero(tensor) or is_flat(tensor)
+
+
+def is_flat(tensor: Any) -> bool:
+    """Whether FSDP1 manages a parameter, so that between uses it has one dimension and a part of the elements."""
+    return getattr(tensor, "_fsdp_flattened", False) is True
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor, on every process; one that is not spread is handed back as it is."""
+    if is_mesh(tensor):
+        return tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
+    if is_zero(tensor):
+        with _zero([tensor], write=False):
+            return tensor.detach().clone()
+    return tensor
+
+
+def shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole tensor."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def like(value: Tensor, spread: Any) -> Tensor:
+    """This process's part of a whole value that all of them have, as a DTensor placed as another one is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    mesh, placements = spread.device_mesh, spread.placements
+    if isinstance(value, DTensor):
+        return value.redistribute(mesh, placements)
+    return distribute_tensor(value.detach().to(mesh.device_type), mesh, placements)
+
+
+def put(tensor: Tensor, value: Tensor) -> None:
+    """Write a whole value, which all processes have, into a tensor in place."""
+    if is_zero(tensor):
+        with _zero([tensor], write=True):
+            tensor.data.copy_(value)
+    elif is_mesh(tensor) and not is_mesh(value):
+        tensor.copy_(like(value.to(tensor.dtype), tensor))
+    else:
+        tensor.copy_(value)
+
+
+def _zero(tensors: list[Tensor], write: bool) -> AbstractContextManager[Any]:
+    if not tensors:
+        return nullcontext()
+    # the values of rank 0 are the ones that are spread again, so that all processes hold the same
+    gathered = importlib.import_module("deepspeed").zero.GatheredParameters
+    return gathered(tensors, modifier_rank=0 if write else None)  # type: ignore[no-any-return]
+
+
+def leads(model: nn.Module) -> bool | None:
+    """Whether this process writes what all of them gather; None where nothing is spread, so that each has it all."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or not any(is_spread(p) for p in model.parameters()):
+        return None
+    return torch.distributed.get_rank() == 0
+
+
+def wait() -> None:
+    """Go on once all processes are here."""
+    torch.distributed.barrier()
+
+
+# Modules ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole(modules: Iterable[nn.Module], write: Collection[str] = ()) -> Iterator[None]:
+    """Inside, the tensors that the given modules hold are whole; afterwards they are spread as before.
+
+    Arguments:
+        modules: the modules, without those below them.
+        write: names of tensors of which whatever is written into them inside is kept.
+    """
+    held = [h for m in modules for h in _held(m) if is_spread(h[2])]
+    refuse_flat(h[2] for h in held)
+    zero = {id(t): t for _, _, t in held if is_zero(t)}
+    kept = [t for _, name, t in held if is_zero(t) and name in write]
+    with _zero([t for i, t in zero.items() if all(t is not k for k in kept)], False), _zero(kept, True):
+        mesh = [h for h in held if is_mesh(h[2])]
+        for home, name, tensor in mesh:
+            value = full(tensor.detach())
+            home[name] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        try:
+            yield
+            for home, name, tensor in mesh:
+                if name in write:
+                    with torch.no_grad():
+                        put(tensor, home[name].detach())
+        finally:
+            for home, name, tensor in mesh:
+                home[name] = tensor
+
+
+def _held(module: nn.Module) -> Iterator[Held]:
+    for home in (module._parameters, module._buffers):
+        yield from ((home, name, t) for name, t in home.items() if t is not None)
+
+
+def refuse_flat(tensors: Iterable[Tensor]) -> None:
+    """Raise ValueError if these are parameters, a matrix among them, of which FSDP1 shows a part only."""
+    flat = [t for t in tensors if is_flat(t)]
+    if flat and all(t.dim() == 1 for t in flat):
+        raise ValueError(
+            "The parameters are spread by FullyShardedDataParallel (FSDP1), which shows them whole only to the model "
+            "that it was put around. Do this inside `with FullyShardedDataParallel.summon_full_params(model):`, for "
+            "saving and loading pass that model itself to get_peft_model_state_dict and set_peft_model_state_dict, or "
+            "give save_pretrained the gathered `state_dict`."
+        )
+
+
+@contextmanager
+def summoned(model: nn.Module, write: bool = False) -> Iterator[bool]:
+    """Inside, the parameters that FSDP1 has spread below a model are whole, and FSDP2 shows none that is only lent.
+
+    Arguments:
+        model: the model that is walked, with the wrappers around it.
+        write: keep what is written inside.
+
+    Gives whether parameters were made whole, so that they are gone afterwards.
+    """
+    lent_back(model)
+    engine = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    kind: Any = getattr(engine, "FullyShardedDataParallel", None)
+    if kind is None:
+        yield False
+        return
+    units = [m for m in model.modules() if isinstance(m, kind)]
+    refuse_flat(_outside(model, kind))
+    if not units:
+        yield False
+        return
+    with kind.summon_full_params(model, writeback=write):
+        yield True
+
+
+def _outside(model: nn.Module, kind: Any) -> Iterator[nn.Parameter]:
+    """The parameters of a model that no FSDP1 unit in it manages."""
+    if not isinstance(model, kind):
+        yield from (p for p in model._parameters.values() if p is not None)
+        for child in model._modules.values():
+            if child is not None:
+                yield from _outside(child, kind)
+
+
+def lent_back(model: nn.Module) -> None:
+    """Have FSDP2 take back what it shows whole after a forward: writing into that would be lost."""
+    engine = sys.modules.get("torch.distributed.fsdp")
+    kind: Any = getattr(engine, "FSDPModule", None)
+    for m in model.modules() if kind is not None else ():
+        if isinstance(m, kind):
+            m.reshard()
