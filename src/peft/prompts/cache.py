@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .encoder import BasePromptEncoder
 from .fitting import text_config
 
-
 KINDS = ("dynamic", "offloaded", "static", "offloaded_static", "quantized")
 
 
