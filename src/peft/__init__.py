@@ -8,6 +8,7 @@ from __future__ import annotations
 from . import lazy, registry
 from .errors import (
     ChangedConfigWarning,
+    LossyMergeWarning,
     MissingTensorsWarning,
     NoMatchingPeftModuleError,
     OtherBaseWarning,
@@ -65,6 +66,7 @@ _NAMES = {
 __getattr__, __dir__, __all__ = lazy.names(__name__, registry.exports(), _NAMES)
 __all__ += [
     "ChangedConfigWarning",
+    "LossyMergeWarning",
     "MissingTensorsWarning",
     "NoMatchingPeftModuleError",
     "OtherBaseWarning",

@@ -40,6 +40,7 @@ from .create import (
 )
 from .errors import (
     ChangedConfigWarning,
+    LossyMergeWarning,
     MissingTensorsWarning,
     NoMatchingPeftModuleError,
     OtherBaseWarning,
@@ -384,6 +385,7 @@ __all__ = [
     "LoraRuntimeConfig",
     "MissConfig",
     "MissModel",
+    "LossyMergeWarning",
     "MissingTensorsWarning",
     "MontecloraConfig",
     "MultitaskPromptEmbedding",

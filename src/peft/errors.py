@@ -53,6 +53,10 @@ class ChangedConfigWarning(PeftWarning):
     """A configuration file is not the one that was saved with the weights beside it."""
 
 
+class LossyMergeWarning(PeftWarning):
+    """A merge into quantised weights has lost a part of the update."""
+
+
 class UnknownFieldWarning(PeftWarning):
     """A configuration file holds a field that this version does not know."""
 

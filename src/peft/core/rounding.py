@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import nearest
-from .storage import Packed, Storage
+from ..errors import LossyMergeWarning, nearest, report
+from .storage import Packed, Storage, of
 
 MODES = ("requantize", "dequantize", "compensated")
 ROUNDS, DIRECTIONS = 40, 64  # of the compensation: passes over the weight, and directions of the update it keeps
@@ -73,6 +73,39 @@ def compensate(wanted: Tensor, before: Tensor, rounded: Callable[[Tensor], Tenso
     return best.to(wanted.dtype)
 
 
+def told(layers: Iterable[Any]) -> dict[str, MergeError]:
+    """What the last merge has changed by rounding, by the path of each layer that it concerned.
+
+    Warns (`LossyMergeWarning`) if a noticeable part of the update was lost.
+    """
+    found = {layer._where(): layer.merge_error for layer in layers if layer.merge_error is not None}
+    lost = {path: error.lost for path, error in found.items() if error.mode != "dequantize"}
+    if lost and (mean := sum(lost.values()) / len(lost)) > LOSSY:
+        worst = max(lost, key=lost.__getitem__)
+        plain = [path for path in lost if found[path].mode == "requantize"]
+        cure = (
+            'Merge with quantized="compensated", which rounds so that the effect of the update stays, or with '
+            'quantized="dequantize", or keep the adapter unmerged.'
+            if plain
+            else 'Merge with quantized="dequantize", or keep the adapter unmerged.'
+        )
+        text = (
+            f"Rounding to the quantised form has lost {mean:.0%} of the update on average over {len(lost)} layers, "
+            f"most at {worst!r} ({lost[worst]:.0%}): updates smaller than the steps of a storage vanish. {cure}"
+        )
+        report(LossyMergeWarning, text, strict=False, stacklevel=4)
+    return found
+
+
+def dense_dtype(modules: Iterable[nn.Module]) -> torch.dtype | None:
+    """The dtype of the numbers that run through a model's own modules: that of their first dense weight."""
+    for module in modules:
+        for name, p in module._parameters.items():
+            if p is not None and p.is_floating_point() and not of(module, name).packed:
+                return p.dtype
+    return None
+
+
 def store(layer: Any, kind: Storage, mode: str, W: Tensor, before: Tensor) -> MergeError:
     """Have a layer's base hold W', (..., O, I), in the storage's own form.
 
@@ -85,11 +118,14 @@ def store(layer: Any, kind: Storage, mode: str, W: Tensor, before: Tensor) -> Me
     base, view = layer.get_base_layer(), layer.view
     if mode == "compensated" and isinstance(kind, Packed):
         payload = kind.take(base, view.name)
-        W0, W = W, compensate(W, before, lambda t: view.matrix(base, kind.rounded(view.raw(base, t), payload)))
+
+        def rounded(t: Tensor) -> Tensor:
+            return view.matrix(base, kind.unpack(kind.repack(view.raw(base, t), payload)))
+
+        kind.put(base, view.name, kind.repack(view.raw(base, compensate(W, before, rounded)), payload))
     else:
-        W0 = W
-    kind.write(base, view.name, view.raw(base, W))
-    return measured(mode, view.read(base), W0, before)
+        kind.write(base, view.name, view.raw(base, W))
+    return measured(mode, view.read(base), W, before)
 
 
 def dense_twin(label: str, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -106,6 +106,14 @@ class Packed(Storage):
         own = getattr(module, "compute_dtype", None)
         return own if isinstance(own, torch.dtype) else torch.float32
 
+    def repack(self, value: Tensor, payload: Payload) -> Payload:
+        """Round numbers to those that a payload can hold as its scales are; what is out of their range is cut.
+
+        A weight that came out of the payload goes back into it unchanged, which `pack`, finding scales anew, cannot
+        promise. Where scales cannot be kept it is the same as `pack`.
+        """
+        return self.pack(value, payload)
+
     def shape(self, module: nn.Module, name: str) -> tuple[int, ...]:
         """The shape of the numbers."""
         return tuple(getattr(module, name).shape)
@@ -133,11 +141,6 @@ class Packed(Storage):
     def original(self, payload: Any) -> Tensor:
         with torch.no_grad():
             return self.unpack(payload)
-
-    def rounded(self, value: Tensor, payload: Payload) -> Tensor:
-        """The numbers nearest to `value` that can be stored with the settings of a payload."""
-        with torch.no_grad():
-            return self.unpack(self.pack(value, payload))
 
     def numel(self, module: nn.Module, name: str) -> int:
         count = 1

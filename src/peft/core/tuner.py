@@ -13,11 +13,14 @@ from torch import nn
 
 from ..errors import nearest
 from ..registry import tuner_class
+from . import rounding
 from . import unload as unloading
+from .base_state import original_modules
 from .call import Call
 from .combined import Combined
 from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
+from .rounding import MergeError
 from .search import model_type
 from .shared import shared_of
 from .switch import Switching, check_once
@@ -48,6 +51,7 @@ class BaseTuner(Switching, Combined, nn.Module):
     injection: ClassVar[type[Injection]] = Injection
     companion: ClassVar[type | None] = None  # what a method does over the whole model, made with the tuner
     beside: dict[str, Any]  # what holds adapters outside the model's layers, by name
+    waiting: dict[str, Any]  # what is made once an adapter has been held against its file, by adapter name
 
     def __init__(
         self,
@@ -63,7 +67,7 @@ class BaseTuner(Switching, Combined, nn.Module):
         self.model = model
         known = getattr(model, "peft_config", None)
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
-        self.__dict__.update(companions={}, beside={})
+        self.__dict__.update(companions={}, beside={}, waiting={})
         self.__dict__["peft_config"] = {**known, **configs} if isinstance(known, dict) else configs
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
@@ -188,18 +192,24 @@ class BaseTuner(Switching, Combined, nn.Module):
 
     # ---- merge -------------------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, quantized: str = "requantize"
+    ) -> dict[str, MergeError]:
         """Write adapters into the base weights; `unmerge_adapter` restores every bit.
 
         Arguments:
             adapter_names: which; None means the active ones.
             safe_merge: kept for compatibility: every merge is checked.
+            quantized: what quantised weights become: "requantize" (W' rounded to the same storage, with a warning
+                that says how much of the update is lost), "compensated" (rounded to it so that the update's effect
+                stays) or "dequantize" (dense weights).
 
+        Returns what the storage of each quantised layer has changed, by its path; see `MergeError`.
         Raises ValueError for an unknown name, for weights that are not finite, and where the output would change; the
         model is then unchanged. Extra memory: one copy of the adapted weights while merged.
         """
         self._check_merge_names(adapter_names)
-        layers = [layer for _, layer in self.layers() if isinstance(layer, BaseTunerLayer)]
+        layers = self._mergeable(quantized)
         before = [list(layer.merged_adapters) for layer in layers]
         chosen = self.active_adapters if adapter_names is None else adapter_names
         unloading.untie(layers, chosen, unloading.shared(self.model))
@@ -211,6 +221,16 @@ class BaseTuner(Switching, Combined, nn.Module):
             for layer, names in zip(layers, before, strict=True):
                 layer.go_back(names)
             raise
+        return rounding.told(layers)
+
+    def _mergeable(self, quantized: str) -> list[BaseTunerLayer]:
+        """The layers, told how to store what is merged into quantised weights."""
+        layers = [layer for _, layer in self.layers() if isinstance(layer, BaseTunerLayer)]
+        rounding.check_mode(quantized)
+        dtype = rounding.dense_dtype(m for _, m in original_modules(self.model)) if quantized == "dequantize" else None
+        for layer in layers:
+            layer.round_by(quantized, dtype)
+        return layers
 
     def _check_merge_names(self, names: list[str] | None) -> None:
         if isinstance(names, str):
@@ -233,7 +253,12 @@ class BaseTuner(Switching, Combined, nn.Module):
         self._unmerge(layers)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        quantized: str = "requantize",
+        report: dict[str, MergeError] | None = None,
     ) -> nn.Module:
         """Write adapters into the base weights for good and return the base model, without any trace of adapters.
 
@@ -241,10 +266,17 @@ class BaseTuner(Switching, Combined, nn.Module):
             progressbar: show progress.
             safe_merge: kept for compatibility: every merge is checked, and nothing is written before all checks hold.
             adapter_names: which; None means the active ones.
+            quantized: what quantised weights become, as for `merge_adapter`.
+            report: filled with what the storage of each quantised layer has changed, by its path.
         """
         self._check_merge_names(adapter_names)
         names = self.active_adapters if adapter_names is None else adapter_names
-        return unloading.unload(self, progressbar, names)
+        layers = self._mergeable(quantized)
+        model = unloading.unload(self, progressbar, names)
+        found = rounding.told(layers)
+        if report is not None:
+            report.update(found)
+        return model
 
     def unload(self) -> nn.Module:
         """Return the base model without any trace of adapters, and without merging them."""

@@ -64,6 +64,14 @@ class FourBit(Packed):
         new.dtype = state.dtype
         return {"data": data.view(_plain(payload["data"], state)[0].shape), "state": new, "settings": settings}
 
+    def repack(self, value: Tensor, payload: Payload) -> Payload:
+        if payload["state"] is None:
+            return self.pack(value, payload)
+        data, state = _plain(payload["data"], payload["state"])
+        codes = _nearest(value.detach().float().flatten(), _magnitudes(state), state)
+        made = (codes[0::2] << 4 | codes[1::2]).to(torch.uint8)
+        return {**payload, "data": made.view(data.dtype).view(data.shape), "state": state}
+
     def shape(self, module: nn.Module, name: str) -> tuple[int, ...]:
         held: Any = getattr(module, name)
         return tuple(held.shape if held.quant_state is None else held.quant_state.shape)
@@ -81,6 +89,24 @@ def _settings(held: Any, state: Any) -> dict[str, Any]:
         "quant_type": state.quant_type,
         "quant_storage": held.quant_storage,
     }
+
+
+def _magnitudes(state: Any) -> Tensor:
+    """The scale of each block, float32."""
+    if not state.nested:
+        return state.absmax.float()
+    found = _functional().dequantize_blockwise(state.absmax, state.state2)
+    return (found + state.offset).float()
+
+
+def _nearest(values: Tensor, scales: Tensor, state: Any) -> Tensor:
+    """The index of the code nearest to each value, under the scale of its block; an even number of them."""
+    size, n = state.blocksize, values.numel()
+    padded = torch.nn.functional.pad(values, (0, -n % size)).view(-1, size)
+    ordered, index = state.code.float().sort()
+    scaled = padded / torch.where(scales == 0, torch.ones_like(scales), scales)[:, None]
+    found = index[torch.bucketize(scaled, (ordered[1:] + ordered[:-1]) / 2)].flatten()
+    return found[: n + n % 2]
 
 
 def _plain(data: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -127,3 +153,10 @@ class EightBit(Packed):
         made = made.float() if made.device.type == "cpu" else made.half()
         data, scale, _ = _functional().int8_vectorwise_quant(made)
         return {"data": data, "scale": scale.to(payload["scale"].dtype)}
+
+    def repack(self, value: Tensor, payload: Payload) -> Payload:
+        scale = payload["scale"]
+        if scale is None:
+            return self.pack(value, payload)
+        steps = (scale.float() / 127).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        return {"data": (value.float() / steps).round().clamp(-127, 127).to(torch.int8), "scale": scale}
