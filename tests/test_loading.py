@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,11 +20,17 @@ from peft import (
     AdaLoraConfig,
     AutoPeftModel,
     AutoPeftModelForCausalLM,
+    FrodConfig,
     LoraConfig,
     PeftModel,
     PeftWarning,
     PrefixTuningConfig,
     PromptTuningConfig,
+    PveraConfig,
+    RandLoraConfig,
+    TinyLoraConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
@@ -255,6 +262,99 @@ def test_two_tensors_are_never_renamed_to_one(tmp_path):
     saved(tmp_path)
     with pytest.raises(ValueError, match=r"fc0\.lora_A\.weight' to several tensors"):
         PeftModel.from_pretrained(mlp(), tmp_path, key_mapping={r"^fc\d": "fc0"})
+
+
+class Draws(Largest):
+    """Counts the random numbers that are drawn with memory of their own, too."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        random_ = any(word in str(func) for word in ("rand", "uniform", "normal", "bernoulli"))
+        if random_ and isinstance(out, torch.Tensor) and not out.is_meta:
+            self.count += out.numel()
+        return out
+
+
+SHARED = {
+    "vera": (VeraConfig, {"r": 512}, {"save_projection": False}),
+    "pvera": (PveraConfig, {"r": 512}, {"save_projection": False}),
+    "randlora": (RandLoraConfig, {"r": 2}, {"save_projection": False}),
+    "sparse": (RandLoraConfig, {"r": 2, "sparse": True}, {"save_projection": False}),
+    "tinylora": (TinyLoraConfig, {"r": 2, "u": 512}, {"save_projection": False}),
+    "unilora": (UniLoraConfig, {"r": 64, "save_indices": True}, {"save_indices": False}),
+    "vblora": (VBLoRAConfig, {"r": 2, "num_vectors": 90, "vector_length": 4, "topk": 2}, {}),
+    "frod": (FrodConfig, {"sparse_rate": 0.5}, {"save_projection": False}),
+}
+
+
+def shared_file(name, folder, monkeypatch, **fields):
+    """(configuration, folder of an adapter with it, what counts numpy's draws)."""
+    kind, own, _ = SHARED[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = {"target_modules": ["fc1", "fc2"], **own, **fields}
+        model = get_peft_model(mlp(size=8), kind(**config))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p) / 9) if p.requires_grad else p
+        model.save_pretrained(folder)
+    dealt, deal = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: (dealt.append(seed), deal(seed))[1])
+    x = torch.randn(5, 8)
+    return x, model(x).detach(), dealt
+
+
+@pytest.mark.filterwarnings("ignore:save_projection")
+@pytest.mark.parametrize("low", [True, False])
+@pytest.mark.parametrize("name", SHARED)
+def test_what_layers_share_is_not_drawn_where_the_file_brings_it(name, low, tmp_path, monkeypatch):
+    x, want, dealt = shared_file(name, tmp_path, monkeypatch)
+    base, svd = mlp(size=8), torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *a: pytest.fail("V is there"))
+    with Draws() as draws:
+        model = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low)
+    assert draws.count == 0
+    assert not dealt
+    monkeypatch.setattr(torch.linalg, "eigh", svd)
+    torch.testing.assert_close(model(x), want)
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.filterwarnings("ignore:save_projection")
+@pytest.mark.parametrize("saved_", [True, False])
+@pytest.mark.parametrize("name", SHARED)
+def test_what_layers_share_is_not_drawn_for_a_file_that_does_not_fit(name, saved_, tmp_path, monkeypatch):
+    _, _, dealt = shared_file(name, tmp_path, monkeypatch, **({} if saved_ else SHARED[name][2]))
+    wrong = {"u": 2**20} if name == "tinylora" else {"r": 2**20}
+    wrong = {"vector_length": 2} if name == "vblora" else wrong
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *a: pytest.fail("V was made"))
+    if name == "unilora" and not saved_:
+        pytest.skip("the file holds one vector, which fits everywhere")
+    other, base = mlp(size=12), mlp(size=8)
+    other.fc2 = nn.Linear(8, 4)
+    with Draws() as draws, pytest.raises((RuntimeError, ValueError)):
+        PeftModel.from_pretrained(other, tmp_path)
+    assert (draws.count, dealt) == (0, [])
+    if name != "frod":
+        edit(tmp_path, **wrong)
+        with Draws() as draws, pytest.raises((RuntimeError, ValueError), match=r"size mismatch|does not divide"):
+            PeftModel.from_pretrained(base, tmp_path)
+        assert (draws.count, dealt) == (0, [])
+    assert draws.bytes < 2000
+
+
+@pytest.mark.filterwarnings("ignore:save_projection")
+@pytest.mark.parametrize("low", [True, False])
+@pytest.mark.parametrize("name", [name for name, row in SHARED.items() if row[2]])
+def test_what_layers_share_is_made_where_no_file_holds_it(name, low, tmp_path, monkeypatch):
+    x, want, _ = shared_file(name, tmp_path, monkeypatch, **SHARED[name][2])
+    model = PeftModel.from_pretrained(mlp(size=8), tmp_path, low_cpu_mem_usage=low)
+    torch.testing.assert_close(model(x), want)
+    model.load_adapter(tmp_path, "other", low_cpu_mem_usage=low)
+    model.set_adapter("other")
+    torch.testing.assert_close(model(x), want)
 
 
 # A failed load leaves no trace --------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from .config import PeftConfig
+from .core import late
 from .core.base_state import original_modules
 from .core.checkpoint import Foreseen, foreseen, open_adapter, renamed, set_peft_model_state_dict
 from .core.defaults import CONFIG_NAME
@@ -24,8 +25,9 @@ from .core.fingerprint import difference
 from .core.hub import fetch, hub_arguments
 from .core.layer import tuner_layers
 from .core.renames import retargeted
+from .core.shared import late as drawing_late
 from .core.snapshot import snapshot
-from .core.tuner import no_collection
+from .core.tuner import BaseTuner, no_collection
 from .errors import ChangedConfigWarning, NoMatchingPeftModuleError, OtherBaseWarning, report
 from .registry import tuner_class
 
@@ -95,11 +97,12 @@ class AdapterFile:
             try:
                 lacking = self.foresee(model, outline)
                 _check_room(lacking, model, outline)
+                if not lacking or keep_empty:
+                    complete(model, self.name, lacking)
+                    return model, undo
             except BaseException:
                 undo()
                 raise
-            if not lacking or keep_empty:
-                return model, undo
             undo()
             config.__dict__.update({**before, **moved})
             with warnings.catch_warnings():
@@ -200,10 +203,18 @@ def _settings(config: PeftConfig) -> list[str]:
     return found
 
 
+def complete(model: PeftModel, name: str, lacking: list[Entry]) -> None:
+    """Make what no file holds of an adapter; it is asked for once the file is known to fit."""
+    tuner = model._modules.get("base_model")
+    if isinstance(tuner, BaseTuner):
+        late.complete(tuner, name, {(id(e.owner), e.attr) for e in lacking})
+
+
 def _outlined(place: Callable[[bool], Placed]) -> Placed:
     """The adapter without memory; raises ValueError for sizes that torch cannot even count."""
     try:
-        return place(True)
+        with drawing_late():
+            return place(True)
     except (RuntimeError, OverflowError) as error:
         if not any(text in str(error).lower() for text in ("overflow", "can't allocate")):
             raise

@@ -15,7 +15,7 @@ from . import experts, views
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
 from .replicate import check_repeated, replicate
-from .shared import SharedTensors, Sight, shared_home, shared_of
+from .shared import SharedTensors, Sight, is_late, shared_home, shared_of
 from .targets import settings
 from .tie import Place, innermost, places, tied_modules
 from .tokens import TokenRows, TrainableTokensWrapper
@@ -96,7 +96,14 @@ class Injection(Placing):
     def _share(self, plan: Any) -> None:
         """Make what all layers of the adapter share, and file it in the tuner."""
         known = {k: next(iter(h._buffers.values())) for k, h in shared_of(self.tuner) if h._buffers}
-        made = self.kind.method_of(self.config).shared_by(self.config, self._sights(plan), known)
+        method = self.kind.method_of(self.config)
+        if self.meta and is_late():
+            from .late import Once, Waiting, waiting
+
+            made = waiting(self.tuner, self.name, Waiting(method, self.config, Once(self._sights(plan)), known))
+            self.undo.append(lambda: self.tuner.waiting.pop(self.name, None))
+        else:
+            made = method.shared_by(self.config, self._sights(plan), known)
         for key, new in made.items():
             home = shared_home(self.tuner, key, self.undo)
             self.undo.append(partial(home.delete_adapter, self.name))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -125,4 +127,29 @@ def drawn(
     shape: tuple[int, ...], bound: float, generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Uniform in +-bound from a generator of its own, so that files may leave it out."""
-    return torch.empty(shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, dtype=dtype, device=seeded_on()).uniform_(-bound, bound, generator=generator)
+
+
+# When they are made -----------------------------------------------------------------------------------------
+
+_late: ContextVar[bool] = ContextVar("late", default=False)
+
+
+@contextmanager
+def late() -> Iterator[None]:
+    """While open, adapters on the meta device get nothing else either, until `complete` is called."""
+    token = _late.set(True)
+    try:
+        yield
+    finally:
+        _late.reset(token)
+
+
+def is_late() -> bool:
+    """Whether what would be drawn now is to have no numbers yet."""
+    return _late.get()
+
+
+def seeded_on() -> torch.device:
+    """Where numbers are drawn from a seed."""
+    return torch.device("meta" if _late.get() else "cpu")

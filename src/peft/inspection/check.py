@@ -21,6 +21,7 @@ from ..core.fill import paired
 from ..core.fingerprint import difference
 from ..core.parts import joined
 from ..core.renames import found_again, of_now
+from ..core.shared import late
 from ..errors import nearest
 from ..registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, load
 from .inspect import read_config
@@ -85,7 +86,7 @@ def check_adapter(adapter: str | os.PathLike[str], base: Any, **download: Any) -
     model = base if isinstance(base, nn.Module) else _model(base, config, outline)
     fit = Fit(name, type(model).__name__)
     fit.base = difference(saved.metadata, model, getattr(config, "modules_to_save", None) or ())
-    with warnings.catch_warnings(record=True) as said, in_hand(list(outline)):
+    with warnings.catch_warnings(record=True) as said, in_hand(list(outline)), late():
         warnings.simplefilter("always")
         try:
             _compare(_placed(model, config), config, outline, fit)

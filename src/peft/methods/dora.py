@@ -49,7 +49,7 @@ class DoRA(Delta):
         self.split, self.parts, self.join, self.written = of.split, of.parts, of.join, of.written  # type: ignore
         self.copies, self.may_be_empty = of.copies, of.may_be_empty  # type: ignore[misc]
         self.form, self.free, self.rest = of.form, of.free, of.rest  # type: ignore[method-assign]
-        self.window = of.window  # type: ignore[method-assign]
+        self.window, self.drawn = of.window, of.drawn  # type: ignore[method-assign]
         self.refuse_merge, self.rowwise = of.refuse_merge, of.rowwise  # type: ignore[method-assign]
         self.prepare, self.tie, self.follow_base = of.prepare, of.tie, of.follow_base  # type: ignore[method-assign]
 

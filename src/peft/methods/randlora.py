@@ -23,7 +23,7 @@ from ..config import describe
 from ..core.layer import name_layers
 from ..core.method import LowRank, Site
 from ..core.scale import ScaledLayer
-from ..core.shared import Shared, drawn
+from ..core.shared import Shared, drawn, seeded_on
 from ..core.stack import Adapter, Stack
 from ..kernels.product import scaled_rows
 from ..target_config import number, probability
@@ -121,7 +121,7 @@ def draw(of_a: tuple[int, ...], of_b: tuple[int, ...], settings: Any) -> tuple[T
     (r, _, small), (large, n, _) = of_a, of_b
     if settings.sparse or settings.very_sparse:
         rare = 1 / (2 * (math.sqrt(small) if settings.very_sparse else 3))
-        pair = [torch.rand(size, generator=generator) for size in (of_a, of_b)]
+        pair = [torch.rand(size, generator=generator, device=seeded_on()) for size in (of_a, of_b)]
         pair = [(u > 1 - rare).float() - (u < rare).float() for u in pair]
     else:
         half = torch.bfloat16

@@ -12,7 +12,7 @@ is left to chance there; a convolution's or a parameter's weight is taken as (..
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from ..core.shared import Shared
 from ..core.stack import Adapter, Stack
 from ..target_config import choice, number, probability
 from .additive import AdditiveConfig, AdditiveModel
+from .tinylora_places import Places, projection
 from .vera import warn_unsaved
 
 
@@ -64,22 +65,6 @@ class TinyLoraConfig(AdditiveConfig):
         warn_unsaved(self, "tinylora_P", "projection_seed")
 
 
-class Places:
-    """Numbers the layers in their order, and shares them out to the vectors."""
-
-    def __init__(self, count: int, tying: float):
-        self.groups = max(1, round(count * (1 - tying)))
-        self.size, self.of = max(1, count // self.groups), {}  # type: tuple[int, dict[str, int]]
-
-    def number(self, path: str) -> int:
-        """The number of a layer, the next one where it is new."""
-        return self.of.setdefault(path, len(self.of))
-
-    def vector(self, path: str) -> str:
-        """The name of its vector."""
-        return f"tinylora_v.{min(self.number(path) // self.size, self.groups - 1)}"
-
-
 class TinyLoRA(LowRank):
     """W' = W + B R A."""
 
@@ -100,8 +85,7 @@ class TinyLoRA(LowRank):
         *lead, out, inp = site.view.shape(site.module)
         r = min(c.r, out, inp)
         number = places.number(site.path) if places is not None else 0  # of a plan, which only counts
-        generator = torch.Generator().manual_seed(c.projection_seed + number)
-        P = torch.normal(0, r**-0.5, size=(c.u, r, r), generator=generator).to(site.dtype)
+        P = projection(c, number, r).to(site.dtype)
         unsaved = None if site.device.type == "meta" else site.device
         first, last = (out, inp) if not site.view.infix else (inp, out)
         return {
@@ -112,6 +96,10 @@ class TinyLoRA(LowRank):
             "r": r,
             "vector": places.vector(site.path) if places is not None else "",
         }
+
+    def drawn(self, p: Adapter, keys: Collection[str]) -> Mapping[str, Tensor]:
+        number = p.settings.__dict__["places"].number(p.path)
+        return {"tinylora_P": projection(p.settings, number, p.r)} if "tinylora_P" in keys else {}
 
     def init(self, p: Adapter, inner: Stack) -> None:
         W = p.original_weight().mT if p.layer.view.infix else p.original_weight()

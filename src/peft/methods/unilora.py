@@ -10,21 +10,21 @@ then do not depend on numpy's generator. Source: Li et al. 2025, arXiv 2506.0079
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..config import describe
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
-from ..core.shared import Shared
+from ..core.shared import Shared, is_late
 from ..core.stack import Adapter
 from ..target_config import number, probability
 from .additive import AdditiveConfig, AdditiveModel
+from .dealt import Deal
 
 
 @dataclass
@@ -58,52 +58,47 @@ class UniLoraConfig(AdditiveConfig):
                 )
 
 
-class Deal:
-    """The places of all layers, given out in their order."""
-
-    def __init__(self, count: int, length: int, seed: int):
-        rng = np.random.default_rng(seed)
-        times, rest = divmod(count, length)
-        places = np.repeat(np.arange(length), times)
-        if rest:
-            places = np.concatenate([places, rng.choice(length, size=rest, replace=False)])
-        rng.shuffle(places)
-        self.factor = torch.from_numpy(np.bincount(places, minlength=length)).clamp_min(1).rsqrt()  # c
-        self.left = torch.from_numpy(places)
-
-    def take(self, shape: tuple[int, ...]) -> Tensor:
-        """The next places, in this shape."""
-        n = math.prod(shape)
-        found, self.left = self.left[:n].view(shape).clone(), self.left[n:]
-        if not len(self.left):
-            self.left = torch.empty(0, dtype=torch.int64)  # and the memory is free
-        return found
-
-
 class UniLoRA(LowRank):
     """W' = W + B A, read from a vector."""
 
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
         count = sum(settings.r * math.prod(lead) * (out + inp) for *lead, out, inp in shapes)
-        deal = settings.__dict__["deal"] = Deal(count, settings.theta_d_length, settings.proj_seed)
+        deal, before = Deal(count, settings.theta_d_length, settings.proj_seed), settings.__dict__.get("deal")
+        if before is not None and before.waits and before.form == deal.form:
+            deal = before  # the layers have booked their places there
+        settings.__dict__["deal"], deal.waits = deal, is_late()
         theta, bound = torch.empty(settings.theta_d_length), settings.init_theta_d_bound
         theta.uniform_(-bound, bound) if settings.init_weights else theta.normal_()
-        return {"unilora_theta_d": Shared(nn.Parameter(theta)), "unilora_factor": Shared(deal.factor, saved=False)}
+        made = {"unilora_theta_d": Shared(nn.Parameter(theta))}
+        if not settings.save_indices:
+            factor = torch.empty(settings.theta_d_length) if is_late() else deal.factor
+            made["unilora_factor"] = Shared(factor, saved=False)
+        return made
 
     def build(self, site: Site) -> dict[str, Any]:
         c, deal = site.settings, site.settings.__dict__.get("deal")
-        *lead, out, inp = site.view.shape(site.module)
         built: dict[str, Any] = {"unilora_dropout": site.dropout("unilora_dropout"), "r": c.r}
         if deal is None or not site.shared:  # a plan: nothing but theta is trained, and it is no layer's
             return built
         device = None if site.device.type == "meta" else site.device
+        held: Any = nn.Buffer if c.save_indices else lambda t: t
+        built["starts"] = starts = {}
+        *lead, out, inp = site.view.shape(site.module)
         for side, shape in (("A", (*lead, c.r, inp)), ("B", (*lead, out, c.r))):
-            at = deal.take(shape)
-            held: Any = nn.Buffer if c.save_indices else lambda t: t
+            starts[side] = deal.book(shape)
+            at = torch.empty(shape, dtype=torch.int64, device="meta") if is_late() else deal.at(starts[side], shape)
             built[f"unilora_indices_{side}"] = held(at.to(device))
             if c.save_indices:
-                built[f"unilora_scales_{side}"] = nn.Buffer(deal.factor[at].to(device, site.dtype))
+                scale = torch.empty_like(at, dtype=site.dtype) if is_late() else deal.factor[at]
+                built[f"unilora_scales_{side}"] = nn.Buffer(scale.to(device, site.dtype))
         return built
+
+    def drawn(self, p: Adapter, keys: Collection[str]) -> Mapping[str, Tensor]:
+        deal, found = p.settings.__dict__["deal"], {}
+        for side in sorted({key[-1] for key in keys}):
+            at = deal.at(p.starts[side], tuple(p.held_buffer(f"unilora_indices_{side}").shape))
+            found.update({f"unilora_indices_{side}": at, f"unilora_scales_{side}": deal.factor[at]})
+        return {key: found[key] for key in keys}
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         weight = p.layer.view.sample(p.layer.get_base_layer())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.shared import Sight
+from ...core.shared import Sight, is_late, seeded_on
 from ...core.unload import progress
 
 LEAST = 1e-12  # a column of this norm is zero
@@ -58,7 +58,7 @@ class Kind:
         """V, (size, size), in the weights' dtype and on their device."""
         like = next(iter(self.sights.values())).weight()
         dtype = like.dtype if like.is_floating_point() else torch.float32
-        if like.device.type == "meta":
+        if like.device.type == "meta" or is_late():
             return torch.empty(self.size, self.size, dtype=dtype, device="meta")
         weights = self.weights()
         stack = torch.cat(weights)
@@ -74,7 +74,7 @@ class Kind:
 
 def bases(kinds: dict[str, Kind], settings: Any) -> Iterator[tuple[str, Tensor]]:
     """(name, V) of every kind."""
-    for name, kind in progress(list(kinds.items()), settings.progressbar, "FRoD"):
+    for name, kind in progress(list(kinds.items()), settings.progressbar and not is_late(), "FRoD"):
         yield name, kind.basis(settings.regularization_alpha)
 
 
@@ -88,7 +88,8 @@ def places(sizes: dict[str, int], settings: Any) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(settings.projection_prng_key)
     found: dict[str, Tensor] = {}
     for name, n in sorted(sizes.items()):
-        chosen = torch.randperm(n * n - n, generator=generator, device="cpu")[: off_diagonal(n, settings.sparse_rate)]
+        every = torch.randperm(n * n - n, generator=generator, device=seeded_on())
+        chosen = every[: off_diagonal(n, settings.sparse_rate)]
         row, column = (chosen // max(1, n - 1), chosen % max(1, n - 1))
         found[f"frod_s_indices.{name}"] = torch.stack([row, column + (column >= row)])
         found[f"frod_s_size.{name}"] = torch.tensor([n, n])
