@@ -234,3 +234,46 @@ def test_a_room_is_made_from_folders_too(tmp_path: Path) -> None:
 def test_a_room_of_something_else_is_a_type_error(given: Any) -> None:
     with pytest.raises(TypeError, match="room_for takes"):
         room_for(given)
+
+
+# ---- the wrong base ----------------------------------------------------------------------------------------------
+
+
+def blocks(width: int = 6, count: int = 2, name: str = "fc") -> nn.Module:
+    return nn.ModuleList([nn.ModuleDict({name: nn.Linear(width, width)}) for _ in range(count)])
+
+
+OTHERS = {
+    "wider": (blocks(8), "size mismatch"),
+    "shorter": (blocks(count=1), r"no place .*\n.*1\.fc"),
+    "longer": (blocks(count=3), r"lacks 2 tensors .*\n.*2\.fc"),
+    "of other names": (blocks(name="dense"), "not found in the base model"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_merge_into_the_wrong_base_tells_which_one_is_meant(case: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    own: Any = blocks()
+    own.name_or_path = "their/base"
+    get_peft_model(own, LoraConfig(target_modules=["fc"])).save_pretrained(tmp_path / "adapter")
+    other, facts = OTHERS[case]
+    (tmp_path / "base").mkdir()
+    save_file(other.state_dict(), tmp_path / "base" / "model.safetensors")
+    with pytest.raises(ValueError, match=facts) as found:
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", model=other)
+    text = str(found.value)
+    mark = inspect_adapter(tmp_path / "adapter").fingerprint
+    assert f"made for 'their/base' (ModuleList) with the fingerprint {mark}" in text
+    assert "Give that base, or an adapter that was made for this one. Nothing was written." in text
+    assert "ignore_mismatched_sizes" not in text and "meta" not in text and "key_mapping" not in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_merge_with_an_edited_configuration_does_not_blame_the_base(tmp_path: Path) -> None:
+    adapter = saved(tmp_path / "adapter", r=2)
+    values = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps({**values, "r": 3}))
+    with pytest.raises(ValueError, match=r"This base has that fingerprint.*have been changed since"):
+        merge_checkpoint(base(tmp_path / "base"), adapter, tmp_path / "out", model=nn.Sequential(nn.Linear(3, 3)))

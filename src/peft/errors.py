@@ -25,6 +25,14 @@ class PeftStrictError(PeftError, ValueError):
     """A warning that `strict` has turned into an error."""
 
 
+class MisfitError(PeftError, RuntimeError, ValueError):
+    """Tensors of a checkpoint do not fit the model; `facts` is the message without advice."""
+
+    def __init__(self, facts: str, advice: str = ""):
+        super().__init__(facts + advice)
+        self.facts = facts
+
+
 class UnwritableError(PeftError, OSError):
     """A folder or a file cannot be written; `errno` is the system's number."""
 
@@ -77,7 +85,9 @@ def set_strict(strict: bool) -> bool:
     return previous
 
 
-def report(category: type[PeftWarning], message: str, strict: bool | None = None, stacklevel: int = 3) -> None:
+def report(
+    category: type[PeftWarning], message: str, strict: bool | None = None, stacklevel: int = 3, follows: str = ""
+) -> None:
     """Warn with `category`, or raise `PeftStrictError` if strictness asks for it.
 
     Arguments:
@@ -85,10 +95,11 @@ def report(category: type[PeftWarning], message: str, strict: bool | None = None
         message: what was found, where, and what to do.
         strict: this call's wish; None follows the process-wide setting.
         stacklevel: as in `warnings.warn`.
+        follows: what follows where it is no more than a warning; an error leaves it out.
     """
     if _strict if strict is None else strict:
         raise PeftStrictError(message)
-    warnings.warn(message, category, stacklevel=stacklevel)
+    warnings.warn(message + follows, category, stacklevel=stacklevel)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import MissingTensorsWarning, PeftWarning, UnexpectedTensorsWarning, listing, nearest, report
+from ..errors import MisfitError, MissingTensorsWarning, PeftWarning, UnexpectedTensorsWarning, listing, nearest, report
 from .entries import PREFIX, Entry, base_tensors, plain
 from .layer import AdapterHost, BaseTunerLayer
 from .tie import storage_key
@@ -31,7 +31,10 @@ def fill(
     """
     missing = [e for e in entries if e.live not in found]
     if missing:
-        report(MissingTensorsWarning, _missing_text(missing, unexpected, adapter_name), strict, stacklevel=4)
+        text = _missing_text(missing, unexpected, adapter_name)
+        meta = any(e.tensor.device.type == "meta" for e in missing)
+        follows = "\nThey have no values (meta device)." if meta else "\nThey keep the values they had."
+        report(MissingTensorsWarning, text, strict, stacklevel=4, follows=follows)
     if unexpected:
         report(UnexpectedTensorsWarning, _unexpected_text(unexpected, entries, adapter_name), strict, stacklevel=4)
     if torn := _torn(found):
@@ -66,13 +69,14 @@ def checked(
         ignore_mismatched_sizes: leave tensors of another shape out, with a warning.
         elsewhere: other tensors of the checkpoint have found a place that is none of the entries.
 
-    Raises RuntimeError for other shapes, TypeError for other kinds of numbers, ValueError if nothing fits.
+    Raises MisfitError (a RuntimeError and a ValueError) for other shapes, and if nothing fits; TypeError for other
+    kinds of numbers.
     """
     found, unexpected = _match(root, entries, state)
     same_kind(found)
     found = _same_shape(found, ignore_mismatched_sizes)
     if not any(e.live in found for e in entries) and (entries or (state and not elsewhere)):
-        raise ValueError(_nothing_fits(entries, list(state), adapter_name))
+        raise MisfitError(*_nothing_fits(entries, list(state), adapter_name))
     return found, unexpected
 
 
@@ -148,9 +152,10 @@ def _same_shape(found: Found, ignore: bool) -> Found:
     ]
     text = f"{len(wrong)} tensors of the checkpoint have another shape than the model's:\n" + "\n".join(lines)
     if not ignore:
-        raise RuntimeError(
-            f"size mismatch: {text}\nUse the rank and the base model of the checkpoint, or pass "
-            "`ignore_mismatched_sizes=True` to leave these out."
+        raise MisfitError(
+            f"size mismatch: {text}",
+            "\nUse the rank and the base model of the checkpoint, or pass `ignore_mismatched_sizes=True` to leave "
+            "these out.",
         )
     report(PeftWarning, text + "\nThey are left out.", strict=False, stacklevel=5)
     return {n: pair for n, pair in found.items() if n not in set(wrong)}
@@ -161,23 +166,23 @@ def _taken(entry: Entry, value: Tensor) -> bool:
     return p is not None and p.method.takes(p, entry.part, tuple(value.shape))
 
 
-def _nothing_fits(entries: list[Entry], keys: list[str], name: str) -> str:
+def _nothing_fits(entries: list[Entry], keys: list[str], name: str) -> tuple[str, str]:
+    """What was found, and what to do."""
     first = keys[0][:300] if keys else ""
     example = f", such as {first!r}.{nearest(first, [e.key for e in entries[:500]])}" if keys else "."
     want = f"It expects keys such as {entries[0].key!r}." if entries else "It has no tensors."
-    return (
+    facts = (
         f"No tensor of the checkpoint fits adapter {name!r}; nothing was loaded. The checkpoint has {len(keys)} "
-        f"tensors{example} {want} Check the base model and the configuration, or rename keys with `key_mapping`."
+        f"tensors{example} {want}"
     )
+    return facts, " Check the base model and the configuration, or rename keys with `key_mapping`."
 
 
 def _missing_text(missing: list[Entry], unexpected: list[str], name: str) -> str:
     lines = _hints([e.key for e in missing], unexpected)
-    meta = any(e.tensor.device.type == "meta" for e in missing)
-    tail = "They have no values (meta device)." if meta else "They keep the values they had."
     return (
         f"Found missing adapter keys while loading the checkpoint: it lacks {len(missing)} tensors of "
-        f"adapter {name!r}:\n" + "\n".join(lines) + f"\n{tail}"
+        f"adapter {name!r}:\n" + "\n".join(lines)
     )
 
 

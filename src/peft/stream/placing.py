@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,20 @@ from torch import nn
 
 from ..core.checkpoint import foreseen, open_adapter, renamed, set_peft_model_state_dict
 from ..core.files import Saved, in_hand
-from ..core.fingerprint import difference
+from ..core.fingerprint import HASH, difference, fingerprint
 from ..core.layer import BaseTunerLayer
 from ..core.tokens import TokenRows
 from ..core.tuner import BaseTuner
 from ..core.wrappers import AuxiliaryTrainingWrapper
-from ..errors import OtherBaseWarning, PeftWarning, listing, report
+from ..errors import (
+    MisfitError,
+    NoMatchingPeftModuleError,
+    OtherBaseWarning,
+    PeftStrictError,
+    PeftWarning,
+    listing,
+    report,
+)
 from ..persist import read_config
 from ..registry import tuner_class
 from .shards import CheckpointError
@@ -89,12 +98,14 @@ def place(model: nn.Module, sources: Sequence[Source]) -> Any:
     with torch.random.fork_rng(devices=[]):
         for source in sources:
             renames = getattr(model, "_checkpoint_conversion_mapping", None) or None
-            with in_hand(list(renamed(source.saved.outline, renames))):
+            with in_hand(list(renamed(source.saved.outline, renames))), _of_this_base(model, source):
                 tuner = _added(tuner, model, source)
             root = Root(tuner)
-            foreseen(root, renamed(source.saved.outline, renames), source.name, False)
+            with _of_this_base(model, source):
+                foreseen(root, renamed(source.saved.outline, renames), source.name, False)
             state = renamed(source.saved.read(), renames)
-            set_peft_model_state_dict(root, state, source.name, low_cpu_mem_usage=True, strict=True)
+            with _of_this_base(model, source):
+                set_peft_model_state_dict(root, state, source.name, low_cpu_mem_usage=True, strict=True)
             _check_shared(tuner, source)
             _check_base(root.base_model.model, source)
     tuner.eval()
@@ -103,6 +114,38 @@ def place(model: nn.Module, sources: Sequence[Source]) -> Any:
         if source.weight != 1:
             scale(tuner, source)
     return tuner
+
+
+@contextmanager
+def _of_this_base(model: nn.Module, source: Source) -> Iterator[None]:
+    """Say which base an adapter was made for, if it does not fit this one."""
+    try:
+        yield
+    except (NoMatchingPeftModuleError, MisfitError, PeftStrictError) as error:
+        facts = getattr(error, "facts", str(error))
+        raise CheckpointError(
+            f"The adapter in {source.place} does not fit this base ({type(model).__name__}). {facts}\n"
+            f"{_made_for(model, source)} Nothing was written."
+        ) from error
+
+
+def _made_for(model: nn.Module, source: Source) -> str:
+    """What an adapter's files say of its base, and what to do."""
+    config, noted = source.config, source.saved.metadata
+    kind = (config.auto_mapping or {}).get("base_model_class")
+    named = repr(config.base_model_name_or_path) if config.base_model_name_or_path else "a base that it does not name"
+    mark = f" with the fingerprint {noted[HASH]}" if HASH in noted else ""
+    text = f"It was made for {named}{f' ({kind})' if kind else ''}{mark}."
+    replaced = getattr(config, "modules_to_save", None) or ()
+    if HASH in noted and type(model) is not nn.Module:
+        if fingerprint(model, replaced)[HASH] == noted[HASH]:
+            return (
+                f"{text} This base has that fingerprint, so it is the files of the adapter that do not belong "
+                "together: adapter_config.json or the weights have been changed since. Restore or save them again."
+            )
+        lines = difference(noted, model, replaced)
+        text += f" This base differs from it: {'; '.join(lines[:8])}." if lines else ""
+    return f"{text} Give that base, or an adapter that was made for this one."
 
 
 def _check_shared(tuner: Any, source: Source) -> None:
