@@ -22,6 +22,7 @@ from peft import (
     AutoPeftModelForCausalLM,
     FrodConfig,
     LoraConfig,
+    MissConfig,
     PeftModel,
     PeftWarning,
     PrefixTuningConfig,
@@ -34,12 +35,15 @@ from peft import (
     VeraConfig,
     get_peft_model,
     get_peft_model_state_dict,
+    preprocess_loraga,
     set_peft_model_state_dict,
 )
 from peft.core.files import Saved
 from peft.core.fingerprint import difference, fingerprint
 from peft.core.header import read_header
 from peft.errors import ChangedConfigWarning, OtherBaseWarning, PeftStrictError
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.tuners.lora.corda import preprocess_corda
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -665,6 +669,84 @@ def test_weights_of_other_settings_over_an_adapter_that_is_there_are_told(fields
         model.load_adapter(same, "default")
         (same / CONFIG).unlink()
         model.load_adapter(same, "default")
+
+
+def started(start):
+    """A base model whose layers can be measured or decomposed, and an adapter with this start."""
+    options = {"loftq": {"loftq_config": {"loftq_bits": 4}}, "mini": {"mini_r": 8}, "bat": {}}
+    if start in ("bat", "mini", "miss"):
+        return MissConfig(r=2, target_modules=["fc2"], init_weights=start == "miss" or start, **options.get(start, {}))
+    if start in ("corda", "lora_ga"):
+        options = {start: {f"{start}_config": CordaConfig() if start == "corda" else LoraGAConfig()}}
+    return lora(target_modules=["fc2"], init_lora_weights=start, **options.get(start, {}))
+
+
+def measured(config, base):
+    """The base model, with what the start of an adapter is computed from."""
+    init = getattr(config, "init_lora_weights", None)
+    if init == "corda":
+        preprocess_corda(base, config, lambda: base(torch.randn(30, 6)))
+    elif init == "lora_ga":
+        preprocess_loraga(base, config, lambda: base(torch.randn(30, 6)).square().sum().backward())
+        base.zero_grad()
+    return base
+
+
+STARTS = ["pissa", "pissa_niter_2", "olora", "corda", "lora_ga", "loftq"]
+
+
+@pytest.mark.filterwarnings("ignore:`corda_config`|`lora_ga_config`|Found missing|.* no place in adapter")
+@pytest.mark.parametrize(("there", "file"), [(True, s) for s in STARTS] + [(s, True) for s in STARTS] + [
+    ("pissa", "pissa_niter_2"), ("olora", "pissa"), ("corda", "lora_ga"), ("miss", "mini"), ("mini", "miss"),
+])  # fmt: skip
+def test_weights_of_another_start_over_an_adapter_that_is_there_are_told(there, file, tmp_path):
+    """The first values of such a start are taken out of the base weight, so they count for good."""
+    config = started(file)
+    config.save_pretrained(tmp_path)
+    other = get_peft_model(measured(config, mlp()), config)
+    for p in other.parameters():
+        p.data.add_(torch.randn_like(p) / 9) if p.requires_grad else p
+    other.save_pretrained(tmp_path)
+    own = started(there)
+    model, name = get_peft_model(measured(own, mlp()), own), "init_weights" if file == "bat" else "init_"
+    state = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    with pytest.raises(PeftStrictError, match=rf"saved with .*{name}.*instead of.*new name, or delete_adapter"):
+        model.load_adapter(tmp_path, "default", strict=True)
+    assert all(torch.equal(v, state[k]) for k, v in get_peft_model_state_dict(model).items())
+    with pytest.warns(ChangedConfigWarning, match=rf"{name}.*instead of"):
+        model.load_adapter(tmp_path, "default")
+    model.load_adapter(tmp_path, "new")  # what the message says to do
+    model.set_adapter("new")
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(model(x), other(x))
+
+
+@pytest.mark.parametrize("starts", [(True, "gaussian"), ("orthogonal", False), ("pissa", "pissa"), ("loftq", "loftq")])
+def test_weights_of_a_start_that_no_longer_counts_are_loaded_without_a_word(starts, tmp_path):
+    there, file = (started(s) for s in starts)
+    other = get_peft_model(mlp(), file)
+    for p in other.parameters():
+        p.data.add_(torch.randn_like(p) / 9) if p.requires_grad else p
+    other.save_pretrained(tmp_path)
+    model, x = get_peft_model(mlp(), there), torch.randn(4, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(model(x), other(x))
+
+
+@pytest.mark.parametrize(("field", "ours", "theirs"), [
+    ("trainable_token_indices", [1, 2], [3, 4]),
+    ("alora_invocation_tokens", [5], [6]),
+])  # fmt: skip
+def test_positions_and_tokens_of_another_file_are_told(field, ours, theirs, tmp_path):
+    def with_(value):
+        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **{field: value})
+        return get_peft_model(llama(), config)
+
+    with_(theirs).save_pretrained(tmp_path)
+    with pytest.warns(ChangedConfigWarning, match=rf"{field}=\[.*\] instead of \["):
+        with_(ours).load_adapter(tmp_path, "default")
 
 
 def test_a_file_given_for_its_folder_is_told(tmp_path):

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from .core import hub
 from .core.commit import folders, writing
@@ -69,6 +69,9 @@ def describe(text: str, **extra: Any) -> dict[str, Any]:
 @dataclass
 class PeftConfigMixin:
     """Reading and writing of a configuration."""
+
+    # by field for first values: how those begin that count for good, because the base weight takes part in them
+    counts: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     task_type: str | TaskType | None = field(
         default=None, metadata=describe("The task, which chooses the class that wraps the model.")

@@ -43,6 +43,11 @@ _OF_TRAINING = frozenset(
     ]
 )
 
+_NO_NUMBERS = (
+    *("alpha_pattern", "module_config", "loftq_config", "alora_invocation_tokens"),
+    *("trainable_token_indices", "token_indices"),
+)
+
 
 @dataclass
 class AdapterFile:
@@ -183,6 +188,7 @@ class AdapterFile:
         except ValueError:
             return  # no configuration lies beside the weights, which suffice to fill an adapter that is there
         values = [(n, getattr(own, n, None), getattr(kept, n, None)) for n in _settings(kept)]
+        values += _starts(own, kept)
         other = [f"{n}={a!r} instead of {b!r}" for n, a, b in values if a != b and (a or b)]
         if other:
             text = (
@@ -195,11 +201,21 @@ class AdapterFile:
 
 def _settings(config: PeftConfig) -> list[str]:
     """The fields that change what given tensors compute, as far as the tensors' names and shapes do not tell."""
-    found = ["peft_type", *(n for n in ("alpha_pattern", "module_config") if hasattr(config, n))]
+    found = ["peft_type", *(n for n in _NO_NUMBERS if hasattr(config, n))]
     for field in dataclasses.fields(config):
         of_numbers = isinstance(field.default, (bool, int, float)) and field.name not in _OF_TRAINING
         if of_numbers and "init" not in field.name and "dropout" not in field.name:
             found.append(field.name)
+    return found
+
+
+def _starts(*both: PeftConfig) -> list[tuple[str, Any, Any]]:
+    """The fields for first values, where one of two configurations states a start that counts from then on."""
+    found = []
+    for name, words in both[1].counts.items():
+        a, b = (getattr(c, name, None) for c in both)
+        if any(isinstance(v, str) and v.startswith(words) for v in (a, b)):
+            found.append((name, a, b))
     return found
 
 

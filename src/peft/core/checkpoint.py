@@ -115,7 +115,7 @@ def set_peft_model_state_dict(
         model: a PeftModel or a model with injected layers.
         peft_model_state_dict: checkpoint key -> tensor, with or without the prefix `base_model.model.`; each
             tensor is cast to the dtype and moved to the device of its parameter.
-        adapter_name: the adapter.
+        adapter_name: the adapter. Its settings stay; tensors do not tell theirs, which `load_adapter` compares.
         ignore_mismatched_sizes: leave tensors of another shape out, with a warning, instead of raising.
         low_cpu_mem_usage: the adapter was made on the meta device; tensors take the place of its parameters.
         strict: True turns missing and unexpected tensors into errors; None follows the process-wide setting.

@@ -31,7 +31,7 @@ class MissConfig(AdditiveConfig):
     """The configuration of MiSS."""
 
     kind = "MISS"
-    ranks = ("r", "mini_r")
+    ranks, counts = ("r", "mini_r"), {"init_weights": ("mini",)}
     r: int = field(default=64, metadata=describe("Rows of the shard."))
     miss_dropout: float = field(default=0.0, metadata=describe("Dropout of the adapter's input; not for 'bat'."))
     mini_r: int = field(default=1, metadata=describe("Columns of the shard under init_weights='mini'."))

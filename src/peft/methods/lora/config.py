@@ -74,6 +74,7 @@ class LoraConfig(PeftConfig):
     """
 
     other_biases: ClassVar[tuple[str, ...]] = ()  # further values of `bias`, for the biases of adapted layers
+    counts = {"init_lora_weights": ("pissa", "olora", "corda", "lora_ga", "loftq")}  # noqa: RUF012
 
     r: int = field(default=8, metadata=describe("Rank of the factors, at least 1."))
     target_modules: list[str] | str | None = field(
