@@ -74,7 +74,7 @@ class MixedBatch(nn.Module):
         x = args[0] if args else next(iter(rest.values()))
         groups = self.call.groups(x.shape[axis], x.device, self._where(), names)
         present = {n: index for n, index in groups.items() if n != BASE and n in self.adapters}
-        if self.view.activations and not rest and len(args) == 1:
+        if self.view.activations and not rest and len(args) == 1 and type(self.stack(())) is Stack:
             return self._mixed_rows(x, present)
         return self._mixed_parts(groups, axis, args, rest)
 

@@ -18,7 +18,7 @@ from . import sharded
 from .base_state import get_base_model_state_dict, set_base_model_state_dict
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .embeddings import embedding_tensors
-from .entries import Entry, entries_of, mapped, plain, unwrapped, walk
+from .entries import Entry, entries_of, mapped, plain, walk
 from .experts import fused
 from .files import INDEX_NAME, Saved, open_weights
 from .fill import checked, fill
@@ -92,7 +92,7 @@ def _own_state(
             f"Adapter {adapter_name!r} has tensors without elements: {listing(empty)}. They are probably shards: "
             "gather the full state on the saving process and pass it as `state_dict`."
         )
-    keys = [plain(e.key) if unwrap_compiled else prefix + unwrapped(e.key) for e in entries]
+    keys = [plain(e.key) if unwrap_compiled else prefix + sharded.unwrapped(e.key) for e in entries]
     beside = root.__dict__.get("prompts")  # what stands beside the model writes its own
     own: dict[str, Tensor] = {} if beside is None else beside.for_file(adapter_name)
     for key, e, value in zip(keys, entries, tensors, strict=True):

@@ -150,11 +150,6 @@ def plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def unwrapped(name: str) -> str:
-    """A name without the segments of FSDP and checkpointing, which stand around modules without being part of them."""
-    return plain(name) if "_wrapped_module" in name and "_orig_mod" not in name else name
-
-
 def mapped(key: str, mapping: Mapping[str, str]) -> str:
     """A key renamed by the first regular expression that is found in it; the prefix stays out of that."""
     prefix = next((p for p in (PREFIX, "base_model.") if key.startswith(p)), "")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MisfitError, MissingTensorsWarning, PeftWarning, UnexpectedTensorsWarning, listing, nearest, report
+from . import sharded
 from .entries import PREFIX, Entry, base_tensors, plain
 from .layer import AdapterHost, BaseTunerLayer
 from .tie import storage_key
@@ -104,7 +105,8 @@ def paired(entries: list[Entry], state: Mapping[str, Tensor]) -> tuple[Found, li
 def _torn(found: Found) -> list[str]:
     """Keys of places that share their memory but are given different values; a tied one may be transposed."""
     groups: dict[Any, list[tuple[Entry, Tensor]]] = {}
-    for entry, value in found.values():
+    whole = [pair for pair in found.values() if not sharded.is_spread(pair[0].tensor)]
+    for entry, value in whole:
         groups.setdefault((storage_key(entry.tensor), entry.tensor.numel()), []).append((entry, value))
     torn = []
     for (first, one), *rest in (group for group in groups.values() if len(group) > 1):
@@ -142,13 +144,12 @@ def same_kind(found: Found) -> None:
 
 
 def _same_shape(found: Found, ignore: bool) -> Found:
-    wrong = [n for n, (e, v) in found.items() if e.tensor.shape != v.shape and not _taken(e, v)]
+    wrong = [n for n, (e, v) in found.items() if sharded.shape(e.tensor) != v.shape and not _taken(e, v)]
     if not wrong:
         return found
     lines = [
-        f"  {found[n][0].key}: {tuple(found[n][1].shape)} in the checkpoint, {tuple(found[n][0].tensor.shape)} in the "
-        "model"
-        for n in wrong
+        f"  {e.key}: {tuple(v.shape)} in the checkpoint, {tuple(sharded.shape(e.tensor))} in the model"
+        for e, v in (found[n] for n in wrong)
     ]
     text = f"{len(wrong)} tensors of the checkpoint have another shape than the model's:\n" + "\n".join(lines)
     if not ignore:
@@ -210,10 +211,11 @@ def _write(entry: Entry, value: Tensor) -> None:
     object.
     """
     here = entry.tensor
-    if not _assigned(entry) and here.shape == value.shape:
-        here.copy_(value)
+    if not _assigned(entry) and sharded.shape(here) == value.shape:
+        sharded.put(here, value)
         return
     new = value.detach().to(device=_home(entry), dtype=here.dtype, copy=True)
+    new = sharded.like(new, here) if sharded.is_mesh(here) else new
     new = nn.Parameter(new, requires_grad=here.requires_grad) if isinstance(here, nn.Parameter) else new
     try:
         torch.utils.swap_tensors(here, new)
@@ -238,9 +240,4 @@ def _home(entry: Entry) -> torch.device:
 def as_held(value: Tensor, like: Tensor) -> Tensor:
     """The value as the parameter's kind of tensor: cast, moved, and sharded if the parameter is."""
     value = value.detach().to(dtype=like.dtype)
-    mesh = getattr(like, "device_mesh", None)
-    if mesh is None or hasattr(value, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]
+    return sharded.like(value, like) if sharded.is_mesh(like) else value

@@ -18,15 +18,17 @@ from .batch import MixedBatch, is_mixed
 from .call import Call
 from .host import AdapterHost, tuner_layers
 from .method import Method, Site
+from .sharded import unwrapped
 from .sharded.together import Together
-from .stack import Adapter, BufferDict, Finish, InPlace, Late, SavedBuffers, Slot, Stack, Values, tensors_below
+from .shown import Shown
+from .stack import Adapter, BufferDict, Finish, InPlace, SavedBuffers, Slot, Stack, Values, tensors_below
 from .views import LABELS, Template, view_of
 
 _MODULES, _PARAMETERS = Template(nn.ModuleDict()), Template(nn.ParameterDict())
 _BUFFERS, _SAVED = Template(BufferDict()), Template(SavedBuffers())
 
 
-class BaseTunerLayer(Together, MixedBatch, AdapterHost):
+class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
     """Stands where the target stood; holds it as `base_layer` and every adapter's tensors under the peer's names.
 
     Attributes:
@@ -145,17 +147,19 @@ class BaseTunerLayer(Together, MixedBatch, AdapterHost):
         """Build the tensors of adapter `name` here; nothing is left behind if that fails."""
         p = Adapter(self, name, method, site.settings, site.path)
         p.shared = site.shared
+        site = self._noting(site)
         built = method.build(site)
         self.adapters[name] = p
         try:
             for key, value in built.items():
                 self._file(key, name, value, p)
-            root = self.stack(())
-            with torch.no_grad():
+            with torch.no_grad(), self._in_sight():
+                root = self.stack(())
                 if init and site.device.type != "meta":
                     method.init(p, root)
                 if self.original_weight_device().type != "meta":
                     method.derive(p, root)
+            self._spread(p, site)
         except BaseException:
             self._drop(name)
             raise
@@ -192,7 +196,7 @@ class BaseTunerLayer(Together, MixedBatch, AdapterHost):
         """File a derived tensor, which moves with the layer, is not saved, and follows what is loaded into the base."""
         if not self._load_state_dict_post_hooks:
             self.register_load_state_dict_post_hook(_follow_base)
-        self._file(key, p.name, value, p)
+        self._file(key, p.name, self._beside(value), p)
 
     def _drop(self, name: str) -> None:
         homes: list[tuple[str, Any]] = [(k, h) for k, h in self._modules.items() if k != "base_layer"]
@@ -245,7 +249,7 @@ class BaseTunerLayer(Together, MixedBatch, AdapterHost):
                 found.append(Slot(key_of(key), f"{key}.{name}", home, name))  # type: ignore[arg-type]
                 continue
             for owner, leaf, attr in tensors_below(child):
-                found.append(Slot(key_of(f"{key}.{leaf}"), f"{key}.{name}.{leaf}", owner, attr))
+                found.append(Slot(key_of(f"{key}.{unwrapped(leaf)}"), f"{key}.{name}.{leaf}", owner, attr))
         return found
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
@@ -315,10 +319,6 @@ class BaseTunerLayer(Together, MixedBatch, AdapterHost):
             return InPlace(stack)
         return Finish(stack) if getattr(stack.base, "max_norm", None) is not None else stack
 
-    def stack(self, names: Sequence[str], extra: Any = None) -> Stack:
-        """The base layer under the named adapters, in this order; names that the layer lacks are left out."""
-        return Stack(self, tuple(self.adapters[n] for n in names if n in self.adapters), extra)
-
     # ---- forward -----------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -345,38 +345,10 @@ class BaseTunerLayer(Together, MixedBatch, AdapterHost):
         if rest is None:
             return run(x)
         stack = run.stack if isinstance(run, Finish) else run
-        return self.view.finish(stack.base, Stack(self, stack.adapters, rest)(x))
+        return self.view.finish(stack.base, self.stack([a.name for a in stack.adapters], rest)(x))
 
     def _where(self) -> str:
         return next((a.path for a in self.adapters.values()), "")
-
-    # ---- python ------------------------------------------------------------------------------------------------
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("_run", None)
-
-    def extra_repr(self) -> str:
-        """The name of the adapted parameter, if it is one of a module that is no layer."""
-        return f"parameter_name={self.parameter_name!r}," if self.view.label == "ParamWrapper" else ""
-
-    def _replicate_for_data_parallel(self) -> Any:
-        """A copy whose adapters are its own; its modules and tensors are put in later, so it looks for them late."""
-        replica = super()._replicate_for_data_parallel()
-        replica.__dict__["adapters"] = {n: p.bound_to(replica) for n, p in self.adapters.items()}
-        if self._run is not None:
-            replica.__dict__["_run"] = Late(replica)
-        return replica
-
-    def __repr__(self) -> str:
-        shown = self.__class__.__new__(self.__class__)
-        children: dict[str, Any] = {"base_layer": self._modules["base_layer"]}
-        for name in self._home_order:
-            children[name] = self._modules.get(name, getattr(self, name))
-        children.update({k: v for k, v in self._modules.items() if k not in children and not isinstance(v, BufferDict)})
-        shown.__dict__.update(self.__dict__, _modules=children)
-        text = nn.Module.__repr__(shown)
-        return f"{self.family}.{text}" if self.family else text
 
 
 def _follow_base(layer: BaseTunerLayer, keys: Any) -> None:

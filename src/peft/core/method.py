@@ -63,6 +63,7 @@ class Method:
     by_input = False  # the update depends on the layer's input, so that there is no W' to read
     some_positions = False  # it acts on some positions of its input only, so that there is no one W'
     reads = True  # what a forward differentiates holds numbers of W, or what is made of them
+    spread = False  # its forward is made of products and sums of x, W and its tensors, which may be DTensors
     by_rows = True  # some out-features of W' can be computed from the same ones of W
     # tensors in which W' is affine, all else of an adapter being the same, with the values at which W' is W
     linear: ClassVar[Mapping[str, float]] = {}

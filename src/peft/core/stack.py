@@ -158,6 +158,10 @@ class Stack:
             b = a.method.bias(a, b)
         return b
 
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """A value as the module holds its tensor `name`."""
+        return value
+
     def linear(self, x: Tensor, W: Tensor) -> Tensor:
         """W x without bias, in W's dtype."""
         return self.view.linear(self.base, x.to(W.dtype) if x.is_floating_point() else x, W)
@@ -210,10 +214,10 @@ class InPlace:
         """The module under one W'."""
         stack, view = self.stack, self.stack.view
         base = stack.base
-        values = {view.name: view.raw(base, stack.live_weight())}
+        values = {view.name: stack.stored(view.name, view.raw(base, stack.live_weight()))}
         b = stack.bias()
         if b is not None and view.bias_name:
-            values[view.bias_name] = b
+            values[view.bias_name] = stack.stored(view.bias_name, b)
         return view.run(base, values, stack.layer._modules["base_layer"], args, kwargs)
 
 

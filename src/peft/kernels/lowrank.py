@@ -66,7 +66,8 @@ def transformed() -> bool:
 
 def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
     """y + scale B A dropout(x), choosing the form that keeps least."""
-    if (not p and x.dtype is A.dtype) or not torch.is_grad_enabled() or _is_autocast(x) or transformed():
+    simple = (not p and x.dtype is A.dtype) or not torch.is_grad_enabled() or _is_autocast(x) or transformed()
+    if simple or hasattr(A, "placements"):  # DTensors know torch's operations only
         return plain(y, x, A, B, scale, p)
     return _Add.apply(y, x, A, B, scale, p)
 

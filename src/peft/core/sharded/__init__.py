@@ -14,6 +14,7 @@ from .gather import (
     refuse_flat,
     shape,
     summoned,
+    unwrapped,
     wait,
     whole,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "refuse_flat",
     "shape",
     "summoned",
+    "unwrapped",
     "wait",
     "whole",
 ]

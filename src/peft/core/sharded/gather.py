@@ -8,6 +8,7 @@ tensor whole is a collective operation: every process must ask for the same tens
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 WRITES = frozenset({"merge_adapter", "unmerge_adapter", "merge_and_unload", "unload"})
+WRAPPED = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 Held = tuple[dict[str, Any], str, Tensor]  # where a tensor hangs: the dictionary, its name, itself
 
 
@@ -57,12 +59,23 @@ def shape(tensor: Tensor) -> torch.Size:
 
 def like(value: Tensor, spread: Any) -> Tensor:
     """This process's part of a whole value that all of them have, as a DTensor placed as another one is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     mesh, placements = spread.device_mesh, spread.placements
-    if isinstance(value, DTensor):
-        return value.redistribute(mesh, placements)
-    return distribute_tensor(value.detach().to(mesh.device_type), mesh, placements)
+    if is_mesh(value):
+        return value.redistribute(mesh, placements)  # type: ignore[attr-defined, no-any-return]
+    return _distributed(value, mesh, placements, same=True)
+
+
+def like_first(value: Tensor, mesh: Any, placements: Any) -> Tensor:
+    """A DTensor of the value that the mesh's first process has."""
+    return _distributed(value, mesh, placements, same=value.is_meta)
+
+
+def _distributed(value: Tensor, mesh: Any, placements: Any, same: bool) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    here = value.detach() if value.is_meta else value.detach().to(mesh.device_type)
+    known = "src_data_rank" in inspect.signature(distribute_tensor).parameters  # torch 2.7; before, always the first's
+    return distribute_tensor(here, mesh, placements, **({"src_data_rank": None} if same and known else {}))
 
 
 def put(tensor: Tensor, value: Tensor) -> None:
@@ -82,6 +95,11 @@ def _zero(tensors: list[Tensor], write: bool) -> AbstractContextManager[Any]:
     # the values of rank 0 are the ones that are spread again, so that all processes hold the same
     gathered = importlib.import_module("deepspeed").zero.GatheredParameters
     return gathered(tensors, modifier_rank=0 if write else None)  # type: ignore[no-any-return]
+
+
+def unwrapped(name: str) -> str:
+    """A name without the segments of FSDP and checkpointing, which stand around modules without being part of them."""
+    return ".".join(s for s in name.split(".") if s not in WRAPPED) if "_wrapped_module" in name else name
 
 
 def leads(model: nn.Module) -> bool | None:

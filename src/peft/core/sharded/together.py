@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..merge import Mergeable
-from .gather import full, whole
+from ..method import Site
+from ..stack import Adapter, Stack
+from .edge import Roles
+from .gather import full, is_mesh, is_spread, whole
+from .running import SpreadStack, place, replicate
 
 
 class Together(Mergeable):
@@ -39,8 +45,42 @@ class Together(Mergeable):
         with self._opened():
             super().check_merge(names)
 
+    def original_weight(self) -> Tensor:
+        """The base weight without any merged adapter, (..., O, I), whole."""
+        return full(super().original_weight())
+
     def _original(self, name: str) -> Tensor:
         return full(super()._original(name))
+
+    def stack(self, names: Sequence[str], extra: Any = None) -> Stack:
+        """The base layer under the named adapters, in this order; names that the layer lacks are left out."""
+        kind = SpreadStack if is_mesh(self._weight()) else Stack
+        return kind(self, tuple(self.adapters[n] for n in names if n in self.adapters), extra)
+
+    # ---- a new adapter's tensors -------------------------------------------------------------------------------
+
+    def _weight(self) -> Any:
+        return self.get_base_layer()._parameters.get(self.view.name)
+
+    def _in_sight(self) -> AbstractContextManager[None]:
+        """Inside, first values may be made of the whole weight."""
+        return self._opened() if is_spread(self._weight()) else nullcontext()
+
+    def _noting(self, site: Site) -> Site:
+        """The place of an adapter whose method's tensors are noted by what they count, if they will be spread."""
+        return replace(site, view=Roles(site.view)) if is_mesh(self._weight()) else site  # type: ignore[arg-type]
+
+    def _spread(self, p: Adapter, site: Site) -> None:
+        if is_mesh(self._weight()):
+            place(p, site.view)  # type: ignore[arg-type]
+
+    def _beside(self, value: Tensor) -> Tensor:
+        """A tensor derived later, where the adapter's others lie on a mesh."""
+        weight = self._weight()
+        if not is_mesh(weight) or is_mesh(value):
+            return value
+        made = replicate(value.detach(), weight.device_mesh)
+        return nn.Buffer(made) if isinstance(value, nn.Buffer) else made
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What adapter `adapter` adds to the whole weight, in the stored layout."""

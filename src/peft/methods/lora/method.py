@@ -31,6 +31,7 @@ class LoRA(LowRank):
     """W' = W + s B A."""
 
     whole = True
+    spread = True
 
     def build(self, site: Site) -> dict[str, Any]:
         c, m, view = site.settings, site.module, site.view

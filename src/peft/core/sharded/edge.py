@@ -1,0 +1,139 @@
+"""Between what a process holds and the mesh that a layer's weight is spread over: inputs go in, outputs come out.
+
+Letters: O out-features, I in-features. A module of tensor parallelism takes and gives plain tensors, this process's
+part of them or the whole; which of both is told by their sizes, for inputs against the part of W that lies here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gather import full, is_mesh
+
+Placements = tuple[Any, ...]
+
+
+def replicated(mesh: Any) -> Placements:
+    """What lies whole on every process."""
+    from torch.distributed.tensor import Replicate
+
+    return (Replicate(),) * mesh.ndim
+
+
+def sharded_by(placement: Any, axis: int, ndim: int) -> bool:
+    """Whether a placement splits an axis of a tensor of so many."""
+    return hasattr(placement, "dim") and placement.dim % ndim == axis % ndim
+
+
+def moved(placement: Any, axis: int) -> Any:
+    """The same way of splitting, of another axis."""
+    if hasattr(placement, "split_factor"):
+        return type(placement)(axis, split_factor=placement.split_factor)
+    return type(placement)(axis)
+
+
+def whole_of(part: Tensor, mesh: Any, placements: Placements, shape: tuple[int, ...]) -> Tensor:
+    """The DTensor of a whole shape of which this process holds a part; differentiable."""
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+class Edge:
+    """Where one layer with a spread weight takes its inputs and gives its outputs."""
+
+    def __init__(self, view: Any, module: nn.Module, weight: Any):
+        self.view, self.module, self.weight, self.mesh = view, module, weight, weight.device_mesh
+        self.axis = 1 if view.kernel(module) else -1  # of the features, in inputs and outputs
+        self.out_axis = view.out_axis(module)
+        last = {weight.ndim - 1, weight.ndim - 2} if weight.ndim != 2 and not view.kernel(module) else {0, 1}
+        self.in_axis = (last - {self.out_axis}).pop()
+
+    def placements(self, role: str) -> Placements:
+        """How an adapter's tensor is spread that counts in-features ("in", axis 1) or out-features ("out", axis 0)."""
+        mine, axis = (self.in_axis, 1) if role == "in" else (self.out_axis, 0)
+        rest, ndim = replicated(self.mesh), self.weight.ndim
+        if not role:
+            return rest
+        pairs = zip(self.weight.placements, rest, strict=True)
+        return tuple(moved(p, axis) if sharded_by(p, mine, ndim) else r for p, r in pairs)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The input as a DTensor."""
+        if is_mesh(x):
+            return x
+        whole, part = (t.shape[self.in_axis] for t in (self.weight, self.weight.to_local()))
+        wanted, shape = list(replicated(self.mesh)), list(x.shape)
+        if not self.view.one_hot and x.shape[self.axis] == part != whole:
+            shape[self.axis] = whole
+            for i, p in enumerate(self.weight.placements):
+                if sharded_by(p, self.in_axis, self.weight.ndim):
+                    wanted[i] = moved(p, self.axis % x.dim())
+        return whole_of(x, self.mesh, tuple(wanted), tuple(shape))
+
+    def found(self, y: Tensor) -> Tensor:
+        """What the module gave, as a DTensor."""
+        if is_mesh(y):
+            return y
+        whole = self.view.shape(self.module)[-2]
+        wanted, shape = list(replicated(self.mesh)), list(y.shape)
+        if y.shape[self.axis] != whole:
+            shape[self.axis] = whole
+            for i, p in enumerate(self.weight.placements):
+                if sharded_by(p, self.out_axis, self.weight.ndim):
+                    wanted[i] = moved(p, self.axis % y.dim())
+        return whole_of(y, self.mesh, tuple(wanted), tuple(shape))
+
+    def part(self, value: Tensor, placements: Placements | None) -> Tensor:
+        """A value that is whole here, or a DTensor, placed otherwise; as it is if None. Differentiable."""
+        given = value if is_mesh(value) else whole_of(value, self.mesh, replicated(self.mesh), tuple(value.shape))
+        if placements is None or tuple(placements) == tuple(given.placements):  # type: ignore[attr-defined]
+            return given
+        return given.redistribute(placements=placements)  # type: ignore[attr-defined, no-any-return]
+
+
+class Seen:
+    """A view that shows a spread weight whole."""
+
+    def __init__(self, view: Any):
+        self._view = view
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._view, name)
+
+    def read(self, m: nn.Module) -> Tensor:
+        """W as numbers, (..., O, I)."""
+        return full(self._view.read(m))
+
+    def bias(self, m: nn.Module) -> Tensor | None:
+        """b, (O,), or None."""
+        found = self._view.bias(m)
+        return None if found is None else full(found)
+
+
+class Roles:
+    """A view that notes which of an adapter's tensors count in-features, and which out-features."""
+
+    def __init__(self, view: Any):
+        self._view = view
+        self.made: dict[int, str] = {}  # identity of a module or parameter -> "in" or "out"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._view, name)
+
+    def down(self, m: nn.Module, r: int, blocks: int = 1, **kwargs: Any) -> Any:
+        """Holder of A."""
+        return self._noted("in", blocks, self._view.down(m, r, blocks, **kwargs))
+
+    def up(self, m: nn.Module, r: int, bias: bool = False, blocks: int = 1, **kwargs: Any) -> Any:
+        """Holder of B."""
+        return self._noted("out", blocks, self._view.up(m, r, bias, blocks, **kwargs))
+
+    def _noted(self, role: str, blocks: int, made: Any) -> Any:
+        if blocks == 1:
+            self.made[id(made)] = role
+        return made

@@ -1,0 +1,47 @@
+"""A tuner layer as a Python object: how it is printed, copied for data parallelism and unpickled."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .stack import Adapter, BufferDict, Late
+from .views import LinearView
+
+
+class Shown(nn.Module):
+    """The part of a tuner layer that Python asks for."""
+
+    family: ClassVar[str]
+    _home_order: ClassVar[tuple[str, ...]]
+    view: LinearView
+    adapters: dict[str, Adapter]
+    parameter_name: str | None
+    _run: Any
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_run", None)
+
+    def extra_repr(self) -> str:
+        """The name of the adapted parameter, if it is one of a module that is no layer."""
+        return f"parameter_name={self.parameter_name!r}," if self.view.label == "ParamWrapper" else ""
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """A copy whose adapters are its own; its modules and tensors are put in later, so it looks for them late."""
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["adapters"] = {n: p.bound_to(replica) for n, p in self.adapters.items()}
+        if self._run is not None:
+            replica.__dict__["_run"] = Late(replica)
+        return replica
+
+    def __repr__(self) -> str:
+        shown = self.__class__.__new__(self.__class__)
+        children: dict[str, Any] = {"base_layer": self._modules["base_layer"]}
+        for name in self._home_order:
+            children[name] = self._modules.get(name, getattr(self, name))
+        children.update({k: v for k, v in self._modules.items() if k not in children and not isinstance(v, BufferDict)})
+        shown.__dict__.update(self.__dict__, _modules=children)
+        text = nn.Module.__repr__(shown)
+        return f"{self.family}.{text}" if self.family else text
