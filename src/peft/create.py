@@ -106,7 +106,7 @@ def _note_origin(model: nn.Module, config: PeftConfig, revision: str | None) -> 
     """Write the base model's name and revision into the configuration; warn where that changes it."""
     old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or _named(model)
     config.base_model_name_or_path = new
-    if old is not None and old != new:
+    if old and old != new:  # transformers writes "" for a model without a name
         warnings.warn(f"base_model_name_or_path was {old!r} and is now {new!r}, the model's.", stacklevel=3)
     if revision is None:
         return

@@ -182,11 +182,37 @@ def _fuse(state: dict[str, Tensor], path: str, parts: list[str], place: str) -> 
     keys = [f"{part}{side}.weight" for row in rows for part in row for side in "AB"]
     if not keys or any(key not in state for key in keys):
         return
-    A = [torch.cat([state[f"{part}A.weight"] for part in row]) for row in rows]
-    B = [torch.block_diag(*(state[f"{part}B.weight"] for part in row)) for row in rows]
-    for key in keys:
-        del state[key]
-    state[f"{place}A.weight"], state[f"{place}B.weight"] = torch.cat(A), torch.stack(B, -1).flatten(1)
+    for side in "AB":
+        factors = [[state.pop(f"{part}{side}.weight") for part in row] for row in rows]
+        state[f"{place}{side}.weight"] = side_by_side(factors, side)
+
+
+def side_by_side(factors: list[list[Tensor]], side: str) -> Tensor:
+    """One factor for a stack of experts.
+
+    Arguments:
+        factors: for each expert those of its halves: A (r, in), B (out, r).
+        side: "A" gives (experts x halves x r, in); "B" gives (halves x out, halves x r x experts).
+    """
+    if side == "A":
+        return torch.cat([torch.cat(row) for row in factors])
+    return torch.stack([torch.block_diag(*row) for row in factors], -1).flatten(1)
+
+
+def holds_both(config: Any, down: str) -> bool:
+    """Whether a configuration adapts both stacks of experts, so that one's tensors lie under the other's.
+
+    Arguments:
+        config: rewritten for the parameters or not.
+        down: the old name of the projection that `down_proj` holds.
+    """
+    named = [name.rpartition(".")[2] for name in getattr(config, "target_parameters", None) or ()]
+    if _BOTH in named or _DOWN in named:
+        return _BOTH in named and _DOWN in named
+    if _is_all_linear(config.target_modules):
+        return True
+    selector = Selector(config.target_modules or [], "target_modules")
+    return any(selector.find(f"model.layers.0.{block}.experts.0.{down}") for block in ("mlp", "block_sparse_moe"))
 
 
 # ---- what is left out ----------------------------------------------------------------------------------------------

@@ -23,18 +23,21 @@ def build_peft_weight_mapping(
         adapter_name: the adapter the tensors are for.
         peft_config: its configuration, which tells the prefix of its tensors.
 
-    A DoRA magnitude is stored without `.weight` and has it in the model.
+    A DoRA magnitude is stored without `.weight` and has it in the model. The factors of each expert's projections
+    become one pair for the stack that holds them now.
     """
-    from transformers.core_model_loading import WeightRenaming
+    from .adapter_transforms import AdapterRenaming, of_experts
 
     kind = getattr(peft_config, "peft_type", None)
-    prefix = re.escape(PEFT_TYPE_TO_PREFIX_MAPPING.get(kind) or "lora_")
+    name = PEFT_TYPE_TO_PREFIX_MAPPING.get(kind) or "lora_"
+    prefix, given = re.escape(name), list(weight_conversions or [])
     renamings = [
         (r"^base_model\.model\.", ""),
         (rf"({prefix}(?!magnitude_vector)[^\.]*)", rf"\1.{adapter_name}"),
         (rf"({prefix}magnitude_vector)$", rf"\1.{adapter_name}.weight"),
     ]
-    return [WeightRenaming(source, target) for source, target in renamings] + list(weight_conversions or [])
+    stacked = of_experts(given, name, adapter_name, peft_config) if kind == "LORA" else []
+    return [AdapterRenaming(source, target) for source, target in renamings] + stacked + given
 
 
 def convert_peft_config_for_transformers(peft_config: Any, model: Any, conversions: list[Any] | None) -> None:
