@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,6 +80,14 @@ class FourBit(Packed):
     def dtype(self, module: nn.Module, name: str) -> torch.dtype:
         held: Any = getattr(module, name)
         return held.dtype if held.quant_state is None else held.quant_state.dtype
+
+    def apply(self, base: Callable[[nn.Module, Tensor], Tensor], view: Any, module: nn.Module, x: Tensor) -> Tensor:
+        payload = self.take(module, view.name)
+        if getattr(payload["state"], "packing_format_for_cpu", False) and torch.is_grad_enabled():
+            # the library's kernel for that order gives no gradient, and the library never leaves it by itself
+            data, state = _plain(payload["data"], payload["state"])
+            self.put(module, view.name, {**payload, "data": data, "state": state})
+        return super().apply(base, view, module, x)
 
 
 def _settings(held: Any, state: Any) -> dict[str, Any]:
