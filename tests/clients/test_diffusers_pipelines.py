@@ -5,10 +5,10 @@
 | `load_lora_weights` of PEFT's, kohya's and diffusers' names, with alphas | test_files_of_three_programs... |
 | files that `peft convert` writes | test_what_is_converted... |
 | `save_lora_weights` with and without metadata; `_collate_lora_metadata` | test_saving_and_loading... |
-| text encoders: transformers' `add_adapter`, `set_peft_model_state_dict(..., adapter_name="default")` | test_a_text_encoder... |
-| `set_adapters` with weights by component and block; scales of a call (`scale_layer`, `unscale_layer`) | test_weights... |
-| `get_active_adapters`, `get_list_adapters`, `disable_lora`, `enable_lora`, `delete_adapters` | test_lists... |
-| `fuse_lora(components)`, `num_fused_loras`, `unfuse_lora`, `unload_lora_weights` | test_fusing... |
+| text encoders: `add_adapter`, `set_peft_model_state_dict(..., adapter_name="default")` | test_a_text_encoder... |
+| `set_adapters` with weights by component and block; `scale_layer`, `unscale_layer` | test_weights..., test_a_call... |
+| `get_active_adapters`, `get_list_adapters`, `disable_lora`, `delete_adapters` | test_lists... |
+| `fuse_lora(components)`, `num_fused_loras`, `unfuse_lora`, `unload_lora_weights` | test_fusing..., test_one... |
 | `set_lora_device`: `lora_A`, `lora_B`, `lora_magnitude_vector` re-assigned | test_adapters_wait... |
 | `isinstance(model, PeftModel)`, then `base_model.model` | test_a_wrapped_model... |
 | offloading: hooks taken off and put back on loading | test_loading_under_offloading |
@@ -25,7 +25,7 @@ pytest.importorskip("diffusers")
 
 from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata, _set_state_dict_into_text_encoder
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors.torch import load_file, save_file
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
