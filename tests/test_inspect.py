@@ -253,6 +253,64 @@ def test_the_base_is_built_from_its_folder_without_weights(name: str, llama: Pat
     assert fit.ok, fit
 
 
+TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+TEXT |= {"num_key_value_heads": 2, "head_dim": 8}
+SIGHT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
+SIGHT |= {"patch_size": 4}
+QWEN = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
+ROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+OF_IMAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llava": (
+        "LlavaForConditionalGeneration",
+        {"text_config": {"model_type": "llama", **TEXT}, "vision_config": {"model_type": "clip_vision_model", **SIGHT}},
+    ),
+    "Qwen2VL": (
+        "Qwen2VLForConditionalGeneration",
+        {"text_config": {**TEXT, **ROPE}, "vision_config": QWEN},
+    ),
+    "Gemma3": (
+        "Gemma3ForConditionalGeneration",
+        {"text_config": TEXT, "vision_config": SIGHT, "mm_tokens_per_image": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_an_adapter_of_a_model_of_images_and_text_is_held_against_it(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", "5.0")
+    kind, parts = OF_IMAGES[name]
+    made = getattr(transformers, f"{name}Config")(**parts)
+    with torch.device("meta"):
+        model = getattr(transformers, kind)(made)
+    made.architectures = [kind]
+    made.save_pretrained(tmp_path / "base")
+    wrapped = get_peft_model(model, config(target_modules=r".*language_model.*q_proj", task_type="CAUSAL_LM"))
+    wrapped.to_empty(device="cpu").save_pretrained(tmp_path / "a")
+    fit = check_adapter(tmp_path / "a", tmp_path / "base")
+    assert fit.ok and fit.model == kind and fit.matched == 4, fit
+
+
+@pytest.mark.parametrize(
+    "stated, words",
+    [
+        ({"model_type": "no-such-model", "architectures": ["NoSuchModel"]}, "The base model NoSuchModel of"),
+        ({"model_type": "llama", "architectures": ["pipeline"], **TEXT}, "no class of models of that name"),
+        ({"model_type": "llama", "hidden_size": 30, "architectures": ["LlamaForCausalLM"]}, "not a multiple of"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **TEXT, "vocab_size": -4}, "LlamaForCausalLM"),
+    ],
+    ids=["unknown", "no class", "sizes that do not go together", "impossible"],
+)
+def test_a_base_that_transformers_does_not_make_is_one_line(stated: Any, words: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    saved(tmp_path / "a", config(auto_mapping={"base_model_class": "Trainer", "parent_library": "transformers"}))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(ConversionError, match=r"cannot be made: .*pass the model itself|describes no llama") as found:
+        check_adapter(tmp_path / "a", tmp_path / "base")
+    assert words in str(found.value)
+    assert "\n" not in str(found.value) and len(str(found.value)) < 700
+
+
 def test_a_prompt_is_held_against_the_width_of_the_model(llama: Path, tmp_path: Path) -> None:
     made = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     of_llama(tmp_path, llama, made)

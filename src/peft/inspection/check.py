@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..convert.base import build_model
+from ..convert.base import build_model, unmade
 from ..convert.names import Base
 from ..convert.part import ConversionError
 from ..core.checkpoint import open_adapter
@@ -24,6 +25,8 @@ from ..core.renames import found_again, of_now
 from ..core.shared import late
 from ..errors import nearest
 from ..registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, load
+from ..stream.shards import CheckpointError
+from ..stream.skeleton import known
 from .inspect import read_config
 from .report import UnreadableAdapterError
 
@@ -138,35 +141,26 @@ def _near(key: str, known: list[str]) -> str:
     return hint.removeprefix(" Did you mean '").removesuffix("'?")
 
 
-TASKS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-
-
 def _model(folder: Any, config: Any, outline: Mapping[str, Tensor]) -> nn.Module:
     """The base model of a folder on the meta device, of the class that the adapter's task or its record names."""
     base = Base(folder)
-    task = TASKS.get(str(config.task_type))
-    if task is None or base.config().get("_class_name"):
-        recorded = (config.auto_mapping or {}).get("base_model_class")
-        return build_model(base, meta=True, name=recorded)
+    stated = base.config()
+    kind: Any = None
+    if not stated.get("_class_name"):  # which diffusers writes
+        try:
+            kind, settings = known(base.path(""), stated, config)
+        except CheckpointError as error:
+            raise ConversionError(str(error)) from error
+    if kind is None:
+        return build_model(base, meta=True, name=(config.auto_mapping or {}).get("base_model_class"))
+    labels = _labels(outline) if str(config.task_type).endswith("_CLS") else None
+    if labels is not None:
+        settings.num_labels = labels
     try:
-        import torch
-        import transformers
-
-        settings = transformers.AutoConfig.from_pretrained(base.path(""))
-        labels = _labels(outline) if task.endswith("Classification") else None
-        if labels is not None:
-            settings.num_labels = labels
         with torch.device("meta"):
-            made: nn.Module = getattr(transformers, task).from_config(settings)
-    except (ImportError, OSError, ValueError) as error:
-        raise ConversionError(f"The base model of {folder} cannot be made: {error}") from error
+            made: nn.Module = kind(settings)
+    except (ImportError, OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        raise ConversionError(unmade(kind.__name__, folder, error)) from error
     return made
 
 

@@ -45,7 +45,7 @@ def skeleton(base: Path, tensors: Mapping[str, Stored], config: Any, shapes: Map
             f"{base} is quantised ({kind}), and packed numbers are not merged into. Use the checkpoint that it was "
             "made from."
         )
-    kind, settings = _known(base, stated, config)
+    kind, settings = known(base, stated, config)
     if kind is None:
         return guessed(base, tensors, config, shapes)
     rows = _classes(shapes, tensors)
@@ -70,8 +70,16 @@ def read_config(base: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _known(base: Path, stated: dict[str, Any], config: Any) -> tuple[Any, Any]:
-    """transformers' class of the model and its configuration; (None, None) where transformers does not know it."""
+def known(base: Path, stated: dict[str, Any], config: Any) -> tuple[Any, Any]:
+    """transformers' class of the model that an adapter was trained on, and the model's configuration.
+
+    (None, None) where transformers does not know the model; raises CheckpointError for settings that cannot be.
+
+    Arguments:
+        base: folder of the base model.
+        stated: what its config.json says.
+        config: the adapter's configuration.
+    """
     if "model_type" not in stated:
         return None, None
     try:
@@ -80,8 +88,16 @@ def _known(base: Path, stated: dict[str, Any], config: Any) -> tuple[Any, Any]:
         return None, None
     try:
         settings = transformers.AutoConfig.from_pretrained(str(base), trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError):
-        return None, None
+    except Exception as error:  # what a settings' own check raises is of huggingface_hub, and no ValueError
+        if stated["model_type"] not in transformers.CONFIG_MAPPING and isinstance(
+            error, (ValueError, OSError, KeyError)
+        ):
+            return None, None
+        cause = " ".join(str(error).split())[:300].rstrip(" .")
+        raise CheckpointError(
+            f"{base / CONFIG} describes no {stated['model_type']} that transformers {transformers.__version__} can "
+            f"make: {cause}. Copy it from the model again."
+        ) from error
     names = [n for n in stated.get("architectures") or () if isinstance(n, str)]
     own = _model_class(transformers, names[0]) if names else None
     return _for_task(transformers, own, settings, config), settings
