@@ -4,8 +4,8 @@
 
 SmolLM2-135M-Instruct (the model and the data of `examples/quickstart.py`) learns shell commands from tldr-pages with a
 LoRA of rank 16 on every linear layer, batches of 8 short examples, once on weights in bf16 and once on nf4 with double
-quantisation. Whole families of tools are held out, and the perplexity is that of their commands alone. Adapters are left
-in FOLDER. With `--peer` the other interpreter does the same, and the step times of both are taken in alternation.
+quantisation. Whole families of tools are held out, and the perplexity is that of their commands alone. Adapters are
+left in FOLDER. With `--peer` the other interpreter does the same, and the step times of both are taken in alternation.
 
 Memory is the resident set of the process: its largest while training, over what it is before the model is loaded.
 """
@@ -202,10 +202,9 @@ class Side:
     def __init__(self, python: str, name: str, kind: str, folder: Path, steps: int):
         self.name, self.kind, self.folder = name, kind, folder
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        # a peer finds the package of benchmarks here, but its own `peft`
         path = str(ROOT) if name == "peer" else f"{ROOT / 'src'}{os.pathsep}{ROOT}"
         code = f"from benchmarks.qlora import serve, Path; serve({kind!r}, Path({str(folder)!r}), {steps})"
-        if name == "peer":  # only the package of benchmarks, not the checkout's `peft`
-            path = str(ROOT)
         self.process = subprocess.Popen(
             [python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder,
             env=environment | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},

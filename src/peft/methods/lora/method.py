@@ -151,7 +151,7 @@ class LoRA(LowRank):
         """Note what the shortest way needs: the modules, if all of them are plain linear layers."""
         layer = p.layer
         base = layer._modules["base_layer"]
-        plain = type(base) is nn.Linear and not (p.lora_bias or p.subtracts)
+        plain = type(base) is nn.Linear and layer.packed is None and not (p.lora_bias or p.subtracts)
         if plain and type(p.lora_A) is nn.Linear and type(p.lora_B) is nn.Linear:
             modules = (base, p.lora_A, p.lora_B)
             p.hot = (*modules, p.lora_dropout, tuple(hooks for m in modules for hooks in hooks_of(m)))
