@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .bake import bake
 from .batch import MixedBatch, is_mixed
 from .call import Call
 from .host import AdapterHost, tuner_layers
@@ -78,6 +79,8 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
             _plain=set(),  # names of the plain values of all adapters, whatever their method
         )
         d.update(cast_input_dtype_enabled=True, tied=None, shares=frozenset())
+        if (kind := self.packed) is not None:
+            kind.adopt(innermost)
 
     # ---- what stands below -------------------------------------------------------------------------------------
 
@@ -214,10 +217,11 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
             adapter_name: which; nothing happens if the layer neither has nor names it.
             new_active_adapters: what the caller activates afterwards, so that no choice is made here.
 
-        Raises ValueError if it is merged.
+        What a merge of it wrote stays in the base weight. Raises ValueError if that cannot be told apart from what
+        else is merged.
         """
         if adapter_name in self.merged_adapters:
-            raise ValueError(f"Cannot delete the adapter {adapter_name!r} while it is merged. Call unmerge first.")
+            bake(self, adapter_name)
         if adapter_name not in self.adapters and adapter_name not in self._active:
             return
         self._drop(adapter_name)
