@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .bake import bake
 from .batch import MixedBatch, is_mixed
 from .call import Call
 from .host import AdapterHost, tuner_layers
@@ -221,6 +220,8 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
         else is merged.
         """
         if adapter_name in self.merged_adapters:
+            from .bake import bake
+
             bake(self, adapter_name)
         if adapter_name not in self.adapters and adapter_name not in self._active:
             return
