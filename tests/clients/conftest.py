@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # its parts under trial are tested too
 
 
 @pytest.fixture(scope="session")

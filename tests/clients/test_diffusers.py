@@ -61,7 +61,7 @@ from .pixels import TARGETS, added, denoised, factors, network, random
 
 each_model = pytest.mark.parametrize("kind", ["unet", "flux", "sd3"])
 pytestmark = [
-    pytest.mark.filterwarnings("default"),  # diffusers warns about itself
+    pytest.mark.filterwarnings("ignore"),  # diffusers warns about itself
     pytest.mark.filterwarnings("error::peft.PeftWarning"),
 ]
 close = {"rtol": 1e-4, "atol": 1e-5}

@@ -35,7 +35,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from .pixels import added, denoised, factors, network, pipeline, pixart, random, said, seeded
 
 pytestmark = [
-    pytest.mark.filterwarnings("default"),  # diffusers warns about itself
+    pytest.mark.filterwarnings("ignore"),  # diffusers warns about itself
     pytest.mark.filterwarnings("error::peft.PeftWarning"),
 ]
 close = {"rtol": 1e-3, "atol": 1e-4}

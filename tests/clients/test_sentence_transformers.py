@@ -45,7 +45,7 @@ from peft.utils import ModulesToSaveWrapper
 from .tiny import bert_config, moved, seeded, tokenizer
 
 pytestmark = [
-    pytest.mark.filterwarnings("default"),  # sentence-transformers and transformers warn about themselves
+    pytest.mark.filterwarnings("ignore"),  # sentence-transformers and transformers warn about themselves
     pytest.mark.filterwarnings("error::peft.PeftWarning"),
 ]
 datasets.disable_progress_bars()

@@ -56,7 +56,7 @@ from .recipes import PROBE, RECIPES, adapter, base, history, lora, mixtral, toke
 from .tiny import llama
 
 pytestmark = [
-    pytest.mark.filterwarnings("default"),  # TRL and transformers warn about themselves
+    pytest.mark.filterwarnings("ignore"),  # TRL and transformers warn about themselves
     pytest.mark.filterwarnings("error::peft.PeftWarning"),
 ]
 

@@ -31,7 +31,7 @@ from .recipes import PROBE, RECIPES, base, history, lora, trainer
 from .tiny import llama, logits, moved
 
 pytestmark = [
-    pytest.mark.filterwarnings("default"),  # TRL and transformers warn about themselves
+    pytest.mark.filterwarnings("ignore"),  # TRL and transformers warn about themselves
     pytest.mark.filterwarnings("error::peft.PeftWarning"),
 ]
 
