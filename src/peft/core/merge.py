@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from . import storage
 from .method import Delta
+from .onload import onload_layer
 from .rounding import MergeError, check_mode, dense_twin, measured, store
 from .stack import Adapter, Stack
 from .views import LinearView
@@ -57,9 +59,9 @@ class Mergeable(nn.Module):
     def original_weight(self) -> Tensor:
         """The base weight without any merged adapter, (..., O, I)."""
         base = self.get_base_layer()
-        self.refuse_offloaded()
         if self._saved is None:
-            return self.view.read(base)
+            with onload_layer(base, write=False) if "_hf_hook" in base.__dict__ else nullcontext():
+                return self.view.read(base)
         return self.view.matrix(base, self._original(self.view.name))
 
     def original_bias(self) -> Tensor | None:
@@ -114,8 +116,12 @@ class Mergeable(nn.Module):
         self.__dict__.update(_rounding=mode, _dense_dtype=dtype)
 
     def _merge(self, names: tuple[str, ...], keep: bool = True) -> None:
-        if not names:
-            return
+        if names:
+            with onload_layer(self):
+                self._merge_here(names, keep)
+
+    def _merge_here(self, names: tuple[str, ...], keep: bool) -> None:
+        """`_merge`, with all weights in place."""
         self.check_merge(names)
         if self._disabled and keep:  # the base stays the base until the layer is enabled
             wanted = [*self.merged_adapters, *names]
@@ -143,21 +149,9 @@ class Mergeable(nn.Module):
         self._merged = before + list(names)
         self._replan()
 
-    def refuse_offloaded(self) -> None:
-        """Raise ValueError where accelerate brings the base weight only while the base layer itself runs."""
-        base = self.get_base_layer()
-        hook = base.__dict__.get("_hf_hook")
-        if hook is not None and getattr(hook, "offload", False) and getattr(base, self.view.name).is_meta:
-            raise ValueError(
-                f"The {self.view.name} of {self._where()!r} is offloaded by accelerate: it is there only while that "
-                "layer runs, but merging, and methods that look at the weight (such as DoRA), need it at other times. "
-                "Load the model with a device_map that keeps this layer on a device."
-            )
-
     def check_merge(self, names: tuple[str, ...]) -> None:
         """Raise if merging these adapters is impossible or would change the output."""
         base = self.get_base_layer()
-        self.refuse_offloaded()
         self.view.check_stored(base, self._where())
         live = [n for n in self._active if n in self.adapters and n not in self.merged_adapters]
         rest = [n for n in live if n not in names]
@@ -269,7 +263,8 @@ class Mergeable(nn.Module):
     def _take_back(self) -> list[str]:
         """Give back the payload and say what was merged; a weight that was untied for the merge stays so."""
         names, self._merged = self._merged, []
-        self._restore()
+        with onload_layer(self.get_base_layer()):
+            self._restore()
         self.__dict__["_saved"] = None
         return names
 

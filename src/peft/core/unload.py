@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import PeftWarning, report
 from .layer import BaseTunerLayer, tuner_layers
+from .onload import onload_layer
 from .search import walk
 from .tie import Place, input_embedding, places, storage_key, tied_modules
 from .tokens import check_disjoint
@@ -90,9 +91,10 @@ def _merge_for_good(model: nn.Module, layers: list[BaseTunerLayer], names: list[
     for layer in layers:
         own = tuple(n for n in names if n in layer.adapters and n not in layer.merged_adapters)
         if own:
-            layer.check_merge(own)
-            for _ in layer.tiles(own):
-                pass
+            with onload_layer(layer, write=False):
+                layer.check_merge(own)
+                for _ in layer.tiles(own):
+                    pass
         work.append((layer, own))
     groups = shared(model)
     untie(layers, names, groups)

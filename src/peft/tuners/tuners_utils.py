@@ -21,8 +21,8 @@ _NAMES = {
     "peft.utils.integrations": "init_empty_weights",
     "peft.utils.other": "match_target_against_key",
     "peft.utils.layers": """
-        check_adapters_to_merge clone_module find_parameter_name_by_module get_device_map onload_layer
-        replicate_layers""",
+        check_adapters_to_merge clone_module find_parameter_name_by_module get_device_map replicate_layers""",
+    "peft.core.onload": "onload_layer",
     "peft.core.targets": "inspect_matched_modules",
 }
 __getattr__, __dir__, __all__ = lazy.names(__name__, _NAMES)

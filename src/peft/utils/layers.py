@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -48,33 +46,3 @@ def get_device_map(model: nn.Module) -> dict[str, Any]:
         if own is not None:
             places[name] = own.device
     return places
-
-
-@contextmanager
-def onload_layer(layer: nn.Module) -> Iterator[None]:
-    """Inside the block the weights that accelerate keeps elsewhere are here; changes are taken back."""
-    found: list[tuple[nn.Module, Any]] = [(m, getattr(m, "_hf_hook", None)) for m in layer.modules()]
-    hooks = [(m, hook) for m, hook in found if getattr(hook, "offload", False)]
-    for module, hook in hooks:
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        for module, hook in hooks:
-            _take_back(module, hook)
-            hook.post_forward(module, None)
-
-
-def _take_back(module: nn.Module, hook: Any) -> None:
-    """Write the weights of a module into the place that its hook loads them from."""
-    store = hook.weights_map
-    data = getattr(store, "dataset", store)
-    held: Any = getattr(data, "state_dict", data)
-    for name, tensor in module.named_parameters(recurse=hook.place_submodules):
-        key = getattr(store, "prefix", "") + name
-        if key in held:
-            held[key] = tensor.detach().cpu()
-        elif key in getattr(data, "index", ()):
-            from accelerate.utils import offload_weight
-
-            offload_weight(tensor.detach().cpu(), key, data.save_folder, data.index)

@@ -1,0 +1,55 @@
+"""Weights that accelerate keeps elsewhere, on the CPU or on disk, brought in to be read or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def onload_layer(layer: nn.Module, write: bool = True) -> Iterator[None]:
+    """Inside the block the weights that accelerate keeps elsewhere are here; changes are taken back.
+
+    Arguments:
+        layer: a module, with all that is below it. What is here already is left alone, so blocks may nest.
+        write: False where nothing is changed.
+    """
+    hooked = [(m, hook) for m in layer.modules() for hook in _hooks(m)]
+    found = [(m, hook) for m, hook in hooked if any(p.is_meta for p in m.parameters(hook.place_submodules))]
+    for module, hook in found:
+        hook.pre_forward(module)
+        for parameter in module.parameters(hook.place_submodules) if write else ():
+            if parameter.device.type == "cpu":  # it may be the memory that the hook loads from, for tied weights too
+                parameter.data = parameter.data.clone()
+    try:
+        yield
+    finally:
+        for module, hook in found:
+            if write:
+                _take_back(module, hook)
+            hook.post_forward(module, None)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """The hooks that bring a module's weights in for its forward."""
+    hook = module.__dict__.get("_hf_hook")
+    return [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)]
+
+
+def _take_back(module: nn.Module, hook: Any) -> None:
+    """Write the weights of a module into the place that its hook loads them from."""
+    store = hook.weights_map
+    data = getattr(store, "dataset", store)
+    held: Any = getattr(data, "state_dict", data)
+    for name, tensor in module.named_parameters(recurse=hook.place_submodules):
+        key = getattr(store, "prefix", "") + name
+        value = tensor.detach().cpu()
+        if key in held or not getattr(data, "save_folder", None):
+            held[key] = value
+        elif key in data.index:
+            from accelerate.utils import offload_weight
+
+            offload_weight(value, key, data.save_folder, data.index)
