@@ -17,6 +17,7 @@ from peft.utils.transformers_weight_conversion import (
     get_model_conversion_mapping,
 )
 
+from .configs import METHODS
 from .tiny import TARGETS, bert_config, llama, llama_config, logits, moved, seeded, tensors
 
 transformers = pytest.importorskip("transformers", "5.0", reason="the loader is new in transformers 5")
@@ -32,31 +33,6 @@ def renamed(key: str, config: Any, model: Any = None, name: str = "mine") -> str
     converters = [step for step in mapping if isinstance(step, loading.WeightConverter)]
     assert len(renamings) + len(converters) == len(mapping)
     return loading.rename_source_key(key, renamings, converters)[0]
-
-
-METHODS = {
-    "lora": LoraConfig(r=2, target_modules=TARGETS),
-    "dora": LoraConfig(r=2, target_modules=TARGETS, use_dora=True),
-    "bias": LoraConfig(r=2, target_modules=TARGETS, lora_bias=True),
-    "embedding": LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),
-    "parameter": LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["v_proj.weight"]),
-    "adalora": peft.AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=TARGETS),
-    "ia3": peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
-    "loha": peft.LoHaConfig(r=2, target_modules=TARGETS),
-    "lokr": peft.LoKrConfig(r=2, target_modules=TARGETS),
-    "oft": peft.OFTConfig(oft_block_size=4, target_modules=TARGETS),
-    "boft": peft.BOFTConfig(boft_block_size=4, target_modules=TARGETS),
-    "hra": peft.HRAConfig(r=2, target_modules=TARGETS),
-    "miss": peft.MissConfig(r=2, target_modules=TARGETS),
-    "shira": peft.ShiraConfig(r=2, target_modules=TARGETS),
-    "c3a": peft.C3AConfig(block_size=8, target_modules=["q_proj"]),
-    "road": peft.RoadConfig(group_size=4, target_modules=["q_proj"]),
-    "delora": peft.DeloraConfig(r=2, target_modules=TARGETS),
-    "gralora": peft.GraloraConfig(r=4, gralora_k=2, target_modules=["q_proj"]),
-    "waveft": peft.WaveFTConfig(n_frequency=5, target_modules=TARGETS),
-    "fourierft": peft.FourierFTConfig(n_frequency=5, target_modules=TARGETS),
-    "ln_tuning": peft.LNTuningConfig(target_modules=["input_layernorm"]),
-}
 
 
 @pytest.mark.parametrize("name", ["mine", "default", "lora_A", "v1", "a+b"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import storage
 from .method import Delta
-from .onload import onload_layer
+from .onload import onload_layer, used_at
 from .rounding import MergeError, check_mode, dense_twin, measured, store
 from .stack import Adapter, Stack
 from .views import LinearView
@@ -60,9 +60,14 @@ class Mergeable(nn.Module):
         """The base weight without any merged adapter, (..., O, I)."""
         base = self.get_base_layer()
         if self._saved is None:
-            with onload_layer(base, write=False) if "_hf_hook" in base.__dict__ else nullcontext():
-                return self.view.read(base)
+            return self.base_weight()
         return self.view.matrix(base, self._original(self.view.name))
+
+    def base_weight(self) -> Tensor:
+        """The base weight as it is now, (..., O, I), brought in if it lies elsewhere."""
+        base = self.get_base_layer()
+        with onload_layer(base, write=False) if "_hf_hook" in base.__dict__ else nullcontext():
+            return self.view.read(base)
 
     def original_bias(self) -> Tensor | None:
         """The base bias without any merged adapter, (O,), or None."""
@@ -76,8 +81,9 @@ class Mergeable(nn.Module):
         return kind.original(payload)
 
     def original_weight_device(self) -> torch.device:
-        """Where the base weight lies."""
-        return self.view.sample(self.get_base_layer()).device
+        """Where the base weight lies when it is used."""
+        base = self.get_base_layer()
+        return used_at(base, self.view.sample(base))
 
     @property
     def packed(self) -> storage.Storage | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -31,6 +33,38 @@ def onload_layer(layer: nn.Module, write: bool = True) -> Iterator[None]:
             if write:
                 _take_back(module, hook)
             hook.post_forward(module, None)
+
+
+def brought(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a module, from where a hook keeps it; the tensor itself if none does."""
+    hook = next(iter(_hooks(module)), None)
+    return tensor if hook is None else hook.weights_map[name].to(hook.execution_device)
+
+
+def used_at(module: nn.Module, tensor: Tensor) -> torch.device:
+    """Where a tensor of a module is when the module runs."""
+    hook = next(iter(_hooks(module)), None)
+    place = tensor.device if hook is None or not tensor.is_meta else hook.execution_device
+    return place if isinstance(place, torch.device) else torch.device("cpu" if place is None else place)
+
+
+def own_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of a module with numbers of its own, which stay where the original brings its own in.
+
+    Arguments:
+        module: the original.
+        memo: as for `copy.deepcopy`; with what stands for the tensors in it, none are brought in.
+    """
+    staying = {id(hook): _staying(hook) for m in module.modules() for hook in _hooks(m)}
+    with nullcontext() if memo else onload_layer(module, write=False):
+        return copy.deepcopy(module, {**(memo or {}), **staying})
+
+
+def _staying(hook: Any) -> Any:
+    """A hook that moves inputs as this one does, and no weights."""
+    new = copy.copy(hook)
+    new.offload, new.weights_map = False, None
+    return new
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -139,14 +139,14 @@ class Stack:
 
     def weight(self, rows: slice = slice(None)) -> Tensor:
         """W' of the stack, (..., rows, I)."""
-        W = self.view.read(self.base)[..., rows, :]
+        W = self.layer.base_weight()[..., rows, :]
         for a in self.adapters:
             W = a.method.weight(a, W, rows)
         return W
 
     def live_weight(self) -> Tensor:
         """W' of the stack as a forward uses it: in training, parts of it may be dropped by chance."""
-        W = self.view.read(self.base)
+        W = self.layer.base_weight()
         for a in self.adapters:
             W = a.method.live_weight(a, W)
         return W

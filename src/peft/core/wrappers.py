@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from .batch import Unfused, is_mixed, join_parts, rows_of
 from .call import BASE, Call
 from .layer import AdapterHost, BaseTunerLayer
+from .onload import own_copy
 from .stack import Slot, tensors_below
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -68,7 +68,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Add a copy for an adapter; `module` instead of a copy of the original."""
         if adapter_name in self.modules_to_save:
             return
-        new = copy.deepcopy(self.original_module) if module is None else module
+        new = own_copy(self.original_module) if module is None else module
         if module is None:
             new.requires_grad_(True)
         self.modules_to_save[adapter_name] = new

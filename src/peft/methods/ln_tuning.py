@@ -8,7 +8,6 @@ al. 2023, arXiv 2312.11420.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.layer import BaseTunerLayer
 from ..core.method import Method, Site
+from ..core.onload import own_copy
 from ..core.stack import Adapter, Stack, tensors_below
 from ..core.tuner import BaseTuner
 from ..target_config import TargetConfig
@@ -56,7 +56,7 @@ class Replacement(Method):
                 t = getattr(slot[0], slot[2])
                 empty = torch.empty_like(t, device="meta")
                 memo[id(t)] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
-        made = copy.deepcopy(site.module, memo)
+        made = own_copy(site.module, memo)
         for p in made.parameters():
             p.requires_grad_(p.is_floating_point())
         return {"ln_tuning_layers": made}

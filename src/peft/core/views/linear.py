@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import storage
+from ..onload import brought
 from .make import diagonal, linear_module
 
 Pair = tuple[int, ...]
@@ -104,7 +105,8 @@ class LinearView:
 
     def bias(self, m: Layer) -> Tensor | None:
         """b, (O,), or None."""
-        return getattr(m, self.bias_name, None)
+        b: Tensor | None = getattr(m, self.bias_name, None)
+        return b if b is None or not b.is_meta else brought(m, self.bias_name, b)
 
     def absorb(self, m: Layer, W: Tensor, b: Tensor) -> Tensor:
         """(..., rows, I) with a bias, (rows,), in it; where inputs are one-hot."""

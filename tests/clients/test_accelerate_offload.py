@@ -1,0 +1,76 @@
+"""Every method over a base model whose weights accelerate keeps elsewhere until a layer runs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import peft
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from .configs import METHODS
+from .tiny import IDS, TARGETS, llama, logits, moved
+
+accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("transformers", "4.57")
+pytestmark = pytest.mark.filterwarnings("ignore:The embeddings are saved")
+
+MORE = {
+    "head": LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["lm_head"]),
+    "tokens": LoraConfig(r=2, target_modules=TARGETS, trainable_token_indices=[3, 5]),
+    "pissa": LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="pissa"),
+    "vera": peft.VeraConfig(r=2, target_modules=["q_proj"]),
+    "randlora": peft.RandLoraConfig(r=4, target_modules=["q_proj"]),
+    "psoft": peft.PsoftConfig(r=2, target_modules=["q_proj"]),
+    "hira": peft.HiraConfig(r=2, target_modules=TARGETS),
+}
+ALL = {**{name: c for name, c in METHODS.items() if name not in ("parameter", "bias")}, **MORE}
+
+
+def away(where: str, folder: Path) -> Any:
+    """A Llama with biases, of which no weight is there."""
+    base, here = llama(attention_bias=True), torch.device("cpu")
+    if where == "cpu":
+        return accelerate.cpu_offload(base, here)
+    return accelerate.disk_offload(base, str(folder), here)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_method_runs_and_merges_over_weights_that_lie_elsewhere(method, tmp_path):
+    here = moved(get_peft_model(llama(attention_bias=True), copy.deepcopy(ALL[method])))
+    expected = logits(here)
+    here.save_pretrained(tmp_path / "adapter")
+    where = "disk" if method in ("lora", "dora", "head") else "cpu"
+    model = PeftModel.from_pretrained(away(where, tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(model), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(llama(attention_bias=True)))
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "oft", "head", "ln_tuning", "hira"])
+def test_a_method_is_trained_over_weights_that_lie_elsewhere(method, tmp_path):
+    gradients = []
+    for base in (llama(attention_bias=True), away("cpu", tmp_path)):
+        torch.manual_seed(0)
+        model = get_peft_model(base, copy.deepcopy(ALL[method]))
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None})
+    here, there = gradients
+    assert here.keys() == there.keys() and here
+    for name, gradient in here.items():
+        torch.testing.assert_close(there[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_copy_of_a_module_that_lies_elsewhere_holds_numbers_of_its_own(tmp_path):
+    model = get_peft_model(away("disk", tmp_path), copy.deepcopy(ALL["head"]))
+    head = model.base_model.model.lm_head
+    assert head.original_module.weight.is_meta
+    assert torch.equal(head.modules_to_save["default"].weight, llama(attention_bias=True).lm_head.weight)
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data.zero_()
+    assert not logits(model.eval()).any()
