@@ -72,8 +72,8 @@ class Adapter:
             return self.direct[key]
         home = self.layer._modules[key]
         found = home._modules.get(self.name)
-        if found is None:
-            found = home._parameters.get(self.name)
+        if found is None and self.name in home._parameters:
+            found = home._parameters[self.name]  # so asked, ZeRO-3 gathers it
         return getattr(home, self.name) if found is None else found  # a replica's tensors are plain attributes
 
     def held_buffer(self, key: str) -> Tensor:

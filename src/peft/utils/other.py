@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..core.hub import is_local
+from ..errors import nearest
 from ..lazy import names
 from .constants import TARGET_NAMES
 
@@ -166,6 +167,31 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
     leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=_is_trainable_leaf)
     layers = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
     return functools.partial(_or_policy, policies=[leaves, layers])
+
+
+def fully_shard_model(model: nn.Module, layer_classes: Sequence[str] | None = None, **kwargs: Any) -> nn.Module:
+    """Spread a model's parameters over all processes with torch's `fully_shard` (FSDP2): layer by layer, then the rest.
+
+    Adapters stay in the layer that they adapt. They may have another dtype than the base, and be frozen or not.
+
+    Arguments:
+        model: changed in place and returned; make the optimizer afterwards.
+        layer_classes: names of the classes that are gathered one at a time; by default what the model declares in
+            `_no_split_modules`.
+        kwargs: for `fully_shard`: `mesh`, `mp_policy`, `reshard_after_forward`, `offload_policy` ...
+
+    Raises ValueError for a class that the model has no module of.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    wanted = set(layer_classes if layer_classes is not None else _get_no_split_modules(model))
+    found = {type(m).__name__ for m in model.modules()}
+    for name in sorted(wanted - found) if layer_classes is not None else ():
+        raise ValueError(f"layer_classes names {name!r}, but the model has no such module.{nearest(name, found)}")
+    layers = [m for m in model.modules() if type(m).__name__ in wanted and m is not model]
+    for layer in reversed(layers):  # inner ones first
+        fully_shard(layer, **kwargs)
+    return fully_shard(model, **kwargs)  # type: ignore[return-value]
 
 
 def _is_trainable_leaf(module: nn.Module) -> bool:

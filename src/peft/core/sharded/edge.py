@@ -93,7 +93,7 @@ class Edge:
         given = value if is_mesh(value) else whole_of(value, self.mesh, replicated(self.mesh), tuple(value.shape))
         if placements is None or tuple(placements) == tuple(given.placements):  # type: ignore[attr-defined]
             return given
-        return given.redistribute(placements=placements)  # type: ignore[attr-defined, no-any-return]
+        return given.redistribute(placements=placements)  # type: ignore[attr-defined]
 
 
 class Seen:

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def is_flat(tensor: Any) -> bool:
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor, on every process; one that is not spread is handed back as it is."""
     if is_mesh(tensor):
-        return tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
+        return tensor.full_tensor()  # type: ignore[attr-defined]
     if is_zero(tensor):
         with _zero([tensor], write=False):
             return tensor.detach().clone()
@@ -61,7 +61,7 @@ def like(value: Tensor, spread: Any) -> Tensor:
     """This process's part of a whole value that all of them have, as a DTensor placed as another one is."""
     mesh, placements = spread.device_mesh, spread.placements
     if is_mesh(value):
-        return value.redistribute(mesh, placements)  # type: ignore[attr-defined, no-any-return]
+        return value.redistribute(mesh, placements)  # type: ignore[attr-defined]
     return _distributed(value, mesh, placements, same=True)
 
 
@@ -89,12 +89,20 @@ def put(tensor: Tensor, value: Tensor) -> None:
         tensor.copy_(value)
 
 
-def _zero(tensors: list[Tensor], write: bool) -> AbstractContextManager[Any]:
+@contextmanager
+def _zero(tensors: Collection[Any], write: bool) -> Iterator[None]:
     if not tensors:
-        return nullcontext()
+        yield
+        return
     # the values of rank 0 are the ones that are spread again, so that all processes hold the same
-    gathered = importlib.import_module("deepspeed").zero.GatheredParameters
-    return gathered(tensors, modifier_rank=0 if write else None)  # type: ignore[no-any-return]
+    gathered = importlib.import_module("deepspeed").zero.GatheredParameters(tensors, modifier_rank=0 if write else None)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(gathered)
+        except RuntimeError:  # no parameter is gathered twice at a time: somebody around us has done it
+            if any(tuple(t.shape) != tuple(t.ds_shape) for t in tensors):
+                raise
+        yield
 
 
 def unwrapped(name: str) -> str:
@@ -119,30 +127,31 @@ def wait() -> None:
 
 
 @contextmanager
-def whole(modules: Iterable[nn.Module], write: Collection[str] = ()) -> Iterator[None]:
+def whole(modules: Iterable[nn.Module], write: Collection[str] = (), mesh: bool = True) -> Iterator[None]:
     """Inside, the tensors that the given modules hold are whole; afterwards they are spread as before.
 
     Arguments:
         modules: the modules, without those below them.
         write: names of tensors of which whatever is written into them inside is kept.
+        mesh: make DTensors whole too.
     """
     held = [h for m in modules for h in _held(m) if is_spread(h[2])]
     refuse_flat(h[2] for h in held)
     zero = {id(t): t for _, _, t in held if is_zero(t)}
     kept = [t for _, name, t in held if is_zero(t) and name in write]
     with _zero([t for i, t in zero.items() if all(t is not k for k in kept)], False), _zero(kept, True):
-        mesh = [h for h in held if is_mesh(h[2])]
-        for home, name, tensor in mesh:
+        parts = [h for h in held if mesh and is_mesh(h[2])]
+        for home, name, tensor in parts:
             value = full(tensor.detach())
             home[name] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
         try:
             yield
-            for home, name, tensor in mesh:
+            for home, name, tensor in parts:
                 if name in write:
                     with torch.no_grad():
                         put(tensor, home[name].detach())
         finally:
-            for home, name, tensor in mesh:
+            for home, name, tensor in parts:
                 home[name] = tensor
 
 

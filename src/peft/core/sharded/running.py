@@ -46,13 +46,13 @@ class SpreadStack(Stack):
             with torch.no_grad():
                 run(entered)
         y = edge.part(found, given[0].placements)  # type: ignore[attr-defined]
-        return y.to_local()  # type: ignore[attr-defined, no-any-return]
+        return y.to_local()  # type: ignore[attr-defined]
 
     def _plain(self, base: nn.Module, x: Tensor) -> Tensor:
         """The module by itself, on what this process holds of an input."""
         held = x.to_local() if is_mesh(x) else x  # type: ignore[attr-defined]
         args, kwargs = ((), {}) if self.extra is None else self.extra
-        return base(held, *args, **kwargs)  # type: ignore[no-any-return]
+        return base(held, *args, **kwargs)
 
     def _inside(self, edge: Edge, x: Tensor) -> Tensor:
         """Run the adapters inside the module's hooks, which turn its inputs into DTensors and its outputs back."""
@@ -61,7 +61,7 @@ class SpreadStack(Stack):
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             def run(x: Tensor) -> Tensor:
-                return type(base).forward(base, edge.part(x, placements), *args, **kwargs)  # type: ignore[no-any-return]
+                return type(base).forward(base, edge.part(x, placements), *args, **kwargs)
 
             entered = edge.enter(x)
             placements = entered.placements  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ class SpreadStack(Stack):
 
         base.__dict__["forward"] = forward
         try:
-            return base(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return base(x, *args, **kwargs)
         finally:
             del base.__dict__["forward"]
 
@@ -126,7 +126,7 @@ class Within(Stack):
             return y
         rest = replicated(y.device_mesh)  # type: ignore[attr-defined]
         pairs = zip(y.placements, rest, strict=True)  # type: ignore[attr-defined]
-        return y.redistribute(placements=[r if p.is_partial() else p for p, r in pairs])  # type: ignore[attr-defined, no-any-return]
+        return y.redistribute(placements=[r if p.is_partial() else p for p, r in pairs])  # type: ignore[attr-defined]
 
     @property
     def root(self) -> Stack:
@@ -194,7 +194,8 @@ def place(p: Adapter, roles: Roles) -> None:
 
 
 def _place(m: nn.Module, edge: Edge, role: str, roles: Roles, only: str | None) -> None:
-    for held in (m._parameters, m._buffers):
+    homes: tuple[dict[str, Any], ...] = (m._parameters, m._buffers)
+    for held in homes:
         for name, tensor in held.items():
             if tensor is None or is_mesh(tensor) or (only is not None and name != only):
                 continue

@@ -23,12 +23,12 @@ class Together(Mergeable):
 
     _modules: dict[str, nn.Module | None]
 
-    def _opened(self, write: bool = False) -> AbstractContextManager[None]:
+    def _opened(self, write: bool = False, mesh: bool = True) -> AbstractContextManager[None]:
         base = self.get_base_layer()
         homes = [home for key, home in self._modules.items() if key != "base_layer" and home is not None]
         shared = {id(home): home for p in self.adapters.values() for home in p.shared.values()}
         modules = [base, *(m for home in homes for m in home.modules()), *shared.values()]
-        return whole(modules, (self.view.name, self.view.bias_name) if write else ())
+        return whole(modules, (self.view.name, self.view.bias_name) if write else (), mesh)
 
     @torch.no_grad()
     def tiles(self, names: tuple[str, ...]) -> Iterator[tuple[int, Tensor]]:
@@ -39,6 +39,14 @@ class Together(Mergeable):
     def _write(self, names: tuple[str, ...]) -> None:
         with self._opened(write=True):
             super()._write(names)
+
+    def _payload(self) -> dict[str, Any]:
+        with self._opened(mesh=False):  # a DTensor's payload is this process's part
+            return super()._payload()
+
+    def _restore(self) -> None:
+        with self._opened(write=True, mesh=False):
+            super()._restore()
 
     def check_merge(self, names: tuple[str, ...]) -> None:
         """As `Mergeable.check_merge`."""

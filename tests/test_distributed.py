@@ -1,0 +1,192 @@
+"""Two processes that share the data: DDP, and FSDP2, which shares the parameters too. Everything equals one process."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import peft
+from peft.core.files import read_weights
+from peft.utils.other import fully_shard_model
+from tests import distributed_work as work
+
+METHODS = ["lora", "dora", "head", "tokens", "ia3", "oft", "loha", "vera"]
+CHECKS = [
+    "ddp",
+    *(f"equal {name}" for name in METHODS),
+    *(f"mixed {name}" for name in ("lora", "dora")),
+    *(f"merge {name}" for name in METHODS),
+    "resume",
+    "loading",
+    "lent",
+    "base",
+    "helper",
+]
+
+
+def check(name: str, rank: int) -> None:
+    """One of CHECKS, on every process."""
+    kind, _, method = name.partition(" ")
+    globals()[f"check_{kind}"](rank, *([method] if method else []))
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """The model with each block, and the rest, spread over both processes."""
+    for block in model.base_model.model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def check_ddp(rank: int) -> None:
+    one = work.adapted("lora")
+    two = nn.parallel.DistributedDataParallel(work.twin(one))
+    wanted = one(work.IDS)
+    work.loss_of(wanted).backward()
+    found = two(work.half(rank))
+    work.loss_of(found).backward()
+    torch.testing.assert_close(found, wanted[2 * rank : 2 * rank + 2])
+    work.same_gradients(one, gradients(two.module), 1e-6)
+    work.same_state(peft.get_peft_model_state_dict(one), peft.get_peft_model_state_dict(two.module))
+
+
+def check_equal(rank: int, name: str, dtype: torch.dtype = torch.float32, tolerance: float = 1e-6) -> None:
+    one = work.adapted(name, dtype)
+    two = sharded(work.twin(one))
+    wanted = one(work.IDS)
+    work.loss_of(wanted).backward()
+    found = two(work.half(rank))
+    work.loss_of(found).backward()
+    torch.testing.assert_close(found, wanted[2 * rank : 2 * rank + 2], rtol=1e-4, atol=tolerance)
+    work.same_gradients(one, gradients(two), tolerance)
+    work.same_state(peft.get_peft_model_state_dict(one), peft.get_peft_model_state_dict(two))
+
+
+def check_mixed(rank: int, name: str) -> None:
+    """Adapters in float32 beside a base in bfloat16, in one group of parameters."""
+    model = work.adapted(name, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    check_equal(rank, name, torch.bfloat16, 1e-2)
+
+
+def check_merge(rank: int, name: str) -> None:
+    one = work.adapted(name)
+    two = sharded(work.twin(one))
+    before, spread = work.base_state(two), {n: type(p) for n, p in two.named_parameters()}
+    two.merge_adapter()
+    assert {n: type(p) for n, p in two.named_parameters()} == spread
+    one.merge_adapter()
+    with torch.no_grad():
+        torch.testing.assert_close(two(work.IDS), one(work.IDS), rtol=1e-4, atol=1e-5)
+    two.unmerge_adapter()
+    work.same_state(before, work.base_state(two))
+    assert all(torch.isfinite(v).all() for v in before.values())
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, steps: int) -> None:
+    for _ in range(steps):
+        work.loss_of(model(work.half(rank))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def check_resume(rank: int) -> None:
+    """Saved by all, written by one; a new run that loads the files goes on as if nothing had been."""
+    folder = work.shared_folder()
+    model = sharded(work.adapted("dora"))
+    optimizer = adam(model)
+    train(model, optimizer, rank, 2)
+    model.save_pretrained(folder)
+    kept = copy.deepcopy(optimizer.state_dict())
+
+    written = read_weights(Path(folder) / "adapter_model.safetensors")
+    assert written and all(t.numel() for t in written.values())
+    work.same_state(written, peft.get_peft_model_state_dict(model))
+    again = sharded(peft.PeftModel.from_pretrained(work.net(), folder, is_trainable=True))
+    work.same_state(written, peft.get_peft_model_state_dict(again))
+    resumed = adam(again)
+    resumed.load_state_dict(kept)
+    train(model, optimizer, rank, 2)
+    train(again, resumed, rank, 2)
+    work.same_state(peft.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(again))
+
+
+def check_loading(rank: int) -> None:
+    """Files go into parameters that are spread already, in place, and a whole state may be given by hand."""
+    folder = work.shared_folder()
+    source, model = work.adapted("lora"), sharded(work.adapted("lora"))
+    values = work.other_values(peft.get_peft_model_state_dict(source))
+    peft.set_peft_model_state_dict(source, values)
+    if rank == 0:
+        source.save_pretrained(folder)
+    dist.barrier()
+    held = [id(p) for p in model.parameters()]
+    model.load_adapter(folder, "default", is_trainable=True)
+    assert [id(p) for p in model.parameters()] == held
+    work.same_state(values, peft.get_peft_model_state_dict(model))
+    full = {n: work.whole(p.detach()) for n, p in model.named_parameters()}
+    work.same_state(values, peft.get_peft_model_state_dict(model, state_dict=full))
+    if rank == 0:  # no process has to be asked for what is given
+        model.save_pretrained(f"{folder}/given", state_dict=full)
+        work.same_state(values, read_weights(f"{folder}/given/adapter_model.safetensors"))
+
+
+def check_lent(rank: int) -> None:
+    """After a forward without a backward FSDP2 still shows the root's parameters whole; nothing is written there."""
+    model = sharded(work.adapted("lora"))
+    values = work.other_values(peft.get_peft_model_state_dict(model))
+    with torch.no_grad():
+        model(work.IDS)
+    peft.set_peft_model_state_dict(model, values)
+    one = work.adapted("lora")
+    peft.set_peft_model_state_dict(one, values)
+    one.merge_adapter()
+    with torch.no_grad():
+        model(work.IDS)
+        model.merge_adapter()
+        torch.testing.assert_close(model(work.IDS), one(work.IDS), rtol=1e-4, atol=1e-5)
+    work.same_state(values, peft.get_peft_model_state_dict(model))
+
+
+def check_base(rank: int) -> None:
+    """The base's weights keep their names, and are loaded under them."""
+    model = sharded(work.adapted("lora"))
+    plain = work.net()
+    work.same_state(dict(plain.state_dict()), work.base_state(model))
+    other = work.other_values(plain.state_dict())
+    peft.utils.save_and_load.set_base_model_state_dict(model, other)
+    work.same_state(other, work.base_state(model))
+
+
+def check_helper(rank: int) -> None:
+    model = fully_shard_model(work.adapted("lora"))
+    whole = [n for n, p in model.named_parameters() if not hasattr(p, "device_mesh")]
+    assert not whole
+    units = {type(m).__name__ for m in model.modules() if hasattr(m, "reshard")}
+    assert units == {"FSDPBlock", "FSDPPeftModel"}
+    work.loss_of(model(work.half(rank))).backward()
+    with pytest.raises(ValueError, match=r"Blok.*Block"):
+        fully_shard_model(work.adapted("lora"), ["Blok"])
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    return work.outcomes(__name__, CHECKS, tmp_path_factory.mktemp("processes"))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_processes_are_one(told: dict[str, str | None], name: str) -> None:
+    assert told[name] is None, told[name]
