@@ -70,6 +70,7 @@ def test_an_adapter_of_another_method_and_one_with_a_head(llama_folder, tmp_path
         torch.testing.assert_close(logits(there), logits(model))
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="new in transformers 5")
 def test_a_folder_that_holds_a_model_and_an_adapter_reads_its_own_model(llama_folder, tmp_path):
     model = adapted(llama_folder)
     model.save_pretrained(tmp_path)

@@ -16,7 +16,6 @@ from .tiny import IDS, TARGETS, VOCABULARY, llama, llama_config, moved, seeded, 
 
 transformers = pytest.importorskip("transformers", "4.57")
 
-OLD = transformers.__version__.startswith("4.")
 LEFT = torch.tensor([[0, 0, 3, 4, 5, 6], [7, 8, 9, 3, 4, 11]])  # the first line is shorter
 MASK = (LEFT != 0).long()
 pytestmark = pytest.mark.filterwarnings("ignore:.*contrastive")
@@ -76,6 +75,7 @@ def run(model: Any, ids: torch.Tensor = IDS, **options: Any) -> Any:
     torch.manual_seed(4)
     plain = "custom_generate" in options
     more = {} if plain else {"return_dict_in_generate": True, "output_logits": True}
+    options = {k: copy.deepcopy(v) if k == "cache_config" else v for k, v in options.items()}  # 4.57 empties it
     out = model.generate(input_ids=ids, pad_token_id=0, max_new_tokens=8, **more, **options)
     return (out, ()) if plain else (out.sequences, out.logits)
 
@@ -216,7 +216,7 @@ def test_prompts_decode_alike_in_every_cache(sliding, method, mode):
     assert torch.equal(off[0], run(plain, LEFT, **options)[0])
 
 
-@pytest.mark.skipif(not has_hqq, reason="needs hqq")
+@pytest.mark.skipif(not has_hqq or transformers.__version__.startswith("4."), reason="needs hqq; packs pairs only")
 def test_a_prefix_lives_in_a_quantised_cache():
     prefix = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")  # hqq packs tokens in pairs
     model = moved(get_peft_model(llama(hidden_size=64), prefix), size=0.5)

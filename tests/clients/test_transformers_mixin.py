@@ -16,6 +16,7 @@ from . import tiny
 from .tiny import TARGETS, llama, logits, moved, same, seeded, tensors
 
 transformers = pytest.importorskip("transformers", "4.57")
+since_5 = pytest.mark.skipif(transformers.__version__.startswith("4."), reason="new in transformers 5")
 
 
 def config(**changes: Any) -> LoraConfig:
@@ -202,9 +203,8 @@ def test_loading_says_what_is_wrong(folder, tmp_path):
         model.load_adapter(folder)
 
 
+@since_5
 def test_tensors_that_a_file_lacks_are_reported_by_their_live_names(folder):
-    if transformers.__version__.startswith("4."):
-        pytest.skip("nothing is returned before transformers 5")
     state = tensors(folder)
     dropped = next(key for key in state if "lora_B" in key)
     live = dropped.removeprefix("base_model.model.").replace(".lora_B.", ".lora_B.default.")
@@ -213,6 +213,7 @@ def test_tensors_that_a_file_lacks_are_reported_by_their_live_names(folder):
     assert info.missing_keys == {live} and live in dict(model.named_parameters())
 
 
+@since_5
 def test_a_file_in_the_older_format_is_loaded(tmp_path):
     model = moved(get_peft_model(llama(), config()))
     model.save_pretrained(tmp_path, safe_serialization=False)
@@ -245,6 +246,7 @@ def other_folder(path: Any, **changes: Any) -> str:
     return str(path)
 
 
+@since_5
 def test_an_adapter_is_exchanged_in_place(folder, tmp_path):
     model = llama()
     model.enable_peft_hotswap(target_rank=4)
@@ -259,6 +261,7 @@ def test_an_adapter_is_exchanged_in_place(folder, tmp_path):
     assert torch.equal(logits(model), logits(PeftModel.from_pretrained(llama(), folder)))
 
 
+@since_5
 def test_what_cannot_be_exchanged_is_refused(folder):
     model = llama()
     with pytest.raises(ValueError, match="must already be an existing adapter"):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import types
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy  # noqa: F401  (torch has the module that policies come from)
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import fsdp_auto_wrap_policy
 
-from .tiny import TARGETS, llama, logits, moved
+from .tiny import IDS, TARGETS, llama, logits, moved
 
 transformers = pytest.importorskip("transformers", "4.57")
 
@@ -40,6 +40,9 @@ def test_the_plan_of_tensor_parallelism_is_the_base_model_s(way):
     assert model.config.base_model_tp_plan == plain.config.base_model_tp_plan
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="plans begin at the inner model in transformers 4"
+)
 def test_every_entry_of_a_plan_still_names_a_module():
     bare, plan = both()[1], llama().tp_plan
     paths = {name.replace(".0.", ".*.").replace(".1.", ".*.") for name, _ in bare.named_modules()}
@@ -56,6 +59,23 @@ def test_a_model_that_was_not_split_loads_adapters_as_usual(tmp_path):
         there._tp_size = size
         there.load_adapter(str(tmp_path))
         assert torch.equal(logits(there), logits(model))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 4]}],
+    ids=str,
+)
+def test_every_trainable_parameter_has_a_gradient(own):
+    """What data parallelism waits for: a parameter without one would block it."""
+    model = get_peft_model(llama(attention_bias=True), config(**own)).train()
+    model.add_adapter("other", config(**own))
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        lacking = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert not lacking
 
 
 # ---- FSDP ----------------------------------------------------------------------------------------------------------
@@ -80,11 +100,13 @@ def test_the_policy_wraps_layers_and_trainable_leaves(monkeypatch):
 
 
 def test_transformers_puts_the_policy_into_its_plugin():
-    from transformers.integrations.fsdp import update_fsdp_plugin_peft
-
+    home = "trainer_utils" if transformers.__version__.startswith("4.") else "integrations.fsdp"
+    update = getattr(importlib.import_module(f"transformers.{home}"), "update_fsdp_plugin_peft", None)
+    if update is None:
+        pytest.skip("this transformers does it inside its Trainer")
     model = get_peft_model(llama(), config())
     plugin = types.SimpleNamespace(auto_wrap_policy=None)
-    update_fsdp_plugin_peft(model, types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin)))
+    update(model, types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin)))
     assert "base_model.model.model.layers.1" in wrapped(plugin.auto_wrap_policy, model)
 
 

@@ -11,11 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import peft
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.transformers_weight_conversion import (
-    build_peft_weight_mapping,
-    convert_peft_config_for_transformers,
-    get_model_conversion_mapping,
-)
+from peft.utils import transformers_weight_conversion as conversion
+from peft.utils.transformers_weight_conversion import build_peft_weight_mapping, convert_peft_config_for_transformers
 
 from .configs import METHODS
 from .tiny import TARGETS, bert_config, llama, llama_config, logits, moved, seeded, tensors
@@ -27,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The embeddings are saved")
 
 def renamed(key: str, config: Any, model: Any = None, name: str = "mine") -> str:
     """Where transformers would put a tensor of a file."""
-    given = get_model_conversion_mapping(model) if model is not None else None
+    given = conversion.get_model_conversion_mapping(model) if model is not None else None
     mapping = build_peft_weight_mapping(given, name, peft_config=config)
     renamings = [step for step in mapping if isinstance(step, loading.WeightRenaming)]
     converters = [step for step in mapping if isinstance(step, loading.WeightConverter)]
@@ -217,7 +214,7 @@ def test_factors_of_single_experts_become_those_of_their_stack(kind, chosen, way
 def test_a_configuration_is_rewritten_for_the_stacks_in_place():
     model = experts("Mixtral")
     config = LoraConfig(r=2, target_modules=["w1", "w2", "w3", "q_proj"])
-    convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
+    convert_peft_config_for_transformers(config, model, conversion.get_model_conversion_mapping(model))
     assert set(config.target_modules) == {"q_proj"}
     assert {n.rpartition(".")[2] for n in config.target_parameters} == {"gate_up_proj", "down_proj"}
     with pytest.raises(ValueError, match="'w3'"):

@@ -51,7 +51,8 @@ def generate(prompts: Prompts, run: Callable[..., Any], args: tuple[Any, ...], g
     if cached is not None:
         mask = "decoder_attention_mask" if two else "attention_mask"
         given = hide(prompts.model, cached, _cached(prompts, cached, given, batch, two), mask, True)
-        if not two and given.get("inputs_embeds") is not None:  # transformers cuts off as many as the cache holds
+        padded = given.get("inputs_embeds") is not None and "cache_position" not in given
+        if not two and padded:  # transformers cuts off as many as the cache holds
             given["inputs_embeds"] = pad(given["inputs_embeds"], (0, 0, cached.num_virtual_tokens, 0))
     if front is not None and not two and ids is not None:
         prompts.call.ids = given["input_ids"] = ids  # generated tokens follow them in the result
@@ -119,6 +120,9 @@ def _cached(prompts: Prompts, encoder: Any, given: dict[str, Any], batch: int, t
     texts = ("decoder_input_ids",) if two else ("input_ids", "inputs_embeds")
     longest = max([out[n].shape[1] for n in texts if out.get(n) is not None], default=1)
     empty = asked_for(model, out, encoder.num_virtual_tokens + longest)
+    if hasattr(model, "_get_initial_cache_position"):  # transformers 4 takes a filled cache for the text's beginning
+        text_at = torch.arange(longest, device=out["attention_mask"].device)
+        out["cache_position"] = text_at + encoder.num_virtual_tokens
     if not two:
         return behind_keys(model, encoder, out, rows, "attention_mask", empty)
     if "encoder_outputs" not in out:
