@@ -43,20 +43,19 @@ def set_base_model_state_dict(
 
     Returns (missing_keys, unexpected_keys), by original name.
     """
-    with sharded.summoned(model, write=True):
-        return _set(_base(model), state_dict, strict)
+    with sharded.summoned(model, write=True) as opened:
+        return _set(_base(model), state_dict, strict, opened)
 
 
-def _set(base: nn.Module, state_dict: Mapping[str, Tensor], strict: bool) -> _IncompatibleKeys:
+def _set(base: nn.Module, state_dict: Mapping[str, Tensor], strict: bool, opened: bool) -> _IncompatibleKeys:
     live: dict[str, str] = {}
     spread: dict[str, Tensor] = {}
     for original, prefix, module in _walk(base, "", ""):
         own: OrderedDict[str, Tensor] = OrderedDict()
         module._save_to_state_dict(own, "", False)
         live.update({original + name: prefix + name for name in own})
-        spread.update(
-            {original + n: p for n, p in module._parameters.items() if p is not None and sharded.is_spread(p)}
-        )
+        named = ((original + n, p) for n, p in module._parameters.items() if p is not None)
+        spread.update((n, p) for n, p in named if opened or sharded.is_spread(p))
     missing = [n for n in live if n not in state_dict]
     unexpected = [n for n in state_dict if n not in live]
     if strict and (missing or unexpected):
@@ -64,11 +63,12 @@ def _set(base: nn.Module, state_dict: Mapping[str, Tensor], strict: bool) -> _In
             f"The state dictionary does not fit {type(base).__name__}: missing {listing(missing) or 'none'}, "
             f"unexpected {listing(unexpected) or 'none'}. Pass strict=False to load the rest."
         )
+    apart = {n: p for n, p in spread.items() if not sharded.is_mesh(p)}  # whose wrappers give modules other names
     with torch.no_grad():
-        for name, tensor in spread.items():
-            if sharded.is_zero(tensor) and name in state_dict:
+        for name, tensor in apart.items():
+            if name in state_dict:
                 sharded.put(tensor, state_dict[name])
-    given = {n: v for n, v in state_dict.items() if n in live and not sharded.is_zero(spread.get(n))}
+    given = {n: v for n, v in state_dict.items() if n in live and n not in apart}
     parts = {n: sharded.like(v, spread[n]) if n in spread else v for n, v in given.items()}
     base.load_state_dict({live[n]: v for n, v in parts.items()}, strict=False)
     return _IncompatibleKeys(missing, unexpected)

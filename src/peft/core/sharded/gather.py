@@ -190,7 +190,8 @@ def summoned(model: nn.Module, write: bool = False) -> Iterator[bool]:
         return
     units = [m for m in model.modules() if isinstance(m, kind)]
     refuse_flat(_outside(model, kind))
-    if not units:
+    flat = [p for m in units for p in m.parameters() if is_flat(p)]
+    if not flat or any(p.dim() > 1 for p in flat):  # or somebody around us has made them whole
         yield False
         return
     with kind.summon_full_params(model, writeback=write):

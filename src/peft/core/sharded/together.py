@@ -57,6 +57,10 @@ class Together(Mergeable):
         """The base weight without any merged adapter, (..., O, I), whole."""
         return full(super().original_weight())
 
+    def base_weight(self) -> Tensor:
+        """The base weight as it is now, (..., O, I), whole."""
+        return full(super().base_weight())
+
     def _original(self, name: str) -> Tensor:
         return full(super()._original(name))
 
