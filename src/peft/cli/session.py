@@ -12,6 +12,7 @@ from torch import nn
 
 from peft.cli import report
 from peft.cli.batch import Encoder, Layout
+from peft.cli.check import UsageError
 from peft.cli.data import Example, load_train_and_eval
 from peft.cli.model import (
     base_name,
@@ -26,6 +27,7 @@ from peft.cli.options import TrainOptions
 from peft.cli.plan import checked_plan
 from peft.cli.save import restore
 from peft.cli.state import Log, described, earlier_run
+from peft.core.sharded import is_flat
 
 
 @dataclass
@@ -86,6 +88,7 @@ def prepare(options: TrainOptions) -> Session:
         [p for p in model.parameters() if p.requires_grad], lr=options.lr, weight_decay=0.0
     )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    _check_engine(accelerator, wrapped)
     encoder = Encoder(tokenizer, options.template, options.max_length)
     steps = step_count(options, len(train), accelerator.num_processes)
     session = Session(options, accelerator, wrapped, optimizer, tokenizer, encoder, layout, train, held_out, steps, log)
@@ -94,6 +97,15 @@ def prepare(options: TrainOptions) -> Session:
     if session.leads:
         _announce(session)
     return session
+
+
+def _check_engine(accelerator: Any, model: nn.Module) -> None:
+    """Raise UsageError for engines whose state cannot be kept between steps here."""
+    if accelerator.distributed_type == "DEEPSPEED" or any(is_flat(p) for p in model.parameters()):
+        raise UsageError(
+            "accelerate launch: `peft train` runs with data parallelism and with FSDP2 (--use_fsdp --fsdp_version 2), "
+            "not with DeepSpeed or FSDP1. Adapters train with those in transformers' Trainer."
+        )
 
 
 def _save_memory(base: Any) -> None:
