@@ -11,13 +11,15 @@ if TYPE_CHECKING:
 
 _INNER = ("model", "bert", "transformer")  # what may stand around the part that holds the layers
 _LISTS = ("layers", "encoder.layer", "h")
+OF_LAYERS = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "attention_layers")
 
 
 def replicate(model: nn.Module, ranges: Sequence[Sequence[int]]) -> Callable[[], None]:
     """Rebuild the model's layer list as the concatenation of `ranges` of it, in place.
 
     Each new layer is a deep copy whose parameters are the very objects of its source, so the base costs no
-    memory twice; adapters are added per copy. `layer_idx` and `config.num_hidden_layers` follow.
+    memory twice; adapters are added per copy. `layer_idx` and `config.num_hidden_layers` follow, and so do the lists
+    of the configuration that have a value for each layer (`layer_types`).
 
     Arguments:
         model: a model whose layers are called `layers` (Llama), `encoder.layer` (BERT) or `h` (GPT-2).
@@ -28,26 +30,37 @@ def replicate(model: nn.Module, ranges: Sequence[Sequence[int]]) -> Callable[[],
     """
     if not ranges:
         return lambda: None
-    owner, name = _layer_list(model)
+    owner, name = layer_list(model)
     layers: Any = owner._modules[name]
-    order = _order(ranges, len(layers))
+    order = order_of(ranges, len(layers))
     config: Any = getattr(model, "config", None)
-    before = getattr(config, "num_hidden_layers", None)
+    before = _settings(config, len(layers))
     fresh = [_share(layers[i]) for i in order]
     for index, layer in enumerate(fresh):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, "layer_idx", index)  # noqa: B010 - a plain value, not a parameter or module
     owner._modules[name] = type(layers)(fresh)
-    if before is not None:
-        config.num_hidden_layers = len(fresh)
+    for key, value in before.items():
+        setattr(config, key, len(fresh) if isinstance(value, int) else [value[i] for i in order])
 
     def undo() -> None:
         owner._modules[name] = layers
-        if before is not None:
-            config.num_hidden_layers = before
+        for key, value in before.items():
+            setattr(config, key, value)
 
     return undo
+
+
+def _settings(config: Any, count: int) -> dict[str, Any]:
+    """What a configuration says of its `count` layers: their number, and lists with a value for each."""
+    number = getattr(config, "num_hidden_layers", None)
+    found: dict[str, Any] = {} if number is None else {"num_hidden_layers": number}
+    for key in OF_LAYERS:
+        value = getattr(config, "__dict__", {}).get(key)
+        if isinstance(value, (list, tuple)) and len(value) == count:
+            found[key] = value
+    return found
 
 
 def check_repeated(ranges: Sequence[Sequence[int]], others: Sequence[Any]) -> None:
@@ -67,7 +80,7 @@ def check_repeated(ranges: Sequence[Sequence[int]], others: Sequence[Any]) -> No
     )
 
 
-def _layer_list(model: Any) -> tuple[Any, str]:
+def layer_list(model: Any) -> tuple[Any, str]:
     """The module that holds the layer list, and the list's name there."""
     from torch import nn
 
@@ -87,7 +100,7 @@ def _layer_list(model: Any) -> tuple[Any, str]:
     )
 
 
-def _order(ranges: Sequence[Sequence[int]], count: int) -> list[int]:
+def order_of(ranges: Sequence[Sequence[int]], count: int) -> list[int]:
     """The indices of the source layers, in the new order."""
     order: list[int] = []
     for pair in ranges:

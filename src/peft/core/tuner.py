@@ -48,6 +48,7 @@ class BaseTuner(Switching, Combined, nn.Module):
     uses_shared_state: ClassVar[bool] = False
     alone: ClassVar[bool] = False  # no other method can be mixed in
     leads: ClassVar[bool] = False  # adapters of its method need it as the tuner, so that one of them must come first
+    unmergeable: ClassVar[str] = ""  # why no weight can hold any of its adapters, and what to do
     injection: ClassVar[type[Injection]] = Injection
     companion: ClassVar[type | None] = None  # what a method does over the whole model, made with the tuner
     beside: dict[str, Any]  # what holds adapters outside the model's layers, by name

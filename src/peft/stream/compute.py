@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.layer import BaseTunerLayer
 from ..core.method import Method
+from ..core.shared import Sight
 from ..core.stack import BufferDict
 from .names import Group, Names
 from .outcome import Value
@@ -35,6 +36,23 @@ class Computer:
 
     def _read(self, key: str) -> Tensor:
         return self.names.tensors[key].read()
+
+    def seen(self, sight: Sight) -> Sight:
+        """A target whose weight is read from the base when it is asked for, and let go by whoever asks."""
+        computer = self
+
+        class Seen(Sight):
+            def weight(self) -> Tensor:
+                """The base weight, (..., O, I)."""
+                with put(self.module, self.view.name, computer.of(self.module, self.view.name)):
+                    return super().weight()
+
+        return Seen(*sight)
+
+    def of(self, module: nn.Module, attr: str) -> Tensor:
+        """The numbers of the base that a tensor of the skeleton stands for."""
+        tensor = held(module, attr)
+        return self.raw(Value([name for name, place in self.names.places.items() if held(*place) is tensor]))
 
     @torch.no_grad()
     def merged(self, value: Value, start: Tensor | None = None) -> Tensor:
@@ -75,6 +93,9 @@ class Computer:
             stack.enter_context(put(base, layer.view.bias_name, start))
             if weight is not None:
                 stack.enter_context(put(base, layer.view.name, weight))
+        for layer, names in value.work if weight is not None else ():
+            for name in names:
+                stack.enter_context(derived(layer, name))
         for layer, names in value.work:
             found = layer.stack(names).bias()
             if found is not None and found is not layer.view.bias(layer.get_base_layer()):

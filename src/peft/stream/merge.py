@@ -16,11 +16,12 @@ from typing import Any
 from torch import nn
 
 from ..core.commit import check_writable
-from . import placing, skeleton
+from . import placing, replicas, skeleton
 from .compute import Computer
 from .journal import Journal, flush_folder, sweep, task_of
 from .names import Group, Names
 from .outcome import Outcome
+from .packed import refuse_packed
 from .plan import FilePlan, Plan, settings
 from .shards import INDEX, CheckpointError, Shards, ShardWriter
 
@@ -84,20 +85,19 @@ def merge_checkpoint(
     _check_once(adapters)
     shards = Shards(base)
     sources = placing.read(adapters, factors)
-    names, outcome = _merged_skeleton(base, shards, sources, model)
-    plan = Plan(shards, names, outcome)
+    plan = _planned(base, shards, sources, model)
     small = [base / CONFIG] if (base / CONFIG).is_file() else []
     small += [p for a in map(Path, adapters) for p in sorted(a.glob("adapter_*")) if p.is_file()]
-    task = task_of([base / n for n in shards.files], small, factors, type(outcome.model).__name__)
+    task = task_of([base / n for n in shards.files], small, factors, type(plan.outcome.model).__name__)
     others, left = _others(base)
     with Journal(out, task) as journal:
         resumed = [f.name for f in plan.files if f.name in journal.done]
         _check_room(plan, journal, others)
         with _told(out):
-            _write_all(plan, Computer(names), shards, journal, progressbar)
-            _finish(base, shards, plan, others, journal)
-    keys = [key for group in plan.changed for key in group.keys]
-    return Merged(out, keys, [key for key, *_ in plan.added], left, sum(f.size for f in plan.files), resumed)
+            _write_all(plan, Computer(plan.names), journal, progressbar)
+            _finish(base, plan, others, journal)
+    changed, added = plan.told(shards)
+    return Merged(out, changed, added, left, sum(f.size for f in plan.files), resumed)
 
 
 # Before ---------------------------------------------------------------------------------------------------
@@ -144,18 +144,23 @@ def _check_once(adapters: Sequence[Folder]) -> None:
         seen.add(path)
 
 
-def _merged_skeleton(
-    base: Path, shards: Shards, sources: list[placing.Source], model: nn.Module | None
-) -> tuple[Names, Outcome]:
-    """The model's names, and what the merge makes of them; no base tensor is read, but for tied ones."""
+def _planned(base: Path, shards: Shards, sources: list[placing.Source], model: nn.Module | None) -> Plan:
+    """What is to be written; no base tensor is read, but for tied ones, and those from which V of FRoD comes."""
+    refuse_packed(base, skeleton.read_config(base), shards.tensors)
     if model is None:
         shapes = {k: tuple(t.shape) for source in sources for k, t in source.saved.outline.items()}
         bare = skeleton.skeleton(base, shards.tensors, sources[0].config, shapes)
     else:
         bare = skeleton.emptied(model)
-    names = Names(bare, shards.tensors)
-    tuner = placing.place(bare, sources)
-    return names, Outcome(tuner, names.places, [s.name for s in sources], Computer(names).equal)
+    names, ranges = Names(bare, shards.tensors), replicas.ranges_of(sources)
+    changes: dict[str, Any] = {}
+    if ranges:
+        shards, changes = replicas.widened(names, shards, ranges)
+        names = Names(bare, shards.tensors)
+    computer = Computer(names)
+    tuner = placing.place(bare, sources, computer.seen)
+    outcome = Outcome(tuner, names.places, [s.name for s in sources], computer.equal)
+    return Plan(shards, names, outcome, changes)
 
 
 def _others(base: Path) -> tuple[list[Path], list[str]]:
@@ -194,14 +199,14 @@ def _told(out: Path) -> Iterator[None]:
 # Writing --------------------------------------------------------------------------------------------------
 
 
-def _write_all(plan: Plan, computer: Computer, shards: Shards, journal: Journal, progressbar: bool) -> None:
+def _write_all(plan: Plan, computer: Computer, journal: Journal, progressbar: bool) -> None:
     total = sum(f.size for f in plan.files)
     with progress(total, progressbar) as advance:
         for file in plan.files:
             if file.name in journal.done:
                 advance(file.size)
                 continue
-            header = shards.files[file.name]
+            header = plan.shards.files[file.name]
             path = journal.stage / file.name
             with ShardWriter(path, file.places, None if file.added else header.raw, header.remarks) as writer:
                 _write(file, plan, computer, writer, advance)
@@ -243,18 +248,20 @@ def _write_group(group: Group, plan: Plan, computer: Computer, writer: ShardWrit
             advance(tensor.numel() * tensor.element_size())
 
 
-def _finish(base: Path, shards: Shards, plan: Plan, others: list[Path], journal: Journal) -> None:
+def _finish(base: Path, plan: Plan, others: list[Path], journal: Journal) -> None:
     """The other files; then the folder gets its name."""
     stage = journal.stage
     for file in others:
         shutil.copyfile(file, stage / file.name)
     stated = skeleton.read_config(base)
-    new = settings(plan.outcome, stated, bool(plan.added))
+    new = settings(plan, stated)
     if new != stated:
         _write_json(stage / CONFIG, new)
-    if shards.index is not None:
-        index = dict(shards.index)
-        index["weight_map"] = {**index["weight_map"], **{k: f.name for f in plan.files for k, _ in f.added}}
+    if plan.shards.index is not None:
+        index = dict(plan.shards.index)
+        held = {p.key: f.name for f in plan.files for p in f.places}
+        known = {k: n for k, n in index["weight_map"].items() if held.get(k) == n}
+        index["weight_map"] = {**known, **held}
         index["metadata"] = {**(index.get("metadata") or {}), "total_size": sum(f.size for f in plan.files)}
         index["metadata"].pop("total_parameters", None)
         _write_json(stage / INDEX, index)

@@ -15,7 +15,9 @@ from torch import nn
 from ..core.checkpoint import foreseen, open_adapter, renamed, set_peft_model_state_dict
 from ..core.files import Saved, in_hand
 from ..core.fingerprint import HASH, difference, fingerprint
+from ..core.late import complete
 from ..core.layer import BaseTunerLayer
+from ..core.shared import late
 from ..core.tokens import TokenRows
 from ..core.tuner import BaseTuner
 from ..core.wrappers import AuxiliaryTrainingWrapper
@@ -73,11 +75,9 @@ def read(adapters: Sequence[str | os.PathLike[str]], weights: Sequence[float]) -
                 f"The adapter in {place} is of the method {method}, which adds tokens, keys or values to the input and "
                 "changes no weights. It cannot be merged: load it beside the base."
             )
-        if getattr(config, "layer_replication", None):
-            raise CheckpointError(
-                f"The adapter in {place} repeats layers of the base (layer_replication), so the merged model has other "
-                "layers. Load the model and merge in memory."
-            )
+        kind: Any = tuner_class(config.peft_type)  # type: ignore[arg-type]
+        if why := kind.unmergeable:
+            raise CheckpointError(f"The adapter in {place} is of the method {method}, which cannot be merged: {why}")
         sources.append(Source(place, _name(place, sources), weight, config, open_adapter(place)))
     return sources
 
@@ -89,8 +89,13 @@ def _name(place: str, others: Sequence[Source]) -> str:
     return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
 
 
-def place(model: nn.Module, sources: Sequence[Source]) -> Any:
+def place(model: nn.Module, sources: Sequence[Source], seen: Any) -> Any:
     """The tuner, with all adapters loaded and active in this order, each times its weight.
+
+    Arguments:
+        model: the skeleton.
+        sources: the adapters.
+        seen: has a target's weight read from the base, for what an adapter makes of all of them.
 
     Raises what loading raises: for missing, unexpected or misshapen tensors, for methods that do not mix.
     """
@@ -98,7 +103,7 @@ def place(model: nn.Module, sources: Sequence[Source]) -> Any:
     with torch.random.fork_rng(devices=[]):
         for source in sources:
             renames = getattr(model, "_checkpoint_conversion_mapping", None) or None
-            with in_hand(list(renamed(source.saved.outline, renames))), _of_this_base(model, source):
+            with in_hand(list(renamed(source.saved.outline, renames))), _of_this_base(model, source), late():
                 tuner = _added(tuner, model, source)
             root = Root(tuner)
             with _of_this_base(model, source):
@@ -106,7 +111,7 @@ def place(model: nn.Module, sources: Sequence[Source]) -> Any:
             state = renamed(source.saved.read(), renames)
             with _of_this_base(model, source):
                 set_peft_model_state_dict(root, state, source.name, low_cpu_mem_usage=True, strict=True)
-            _check_shared(tuner, source)
+            complete(tuner, source.name, sight=seen)
             _check_base(root.base_model.model, source)
     tuner.eval()
     tuner.set_adapter([s.name for s in sources], inference_mode=True)
@@ -146,17 +151,6 @@ def _made_for(model: nn.Module, source: Source) -> str:
         lines = difference(noted, model, replaced)
         text += f" This base differs from it: {'; '.join(lines[:8])}." if lines else ""
     return f"{text} Give that base, or an adapter that was made for this one."
-
-
-def _check_shared(tuner: Any, source: Source) -> None:
-    """Raise CheckpointError for what all layers share, and only the whole base tells."""
-    for key, home in tuner._modules.items():
-        if key != "model" and any(t.is_meta for t in (*home.parameters(), *home.buffers())):
-            method = getattr(source.config.peft_type, "value", source.config.peft_type)
-            raise CheckpointError(
-                f"The adapter in {source.place} does not hold {key!r}, which {method} makes from all weights of the "
-                "base at once. Load the model and merge in memory, or save the adapter with save_projection=True."
-            )
 
 
 def _check_base(model: nn.Module, source: Source) -> None:

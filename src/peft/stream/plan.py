@@ -38,10 +38,17 @@ class FilePlan:
 
 
 class Plan:
-    """The files of the merged checkpoint: the base's, with the same keys, and what the merge has untied or added."""
+    """The files of the merged checkpoint: the base's, with the same keys, and what the merge has untied or added.
 
-    def __init__(self, shards: Shards, names: Names, outcome: Outcome):
-        self.names, self.outcome = names, outcome
+    Arguments:
+        shards: the base's files, with all layers of the merged model.
+        names: of its tensors.
+        outcome: the merged model.
+        changes: what config.json says otherwise of repeated layers.
+    """
+
+    def __init__(self, shards: Shards, names: Names, outcome: Outcome, changes: dict[str, Any]):
+        self.shards, self.names, self.outcome, self.changes = shards, names, outcome, changes
         self.changed = [group for group in names.groups if self._changes(group)]
         self.added = self._added()
         of_key = {key: group for group in self.changed for key in group.keys}
@@ -102,6 +109,14 @@ class Plan:
             found.append((place.key, value, place))
         return found
 
+    def told(self, base: Shards) -> tuple[list[str], list[str]]:
+        """Keys of the tensors that differ from those of the base's files, and keys that these have not."""
+        keys = [key for group in self.changed for key in group.keys]
+        here = {s.key: (s.file, s.start) for s in base.tensors.values()}
+        moved = [k for k, s in self.shards.tensors.items() if here.get(k) != (s.file, s.start)]
+        keys = [k for k in dict.fromkeys([*keys, *moved]) if k in here]
+        return keys, [k for k in moved if k not in here] + [key for key, *_ in self.added]
+
     def _split(self, name: str, value: Value) -> bool:
         """Whether a tensor that was tied to one in the files is so no longer."""
         return name in value.names and any(n in self.names.group_of for n in value.names)
@@ -112,15 +127,10 @@ class Plan:
         return self.names.tensors[self.names.group_of[known[0]].keys[0]].file.name if known else None
 
 
-def settings(outcome: Outcome, stated: dict[str, Any], added: bool) -> dict[str, Any]:
-    """config.json of the merged model: the base's, with what the merge has changed.
-
-    Arguments:
-        outcome: the merged model.
-        stated: the base's config.json.
-        added: whether the model has tensors that the base had not.
-    """
-    new = dict(stated)
+def settings(plan: Plan, stated: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the merged model: the base's (`stated`), with what the merge has changed."""
+    outcome, added = plan.outcome, bool(plan.added)
+    new = {**stated, **plan.changes} if stated else {}
     config: Any = getattr(outcome.model, "config", None)
     if stated and getattr(config, "tie_word_embeddings", True) is False and stated.get("tie_word_embeddings", True):
         new["tie_word_embeddings"] = False

@@ -101,9 +101,12 @@ def memory(tensor: Tensor) -> memoryview:
 
 @dataclass
 class Header:
-    """What the beginning of a file says: its bytes, its remarks and its tensors in the order of their numbers."""
+    """What the beginning of a file says: its bytes, its remarks and its tensors in the order of their numbers.
 
-    raw: bytes
+    There are no bytes where tensors have other names than in the file.
+    """
+
+    raw: bytes | None
     remarks: dict[str, str]
     tensors: list[Stored]
 
@@ -139,6 +142,9 @@ class Shards:
     index: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.files:
+            self.tensors = {s.key: s for header in self.files.values() for s in header.tensors}
+            return
         for name in self._names():
             self.files[name] = Header.of(self.folder / name)
         self.tensors = {s.key: s for header in self.files.values() for s in header.tensors}
@@ -286,7 +292,7 @@ def _header(places: list[Place], remarks: dict[str, str]) -> bytes:
 def sums_of(file: Path) -> dict[str, int]:
     """The checksums of a file's header and tensors, as a writer has them."""
     header = Header.of(file)
-    sums = {"": zlib.crc32(header.raw)}
+    sums = {"": zlib.crc32(header.raw or b"")}
     for stored in header.tensors:
         total = 0
         for chunk in stored.chunks():

@@ -38,13 +38,6 @@ def skeleton(base: Path, tensors: Mapping[str, Stored], config: Any, shapes: Map
         shapes: the shapes of the adapter's tensors by key.
     """
     stated = read_config(base)
-    quantised = stated.get("quantization_config")
-    if quantised:
-        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise CheckpointError(
-            f"{base} is quantised ({kind}), and packed numbers are not merged into. Use the checkpoint that it was "
-            "made from."
-        )
     kind, settings = known(base, stated, config)
     if kind is None:
         return guessed(base, tensors, config, shapes)

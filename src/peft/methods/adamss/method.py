@@ -12,70 +12,38 @@ an A that does not depend on the global generator.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...core.files import keys_in_hand
 from ...core.method import LowRank, Site
 from ...core.stack import Adapter, Stack
 from ...errors import PeftWarning
-from ..kmeans import labels
-
-SEED, ROUNDS = 123456789, 10  # of k-means, as the peer has them
-
-
-class Deal:
-    """[W0 | b0] decomposed: N (r, columns), the left vectors U (rows, r), and the rows of each cluster."""
-
-    def __init__(self, W: Tensor, b: Tensor | None, c: Any, path: str):
-        if W.device.type == "meta":
-            raise ValueError(
-                f"AdaMSS groups the rows of {path!r} by their numbers, which the meta device lacks. Load the base "
-                "model first, then add the adapter."
-            )
-        rows = W.detach().float().flatten(0, -2)
-        rows = rows if b is None else torch.cat([rows, b.detach().float().view(-1, 1)], 1)
-        with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
-            torch.manual_seed(c.random_seed)
-            self.U, _, V = torch.svd_lowrank(rows, q=min(c.r, *rows.shape), niter=2)
-        self.N = V.mT.contiguous()
-        found = labels(self.U, min(c.num_subspaces, len(rows)), ROUNDS, SEED)
-        self.clusters = [at for k in range(int(found.max()) + 1) if len(at := (found == k).nonzero()[:, 0])]
-
-    def rank(self, at: Tensor, c: Any) -> int:
-        """q of a cluster."""
-        most = min(len(at), c.subspace_rank, self.U.shape[1])
-        if not c.use_dynamic_rank:
-            return most
-        size = torch.linalg.svdvals(self.U[at.to(self.U.device)]).square()  # those of X X'
-        return max(1, min(most, int((size > c.svd_threshold * size[0]).sum())))
-
-    def places(self) -> Tensor:
-        """Where each row stands when the clusters are put one below another."""
-        return torch.cat(self.clusters).argsort().to(self.N.device)
-
-    def shadow(self, N: Tensor) -> Tensor:
-        """A fixed vector seen through the space of N's rows: the same for every basis of that space."""
-        probe = torch.linspace(-1, 1, N.shape[1], dtype=N.dtype, device=N.device).sin_()
-        return N.mT @ (N @ probe)
+from .deal import Deal, Unknown
 
 
 class AdaMSS(LowRank):
     """[W' | b'] = [W | b] + D."""
 
     def build(self, site: Site) -> dict[str, Any]:
-        c, deal = site.settings, Deal(*site.original(), site.settings, site.path)
+        c, (W, b) = site.settings, site.original()
+        unknown = W.is_meta and bool(keys_in_hand())  # a file says how the rows are dealt out
+        count = sum(f".{site.path}.adamss_B." in f".{key}" for key in keys_in_hand()) if unknown else 0
+        deal = Unknown(W, b, c, count) if unknown else Deal(W, b, c, site.path)
         shapes = [(len(at), deal.rank(at, c)) for at in deal.clusters]
         A = nn.ParameterList(nn.Parameter(torch.empty(q, len(deal.N), **site.kwargs)) for _, q in shapes)
         B = nn.ParameterList(nn.Parameter(torch.zeros(n, q, **site.kwargs)) for n, q in shapes)
-        A.__dict__["deal"] = deal  # until the adapter is in place
+        A.__dict__["deal"] = None if unknown else deal  # until the adapter is in place
         return {
             "adamss_A": A,
             "adamss_B": B,
             "adamss_newB": nn.Buffer(deal.N.to(**site.kwargs)),
             "num_subspaces": len(deal.clusters),
+            "guessed": unknown,
         }
 
     def init(self, p: Adapter, inner: Stack) -> None:
@@ -89,6 +57,8 @@ class AdaMSS(LowRank):
     def derive(self, p: Adapter, inner: Stack) -> None:
         deal = self.deal(p)
         p.adamss_A.__dict__.pop("deal", None)
+        if p.guessed:
+            self.check(p, [len(at) for at in deal.clusters])
         p.layer.keep(p, "adamss_places", deal.places())
         p.layer.keep(p, "adamss_shadow", deal.shadow(deal.N))
 
@@ -99,13 +69,19 @@ class AdaMSS(LowRank):
 
     @torch.no_grad()
     def follow_base(self, p: Adapter, inner: Stack) -> None:
-        if p.layer.original_weight_device().type == "meta" or not p.has("adamss_places"):
+        if p.layer.original_weight_device().type == "meta":
             return
-        if not torch.equal(self.deal(p).places(), p.held_buffer("adamss_places")):
+        if not p.has("adamss_places"):
+            self.derive(p, inner)
+            self.written(p)
+        elif not torch.equal(self.deal(p).places(), p.held_buffer("adamss_places")):
             self.warn(p, "the new base weight")
 
     @torch.no_grad()
     def written(self, p: Adapter) -> None:
+        if not p.has("adamss_places"):
+            self.check(p, [len(B) for B in p.adamss_B])
+            return
         N, wanted = p.held_buffer("adamss_newB").float(), p.held_buffer("adamss_shadow")
         if (Deal.shadow(self, N) - wanted).norm() > 1e-2 * wanted.norm():  # type: ignore[arg-type]
             self.warn(p, "the file")
@@ -119,12 +95,22 @@ class AdaMSS(LowRank):
         )
         warnings.warn(text, PeftWarning, stacklevel=2)
 
+    def check(self, p: Adapter, sizes: list[int]) -> None:
+        """Raise ValueError unless the tensors of a file, whose shapes were not known before, are those of clusters."""
+        held = [(len(A), *B.shape) for A, B in zip(p.adamss_A, p.adamss_B, strict=True)]
+        rows = math.prod(p.layer.view.shape(p.layer.get_base_layer())[:-1])
+        if sum(sizes) != rows or held != [(q, n, q) for (q, *_), n in zip(held, sizes, strict=False)]:
+            raise ValueError(
+                f"The clusters of the {rows} rows of {p.path!r} have {sizes} rows, but those of adapter {p.name!r} "
+                f"have {[n for _, n, _ in held]}. Load the adapter on the base model that it was trained on."
+            )
+
     def takes(self, p: Adapter, key: str, shape: tuple[int, ...]) -> bool:
         kind, _, k = key.partition(".")
-        if not p.settings.use_dynamic_rank or kind not in ("adamss_A", "adamss_B") or len(shape) != 2:
+        if not (p.settings.use_dynamic_rank or p.guessed) or kind not in ("adamss_A", "adamss_B") or len(shape) != 2:
             return False
         axis = 1 if kind == "adamss_A" else 0
-        return bool(getattr(p, kind)[int(k)].shape[axis] == shape[axis])
+        return bool(getattr(p, kind)[int(k)].shape[axis] == shape[axis]) or (p.guessed and axis == 0)
 
     def down(self, p: Adapter) -> Tensor:
         """The A_k N below each other, (all q, columns)."""
@@ -134,7 +120,17 @@ class AdaMSS(LowRank):
     def up(self, p: Adapter) -> Tensor:
         """The B_k in the places of their rows, (..., O, all q)."""
         lead = p.layer.view.shape(p.layer.get_base_layer())[:-1]
-        return torch.block_diag(*p.held("adamss_B"))[p.held_buffer("adamss_places")].unflatten(0, lead)
+        return torch.block_diag(*p.held("adamss_B"))[self.places(p)].unflatten(0, lead)
+
+    def places(self, p: Adapter) -> Tensor:
+        """Where the rows of the clusters belong; found now if the base weight was not there before."""
+        if not torch.compiler.is_compiling() and not p.has("adamss_places"):
+            self.follow_base(p, p.layer.stack(()))
+            if not p.has("adamss_places"):
+                raise RuntimeError(
+                    f"The clusters of {p.path!r} are found from the base weight, which is not there yet."
+                )
+        return p.held_buffer("adamss_places")
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         inp = p.layer.view.shape(p.layer.get_base_layer())[-1]

@@ -133,6 +133,7 @@ class ShadowModel(BaseTuner):
 
     prefix = "shadow_"
     leads = True
+    unmergeable = "a model of its own runs beside the base, so no weight can hold it. Load it on the base model."
     uses_shared_state = True
     layer_classes: ClassVar[dict[str, type[BaseTunerLayer]]] = {"Module": ShadowLayer}
     method: ClassVar[Following] = Following()

@@ -82,6 +82,10 @@ class XLoraModel(LoraModel):
     """
 
     leads = True
+    unmergeable = (
+        "it mixes its experts anew for each token, so no weight can hold it. Merge one of the experts (folders that "
+        "`adapters` of its configuration names), or load it on the base model."
+    )
     generating: ClassVar[dict[str, Any]] = {"use_cache": False}
 
     @classmethod
