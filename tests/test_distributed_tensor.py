@@ -26,6 +26,7 @@ CHECKS = [
     "dropout",
     "sequence",
     "rows",
+    "steps",
     "resume",
     "both",
     "parameter",
@@ -167,9 +168,24 @@ def check_rows(rank: int) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def check_steps(rank: int) -> None:
+    """Gradients that torch leaves in parts are put together by the optimizer, and by clipping."""
+    runs = []
+    for model in pair("lora"):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        learner = torch.optim.AdamW(trained, lr=1e-2)
+        for _ in range(3):
+            work.loss_of(model(work.IDS)).backward()
+            norm = nn.utils.clip_grad_norm_(trained, 0.01)
+            learner.step()
+            learner.zero_grad()
+        runs.append({**peft.get_peft_model_state_dict(model), "norm": work.whole(norm)})
+    work.same_state(*runs, rtol=1e-3, atol=1e-4)
+
+
 def check_resume(rank: int) -> None:
     """Files hold whole tensors, and a model over the mesh loads them without first values."""
-    _, two = pair("dora")
+    one, two = pair("dora")
     folder = work.shared_folder()
     two.save_pretrained(folder)
     written = read_weights(Path(folder) / "adapter_model.safetensors")
@@ -178,14 +194,15 @@ def check_resume(rank: int) -> None:
     work.same_state(written, peft.get_peft_model_state_dict(again))
     assert all(hasattr(p, "device_mesh") for p in again.parameters() if p.requires_grad)
     runs = []
-    for model in (two, again):
+    for model in (two, again, one):
         learner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for _ in range(2):
             work.loss_of(model(work.IDS)).backward()
             learner.step()
             learner.zero_grad()
         runs.append(peft.get_peft_model_state_dict(model))
-    work.same_state(*runs)
+    work.same_state(*runs[:2])
+    work.same_state(runs[2], runs[0], rtol=1e-3, atol=1e-4)
 
 
 def check_both(rank: int) -> None:

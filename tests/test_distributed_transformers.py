@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft
 from peft.core.files import read_weights
@@ -21,7 +22,7 @@ CONFIGS: dict[str, Any] = {
     "dora": lambda: peft.LoraConfig(target_modules=["k_proj", "o_proj", "down_proj"], r=4, use_dora=True),
     "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
 }
-CHECKS = list(CONFIGS)
+CHECKS = [*CONFIGS, "traffic"]
 IDS = torch.arange(10).view(2, 5)
 
 
@@ -41,12 +42,40 @@ def spread(folder: str) -> Any:
     return model
 
 
+class Traffic(TorchDispatchMode):
+    """How wide what processes sum together is, while this is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in str(function) and "all_reduce" in str(function):
+            self.widths.append(args[0].shape[-1])
+        return function(*args, **(kwargs or {}))
+
+
+def check_traffic(folder: str) -> None:
+    """Adapters add what is as wide as their rank: after each split input, and before each split output's gradient."""
+    found = []
+    for adapt in (False, True):
+        model = spread(folder).requires_grad_(False)
+        model = peft.get_peft_model(model, CONFIGS["lora"]()) if adapt else model
+        with Traffic() as seen:
+            model(inputs_embeds=torch.randn(1, 5, 16, requires_grad=True)).logits.sum().backward()
+        found.append(sorted(seen.widths))
+    assert found[1] == [4] * 7 + found[0]
+
+
 def check(name: str, rank: int) -> None:
     """An adapter of one configuration, on every process."""
     folder = work.shared_folder()
     plain = small()
     if rank == 0:
         plain.save_pretrained(f"{folder}/base")
+    dist.barrier()
+    if name == "traffic":
+        return check_traffic(f"{folder}/base")
     one = peft.get_peft_model(plain, CONFIGS[name]())
     values = work.other_values(peft.get_peft_model_state_dict(one))
     peft.set_peft_model_state_dict(one, values)

@@ -96,14 +96,25 @@ class Edge:
         return given.redistribute(placements=placements)  # type: ignore[attr-defined]
 
 
-class Seen:
-    """A view that shows a spread weight whole."""
+class Apart:
+    """A view whose adapters run apart from the module, so that what they bring together should be narrow."""
+
+    dense = False  # no fused form: A x is asked of the stack
 
     def __init__(self, view: Any):
         self._view = view
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._view, name)
+
+
+class Seen(Apart):
+    """A view that shows a spread weight whole."""
+
+    @property
+    def dense(self) -> bool:  # type: ignore[override]
+        """As the view's."""
+        return bool(self._view.dense)
 
     def read(self, m: nn.Module) -> Tensor:
         """W as numbers, (..., O, I)."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..stack import Adapter, Stack
-from .edge import Edge, Roles, Seen, replicated
+from .edge import Apart, Edge, Roles, Seen, replicated
 from .gather import full, is_mesh, like_first
 
 Run = Callable[[Tensor], Tensor]
@@ -65,7 +65,7 @@ class SpreadStack(Stack):
 
             entered = edge.enter(x)
             placements = entered.placements  # type: ignore[attr-defined]
-            return edge.part(self._adapted(edge, entered, run), None)
+            return edge.part(self._adapted(edge, entered, run, inside=True), None)
 
         base.__dict__["forward"] = forward
         try:
@@ -73,10 +73,13 @@ class SpreadStack(Stack):
         finally:
             del base.__dict__["forward"]
 
-    def _adapted(self, edge: Edge, x: Tensor, run: Run) -> Tensor:
-        """What the adapters make of a DTensor; `run` is the module on a DTensor or a whole tensor."""
+    def _adapted(self, edge: Edge, x: Tensor, run: Run, inside: bool = False) -> Tensor:
+        """What the adapters make of a DTensor; `run` is the module on a DTensor or a whole tensor.
+
+        Inside the module's hooks the module's and the adapters' sums of parts are brought together as one.
+        """
         if all(runs_spread(a) for a in self.adapters):
-            return Within(self, self.adapters, run)(x)
+            return Within(self, self.adapters, run, None if inside else Apart(self.view))(x)
         with lent(self.adapters):
             return Within(self, self.adapters, lambda whole: full(run(whole)), Seen(self.view))(full(x))
 
@@ -120,9 +123,10 @@ class Within(Stack):
         return self.run(x) if last is None else last.method.forward(last, self.inner, x)  # type: ignore[arg-type]
 
     def linear(self, x: Tensor, W: Tensor) -> Tensor:
-        """W x without bias; rows that were looked up in parts are brought together at once, as torch keeps a mask."""
+        """W x without bias. What is a sum of parts is brought together at once where it is narrow (A x, and its
+        gradient), and where it was looked up, as torch keeps a mask of that."""
         y = super().linear(x, W)
-        if not is_mesh(y) or not self.view.one_hot:
+        if not is_mesh(y) or isinstance(self.view, Seen) or not (self.view.one_hot or isinstance(self.view, Apart)):
             return y
         rest = replicated(y.device_mesh)  # type: ignore[attr-defined]
         pairs = zip(y.placements, rest, strict=True)  # type: ignore[attr-defined]

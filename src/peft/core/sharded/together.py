@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from ..merge import Mergeable
 from ..method import Site
 from ..stack import Adapter, Stack
-from .edge import Roles
 from .gather import full, is_mesh, is_spread, whole
-from .running import SpreadStack, place, replicate
 
 
 class Together(Mergeable):
@@ -66,7 +64,9 @@ class Together(Mergeable):
 
     def stack(self, names: Sequence[str], extra: Any = None) -> Stack:
         """The base layer under the named adapters, in this order; names that the layer lacks are left out."""
-        kind = SpreadStack if is_mesh(self._weight()) else Stack
+        kind = Stack
+        if is_mesh(self._weight()):  # what this imports, programs in one process do not need
+            from .running import SpreadStack as kind
         return kind(self, tuple(self.adapters[n] for n in names if n in self.adapters), extra)
 
     # ---- a new adapter's tensors -------------------------------------------------------------------------------
@@ -80,10 +80,16 @@ class Together(Mergeable):
 
     def _noting(self, site: Site) -> Site:
         """The place of an adapter whose method's tensors are noted by what they count, if they will be spread."""
-        return replace(site, view=Roles(site.view)) if is_mesh(self._weight()) else site  # type: ignore[arg-type]
+        if not is_mesh(self._weight()):
+            return site
+        from .edge import Roles
+
+        return replace(site, view=Roles(site.view))  # type: ignore[arg-type]
 
     def _spread(self, p: Adapter, site: Site) -> None:
         if is_mesh(self._weight()):
+            from .running import place
+
             place(p, site.view)  # type: ignore[arg-type]
 
     def _beside(self, value: Tensor) -> Tensor:
@@ -91,6 +97,8 @@ class Together(Mergeable):
         weight = self._weight()
         if not is_mesh(weight) or is_mesh(value):
             return value
+        from .running import replicate
+
         made = replicate(value.detach(), weight.device_mesh)
         return nn.Buffer(made) if isinstance(value, nn.Buffer) else made
 
