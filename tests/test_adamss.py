@@ -10,6 +10,7 @@ from torch import nn
 
 import peft
 from peft import AdamssConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.methods.adamss import deal
 from peft.methods.adamss.asa import target
 from peft.methods.kmeans import labels
 
@@ -32,6 +33,49 @@ def points(n: int, d: int, kind: str) -> torch.Tensor:
 def test_clusters_are_those_of_scikit_learn(n, d, k, kind):
     found = labels(points(n, d, kind), k, 10, 123456789)
     assert "".join(map(str, found.tolist())) == LABELS[n, d, k, kind]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40)])
+def test_directions_found_with_some_rows_at_a_time_are_the_same(shape, bias, monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    left, right = (torch.linalg.qr(torch.randn(n, 4, generator=generator))[0] for n in shape)
+    W = left @ torch.diag(torch.tensor([9.0, 5, 3, 1])) @ right.mT + torch.randn(shape, generator=generator) / 100
+    W, b = W.bfloat16(), torch.randn(shape[0], generator=generator) / 100 if bias else None
+    torch.manual_seed(0)
+    whole = deal.leading(W, b, 4)
+    monkeypatch.setattr(deal, "LARGE", 100)
+    torch.manual_seed(0)
+    parts = deal.leading(W, b, 4)
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one * (one * other).sum(0).sign(), other, rtol=1e-3, atol=1e-4)
+
+
+def test_an_adapter_on_a_base_without_numbers_takes_them_when_they_come(tmp_path):
+    """Its clusters are those of the file; until the base weight is there nothing can be computed."""
+    model = get_peft_model(net(), config())
+    trained(model, range(3))
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 10), nn.Tanh(), nn.Linear(10, 12))
+    late = PeftModel.from_pretrained(empty, tmp_path, low_cpu_mem_usage=True)
+    layer = next(m for m in late.modules() if hasattr(m, "adamss_A"))
+    with pytest.raises(RuntimeError, match="base weight, which is not there yet"):
+        layer.get_delta_weight("default")
+    late.base_model.model.load_state_dict(
+        {k: v for k, v in model.base_model.model.state_dict().items() if "adamss" not in k}, strict=False, assign=True
+    )
+    torch.testing.assert_close(late(X), model(X))
+
+
+def test_a_file_that_is_not_for_so_many_rows_is_refused_on_a_base_without_numbers(tmp_path):
+    get_peft_model(net(), config()).save_pretrained(tmp_path)
+    with torch.device("meta"):
+        other = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 10), nn.Tanh(), nn.Linear(10, 12))
+    with pytest.raises((ValueError, RuntimeError), match=r"clusters of the 9 rows|size mismatch"):
+        PeftModel.from_pretrained(other, tmp_path, low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match="meta device lacks"), torch.device("meta"):
+        get_peft_model(nn.Sequential(nn.Linear(6, 8)), config(target_modules=["0"]))
 
 
 def net() -> nn.Module:

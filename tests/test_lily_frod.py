@@ -10,6 +10,9 @@ from torch import nn
 
 import peft
 from peft import FrodConfig, GloraConfig, LilyConfig, PeanutConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.core.shared import Sight, shared_of
+from peft.core.views import view_of
+from peft.methods.frod import basis
 from peft.methods.frod.basis import kind_of, number_of
 from peft.methods.lily import suffix
 
@@ -144,6 +147,67 @@ def test_the_adapter_comes_back_with_and_without_its_basis_in_the_file(tmp_path,
     model.save_pretrained(tmp_path)
     assert any("frod_V" in k for k in get_peft_model_state_dict(model)) is kept
     assert torch.equal(PeftModel.from_pretrained(Net(), tmp_path)(X), model(X))
+
+
+def matrices(count: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(5, 6, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def kind_of_matrices() -> basis.Kind:
+    kind = basis.Kind(6)
+    for i, W in enumerate(matrices()):
+        layer = nn.Linear(6, 5)
+        layer.weight = nn.Parameter(W.float())
+        kind.add(Sight(f"layers.{i}.fc", layer, view_of(layer)))
+    return kind
+
+
+def test_a_basis_from_one_matrix_after_the_other_is_the_same(monkeypatch):
+    """Up to the signs of its columns, which no decomposition tells."""
+    whole = kind_of_matrices().basis(0.01)
+    monkeypatch.setattr(basis, "LARGE", 0)
+    monkeypatch.setattr(basis, "PART", 20)
+    parts = kind_of_matrices().basis(0.01)
+    signs = (whole * parts).sum(0).sign()
+    torch.testing.assert_close(parts * signs, whole, rtol=1e-3, atol=1e-4)
+
+
+def test_a_feature_that_no_weight_reads_has_a_basis_too(monkeypatch):
+    monkeypatch.setattr(basis, "LARGE", 0)
+    kind = kind_of_matrices()
+    for sight in kind.sights.values():
+        sight.module.weight.data[:, 2] = 0
+    V = kind.basis(0.01)
+    assert torch.isfinite(V).all() and V[2].abs().max() < 1e-5
+    W = next(kind.matrices())
+    U, scale = basis.left(W, V)
+    torch.testing.assert_close((U.double() * scale) @ V.double().mT, W.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("singular", [False, True])
+def test_the_left_side_is_the_same_with_some_rows_at_a_time(lead, singular, monkeypatch):
+    W, V = torch.randn(*lead, 9, 6), torch.randn(6, 6)
+    if singular:
+        W[..., 2], V[2] = 0, 0
+    U, scale = basis.left(W, V)
+    monkeypatch.setattr(basis, "LARGE", 10)
+    monkeypatch.setattr(basis, "PART", 12)
+    parts, norms = basis.left(W, V)
+    assert parts.dtype is V.dtype
+    torch.testing.assert_close(norms, scale)
+    torch.testing.assert_close(parts, U.float())
+    assert parts.shape == W.shape
+
+
+def test_equal_bases_of_files_are_kept_once(tmp_path):
+    get_peft_model(Net(), frod()).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(Net(), tmp_path)
+    model.load_adapter(tmp_path, "second")
+    tuner = model.base_model
+    homes = [home for name, home in shared_of(tuner) if name.startswith(("frod_V", "frod_s_indices"))]
+    assert homes and all(home.tensor("default") is home.tensor("second") for home in homes)
 
 
 def test_the_left_side_follows_the_basis_of_a_file(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -13,6 +14,8 @@ from ...core.shared import Sight, is_late, seeded_on
 from ...core.unload import progress
 
 LEAST = 1e-12  # a column of this norm is zero
+LARGE = 2**23  # numbers; more are not held in single precision at once
+PART = 2**21  # numbers that are, then
 
 
 def kind_of(path: str) -> str:
@@ -49,10 +52,16 @@ class Kind:
         number = number_of(sight.path)
         self.sights[len(self.sights) if number is None else number] = sight
 
-    def weights(self) -> list[Tensor]:
-        """All matrices, (out, size), in the order of the layers' numbers; on the CPU, in single precision."""
-        found = (table(sight.view, sight.weight().detach()) for _, sight in sorted(self.sights.items()))
-        return [W for stack in found for W in stack.to("cpu", torch.float32).view(-1, *stack.shape[-2:])]
+    def matrices(self) -> Iterator[Tensor]:
+        """All matrices, (out, size), in the order of the layers' numbers; on the CPU."""
+        for _, sight in sorted(self.sights.items()):
+            stack = table(sight.view, sight.weight().detach())
+            yield from stack.to("cpu").reshape(-1, *stack.shape[-2:])
+
+    def heights(self) -> list[int]:
+        """How many rows the matrices have."""
+        shapes = [table(sight.view, sight.shape) for _, sight in sorted(self.sights.items())]
+        return [s[-2] for s in shapes for _ in range(math.prod(s[:-2]))]
 
     def basis(self, alpha: float) -> Tensor:
         """V, (size, size), in the weights' dtype and on their device."""
@@ -60,16 +69,45 @@ class Kind:
         dtype = like.dtype if like.is_floating_point() else torch.float32
         if like.device.type == "meta" or is_late():
             return torch.empty(self.size, self.size, dtype=dtype, device="meta")
-        weights = self.weights()
-        stack = torch.cat(weights)
-        if len(stack) < self.size:
-            V = torch.linalg.svd(stack, full_matrices=True)[2].mT
-        else:
-            Q, R = torch.linalg.qr(stack)
+        device = like.device
+        del like
+        heights = self.heights()
+        numbers = self.size * max(sum(heights), self.size * len(heights))
+        if sum(heights) < self.size:
+            V = torch.linalg.svd(torch.cat([W.float() for W in self.matrices()]), full_matrices=True)[2].mT
+        elif numbers <= LARGE:
+            Q, R = torch.linalg.qr(torch.cat([W.float() for W in self.matrices()]))
             eye = torch.eye(self.size)
-            inverses = [torch.linalg.inv(q.mT @ q + alpha * eye) for q in Q.split([len(W) for W in weights])]
+            inverses = [torch.linalg.inv(q.mT @ q + alpha * eye) for q in Q.split(heights)]
             V = R.mT @ torch.linalg.eigh(torch.stack(inverses).mean(0))[1]
-        return V.to(like.device, dtype).contiguous()
+        else:
+            V = self.by_parts(alpha, len(heights))
+        return V.to(device, dtype).contiguous()
+
+    def by_parts(self, alpha: float, count: int) -> Tensor:
+        """V from one matrix after the other, of which some rows are in single precision at a time.
+
+        R is that of the rows seen so far over the next ones; Q_k is W_k R^-1.
+        """
+        R = torch.zeros(0, self.size)
+        for W in self.matrices():
+            for rows in W.split(max(self.size, PART // self.size)):
+                R = torch.linalg.qr(torch.cat([R, rows.float()]), mode="r")[1]
+        at = R.diagonal()
+        least = torch.finfo(R.dtype).eps * at.abs().max().clamp_min(LEAST)
+        at.copy_(torch.where(at.abs() < least, least, at))  # features that no weight reads
+        mean = torch.zeros(self.size, self.size)
+        for W in self.matrices():
+            gram = torch.zeros(self.size, self.size)
+            for rows in W.split(max(1, PART // self.size)):
+                q = torch.linalg.solve_triangular(R, rows.float(), upper=True, left=False)
+                gram.addmm_(q.mT, q)
+            gram.diagonal().add_(alpha)
+            mean.add_(torch.linalg.inv(gram), alpha=1 / count)
+            del gram
+        E = torch.linalg.eigh(mean)[1]
+        del mean
+        return R.mT @ E
 
 
 def bases(kinds: dict[str, Kind], settings: Any) -> Iterator[tuple[str, Tensor]]:
@@ -97,14 +135,42 @@ def places(sizes: dict[str, int], settings: Any) -> dict[str, Tensor]:
 
 
 def left(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """(U, l0) with W = U diag(l0) V', solved in double precision."""
-    wide, right = V.to(W.device, torch.float64), W.detach().double().mT
+    """(U, l0) with W = U diag(l0) V', solved in double precision; U in V's dtype where it is large."""
+    wide = V.to(W.device, torch.float64)
+    if W.numel() > LARGE:
+        return left_by_parts(W, wide, V.dtype)
+    right = W.detach().double().mT
     try:
         M = torch.linalg.solve(wide, right).mT
     except torch.linalg.LinAlgError:
         M = (torch.linalg.pinv(wide, rtol=1e-6) @ right).mT
     scale = torch.linalg.vector_norm(M, dim=-2)
     return torch.where(scale > LEAST, 1 / scale.clamp_min(LEAST), 0.0)[..., None, :] * M, scale
+
+
+def left_by_parts(W: Tensor, wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same with some rows of W at a time: once for the norms of U's columns, once for U."""
+    factors = torch.linalg.lu_factor_ex(wide)
+    inverse = torch.linalg.pinv(wide, rtol=1e-6) if factors.info else None
+    del wide
+
+    def solved(rows: Tensor) -> Tensor:
+        right = rows.double().mT
+        return (torch.linalg.lu_solve(*factors[:2], right) if inverse is None else inverse @ right).mT
+
+    out, size = W.shape[-2:]
+    flat = W.detach().reshape(-1, out, size)
+    U = torch.empty(flat.shape, dtype=dtype, device=W.device)
+    squares = torch.zeros(len(flat), size, dtype=torch.float64, device=W.device)
+    step = max(1, PART // size)
+    parts = [(k, slice(start, start + step)) for k in range(len(flat)) for start in range(0, out, step)]
+    for k, rows in parts:
+        squares[k] += solved(flat[k, rows]).square_().sum(0)
+    scale = squares.sqrt_()
+    factor = torch.where(scale > LEAST, 1 / scale.clamp_min(LEAST), 0.0)
+    for k, rows in parts:
+        U[k, rows] = (solved(flat[k, rows]) * factor[k]).to(dtype)
+    return U.view(W.shape), scale.view(*W.shape[:-2], size)
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -25,7 +25,7 @@ from ...core.draw import scatter
 from ...core.method import Delta, Site
 from ...core.shared import Shared, Sight
 from ...core.stack import Adapter, Stack
-from .basis import Kind, bases, kind_of, left, off_diagonal, places, same, table
+from .basis import PART, Kind, bases, kind_of, left, off_diagonal, places, same, table
 
 SHARED = ("s_indices", "V")
 
@@ -76,6 +76,11 @@ class FRoD(Delta):
 
     def written(self, p: Adapter) -> None:
         self.follow_base(p, p.layer.stack(()))
+        for what in SHARED:  # equal ones of two adapters are kept once
+            held = p.shared[f"frod_{what}.{p.category}"]._buffers
+            other = next((t for name, t in held.items() if name != p.name), None)
+            if other is not None and other is not held[p.name] and same(other, held[p.name]):
+                held[p.name] = other
 
     def prepare(self, p: Adapter) -> None:
         name, size = kind_of(p.path), table(p.layer.view, p.layer.view.shape(p.layer.get_base_layer()))[-1]
@@ -99,10 +104,10 @@ class FRoD(Delta):
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         U, middle, V = self.pieces(p)
-        U, V = U.to(middle.dtype), V.to(middle.dtype)
         if p.layer.view.infix:  # the table's rows are in-features
-            return V[rows] @ (U @ middle).mT
-        return U[..., rows, :] @ (middle @ V.mT)
+            X = V[rows].to(middle.dtype) @ middle.mT
+            return torch.cat([X @ part.to(X.dtype).mT for part in U.split(max(1, PART // len(V)))], -1)
+        return U[..., rows, :].to(middle.dtype) @ (middle @ V.to(middle.dtype).mT)
 
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("frod_dropout")
