@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -296,3 +297,23 @@ def test_files_made_for_stacked_parameters_load_into_one_module_an_expert(names,
                 )
                 changed += bool(delta[expert].abs().max() > 0)
     assert changed
+
+
+@pytest.mark.parametrize(("make", "block", "names"), OLD)
+@pytest.mark.parametrize("way", ["hotswap", "pool"])
+def test_files_made_for_one_module_an_expert_are_exchanged_in_place(make, block, names, way, tmp_path):
+    from peft.hotswap import AdapterPool, hotswap_adapter
+
+    lora(target_modules=["q_proj", *names]).save_pretrained(tmp_path)
+    save_file(old_file(block, names), tmp_path / "adapter_model.safetensors")
+    base = make()
+    expected = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(IDS).logits
+    model = get_peft_model(base, lora(target_modules=["q_proj", *names])).eval()
+    assert not torch.allclose(model(IDS).logits, expected)
+    if way == "pool":
+        pool = AdapterPool(model)
+        pool.register("old", tmp_path)
+        pool.activate("old")
+    else:
+        hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(model(IDS).logits, expected)

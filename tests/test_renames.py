@@ -247,3 +247,57 @@ def test_targets_in_doubt_are_refused_and_nothing_changes(tmp_path):
     with pytest.raises(NoMatchingPeftModuleError):
         PeftModel.from_pretrained(base, tmp_path)
     assert [name for name, _ in base.named_modules()] == before
+
+
+# ---- exchanged in place ----------------------------------------------------------------------------------------------
+
+
+def exchanged(model, folder, **options):
+    """What a loaded adapter holds after an exchange, and what loading the same file gives."""
+    from peft.utils.hotswap import hotswap_adapter
+
+    with pytest.warns(PeftWarning, match="made for other names"):
+        hotswap_adapter(model, folder, "default", **options)
+    with pytest.warns(PeftWarning, match="made for other names"):
+        model.load_adapter(folder, "loaded")
+    return [get_peft_model_state_dict(model, adapter_name=name) for name in ("default", "loaded")]
+
+
+@pytest.mark.filterwarnings("ignore::peft.errors.OtherBaseWarning")
+@pytest.mark.parametrize("kind", [LoraConfig, LoHaConfig])
+@pytest.mark.parametrize("rank", [2, 5])
+@pytest.mark.parametrize("case", [case for case, (old, new) in CASES.items() if len(old) == len(new)])
+def test_an_adapter_of_other_names_is_exchanged_as_it_is_loaded(case, rank, kind, tmp_path):
+    old, new = CASES[case]
+    adapted(old, kind).save_pretrained(tmp_path)
+    model = get_peft_model(tree(new), kind(target_modules=ANY, r=rank))
+    swapped, loaded = exchanged(model, tmp_path)
+    assert swapped.keys() == loaded.keys() and all(torch.equal(swapped[k], loaded[k]) for k in loaded)
+
+
+@pytest.mark.filterwarnings("ignore::peft.errors.OtherBaseWarning")
+def test_an_exchange_gives_tables_of_whole_paths_the_new_names(tmp_path):
+    old = [f"model.{name}" for name in FULL]
+    tables = {"rank_pattern": {old[0]: 3, rf"^{old[1]}".replace(".", r"\."): 4}, "module_config": {old[2]: {"r": 5}}}
+    made = get_peft_model(tree(old), LoraConfig(target_modules=old, r=2, init_lora_weights=False, **tables))
+    made.save_pretrained(tmp_path)
+    now = [f"model.language_model.{name}" for name in FULL]
+    model = get_peft_model(tree(now), LoraConfig(target_modules=ANY, r=2))
+    swapped, loaded = exchanged(model, tmp_path)
+    assert [swapped[f"base_model.model.{p}.lora_A.weight"].shape[0] for p in now] == [3, 4, 5, 2, 2, 2]
+    assert swapped.keys() == loaded.keys() and all(torch.equal(swapped[k], loaded[k]) for k in loaded)
+    model.save_pretrained(tmp_path / "again", selected_adapters=["default"])
+    again = get_peft_model_state_dict(PeftModel.from_pretrained(tree(now), tmp_path / "again"))
+    assert all(torch.equal(again[k], swapped[k]) for k in swapped)
+
+
+def test_an_exchange_in_doubt_is_refused_and_nothing_changes(tmp_path):
+    adapted(layers("model")).save_pretrained(tmp_path)
+    model = adapted(layers("model.language_model") + layers("model.vision_tower"))
+    before = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    from peft.utils.hotswap import hotswap_adapter
+
+    with pytest.raises(RuntimeError, match="have no place in it"):
+        hotswap_adapter(model, tmp_path, "default")
+    after = get_peft_model_state_dict(model)
+    assert all(torch.equal(before[k], after[k]) for k in before)

@@ -13,6 +13,7 @@ without a tensor if all of this holds; otherwise it stays unexpected, and is rep
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
@@ -57,14 +58,21 @@ class Key(NamedTuple):
     known: bool = True
 
 
-def found_again(root: nn.Module, entries: list[Entry], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The checkpoint under the names that the model has now; warns and names the rules if there are any.
+def found_again(
+    root: nn.Module,
+    entries: list[Entry],
+    state: Mapping[str, Tensor],
+    fits: Callable[[Key, Entry], bool] | None = None,
+) -> Mapping[str, Tensor]:
+    """The checkpoint under the names that the model has now, in the same order; warns of the rules if there are any.
 
     Arguments:
         root: the model that the entries' names are relative to.
         entries: the adapter's places.
         state: checkpoint key -> tensor.
+        fits: whether a tensor can go to a place; None compares with the tensor that is there.
     """
+    fits = _fits if fits is None else fits
     if state.keys() <= {e.key for e in entries}:
         return state
     known = {_bare(plain(e.key)) for e in entries} | {_bare(plain(e.live)) for e in entries}
@@ -76,7 +84,7 @@ def found_again(root: nn.Module, entries: list[Entry], state: Mapping[str, Tenso
     if not free:
         return state
     keys = [_read(k, state[k], {part for _, part in places}) for k in left]
-    new = _proved(_modules(root), keys, free, lambda key, place: _fits(key, free.get(place)))
+    new = _proved(_modules(root), keys, free, lambda key, place: place in free and fits(key, free[place]))
     if not new:
         return state
     _tell(new, "Each of their tensors has found its one place by its ending and its shape", stacklevel=6)
@@ -114,12 +122,38 @@ def retargeted(model: nn.Module, config: Any, keys: Collection[str]) -> dict[str
         return {}
     now = {".".join(p): ".".join((new[".".join(p)].of(p) or p) if ".".join(p) in new else p) for p in old}
     _tell(new, "target_modules are the new names of those that the file has tensors for", stacklevel=7)
-    tables = {t: getattr(config, t) for t in TABLES if getattr(config, t, None)}
     return {
         "target_modules": set(now.values()),
-        **{t: {now.get(k.removeprefix("^"), k): v for k, v in values.items()} for t, values in tables.items()},
+        **tables_of_now(config, now),
         **dict.fromkeys(n for n in ("layers_to_transform", "layers_pattern") if hasattr(config, n)),
     }
+
+
+def tables_of_now(config: Any, now: Mapping[str, str]) -> dict[str, Any]:
+    """The tables of a configuration that name single modules by their paths, under the paths that these have now.
+
+    Arguments:
+        config: the configuration.
+        now: {path of a module in the file: its path in the model}.
+    """
+    tables = {t: getattr(config, t, None) for t in (*TABLES, "module_config")}
+    return {t: {_now(k, now): v for k, v in values.items()} for t, values in tables.items() if values}
+
+
+def _now(pattern: str, now: Mapping[str, str]) -> str:
+    return now.get(re.sub(r"\\(.)", r"\1", pattern.removeprefix("^")), pattern)
+
+
+def renamed_paths(entries: list[Entry], before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """{path of a module in a file: its path in the model}, from the keys of what went into `found_again` and came out.
+
+    Arguments:
+        entries: the adapter's places.
+        before, after: checkpoints by key.
+    """
+    places = {plain(e.key): e for e in entries}
+    moved = ((a, _split(places[plain(b)])) for a, b in zip(before, after, strict=True) if a != b and plain(b) in places)
+    return {_bare(plain(a)).removesuffix(f".{part}"): ".".join(path) for a, (path, part) in moved}
 
 
 def _tell(new: Mapping[str, Rule], what: str, stacklevel: int) -> None:
@@ -182,9 +216,7 @@ def _common(a: Path, b: Path) -> int:
     return count
 
 
-def _fits(key: Key, entry: Entry | None) -> bool:
-    if entry is None:
-        return False
+def _fits(key: Key, entry: Entry) -> bool:
     p = entry.adapter
     return tuple(entry.tensor.shape) == key.shape or (p is not None and p.method.takes(p, entry.part, key.shape))
 

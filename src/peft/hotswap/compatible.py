@@ -38,7 +38,7 @@ OF_TRAINING = frozenset({"use_rslora", "lora_dropout", "alpha_pattern"})
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
     """Raise ValueError if the weights of one adapter cannot take the place of the other's."""
-    _check_kind(config0, config1)
+    check_kind(config0, config1)
     for name in _names(config0):
         one, other = getattr(config0, name, None), getattr(config1, name, None)
         if one != other and (one or other):
@@ -52,7 +52,7 @@ def unlike(config0: PeftConfig, config1: PeftConfig) -> str | None:
 
     Raises ValueError for adapters of two methods.
     """
-    _check_kind(config0, config1)
+    check_kind(config0, config1)
     fields = [name for name in _names(config0) if name not in OF_TRAINING] + ["lora_bias"]
     values = ((name, getattr(config0, name, None), getattr(config1, name, None)) for name in fields)
     return next((name for name, one, other in values if one != other and (one or other)), None)
@@ -64,7 +64,8 @@ def _names(config: PeftConfig) -> list[str]:
     return CONFIG_KEYS_TO_CHECK.get(kind) or [f.name for f in dataclasses.fields(config) if f.name not in free]
 
 
-def _check_kind(config0: PeftConfig, config1: PeftConfig) -> None:
+def check_kind(config0: PeftConfig, config1: PeftConfig) -> None:
+    """Raise ValueError for adapters of two methods."""
     if config0.peft_type != config1.peft_type:
         raise ValueError(
             f"Incompatible PEFT types found: {_value(config0.peft_type)} and {_value(config1.peft_type)}. Load the new "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..core.checkpoint import adapter_config, load_peft_weights, set_peft_model_state_dict
 from ..core.entries import Entry, entries_of, plain
+from ..core.experts import fused, rewrite
 from ..core.files import in_hand
 from ..core.fill import as_held, paired, same_kind
 from ..core.hub import DOWNLOAD_ARGUMENTS
@@ -27,13 +28,14 @@ from ..core.layer import BaseTunerLayer
 from ..core.method import LowRank, Site
 from ..core.parts import joined
 from ..core.pattern import settings
+from ..core.renames import Key, found_again, of_now, renamed_paths, tables_of_now
 from ..core.stack import Adapter
 from ..core.tuner import no_collection
 from ..core.wrappers import ModulesToSaveWrapper
 from ..errors import listing, nearest
 from ..registry import tuner_class
 from .change import Change, Fit, Undo, derive, fitting, rebuild, write_all
-from .compatible import OF_THE_FILE, SELECTED, check_hotswap_configs_compatible
+from .compatible import OF_THE_FILE, SELECTED, check_hotswap_configs_compatible, check_kind
 
 
 def hotswap_adapter(
@@ -53,6 +55,9 @@ def hotswap_adapter(
     hub = {k: v for k, v in kwargs.items() if k in DOWNLOAD_ARGUMENTS}
     config = PeftConfig.from_pretrained(model_name_or_path, subfolder=kwargs.get("subfolder"), **hub)
     mapping = kwargs.get("key_mapping")
+    if mapping is None:
+        base: Any = getattr(model, "get_base_model", lambda: model)()
+        mapping = getattr(base, "_checkpoint_conversion_mapping", None) or None
     folder = {} if kwargs.get("subfolder") is None else {"subfolder": kwargs["subfolder"]}
     state = load_peft_weights(model_name_or_path, device=torch_device, key_mapping=mapping, **hub, **folder)
     hotswap_adapter_from_state_dict(model, state, adapter_name, config)
@@ -80,8 +85,9 @@ def hotswap_adapter_from_state_dict(
     """
     root = model._modules.get("_orig_mod", model) or model
     old = adapter_config(root, adapter_name)
-    check_hotswap_configs_compatible(old, config)
+    check_kind(old, config)
     if old.is_prompt_learning:
+        check_hotswap_configs_compatible(old, config)
         set_peft_model_state_dict(root, state_dict, adapter_name, strict=True)
         return
     put(root, state_dict, adapter_name, old, config)
@@ -123,18 +129,23 @@ class Swap:
     """
 
     def __init__(self, root: nn.Module, name: str, old: Any, new: Any, fixed: bool = False):
-        self.root, self.name, self.old, self.new, self.fixed = root, name, old, new, fixed
+        self.root, self.name, self.old, self.fixed = root, name, old, fixed
         self.changes: list[Change] = []
         self.copies: list[tuple[Entry, Tensor]] = []
         self.kind = tuner_class(old.peft_type)
+        self._become(copy.copy(new))
+
+    def _become(self, new: Any) -> None:
+        """Take a configuration for the new adapter's."""
+        self.new = new
         self.methods: dict[int, tuple[Any, Any]] = {}  # by the settings of a layer
         self.forms: dict[Any, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {}  # see `Method.form`
         self.values = {
             f.name: getattr(new, f.name)
-            for f in dataclasses.fields(old)
+            for f in dataclasses.fields(self.old)
             if f.name not in SELECTED | OF_THE_FILE and hasattr(new, f.name)
         }
-        self.future = copy.copy(old)
+        self.future = copy.copy(self.old)
         vars(self.future).update(self.values)
 
     # ---- looking -----------------------------------------------------------------------------------------------
@@ -147,7 +158,9 @@ class Swap:
             if entry.adapter is not None and self.name in merged:
                 path = entry.adapter.path
                 raise ValueError(f"Adapter {self.name!r} is merged in {path!r}. Unmerge it first, then swap.")
-        state = joined(entries, state)
+        state = joined(entries, self._of_now(entries, state))
+        if not self.fixed:
+            check_hotswap_configs_compatible(self.old, self.new)
         found, left = paired(entries, state)
         if not state:
             raise RuntimeError(f"Hot-swapping the adapter {self.name!r} failed: the new adapter has no tensors.")
@@ -170,6 +183,31 @@ class Swap:
                 f"{listing(left)}.{nearest(left[0], [e.key for e in entries[:500]])} The new adapter may select fewer "
                 "layers than the loaded one, not others."
             )
+
+    def _of_now(self, entries: list[Entry], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The new adapter's tensors, and its configuration, under the names that the model's modules have now."""
+        root: Any = self.root
+        rewrite(self.new, root.get_base_model() if hasattr(root, "get_base_model") else root)
+        self._become(self.new)
+        groups: dict[int, list[Entry]] = {}
+        for e in entries:
+            groups.setdefault(id(e.adapter), []).append(e)
+
+        def fits(key: Key, e: Entry) -> bool:
+            p: Any = e.adapter
+            if p is None or not _of_method(e):
+                return tuple(e.tensor.shape) == key.shape
+            own = settings(self.future, ".".join(key.path))
+            if p.method not in self._methods(own):
+                return False
+            return self._built(p, own, groups[id(p)], {}).shapes.get(e.part) == key.shape
+
+        state = of_now(self.old, fused(self.root, state))
+        new = found_again(self.root, entries, state, fits)
+        if new is not state:
+            vars(self.new).update(tables_of_now(self.new, renamed_paths(entries, state, new)))
+            self._become(self.new)
+        return new
 
     def _layer(self, group: list[Entry], given: dict[str, Tensor], more: dict[str, Tensor]) -> None:
         p: Any = group[0].adapter
