@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import peft
@@ -27,6 +28,7 @@ CHECKS = [
     "lent",
     "base",
     "helper",
+    "copies",
 ]
 
 
@@ -180,6 +182,16 @@ def check_helper(rank: int) -> None:
     work.loss_of(model(work.half(rank))).backward()
     with pytest.raises(ValueError, match=r"Blok.*Block"):
         fully_shard_model(work.adapted("lora"), ["Blok"])
+
+
+def check_copies(rank: int) -> None:
+    """Parts inside a machine, copies across machines."""
+    one = work.adapted("lora")
+    two = fully_shard_model(work.twin(one), mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "parts")))
+    work.loss_of(one(work.IDS)).backward()
+    work.loss_of(two(work.half(rank))).backward()
+    work.same_gradients(one, gradients(two), 1e-6)
+    work.same_state(peft.get_peft_model_state_dict(one), peft.get_peft_model_state_dict(two))
 
 
 @pytest.fixture(scope="module")
