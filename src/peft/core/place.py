@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class Injection(Placing):
     autocast: bool
     meta: bool
     undo: list[Callable[[], Any]]
+    given: Any = None
+    parameters: list[tuple[str, str]] = field(default_factory=list)  # the targets that come next, if they are such
     placed: list[BaseTunerLayer] = field(default_factory=list)
     shared: dict[str, SharedTensors] = field(default_factory=dict)
     places: dict[int, list[Place]] = field(default_factory=dict)  # of the modules that stand at several
@@ -54,8 +57,8 @@ class Injection(Placing):
 
     @property
     def config(self) -> Any:
-        """The adapter's configuration."""
-        return self.tuner.peft_config[self.name]
+        """The adapter's configuration, or the one that is given for a target."""
+        return self.tuner.peft_config[self.name] if self.given is None else self.given
 
     def run(self, state_dict: Any = None) -> None:
         """Everything, in order; `state_dict`'s keys, if given, decide which modules are adapted."""
@@ -74,11 +77,7 @@ class Injection(Placing):
         if first:
             self._freeze()
         self._share(plan)
-        for target in plan.targets:
-            if target.parameter is None:
-                self._module(target.path, innermost(target.module))
-            else:
-                self._place(target.path, target.parameter)
+        self._targets(plan)
         self._tied_adapters(plan)
         self.whole_modules(plan.modules_to_save or ())
         for path in plan.modules_to_tie:
@@ -122,6 +121,47 @@ class Injection(Placing):
                 yield Sight(f"{t.path}.{name}", child, views.view_of(child), _existing(base.get_submodule(name), None))
 
     # ---- targets -----------------------------------------------------------------------------------------------
+
+    def _targets(self, plan: Any) -> None:
+        """The layers of all targets, in order, by steps of the tuner that programs stand in for."""
+        self.tuner.__dict__["under_way"] = self
+        try:
+            for of_parameters, group in groupby(plan.targets, lambda t: t.parameter is not None):
+                targets = list(group)
+                self.parameters = [(t.path, t.parameter) for t in targets] if of_parameters else []
+                if of_parameters:
+                    self.tuner._inject_parameters(self.config, self.model, self.name, self.meta)
+                for target in () if of_parameters else targets:
+                    parent, leaf, found = self.get(target.path)
+                    self.tuner._create_and_replace(self.config, self.name, found, leaf, parent, target.path)
+        finally:
+            del self.tuner.__dict__["under_way"]
+
+    def target(self, config: Any, found: nn.Module, leaf: str, parent: Any, path: str, parameter: str | None) -> None:
+        """The layer of one target as it is asked for: with other settings perhaps, or for a module inside it.
+
+        Arguments:
+            config: the settings.
+            found: the module, which takes its place first if another stands there.
+            leaf: its name in `parent`.
+            parent: the module around it.
+            path: of the target in the plan; where `leaf` and `parent` are others, the place is looked for.
+            parameter: of the module, where that is the target.
+        """
+        if parent is not None and (leaf, parent) != (self.get(path)[1], self.get(path)[0]):
+            around = next(name for name, module in self.model.named_modules() if module is parent)
+            path = f"{around}.{leaf}" if around else leaf
+        there = self.get(path)[2]
+        if there is not found:
+            self.put(parent, leaf, found, there)
+        self.given = config
+        try:
+            if parameter is None:
+                self._module(path, innermost(found))
+            else:
+                self._place(path, parameter)
+        finally:
+            self.given = None
 
     def _place(
         self, path: str, parameter: str | None = None, method: Callable[[Any], Method] | None = None

@@ -133,6 +133,51 @@ class BaseTuner(Switching, Combined, nn.Module):
                     step()
                 raise
 
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module | None,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Put an adapter on one target: a step of `inject_adapter`, under the name by which programs stand in for it.
+
+        Arguments:
+            peft_config: the settings; a copy with others may be given.
+            adapter_name: the adapter.
+            target: the module, or the layer that stands there already.
+            target_name, parent: its name and the module around it; None and "" for the model itself.
+            current_key: its path in the plan.
+            parameter_name: the parameter of `target` that is meant, instead of the module.
+
+        Raises RuntimeError if no injection of that adapter is under way.
+        """
+        self._injection(adapter_name).target(peft_config, target, target_name, parent, current_key, parameter_name)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Put an adapter on the parameters that come next in the plan, as above; returns their names."""
+        steps = self._injection(adapter_name)
+        for path, parameter in steps.parameters:
+            parent, leaf, found = steps.get(path)
+            self._create_and_replace(peft_config, adapter_name, found, leaf, parent, path, parameter_name=parameter)
+        return [f"{path}.{parameter}" if path else parameter for path, parameter in steps.parameters]
+
+    def _injection(self, name: str) -> Injection:
+        found = self.__dict__.get("under_way")
+        if found is None or found.name != name:
+            raise RuntimeError(
+                f"The adapter {name!r} is not being injected. This is a step of `inject_adapter` (and `add_adapter`), "
+                "which finds the targets first: call that."
+            )
+        step: Injection = found
+        return step
+
     def before_layers(self, model: Any, name: str, autocast: bool, undo: list[Callable[[], Any]]) -> None:
         """What an adapter needs before its layers are placed; `undo` receives what takes it back."""
 

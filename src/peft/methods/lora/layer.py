@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor, nn
+
 from ...core.layer import name_layers
 from ...core.scale import ScaledLayer
 
@@ -68,6 +70,25 @@ class LoraLayer(ScaledLayer):
     def lora_variant(self) -> dict[str, Any]:
         """The methods of those adapters that are more than plain LoRA."""
         return {n: a.method for n, a in self.adapters.items() if getattr(a, "use_dora", False)}
+
+
+class _LoraParameterProxy(nn.Module):
+    """A parametrization of torch's that adds an update to a weight.
+
+    `register_parametrization(module, "weight", _LoraParameterProxy(layer.get_delta_weight(adapter)))` makes a module
+    compute with W + D, also where its weight is read instead of called. The layers here need no such module: they run
+    theirs with W + D in place.
+
+    Arguments:
+        delta_weight: the update, of the weight's shape.
+    """
+
+    def __init__(self, delta_weight: Tensor):
+        super().__init__()
+        self.delta_weight = delta_weight
+
+    def forward(self, W: Tensor) -> Tensor:
+        return W + self.delta_weight
 
 
 NAMES = name_layers(LoraLayer, globals())

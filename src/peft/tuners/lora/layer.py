@@ -6,7 +6,8 @@ from ... import lazy
 
 _NAMES = {
     "peft.methods.lora.layer": """
-        Conv1d Conv2d Conv3d Embedding Linear LoraLayer MultiheadAttention ParamWrapper""",
+        Conv1d Conv2d Conv3d Embedding Linear LoraLayer MultiheadAttention ParamWrapper
+        _LoraParameterProxy""",
     "peft.methods.lora.config": "LoraConfig",
     "peft.core.layer": "BaseTunerLayer",
     "peft.import_utils": "is_transformers_ge_v5_4_0",
