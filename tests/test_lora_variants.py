@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import peft
 from peft import (
     ArrowConfig,
     BdLoraConfig,
@@ -594,6 +595,54 @@ def test_what_the_base_model_has_cached_stays_valid(llama):
     past = llama(IDS[1:2, :3], use_cache=True).past_key_values
     found = model(input_ids=IDS[1:2, 3:], past_key_values=past).logits
     assert torch.allclose(found, model(input_ids=IDS[1:2]).logits[:, 3:], atol=1e-5)
+
+
+FIRST = {
+    "LoHa": lambda: peft.LoHaConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "IA3": lambda: peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9, task_type="CAUSAL_LM"),
+    "prompts": lambda: peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["added", "loaded"])
+@pytest.mark.parametrize("first", FIRST)
+def test_an_activated_adapter_may_come_after_one_of_any_method(llama, first, loaded, tmp_path):
+    alone = activated(llama)
+    model = get_peft_model(copy.deepcopy(llama), FIRST[first]())
+    if loaded:
+        alone.save_pretrained(tmp_path)
+        model.load_adapter(tmp_path, "late")
+    else:
+        model.add_adapter("late", copy.copy(alone.peft_config["default"]))
+        peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(alone), "late")
+    model.set_adapter("late")
+    model.eval()
+    options = {"input_ids": IDS, "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model(input_ids=IDS).logits, alone(input_ids=IDS).logits)
+    assert torch.equal(model.generate(**options), alone.generate(**options))
+    names = ["late", "__base__", "late"]
+    if first != "prompts":
+        mixed = model(input_ids=IDS, adapter_names=names).logits
+        assert torch.allclose(mixed[1], llama(IDS).logits[1], atol=1e-6)
+        assert torch.allclose(mixed[0], alone(input_ids=IDS).logits[0], atol=1e-6)
+    base = model.unload()
+    assert not base._forward_pre_hooks and not base._forward_hooks
+
+
+def test_an_activated_adapter_that_fails_to_load_leaves_no_hooks(llama, tmp_path):
+    activated(llama).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    base = copy.deepcopy(llama)
+    model = get_peft_model(base, FIRST["LoHa"]())
+    with pytest.raises(ValueError, match="no complete safetensors"):
+        model.load_adapter(tmp_path, "late")
+    activated(llama, target_modules=["k_proj"]).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**values, "r": 3}))
+    with pytest.raises(RuntimeError, match="size mismatch"), pytest.warns(peft.errors.ChangedConfigWarning):
+        model.load_adapter(tmp_path, "late")
+    assert not base._forward_pre_hooks and not model.base_model._forward_pre_hooks
 
 
 def test_offsets_can_be_given(llama):

@@ -38,7 +38,6 @@ class Call:
         keys: the keys and values that stand before those of the text in every layer; None where layers have them.
         ids: the text's own, where the model is given embeddings in their place.
         virtual: how many tokens before the text are no text.
-        watched: whether somebody finds offsets before each forward.
         plain: whether no call was or is mixed, so that layers need not ask.
     """
 
@@ -57,7 +56,6 @@ class Call:
         self.keys: Any = None
         self.ids: Tensor | None = None
         self.virtual = 0
-        self.watched = False
         self.plain = True
         self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._forget()

@@ -6,7 +6,7 @@ without building W'. The families below write the shortcut once. The conformance
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -317,3 +317,21 @@ def low_rank(inner: Stack, x: Tensor, A: Tensor, B: Tensor, rate: float = 0.0) -
     h = inner.linear(x, A)
     h = h if factor is None else h * factor.to(h.dtype)
     return inner.view.rows(h, B)
+
+
+class Companion:
+    """What a method does over the whole model, beside its layers; made with the tuner when the method comes in.
+
+    Arguments:
+        tuner: the tuner with the adapters; it may hold adapters of other methods too.
+    """
+
+    def __init__(self, tuner: Any) -> None:
+        self.tuner = tuner
+
+    def added(self, name: str, undo: list[Callable[[], Any]]) -> None:
+        """An adapter of the method has been placed; `undo` receives what takes back what is done here."""
+
+    def completed(self, output: Any) -> Any:
+        """The model's output, with what the method adds to it."""
+        return output

@@ -51,6 +51,7 @@ class BaseTuner(Switching, Combined, nn.Module):
     unmergeable: ClassVar[str] = ""  # why no weight can hold any of its adapters, and what to do
     injection: ClassVar[type[Injection]] = Injection
     companion: ClassVar[type | None] = None  # what a method does over the whole model, made with the tuner
+    hooks: list[Any]  # on the model, taken off with the adapters
     beside: dict[str, Any]  # what holds adapters outside the model's layers, by name
     waiting: dict[str, Any]  # what is made once an adapter has been held against its file, by adapter name
 
@@ -68,7 +69,7 @@ class BaseTuner(Switching, Combined, nn.Module):
         self.model = model
         known = getattr(model, "peft_config", None)
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
-        self.__dict__.update(companions={}, beside={}, waiting={})
+        self.__dict__.update(companions={}, beside={}, waiting={}, hooks=[])
         self.__dict__["peft_config"] = {**known, **configs} if isinstance(known, dict) else configs
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
@@ -127,7 +128,7 @@ class BaseTuner(Switching, Combined, nn.Module):
                 )
                 steps.run(state_dict)
                 self.after_layers(model, adapter_name, low_cpu_mem_usage, undo)
-                self._join(self.kind_of(config).companion)
+                self._join(self.kind_of(config).companion, adapter_name, undo)
             except BaseException:
                 for step in reversed(undo):
                     step()
@@ -184,9 +185,11 @@ class BaseTuner(Switching, Combined, nn.Module):
     def after_layers(self, model: Any, name: str, meta: bool, undo: list[Callable[[], Any]]) -> None:
         """What stands beside the layers of an adapter; `undo` receives what takes it back."""
 
-    def _join(self, companion: Any) -> None:
+    def _join(self, companion: Any, name: str, undo: list[Callable[[], Any]]) -> None:
         if companion is not None and companion not in self.companions:
             self.companions[companion] = companion(self)
+        if companion is not None:
+            self.companions[companion].added(name, undo)
 
     def match(self, model: nn.Module, config: Any, adapter_name: str, state_dict: Any = None) -> Any:
         """The plan of a configuration on this model."""

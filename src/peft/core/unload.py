@@ -79,6 +79,8 @@ def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
     for path, layer in reversed(found):
         take_out(tuner, path, layer, names, several)
     model = tuner.model
+    while tuner.hooks:
+        tuner.hooks.pop().remove()
     settle(model, tied)
     if hasattr(model, "peft_config"):
         del model.peft_config

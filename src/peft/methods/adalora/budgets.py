@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ...core.method import Companion
 from ...errors import PeftWarning, report
 from .budget import RankAllocator
 from .method import FACTORS, AdaLoRA
@@ -16,7 +17,7 @@ _METHOD = AdaLoRA()
 _followers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-class Budgets:
+class Budgets(Companion):
     """The budgets of a model's AdaLoRA adapters.
 
     After every step of an optimiser that trains them, ranks are shared out (`update_and_allocate`). From the first call

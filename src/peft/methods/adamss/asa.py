@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from ...core.layer import BaseTunerLayer, tuner_layers
+from ...core.method import Companion
 from ...core.stack import Adapter
 from ...errors import PeftWarning, report
 
 Subspace = tuple[nn.Parameter, nn.Parameter]
 
 
-class Subspaces:
+class Subspaces(Companion):
     """The allocation of a model's AdaMSS adapters.
 
     Arguments:

@@ -49,7 +49,6 @@ class Offsets:
         self.last_given: Any = None
         self.length = 0  # of the rows that given offsets are counted from the end of
         self.start = 0  # of the running forward, see `Call.begin`
-        tuner.call.watched = True
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         configs = self.tuner.peft_config.items()
@@ -147,11 +146,6 @@ class ALoRA(LoRA):
     def acting(self, p: Adapter, x: Tensor) -> Tensor | None:
         """Which positions of x (rows, tokens, features) the adapter acts on, (rows, tokens, 1); None for none."""
         call = p.layer.call
-        if not call.watched:
-            raise RuntimeError(
-                f"The aLoRA adapter {p.name!r} was added to a model whose first adapter is no LoRA, so its invocation "
-                "tokens are not looked for. Make a LoRA adapter the first one."
-            )
         found, names = call.fact("offsets"), call.fact("names")
         offsets = None if found is None else found.get(p.name)
         if offsets is None:

@@ -8,16 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from ...core.checkpoint import get_peft_model_state_dict
-from ...core.layer import tuner_layers
 from ...core.method import Method
 from ...core.tuner import BaseTuner
 from ..additive import under_dora
-from . import corda, loraga
-from .alora import ALoRA, Offsets
+from .alora import ALoRA
 from .arrow import Arrow
 from .bdlora import BDLoRA
-from .calibration import at
-from .init import DERIVED, FIRST
 from .kasa import KaSA
 from .layer import NAMES
 from .loftq import LoftQ
@@ -59,24 +55,6 @@ class LoraModel(BaseTuner):
         plain = cls.method_of(settings)
         return _OUT if plain is _PLAIN else plain
 
-    def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._forget(adapter_name)
-        if getattr(self.peft_config[adapter_name], "alora_invocation_tokens", None) and not self._offsets:
-            look = Offsets(self)
-            for module in (self, self.model):  # a task's class calls the tuner, generation the model; never both
-                self._offsets.append(module.register_forward_pre_hook(look, with_kwargs=True))
-                self._offsets.append(module.register_forward_hook(look.after))
-
-    def unload(self) -> Any:
-        self._look_away()
-        return super().unload()
-
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
-        model = super().merge_and_unload(*args, **kwargs)
-        self._look_away()
-        return model
-
     def subtract_mutated_init(
         self, output_state_dict: Mapping[str, Tensor], adapter_name: str, kwargs: Mapping[str, Any] | None = None
     ) -> dict[str, Tensor]:
@@ -93,24 +71,3 @@ class LoraModel(BaseTuner):
         given = given and {k.removeprefix("base_model."): v for k, v in given.items()}
         first = get_peft_model_state_dict(self, given, adapter_name, save_embedding_layers=False)
         return joined(output_state_dict, {f"base_model.{k}": v for k, v in first.items()})
-
-    @property
-    def _offsets(self) -> list[Any]:
-        """The hooks on the model, if an adapter looks for tokens in its input."""
-        return self.__dict__.setdefault("_hooks_on_model", [])
-
-    def _look_away(self) -> None:
-        while self._offsets:
-            self._offsets.pop().remove()
-        self.call.watched = False
-
-    def _forget(self, name: str) -> None:
-        """Delete what was measured for the adapter's first values, once all of them are made."""
-        options = self.peft_config[name].corda_config if hasattr(self.peft_config[name], "corda_config") else None
-        if options is not None and not options.prune_temporary_fields:
-            return
-        for _, layer in tuner_layers(self.model):
-            p = getattr(layer, "adapters", {}).get(name)
-            if p is not None and getattr(p, "subtracts", False) and (p.has(FIRST[0]) or p.has(DERIVED[0])):
-                for measured in (corda.NAME, loraga.NAME):
-                    at(p).drop(measured)

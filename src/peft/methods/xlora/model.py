@@ -190,7 +190,7 @@ class XLoraModel(LoraModel):
         for module in (self, model):  # a task's class calls the tuner, generation the model; never both
             hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
             hooks.append(module.register_forward_hook(look.after, always_call=True))
-        self._offsets.extend(hooks)
+        self.hooks.extend(hooks)
         undo += [h.remove for h in hooks]
         before = self._modules.get(GATE)
         self._modules[GATE] = gate
