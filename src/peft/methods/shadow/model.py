@@ -185,16 +185,14 @@ class ShadowModel(BaseTuner):
 
     def _watch(self, model: Any, done: list[Callable[[], Any]]) -> None:
         look = self.__dict__["look"] = Look(self)
-        hooks: list[Any] = []
         for module in (self, model):  # a task's class calls the tuner, generation the model; never both
-            hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
-            hooks.append(module.register_forward_hook(look.after, with_kwargs=True, always_call=True))
-        self.__dict__["hooks"] = hooks
+            self.hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
+            self.hooks.append(module.register_forward_hook(look.after, with_kwargs=True, always_call=True))
         done.append(self._look_away)
 
     def _look_away(self) -> None:
-        for hook in self.__dict__.pop("hooks", []):
-            hook.remove()
+        while self.hooks:
+            self.hooks.pop().remove()
         self.__dict__.pop("look", None)
 
     def unload(self) -> nn.Module:
