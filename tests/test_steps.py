@@ -65,7 +65,7 @@ def test_every_target_goes_through_the_step_with_its_arguments_in_order(monkeypa
     model = get_peft_model(base, config(target_parameters=["clipped.table"]))
     assert seen == [
         *(("default", name, name, True, {}) for name in "ab"),
-        ("default", "clipped", "clipped", True, {"parameter_name": "table"}),
+        ("default", "clipped", "clipped.table", True, {"parameter_name": "table"}),
     ]
     seen.clear()
     model.add_adapter("other", config())

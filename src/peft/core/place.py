@@ -148,6 +148,8 @@ class Injection(Placing):
             path: of the target in the plan; where `leaf` and `parent` are others, the place is looked for.
             parameter: of the module, where that is the target.
         """
+        if parameter is not None:
+            path = path.removesuffix(parameter).removesuffix(".")
         if parent is not None and (leaf, parent) != (self.get(path)[1], self.get(path)[0]):
             around = next(name for name, module in self.model.named_modules() if module is parent)
             path = f"{around}.{leaf}" if around else leaf

@@ -152,7 +152,7 @@ class BaseTuner(Switching, Combined, nn.Module):
             adapter_name: the adapter.
             target: the module, or the layer that stands there already.
             target_name, parent: its name and the module around it; None and "" for the model itself.
-            current_key: its path in the plan.
+            current_key: its path in the plan, the parameter's name behind it where that is the target.
             parameter_name: the parameter of `target` that is meant, instead of the module.
 
         Raises RuntimeError if no injection of that adapter is under way.
@@ -166,7 +166,8 @@ class BaseTuner(Switching, Combined, nn.Module):
         steps = self._injection(adapter_name)
         for path, parameter in steps.parameters:
             parent, leaf, found = steps.get(path)
-            self._create_and_replace(peft_config, adapter_name, found, leaf, parent, path, parameter_name=parameter)
+            key = f"{path}.{parameter}" if path else parameter
+            self._create_and_replace(peft_config, adapter_name, found, leaf, parent, key, parameter_name=parameter)
         return [f"{path}.{parameter}" if path else parameter for path, parameter in steps.parameters]
 
     def _injection(self, name: str) -> Injection:

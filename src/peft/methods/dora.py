@@ -22,19 +22,9 @@ from torch import Tensor, nn
 from ..core.method import Delta, LowRank, Site
 from ..core.stack import Adapter, Stack
 from ..kernels import lowrank
+from .magnitude import Magnitude
 
 TILE_ELEMENTS = 16 * 2**20
-
-
-class Magnitude(nn.Module):
-    """Holds m under the name that checkpoints have; `label` is the layout that it is printed with."""
-
-    def __init__(self, weight: nn.Parameter, label: str):
-        super().__init__()
-        self.weight, self.label = weight, label
-
-    def __repr__(self) -> str:
-        return f"lora.dora.Dora{self.label}Layer()"
 
 
 class DoRA(Delta):

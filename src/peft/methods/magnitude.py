@@ -1,0 +1,56 @@
+"""DoRA's magnitude m, as a module of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import views
+
+
+class Magnitude(nn.Module):
+    """Holds m under the name that checkpoints have; `label` is the layout that it is printed with."""
+
+    def __init__(self, weight: nn.Parameter, label: str):
+        super().__init__()
+        self.weight, self.label = weight, label
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lora_A: Any,
+        lora_B: Any,
+        scaling: float | Tensor,
+        base_layer: nn.Module,
+        base_result: Tensor | None = None,
+        adapter_name: str = "default",
+    ) -> Tensor:
+        """What DoRA adds to the base's output: (g - 1) W x + g s B A x, g = m / |W + s B A| a constant but for m.
+
+        Layers do not call it; programs with kernels of their own do.
+
+        Arguments:
+            x: (..., I), or (N, I, ...) for a convolution; dropped out already, if it is.
+            lora_A, lora_B: the factors.
+            scaling: s.
+            base_layer: the layer that has W, without groups.
+            base_result: its output for x, bias and all; None computes it.
+            adapter_name: not needed.
+
+        Source: Liu et al. 2024, arXiv 2402.09353, eq. 5 and section 4.3.
+        """
+        view = views.view_of(base_layer)
+        with torch.no_grad():
+            W = view.read(base_layer)
+            norm = (W + scaling * (lora_B.weight.flatten(1) @ lora_A.weight.flatten(1)).to(W.dtype)).norm(dim=-1)
+        gain = view.vector(base_layer, self.weight.flatten() / torch.where(norm == 0, torch.ones_like(norm), norm))
+        plain = base_layer(x) if base_result is None else base_result
+        bias = view.bias(base_layer)
+        plain = plain if bias is None else plain - view.vector(base_layer, bias)
+        return ((gain - 1) * plain + gain * scaling * lora_B(lora_A(x.to(lora_A.weight.dtype)))).to(plain.dtype)
+
+    def __repr__(self) -> str:
+        return f"lora.dora.Dora{self.label}Layer()"
