@@ -11,7 +11,6 @@ NAMES = frozenset(
     [
         "BasePromptEncoder",
         "DoraCaching",
-        "GPTQLoraLinear",
         "_prepare_prompt_learning_config",
         "check_target_module_exists",
         "bloom_model_postprocess_past_key_value",
@@ -27,7 +26,6 @@ INTERNAL = frozenset(
         "BufferDict",
         "LoraEmbeddingATPHolder",
         "LoraVariant",
-        "QuantizationBackend",
         "TpInfo",
         "VARIANT_KWARG_KEYS",
         "_prepare_prompt_learning_config",
@@ -35,7 +33,6 @@ INTERNAL = frozenset(
         "check_target_module_exists",
         "check_import_allowlist",
         "create_attention_mask",
-        "dequantize_bnb_weight",
         "dispatch_default",
         "dtensor_from_local_like",
         "get_alora_offsets_for_forward",
@@ -43,14 +40,10 @@ INTERNAL = frozenset(
         "get_default_import_allowlist",
         "get_embedding_layer_name",
         "get_layer_device_map",
-        "get_quantization_config",
-        "get_quantization_kwargs",
         "has_valid_embedding_base_layer",
         "is_gptqmodel_quant_linear",
         "is_transformers_dtensor_tp",
         "loftq_init",
-        "quantization_extra_repr",
-        "resolve_quantization_backend",
         "set_additional_trainable_modules",
         "skip_init_on_device",
         "starcoder_model_postprocess_past_key_value",
@@ -58,7 +51,7 @@ INTERNAL = frozenset(
     ]
 )
 
-# Folders below peft.tuners, and modules elsewhere.
+# Folders below peft.tuners.
 TUNERS = frozenset(
     [
         "adalora",
@@ -103,23 +96,11 @@ TUNERS = frozenset(
 )
 LORA = frozenset(
     [
-        "aqlm",
-        "awq",
-        "bnb",
         "dora",
         "eetq",
-        "gptq",
-        "hqq",
         "inc",
-        "te",
-        "torchao",
         "tp_layer",
         "variants",
-    ]
-)
-MODULES = frozenset(
-    [
-        "peft.utils.quantization_utils",
     ]
 )
 
@@ -127,13 +108,11 @@ MODULES = frozenset(
 def is_later_module(fullname: str) -> bool:
     """Whether a module of that full name belongs to the interface but not to this release."""
     parts = fullname.split(".")
-    if fullname in MODULES:
-        return True
     if parts[1] != "tuners" or len(parts) < 3:
         return False
     if parts[2] == "lora":
         return len(parts) == 4 and parts[3] in LORA
     method = find_spec(f"peft.methods.{parts[2]}") if parts[2] in TUNERS else None
-    if method is None or len(parts) < 4 or parts[3] in ("config", "layer", "model"):
+    if method is None or len(parts) < 4 or parts[3] in ("bnb", "config", "layer", "model"):
         return parts[2] in TUNERS and method is None
     return method.submodule_search_locations is None or find_spec(f"{method.name}.{parts[3]}") is None

@@ -127,6 +127,8 @@ def _place(fullname: str) -> str | None:
         return None
     if found[2] and spec.submodule_search_locations is not None and find_spec(f"{method}.{found[2]}"):
         return f"{method}.{found[2]}"
+    if found[2] == "bnb":  # of the methods that have layers of their own for its weights
+        return method if hasattr(import_module(method), "Linear4bit") else None
     return method if found[2] in (None, "config", "layer", "model", "router") else None
 
 

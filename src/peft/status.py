@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .core.layer import tuner_layers
+from .core import storage
+from .core.layer import BaseTunerLayer, tuner_layers
 from .core.shared import SharedTensors
 from .core.tokens import TrainableTokensWrapper
 
@@ -95,18 +96,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """The numbers of trainable and of all parameters; shared ones count once, sharded and packed ones in
     full.
     """
-    counts = [(p.requires_grad, _count(p)) for p in model.parameters()]
-    return sum(n for grad, n in counts if grad), sum(n for _, n in counts)
-
-
-def _count(parameter: nn.Parameter) -> int:
-    count = parameter.numel()
-    if count == 0 and hasattr(parameter, "ds_numel"):
-        return int(parameter.ds_numel)
-    if type(parameter).__name__ == "Params4bit":  # two 4-bit numbers in each byte of the storage
-        storage = getattr(parameter, "quant_storage", None)
-        return count * 2 * (storage.itemsize if storage is not None else parameter.element_size())
-    return count
+    found = {key: (grad, n) for module in model.modules() for key, grad, n in storage.counts(module)}
+    return sum(n for grad, n in found.values() if grad), sum(n for _, n in found.values())
 
 
 def _layer_status(path: str, layer: Any) -> TunerLayerStatus:
@@ -122,8 +113,13 @@ def _layer_status(path: str, layer: Any) -> TunerLayerStatus:
         requires_grad={n: _same(p.requires_grad for p in found) for n, found in parameters.items() if found},
         available_adapters=names,
         devices={n: sorted({p.device.type for p in found}) for n, found in parameters.items()},
-        quantization_backend=getattr(layer, "quantization_backend", None),
+        quantization_backend=_backend(layer),
     )
+
+
+def _backend(layer: Any) -> str | None:
+    kind = layer.packed if isinstance(layer, BaseTunerLayer) else None
+    return kind.label if kind is not None else None
 
 
 def _same(values: Iterable[Any]) -> Any:

@@ -16,6 +16,7 @@ MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20  # from this many names on, a smaller e
 
 # Names of torch dtypes: this file imports no torch.
 ALLOWED_COMPUTE_DTYPE_NAMES = ("float16", "bfloat16", "float32")
+BNB_LAYERS = {"bnb 8bit": "Linear8bitLt", "bnb 4bit": "Linear4bit"}  # of methods that have layers for these storages
 UPCAST_DTYPE_NAMES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 
 # One line of a table: model types, a colon, the targets; "~" marks a regular expression. In the table of a

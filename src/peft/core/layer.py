@@ -8,7 +8,7 @@ state changes (`_replan`), not on each forward.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -363,19 +363,21 @@ def _follow_base(layer: BaseTunerLayer, keys: Any) -> None:
 
 
 def name_layers(
-    kind: type[BaseTunerLayer], namespace: dict[str, Any], prefix: str = ""
+    kind: type[BaseTunerLayer], namespace: dict[str, Any], prefix: str = "", packed: Mapping[str, str] | None = None
 ) -> dict[str, type[BaseTunerLayer]]:
-    """The classes under which a method's layers are printed and recognised: one per label of a view.
+    """The classes under which a method's layers are printed and recognised: one per label of a view or a storage.
 
     Arguments:
         kind: the method's own layer class, which they all are.
         namespace: the globals of the method's file, where pickle will look for them.
         prefix: what the names of the classes start with.
+        packed: label of a storage -> the name of its linear layers, for those that have one of their own.
     """
-    for label in LABELS:
+    names = {label: prefix + label for label in LABELS} | {k: prefix + v for k, v in (packed or {}).items()}
+    for label, name in names.items():
         attributes = {"__module__": namespace["__name__"], "__doc__": f"{label} under {kind.family}."}
-        namespace[prefix + label] = type(prefix + label, (kind,), attributes)
-    return {label: namespace[prefix + label] for label in LABELS}
+        namespace[name] = type(name, (kind,), attributes)
+    return {label: namespace[name] for label, name in names.items()}
 
 
 __all__ = ["AdapterHost", "BaseTunerLayer", "name_layers", "tuner_layers"]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import PeftWarning, nearest, report
-from . import experts, views
+from . import experts, passing, storage, views
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
 from .replicate import check_repeated, replicate
@@ -76,6 +76,8 @@ class Injection(Placing):
         plan = self.tuner.match(self.model, config, self.name, state_dict)
         if first:
             self._freeze()
+            self.undo.append(partial(passing.let_go, self.model))
+            passing.let_through(self.model)
         self._share(plan)
         self._targets(plan)
         self._tied_adapters(plan)
@@ -178,7 +180,7 @@ class Injection(Placing):
             )
         if layer is None:
             view = views.view_of(innermost(found), parameter, self.whole)
-            layer = self.kind.layer_classes[view.label](found, self.tuner.call, parameter, views.reads_weights(parent))
+            layer = self._class(found, view)(found, self.tuner.call, parameter, views.reads_weights(parent))
             fresh = True
         full = f"{path}.{parameter}" if parameter else path
         own = settings(self.config, full)
@@ -190,6 +192,12 @@ class Injection(Placing):
             self.undo.append(lambda: (layer._drop(self.name), layer._replan()))
         self.placed.append(layer)
         return layer
+
+    def _class(self, found: nn.Module, view: Any) -> type[BaseTunerLayer]:
+        """The class of a layer: after the storage of its weight, where the method has such a class, else its layout."""
+        classes, kind = self.kind.layer_classes, storage.packed(innermost(found), view.name)
+        named = classes.get(kind.label) if kind is not None and view.label == "Linear" else None
+        return named or classes[view.label]
 
     def site(self, layer: BaseTunerLayer, own: Any, path: str) -> Site:
         """What the tensors of an adapter in this layer look like: beside the base weight, float32 beside half."""

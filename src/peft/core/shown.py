@@ -18,6 +18,7 @@ class Shown(nn.Module):
     view: LinearView
     adapters: dict[str, Adapter]
     parameter_name: str | None
+    packed: Any
     _run: Any
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -25,8 +26,10 @@ class Shown(nn.Module):
         self.__dict__.setdefault("_run", None)
 
     def extra_repr(self) -> str:
-        """The name of the adapted parameter, if it is one of a module that is no layer."""
-        return f"parameter_name={self.parameter_name!r}," if self.view.label == "ParamWrapper" else ""
+        """The name of the adapted parameter, if it is one of a module that is no layer; how a weight is quantised."""
+        shown = f"parameter_name={self.parameter_name!r}," if self.view.label == "ParamWrapper" else ""
+        kind, plain = self.packed, type(self).__name__.endswith(self.view.label)  # else the name says it
+        return shown + (f"quantization_backend={kind.label!r}" if kind is not None and kind.label and plain else "")
 
     def _replicate_for_data_parallel(self) -> Any:
         """A copy whose adapters are its own; its modules and tensors are put in later, so it looks for them late."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, cast
 
@@ -25,6 +25,7 @@ class Storage:
 
     names: ClassVar[tuple[str, ...]] = ()  # qualified names of the weight's or the module's class; `*` stands for any
     weights: ClassVar[tuple[str, ...]] = ("weight",)  # which weights are meant where the module's class is named
+    beside: ClassVar[tuple[str, ...]] = ()  # how the names of parameters end that belong to the payload of a weight
     label: ClassVar[str | None] = None  # of the library, as the status tells it
     packed: ClassVar[bool] = False  # reading makes the numbers anew, and writing rounds them
     trains: ClassVar[bool] = True  # the library's forward can be differentiated, and keeps no dense copy for that
@@ -37,6 +38,14 @@ class Storage:
     def sample(self, module: nn.Module, name: str) -> Any:
         """A tensor that lies where the weight does; None where there is none."""
         return getattr(module, name, None)
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        """Whether this very module, found by its class, holds the weight in this form."""
+        return True
+
+    def shape(self, module: nn.Module, name: str) -> tuple[int, ...]:
+        """The shape of the numbers."""
+        return tuple(getattr(module, name).shape)
 
     def dtype(self, module: nn.Module, name: str) -> torch.dtype:
         """The dtype in which `read` gives the numbers."""
@@ -67,10 +76,34 @@ class Storage:
         """Number of logical parameters."""
         return cast(int, getattr(module, name).numel())
 
+    def run(self, module: nn.Module, values: Mapping[str, Tensor], call: Callable[[], Any]) -> Any:
+        """What `call`, which runs the module, gives with numbers in place of weights that the module reads itself.
+
+        Raises NotImplementedError where the module's own code can only compute with what it holds.
+        """
+        raise NotImplementedError(
+            f"{type(module).__name__} computes with its packed weights itself, so {sorted(values)} cannot be adapted "
+            "as parameters. Target the module, or load the base model in a floating-point dtype."
+        )
+
+    def keep_dense(self, module: nn.Module, name: str, value: Tensor) -> bool:
+        """Have the module itself compute with numbers; False where an ordinary module must stand in for it."""
+        return False
+
     def key(self, module: nn.Module, name: str) -> Hashable:
         """Equal for two moments between which the numbers have not changed; None if that is not known."""
         value: Tensor = getattr(module, name)
         return None if value.is_inference() else (value.data_ptr(), value._version, value.shape, value.device)
+
+    def adopt(self, module: nn.Module) -> None:
+        """An adapter is put around the module: keep its library from changing the payload on its own."""
+
+    def release(self, module: nn.Module) -> None:
+        """The module stands alone again: undo `adopt`."""
+
+    def differentiable(self, module: nn.Module, name: str) -> bool:
+        """Whether the library's forward can be differentiated as the weight is held now."""
+        return self.trains
 
     def apply(self, base: Callable[[nn.Module, Tensor], Tensor], view: Any, module: nn.Module, x: Tensor) -> Tensor:
         """W x + b as the library computes it; `base(module, x)` calls it."""
@@ -114,10 +147,6 @@ class Packed(Storage):
         """
         return self.pack(value, payload)
 
-    def shape(self, module: nn.Module, name: str) -> tuple[int, ...]:
-        """The shape of the numbers."""
-        return tuple(getattr(module, name).shape)
-
     def sample(self, module: nn.Module, name: str) -> Any:
         return next((t for t in self.take(module, name).values() if isinstance(t, Tensor)), None)
 
@@ -155,7 +184,7 @@ class Packed(Storage):
     def apply(self, base: Callable[[nn.Module, Tensor], Tensor], view: Any, module: nn.Module, x: Tensor) -> Tensor:
         b = view.bias(module)
         learns = b is not None and b.requires_grad
-        if self.trains or not torch.is_grad_enabled() or not (x.requires_grad or learns):
+        if not torch.is_grad_enabled() or not (x.requires_grad or learns) or self.differentiable(module, view.name):
             return base(module, x)
         return cast(Tensor, Applied.apply(x, b if learns else None, base, view, module, self.read))
 
@@ -244,10 +273,16 @@ _OWN = ("torch.nn.modules.", "torch.nn.parameter.", "peft.", "transformers.model
 _by_class: dict[type, Storage | None] = dict.fromkeys(_PLAIN)
 
 
+def named(module: nn.Module, name: str) -> Storage | None:
+    """The storage of a weight that the class of its module tells; None where only the weight itself can."""
+    found = by_class(type(module))
+    return found if found is not None and name in found.weights and found.holds(module, name) else None
+
+
 def of(module: nn.Module, name: str) -> Storage:
     """The storage of `module.<name>`."""
-    found = by_class(type(module))
-    if found is not None and name in found.weights:
+    found = named(module, name)
+    if found is not None:
         return found
     value = getattr(module, name)
     kind = type(value)
@@ -260,8 +295,8 @@ def of(module: nn.Module, name: str) -> Storage:
 
 def sample(module: nn.Module, name: str) -> Any:
     """A tensor that lies where a module's weight does, or None."""
-    found = by_class(type(module))
-    if found is None or name not in found.weights:
+    found = named(module, name)
+    if found is None:
         value = getattr(module, name, None) if name else None
         found = None if value is None else by_class(type(value))
         return value if found is None else found.sample(module, name)
@@ -274,6 +309,29 @@ def packed(module: nn.Module, name: str) -> Storage | None:
         return None
     found = of(module, name)
     return found if found.packed else None
+
+
+def parameters(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Name and number of dimensions of the parameters that a module has: of a packed weight as its numbers are."""
+    found = by_class(type(module))
+    mine = () if found is None else tuple(n for n in found.weights if found.holds(module, n))
+    yield from ((n, len(cast(Storage, found).shape(module, n))) for n in mine)
+    for name, p in module._parameters.items():
+        if p is not None and name not in mine and not (found is not None and name.endswith(found.beside)):
+            yield name, p.dim()
+
+
+def counts(module: nn.Module) -> Iterator[tuple[Hashable, bool, int]]:
+    """(what tells it from others, whether it is trainable, number) of a module's own parameters, packed or not."""
+    found = by_class(type(module))
+    mine = () if found is None else tuple(n for n in found.weights if found.holds(module, n))
+    for name in mine:
+        yield (id(module), name), False, cast(Storage, found).numel(module, name)
+    for name, p in module._parameters.items():
+        if p is not None and name not in mine and not (found is not None and name.endswith(found.beside)):
+            kind = by_class(type(p))
+            count = p.numel() if kind is None else kind.numel(module, name)
+            yield id(p), p.requires_grad, count or int(getattr(p, "ds_numel", 0))  # ZeRO-3 keeps none of it here
 
 
 def by_class(kind: type) -> Storage | None:
@@ -292,9 +350,9 @@ def _find(kind: type) -> Storage | None:
         return None
     _define()
     for name in foreign:
-        for storage in Storage._all:
-            if any(name == pattern or fnmatchcase(name, pattern) for pattern in storage.names):
-                return storage
+        matching = [s for s in Storage._all if any(fnmatchcase(name, pattern) for pattern in s.names)]
+        if matching:
+            return next((s for s in matching if name in s.names), matching[0])  # the exact name before a family's
     return None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import PeftWarning, report
+from . import passing
 from .layer import BaseTunerLayer, tuner_layers
 from .onload import onload_layer
 from .search import walk
@@ -79,6 +80,7 @@ def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
     for path, layer in reversed(found):
         take_out(tuner, path, layer, names, several)
     model = tuner.model
+    passing.let_go(model)
     while tuner.hooks:
         tuner.hooks.pop().remove()
     settle(model, tied)
@@ -209,6 +211,8 @@ def take_out(tuner: Any, path: str, layer: Any, names: list[str] | None, several
         plain = layer.unload_and_optionally_merge_module(names is not None, False, names)
     else:
         plain = layer._modules["base_layer"]
+        if isinstance(layer, BaseTunerLayer) and (kind := layer.packed) is not None:
+            kind.release(layer.get_base_layer())
     if not path:
         tuner._modules["model"] = plain
         return

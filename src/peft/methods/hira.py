@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import describe
+from ..core.defaults import BNB_LAYERS
 from ..core.draw import kaiming
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
@@ -54,6 +55,8 @@ class HiraConfig(AdditiveConfig):
 
 class HiRA(Delta):
     """W' = W + W0 * (B A)."""
+
+    reads = True
 
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
         """Nothing but a note that ranks differ: the peer's files have rank r all the same, and are taken."""
@@ -127,5 +130,5 @@ class HiraModel(AdditiveModel):
     """HiRA adapters on a model."""
 
     prefix = "hira_"
-    layer_classes = name_layers(HiraLayer, globals())
+    layer_classes = name_layers(HiraLayer, globals(), packed=BNB_LAYERS)
     method: ClassVar[HiRA] = HiRA()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import describe
-from ..core.defaults import targets_by_model_type
+from ..core.defaults import BNB_LAYERS, targets_by_model_type
 from ..core.families import Scaling
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
@@ -99,7 +99,7 @@ class IA3Model(BaseTuner):
     """IA3 adapters on a model."""
 
     prefix = "ia3_"
-    layer_classes = name_layers(IA3Layer, globals())
+    layer_classes = name_layers(IA3Layer, globals(), packed=BNB_LAYERS)
     method: ClassVar[IA3] = IA3()
 
     @classmethod

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import describe
+from ..core.defaults import BNB_LAYERS
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
 from ..core.stack import Adapter, Stack
@@ -97,5 +98,5 @@ class PveraModel(AdditiveModel):
 
     prefix = "pvera_lambda_"
     uses_shared_state = True
-    layer_classes = name_layers(PveraLayer, globals())
+    layer_classes = name_layers(PveraLayer, globals(), packed=BNB_LAYERS)
     method: ClassVar[PVeRA] = PVeRA()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import describe
+from ..core.defaults import BNB_LAYERS
 from ..core.layer import name_layers
 from ..core.method import LowRank, Site
 from ..core.scale import ScaledLayer
@@ -150,5 +151,5 @@ class RandLoraModel(AdditiveModel):
     """RandLoRA adapters on a model."""
 
     prefix = "randlora_"
-    layer_classes = name_layers(RandLoraLayer, globals())
+    layer_classes = name_layers(RandLoraLayer, globals(), packed=BNB_LAYERS)
     method: ClassVar[RandLoRA] = RandLoRA()

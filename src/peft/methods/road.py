@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import describe
+from ..core.defaults import BNB_LAYERS
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Method, Site
 from ..core.stack import Adapter, Stack
@@ -122,5 +123,5 @@ class RoadModel(BaseTuner):
     """RoAd adapters on a model."""
 
     prefix = "road_"
-    layer_classes = name_layers(RoadLayer, globals())
+    layer_classes = name_layers(RoadLayer, globals(), packed=BNB_LAYERS)
     method: ClassVar[RoAd] = RoAd()

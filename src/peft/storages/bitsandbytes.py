@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ..core.storage import Packed, Payload
 
 FUNCTIONAL = "bitsandbytes.functional"
+FASTER = "support_avx512bf16_for_cpu"
 
 
 def _functional() -> Any:
@@ -27,8 +27,26 @@ class FourBit(Packed):
     """`Params4bit`: two numbers a byte in blocks, each block with its largest magnitude."""
 
     names = ("bitsandbytes.nn.modules.Params4bit",)
-    label = "bitsandbytes"
+    label = "bnb 4bit"
     trains = True
+
+    def adopt(self, module: nn.Module) -> None:
+        # on CPUs with these instructions the first call in evaluation would round the scales for good, and the weight
+        # could not be trained through any more
+        if getattr(module, FASTER, False):
+            setattr(module, FASTER, False)
+            module.__dict__["_faster_before"] = True
+        payload = self.take(module, "weight")
+        if getattr(payload["state"], "packing_format_for_cpu", False):
+            data, state = _plain(payload["data"], payload["state"])
+            self.put(module, "weight", {**payload, "data": data, "state": state})
+
+    def release(self, module: nn.Module) -> None:
+        if module.__dict__.pop("_faster_before", False):
+            setattr(module, FASTER, True)
+
+    def differentiable(self, module: nn.Module, name: str) -> bool:
+        return not getattr(getattr(module, name).quant_state, "packing_format_for_cpu", False)
 
     def take(self, module: nn.Module, name: str) -> Payload:
         held: Any = getattr(module, name)
@@ -81,14 +99,6 @@ class FourBit(Packed):
         held: Any = getattr(module, name)
         return held.dtype if held.quant_state is None else held.quant_state.dtype
 
-    def apply(self, base: Callable[[nn.Module, Tensor], Tensor], view: Any, module: nn.Module, x: Tensor) -> Tensor:
-        payload = self.take(module, view.name)
-        if getattr(payload["state"], "packing_format_for_cpu", False) and torch.is_grad_enabled():
-            # the library's kernel for that order gives no gradient, and the library never leaves it by itself
-            data, state = _plain(payload["data"], payload["state"])
-            self.put(module, view.name, {**payload, "data": data, "state": state})
-        return super().apply(base, view, module, x)
-
 
 def _settings(held: Any, state: Any) -> dict[str, Any]:
     nested = getattr(state, "nested", held.compress_statistics) or getattr(state, "original_nested", False)
@@ -130,7 +140,7 @@ class EightBit(Packed):
     """`Int8Params`: int8 rows with the largest magnitude of each; which inputs are outliers is told by each call."""
 
     names = ("bitsandbytes.nn.modules.Int8Params",)
-    label = "bitsandbytes"
+    label = "bnb 8bit"
     trains = True
 
     def take(self, module: nn.Module, name: str) -> Payload:

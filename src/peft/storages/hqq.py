@@ -19,6 +19,7 @@ class HQQ(Packed):
 
     names = ("hqq.core.quantize.HQQLinear",)
     label = "hqq"
+    beside = ("W_q",)
 
     def take(self, module: nn.Module, name: str) -> Payload:
         held: Any = module

@@ -20,6 +20,8 @@ _NAMES = {
     "peft.utils.constants": "UPCAST_DTYPES",
     "peft.utils.integrations": "init_empty_weights",
     "peft.utils.other": "match_target_against_key",
+    "peft.utils.quantization_utils": """
+        QuantizationBackend get_quantization_kwargs quantization_extra_repr resolve_quantization_backend""",
     "peft.utils.layers": """
         check_adapters_to_merge clone_module find_parameter_name_by_module get_device_map replicate_layers""",
     "peft.core.onload": "onload_layer",

@@ -19,6 +19,8 @@ _NAMES = {
         ALLOWED_COMPUTE_DTYPES CONFIG_NAME INCLUDE_LINEAR_LAYERS_SHORTHAND SAFETENSORS_WEIGHTS_NAME
         UPCAST_DTYPES TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING WEIGHTS_NAME """
     + " ".join(TARGET_NAMES),
+    "peft.utils.quantization_utils": """
+        get_quantization_config get_quantization_kwargs quantization_extra_repr resolve_quantization_backend""",
     "peft.utils.other": """
         _freeze_adapter _get_batch_size _get_input_embeddings_name _get_submodules _is_valid_match
         _set_adapter cast_mixed_precision_params id_tensor_storage infer_device

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..lazy import announce
 
@@ -80,19 +80,41 @@ def get_bnb_param_type(param: nn.Parameter) -> Literal[False, "4bit", "8bit"]:
     return "8bit" if kind == "Int8Params" else False
 
 
-def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
-    """The weight of a module as an ordinary parameter.
+def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> Tensor:
+    """The numbers of a weight of bitsandbytes.
 
-    Raises NotImplementedError for weights that this release cannot read.
+    Arguments:
+        weight: a `Params4bit` or `Int8Params`.
+        state: of the latter's module, which holds the scales once the module has run.
+
+    Raises ValueError for any other weight, and for an 8-bit one whose scales are neither in it nor in `state`.
     """
-    weight: Any = module.weight
-    if get_bnb_param_type(weight) is False and weight.is_floating_point():
-        return weight
     from ..core import storage
 
+    holder: Any = nn.Module()
+    holder.weight, holder.state = weight, state
+    kind = storage.packed(holder, "weight")
+    if kind is None or get_bnb_param_type(weight) is False:
+        raise ValueError(f"weight must be a quantised one of bitsandbytes, got {type(weight).__name__}.")
+    scales = getattr(weight, "SCB", None), getattr(state, "SCB", None)
+    if get_bnb_param_type(weight) == "8bit" and all(s is None for s in scales):
+        raise ValueError("This 8-bit weight has no scales of its own: pass state=module.state.")
+    return kind.read(holder, "weight")
+
+
+def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
+    """The weight of a module as an ordinary parameter: itself, or for a quantised one its numbers.
+
+    Raises NotImplementedError for weights that cannot be read.
+    """
+    from ..core import storage
+
+    if storage.packed(module, "weight") is None:
+        return module.weight  # type: ignore[return-value]
+    weight: Any = getattr(module, "weight", None)
     try:
         return nn.Parameter(storage.of(module, "weight").read(module, "weight"), requires_grad=False)
     except (AttributeError, TypeError) as error:
         raise NotImplementedError(
-            f"The weight of {type(module).__name__} ({type(weight).__name__}) cannot be read by this release."
+            f"The weight of {type(module).__name__} ({type(weight).__name__}) cannot be read as numbers."
         ) from error

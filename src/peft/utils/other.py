@@ -24,6 +24,7 @@ _NAMES = {
     "peft.core.defaults": """
         CONFIG_NAME EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND SAFETENSORS_WEIGHTS_NAME
         WEIGHTS_NAME""",
+    "peft.utils.quantization_utils": "get_quantization_config",
     "peft.utils.constants": " ".join(["TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", *TARGET_NAMES]),
 }
 __getattr__, __dir__, _ = names(__name__, _NAMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from ...core.defaults import BNB_LAYERS
 from ...core.layer import name_layers
 from ...core.scale import ScaledLayer
 from ..additive import AdditiveModel
@@ -26,7 +27,7 @@ class AdaLoraLayer(ScaledLayer):
         return float(p.lora_alpha if p.lora_alpha > 0 else p.r)
 
 
-NAMES = name_layers(AdaLoraLayer, globals(), "SVD")
+NAMES = name_layers(AdaLoraLayer, globals(), "SVD", BNB_LAYERS)
 
 
 class AdaLoraModel(AdditiveModel):

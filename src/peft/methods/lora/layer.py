@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...core.defaults import BNB_LAYERS
 from ...core.layer import name_layers
 from ...core.scale import ScaledLayer
 
@@ -91,6 +92,14 @@ class _LoraParameterProxy(nn.Module):
         return W + self.delta_weight
 
 
-NAMES = name_layers(LoraLayer, globals())
+PACKED = {
+    "aqlm": "AqlmLoraLinear",
+    "awq": "AwqLoraLinear",
+    "gptq": "GPTQLoraLinear",
+    "hqq": "HqqLoraLinear",
+    "te": "TeLinear",
+    "torchao": "TorchaoLoraLinear",
+}
+NAMES = name_layers(LoraLayer, globals(), packed=PACKED | BNB_LAYERS)
 
-__all__ = ["NAMES", "LoraLayer", *NAMES]
+__all__ = ["NAMES", "LoraLayer", *(kind.__name__ for kind in NAMES.values())]

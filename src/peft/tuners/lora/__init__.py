@@ -10,7 +10,7 @@ _NAMES = {
         ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraRuntimeConfig
         MontecloraConfig VeloraConfig""",
     "peft.methods.lora.layer": """
-        Conv1d Conv2d Conv3d Embedding Linear LoraLayer MultiheadAttention ParamWrapper""",
+        Conv1d Conv2d Conv3d Embedding GPTQLoraLinear Linear LoraLayer MultiheadAttention ParamWrapper""",
     "peft.methods.lora.model": "LoraModel",
     "peft.methods.lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
     "peft.methods.lora.loraga": "preprocess_loraga",

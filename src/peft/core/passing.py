@@ -1,0 +1,55 @@
+"""Quantised layers at which no adapter stands, or none that is active: gradients pass through them all the same.
+
+Some libraries' products cannot be differentiated, or lose the gradient without a word, so that nothing below such a
+layer would learn. Each gets a hook that gives its output the gradient of W x for the dense W; it does nothing where no
+gradient is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import storage, views
+from .storage import Applied, Packed
+
+
+def let_through(model: nn.Module) -> None:
+    """Prepare every quantised layer of a model, adapted or not."""
+    for module, kind in packed_layers(model):
+        kind.adopt(module)
+        if not kind.trains and _pass not in module._forward_hooks.values():
+            module.register_forward_hook(_pass)
+
+
+def let_go(model: nn.Module) -> None:
+    """Take back what `let_through` did."""
+    for module, kind in packed_layers(model):
+        kind.release(module)
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is _pass:
+                del module._forward_hooks[key]
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Packed]]:
+    """The layers whose weight is quantised, and its storage."""
+    for module in model.modules():
+        kind, weight = storage.by_class(type(module)), module._parameters.get("weight")
+        if kind is None:
+            kind = None if weight is None else storage.by_class(type(weight))
+        elif "weight" not in kind.weights:
+            continue
+        if isinstance(kind, Packed) and storage.of(module, "weight") is kind:
+            yield module, kind
+
+
+def _pass(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    x = args[0] if args else None
+    if not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad and isinstance(output, Tensor)):
+        return None
+    view = views.view_of(module)
+    kind = storage.of(module, view.name)
+    return Applied.apply(x, None, lambda *_: output.detach(), view, module, kind.read) if kind.packed else None
