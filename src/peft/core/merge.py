@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import storage
+from .memory import identity
 from .method import Delta
 from .onload import onload_layer, used_at
 from .rounding import MergeError, check_mode, dense_twin, measured, store
@@ -84,6 +85,20 @@ class Mergeable(nn.Module):
         """Where the base weight lies when it is used."""
         base = self.get_base_layer()
         return used_at(base, self.view.sample(base))
+
+    def original_key(self, W: Tensor) -> Hashable:
+        """Equal for two moments between which the base weight, without any merged adapter, has not changed.
+
+        Arguments:
+            W: what `original_weight` gives now.
+
+        None if that is not known.
+        """
+        base, name = self.get_base_layer(), self.view.name
+        kind, payload = (storage.of(base, name), None) if self._saved is None else self._saved[name]
+        if not kind.packed:
+            return identity(W)
+        return kind.key(base, name) if payload is None else kind.payload_key(payload)
 
     @property
     def packed(self) -> storage.Storage | None:
@@ -246,10 +261,14 @@ class Mergeable(nn.Module):
 
     def _make_dense(self, base: nn.Module, W: Tensor) -> nn.Module:
         wanted = W if self._dense_dtype is None else W.to(self._dense_dtype)
+        before = self.view.read(base)
+        if storage.of(base, self.view.name).keep_dense(base, self.view.name, self.view.raw(base, wanted).contiguous()):
+            self.__dict__["merge_error"] = measured("dequantize", wanted, W, before)
+            return base
         bias = self.view.bias(base)
         bias = bias if bias is None or self._dense_dtype is None else bias.to(self._dense_dtype)
         twin = dense_twin(self.view.label, base, self.view.raw(base, wanted), bias)
-        self.__dict__["merge_error"] = measured("dequantize", wanted, W, self.view.read(base))
+        self.__dict__["merge_error"] = measured("dequantize", wanted, W, before)
         if self._saved is not None:
             self.__dict__["_packed_base"] = base
         self._stand_in(twin)

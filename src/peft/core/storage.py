@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .memory import identity
+
 Payload = dict[str, Any]
 
 
@@ -92,8 +94,11 @@ class Storage:
 
     def key(self, module: nn.Module, name: str) -> Hashable:
         """Equal for two moments between which the numbers have not changed; None if that is not known."""
-        value: Tensor = getattr(module, name)
-        return None if value.is_inference() else (value.data_ptr(), value._version, value.shape, value.device)
+        return identity(getattr(module, name))
+
+    def payload_key(self, payload: Any) -> Hashable:
+        """The same for a saved payload."""
+        return identity(payload)
 
     def adopt(self, module: nn.Module) -> None:
         """An adapter is put around the module: keep its library from changing the payload on its own."""
@@ -178,8 +183,21 @@ class Packed(Storage):
         return count
 
     def key(self, module: nn.Module, name: str) -> Hashable:
-        tensors = [t for t in self.take(module, name).values() if isinstance(t, Tensor)]
-        return tuple((t.data_ptr(), t._version, t.shape, t.device) for t in tensors if not t.is_inference())
+        held = self.payload_key(self.take(module, name))  # a parameter's `data` does not count what is written into it
+        return held and (held, *(p._version for p in module._parameters.values() if p is not None))
+
+    def tensors(self, payload: Payload) -> list[Tensor]:
+        """The tensors of a payload."""
+        return [
+            t
+            for v in payload.values()
+            for t in (v.values() if isinstance(v, Mapping) else (v,))
+            if isinstance(t, Tensor)
+        ]
+
+    def payload_key(self, payload: Any) -> Hashable:
+        keys = tuple(identity(t) for t in self.tensors(payload))
+        return None if None in keys else keys
 
     def apply(self, base: Callable[[nn.Module, Tensor], Tensor], view: Any, module: nn.Module, x: Tensor) -> Tensor:
         b = view.bias(module)

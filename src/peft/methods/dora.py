@@ -37,7 +37,7 @@ class DoRA(Delta):
         self.shared, self.shared_by, self.takes = of.shared, of.shared_by, of.takes  # type: ignore[method-assign]
         self.for_file, self.fitted, self.roomy = of.for_file, of.fitted, of.roomy  # type: ignore[method-assign]
         self.split, self.parts, self.join, self.written = of.split, of.parts, of.join, of.written  # type: ignore
-        self.copies, self.may_be_empty = of.copies, of.may_be_empty  # type: ignore[misc]
+        self.copies, self.may_be_empty, self.reads = of.copies, of.may_be_empty, of.reads  # type: ignore[misc]
         self.form, self.free, self.rest = of.form, of.free, of.rest  # type: ignore[method-assign]
         self.window, self.drawn = of.window, of.drawn  # type: ignore[method-assign]
         self.refuse_merge, self.rowwise = of.refuse_merge, of.rowwise  # type: ignore[method-assign]
@@ -96,9 +96,9 @@ class DoRA(Delta):
 
     def _base_square(self, p: Adapter, W: Tensor, rows: slice) -> Tensor:
         """|W|^2 of each row, (..., rows); that of all is computed again only when the base weight changes."""
-        if torch.compiler.is_compiling() or W.is_inference() or rows != slice(None):
+        key = None if torch.compiler.is_compiling() or rows != slice(None) else p.layer.original_key(W)
+        if key is None:
             return _square(W[..., rows, :])
-        key = (W.data_ptr(), W._version, W.shape, W.device)
         if p.cache.get("key") != key:
             p.cache.update(key=key, square=_square(W))
         return p.cache["square"]

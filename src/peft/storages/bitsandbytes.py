@@ -91,6 +91,10 @@ class FourBit(Packed):
         made = (codes[0::2] << 4 | codes[1::2]).to(torch.uint8)
         return {**payload, "data": made.view(data.dtype).view(data.shape), "state": state}
 
+    def tensors(self, payload: Payload) -> list[Tensor]:
+        state = payload["state"]
+        return [payload["dense"]] if state is None else [payload["data"], state.absmax]
+
     def shape(self, module: nn.Module, name: str) -> tuple[int, ...]:
         held: Any = getattr(module, name)
         return tuple(held.shape if held.quant_state is None else held.quant_state.shape)
