@@ -25,6 +25,7 @@ FLOORS = (
     "registry config import_utils target_config",
     "kernels",
     "core",
+    "storages",
     "prompts",
     "methods",
     "names status card persist loading algebra hotswap stream convert inspection",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import apart
+from . import apart, storage
 from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from .pattern import TABLES, Selector
 from .search import model_type, walk
@@ -231,7 +231,7 @@ def left_out(search: Search) -> list[str]:
         base = innermost(module)
         if "expert" not in path.lower() or supported(base) or search.exclude.find(path) is not None:
             continue
-        stacked = (name for name, p in base._parameters.items() if p is not None and p.dim() == 3)
+        stacked = (name for name, dims in storage.parameters(base) if dims == 3)
         found += [f"{path}.{name}" for name in stacked if f"{path}.{name}" not in taken]
     return found
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.parameter import is_lazy
 
 from ..errors import listing
-from . import views
+from . import storage, views
 from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from .pattern import Selector, compiled
 from .plan import Plan, Target
@@ -294,11 +294,11 @@ class Search:
                 continue
             known.update(f"{path}.{name}" for name in _adapted_parameters(module))
             base = innermost(module) if kind == "tuner" else module
-            for name, parameter in base._parameters.items():
+            for name, dims in storage.parameters(base):
                 entry = self.parameter_selector.find(f"{path}.{name}" if path else name)
-                if entry is None or parameter is None:
+                if entry is None:
                     continue
-                _check_parameter(path, name, parameter.dim(), base, path in modules)
+                _check_parameter(path, name, dims, base, path in modules)
                 found.append(Target(path, module, name, f"parameter {entry!r}"))
         names = {t.name for t in found}
         if known and names and known != names:
@@ -341,7 +341,7 @@ class Search:
 
     def parameter_names(self) -> list[str]:
         """The names of all parameters that could be adapted."""
-        return [f"{path}.{name}" for path, m in self.modules for name in innermost(m)._parameters if path]
+        return [f"{path}.{name}" for path, m in self.modules for name, _ in storage.parameters(innermost(m)) if path]
 
 
 def in_order(modules: list[tuple[str, nn.Module]], one: list[Target], two: list[Target]) -> list[Target]:

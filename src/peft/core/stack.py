@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .method import Method
+
+_state = threading.local()
 
 
 class Slot(NamedTuple):
@@ -208,7 +211,17 @@ class InPlace:
         stack = self.stack
         if stack.layer.call.task is None and any(a.method.by_task for a in stack.adapters):
             return stack.layer.each_task(stack.adapters[0].path, args, kwargs, self.run)
+        if stack.packed is not None and torch.is_grad_enabled() and not getattr(_state, "again", False):
+            return checkpoint(self._again, args, kwargs, use_reentrant=False)  # keeps no numbers of W
         return self.run(args, kwargs)
+
+    def _again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`run`, which the backward pass calls once more with all that stands inside."""
+        _state.again = True
+        try:
+            return self.run(args, kwargs)
+        finally:
+            _state.again = False
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module under one W'."""

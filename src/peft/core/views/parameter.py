@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import PeftWarning
+from .. import storage
 from .linear import Layer, LinearView, Pair
 from .make import diagonal, linear_module
 
@@ -26,13 +27,13 @@ class ParameterView(LinearView):
         self.name, self.bias_name = name, bias_name or ""
 
     def shape(self, m: Layer) -> Pair:
-        raw = getattr(m, self.name)
-        if raw.dim() not in (2, 3):
+        shape = storage.of(m, self.name).shape(m, self.name)
+        if len(shape) not in (2, 3):
             raise ValueError(
-                f"The parameter {self.name!r} has {raw.dim()} dimensions {tuple(raw.shape)}; only matrices (out, in) "
-                "and stacks of matrices (experts, out, in) can be adapted."
+                f"The parameter {self.name!r} has {len(shape)} dimensions {shape}; only matrices (out, in) and stacks "
+                "of matrices (experts, out, in) can be adapted."
             )
-        return tuple(self.matrix(m, raw).shape)
+        return (shape[0], shape[2], shape[1]) if self._transposed(m, len(shape)) else shape
 
     why = "a parameter: the product that a bias would be added to is its module's own, out of reach"
 
@@ -43,17 +44,17 @@ class ParameterView(LinearView):
         )
 
     def matrix(self, m: Layer, raw: Tensor) -> Tensor:
-        return raw.mT if self._transposed(m, raw) else raw
+        return raw.mT if self._transposed(m, raw.dim()) else raw
 
     def raw(self, m: Layer, W: Tensor) -> Tensor:
-        return W.mT if self._transposed(m, W) else W
+        return W.mT if self._transposed(m, W.dim()) else W
 
-    def _transposed(self, m: Layer, raw: Tensor) -> bool:
-        return raw.dim() == 3 and bool(getattr(m, "is_transposed", False))
+    def _transposed(self, m: Layer, dims: int) -> bool:
+        return dims == 3 and bool(getattr(m, "is_transposed", False))
 
     def out_axis(self, m: Layer) -> int:
-        raw = getattr(m, self.name)
-        return raw.dim() - (1 if self._transposed(m, raw) else 2)
+        dims = len(self.shape(m))
+        return dims - (1 if self._transposed(m, dims) else 2)
 
     def bias(self, m: Layer) -> Tensor | None:
         return getattr(m, self.bias_name) if self.bias_name else None
@@ -70,12 +71,12 @@ class ParameterView(LinearView):
 
     def A(self, m: Layer, held: Tensor, blocks: int = 1) -> Tensor:
         # checkpoints pack A as (E r, I) and B as (O, r E)
-        raw = getattr(m, self.name)
-        return diagonal(held.unflatten(0, (raw.shape[0], -1)) if raw.dim() == 3 else held, blocks)
+        *experts, _, _ = self.shape(m)
+        return diagonal(held.unflatten(0, (*experts, -1)) if experts else held, blocks)
 
     def B(self, m: Layer, held: Tensor, blocks: int = 1) -> Tensor:
-        raw = getattr(m, self.name)
-        return diagonal(held.unflatten(1, (-1, raw.shape[0])).permute(2, 0, 1) if raw.dim() == 3 else held, blocks)
+        *experts, _, _ = self.shape(m)
+        return diagonal(held.unflatten(1, (-1, *experts)).permute(2, 0, 1) if experts else held, blocks)
 
     def held(self, m: Layer, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return (A, B) if A.dim() == 2 else (A.flatten(0, 1), B.permute(1, 2, 0).flatten(1))
@@ -87,6 +88,8 @@ class ParameterView(LinearView):
         self, m: Layer, values: Mapping[str, Tensor], outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run `outer`, which is m or stands around it, with tensors in place of m's parameters."""
+        if (kind := storage.named(m, self.name)) is not None:
+            return kind.run(m, values, lambda: outer(*args, **kwargs))
         held = m._parameters if all(name in m._parameters for name in values) else m.__dict__
         before = {name: held[name] for name in values}
         try:
