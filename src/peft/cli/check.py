@@ -15,6 +15,11 @@ from peft.errors import PeftError, nearest
 METHODS = ("lora",)
 DTYPES = ("auto", "fp32", "bf16")
 INITS = ("default", "gaussian", "orthogonal", "pissa", "olora")
+QUANTIZED = {  # `--quantize` and the package that does it
+    **dict.fromkeys(("nf4", "fp4", "int8"), "bitsandbytes"),
+    **dict.fromkeys(("int8-torchao", "int4-torchao", "float8-torchao"), "torchao"),
+    **dict.fromkeys(("hqq4", "hqq8"), "hqq"),
+}
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 PACKAGES = {
@@ -22,6 +27,7 @@ PACKAGES = {
     "transformers": "language models",
     "torch": "everything",
     "jinja2": "chat templates",
+    **dict.fromkeys(QUANTIZED.values(), "quantised weights"),
 }
 
 
@@ -37,6 +43,7 @@ def check_train(options: TrainOptions) -> None:
     _check_schedule(options)
     _check_held_out(options)
     _check_output(options)
+    check_quantize(options.quantize)
     require("torch", "transformers", "accelerate")
 
 
@@ -46,6 +53,7 @@ def check_eval(options: EvalOptions) -> None:
     if options.limit is not None:
         _demand("--limit", options.limit, options.limit >= 1, "at least 1")
     _check_adapter(options.adapter, options.model)
+    check_quantize(options.quantize, "none")
     require("torch", "transformers", "accelerate")
 
 
@@ -56,6 +64,7 @@ def check_generate(options: GenerateOptions) -> None:
     _choose("--dtype", options.dtype, DTYPES)
     _check_template(options.template)
     _check_adapter(options.adapter, options.model)
+    check_quantize(options.quantize, "none")
     require("torch", "transformers")
 
 
@@ -85,6 +94,13 @@ def require(*packages: str) -> None:
     if missing:
         reasons = ", ".join(f"{p} ({PACKAGES.get(p, 'this kind of data')})" for p in missing)
         raise UsageError(f"Missing: {reasons}. Install with: pip install {' '.join(missing)}")
+
+
+def check_quantize(kind: str | None, *more: str) -> None:
+    """Raise UsageError for a `--quantize` that does not exist, or whose package is missing; `more` are no packages."""
+    if kind is not None and kind not in more:
+        _choose("--quantize", kind, (*QUANTIZED, *more))
+        require(QUANTIZED[kind])
 
 
 def is_file_name(source: str) -> bool:

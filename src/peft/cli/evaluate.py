@@ -104,12 +104,13 @@ def run(options: EvalOptions) -> int:
     from peft.cli.state import kept_template
 
     accelerator = make_accelerator()
-    model, tokenizer = load_adapter(options.adapter, options.model, options.dtype, options.base_only)
+    model, tokenizer = load_adapter(options.adapter, options.model, options.dtype, options.base_only, options.quantize)
     template = options.template or kept_template(options.adapter)
     encoder, layout = Encoder(tokenizer, template, options.max_length), Layout.of(base_of(model), tokenizer)
     with progress(disable=not accelerator.is_main_process) as bar:
         task = bar.add_task("evaluate", total=len(examples), loss="")
-        model.to(accelerator.device)
+        if next(model.parameters()).device.type != accelerator.device.type:  # what is quantised is there
+            model.to(accelerator.device)
         found = evaluate(model, examples, encoder, layout, accelerator, options.batch, lambda n: bar.advance(task, n))
     if accelerator.is_main_process:
         name = "base model" if options.base_only else str(options.adapter)

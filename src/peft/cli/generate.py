@@ -59,8 +59,8 @@ def run(options: GenerateOptions) -> int:
     from peft.cli.model import load_adapter
     from peft.cli.state import kept_template
 
-    model, tokenizer = load_adapter(options.adapter, options.model, options.dtype, options.base_only)
-    if torch.cuda.is_available():
+    model, tokenizer = load_adapter(options.adapter, options.model, options.dtype, options.base_only, options.quantize)
+    if torch.cuda.is_available() and next(model.parameters()).device.type == "cpu":  # what is quantised is there
         model.to("cuda")
     torch.manual_seed(options.seed)
     encoder = Encoder(tokenizer, options.template or kept_template(options.adapter), sys.maxsize)

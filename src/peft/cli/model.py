@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from peft.cli.check import UsageError
+from peft.cli.check import UsageError, check_quantize
 from peft.cli.options import TrainOptions
+from peft.cli.state import kept_quantize
 
 T = TypeVar("T")
 
@@ -63,17 +64,29 @@ def meta_model(model: str) -> nn.Module:
         return load("--model", model, lambda: AutoModelForCausalLM.from_config(config))
 
 
-def load_model(model: str, dtype: str) -> nn.Module:
-    """The base model with its weights, on the CPU, in `dtype` (auto, fp32 or bf16)."""
-    from transformers import AutoModelForCausalLM
+def load_model(model: str, dtype: str, quantize: str | None = None) -> nn.Module:
+    """The base model with its weights, in `dtype` (auto, fp32 or bf16), on the CPU; quantised, on its device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return load("--model", model, lambda: AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype)))
+    wanted = torch_dtype(dtype)
+
+    def read(**more: Any) -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=wanted, **more)
+
+    if quantize is None:
+        return load("--model", model, read)
+    from peft.cli.quantize import load_quantized
+
+    load("--model", model, lambda: AutoConfig.from_pretrained(model))  # its own errors come first
+    return load_quantized(quantize, wanted, read)
 
 
-def load_adapter(adapter: Path, model: str | None, dtype: str, base_only: bool) -> tuple[nn.Module, Any]:
-    """Base model with a saved adapter (or alone), in eval mode, and its tokenizer."""
+def load_adapter(
+    adapter: Path, model: str | None, dtype: str, base_only: bool, quantize: str | None = None
+) -> tuple[nn.Module, Any]:
+    """Base model with a saved adapter (or alone), in eval mode, and its tokenizer; `quantize` as for the commands."""
     from peft import PeftConfig, PeftModel
 
     name = (
@@ -82,7 +95,9 @@ def load_adapter(adapter: Path, model: str | None, dtype: str, base_only: bool) 
     )
     if not name:
         raise UsageError(f"--adapter {adapter}: does not name its base model. Give it with --model.")
-    tokenizer, base = load_tokenizer(name), load_model(name, dtype)
+    kind = quantize or kept_quantize(adapter)
+    check_quantize(kind, "none")
+    tokenizer, base = load_tokenizer(name), load_model(name, dtype, None if kind == "none" else kind)
     if not base_only:
         base = load("--adapter", str(adapter), lambda: PeftModel.from_pretrained(base, str(adapter)))
     return base.eval(), tokenizer

@@ -37,6 +37,9 @@ class DataOptions:
     dtype: str = option("Of the base model: auto, fp32 or bf16. Adapters are fp32.", RUN, "auto")
 
 
+AS_TRAINED = "Base model's weights as in `peft train`, or none. Default: as the adapter was trained."
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(DataOptions):
     """Options of `peft train`."""
@@ -59,6 +62,12 @@ class TrainOptions(DataOptions):
     lr: float = option("Highest learning rate (cosine decay).", TRAINING, 2e-4)
     warmup: float = option("Rising part: a fraction of the steps if below 1, else a number of steps.", TRAINING, 0.1)
     seed: int = option("Fixes the order of the examples, the first weights and dropout.", TRAINING, 0)
+    quantize: str | None = option(
+        "Base model's weights in few bits (QLoRA): nf4, fp4, int8 (bitsandbytes), int8-torchao, int4-torchao, "
+        "float8-torchao, hqq4, hqq8.",
+        TRAINING,
+        None,
+    )
     gradient_checkpointing: bool = option(
         "Less memory, a third more time.", TRAINING, False, "--gradient-checkpointing"
     )
@@ -75,6 +84,7 @@ class EvalOptions(DataOptions):
     model: str | None = option("Base model. Default: the one named in the adapter.", DATA, None)
     limit: int | None = option("Use only the first examples.", DATA, None)
     batch: int = option("Examples at a time on each device.", RUN, 8)
+    quantize: str | None = option(AS_TRAINED, RUN, None)
     base_only: bool = option("Measure the base model without the adapter.", RUN, False, "--base-only")
 
 
@@ -90,6 +100,7 @@ class GenerateOptions:
     temperature: float = option("0 takes the likeliest token; higher values sample.", RUN, 0.0)
     seed: int = option("Fixes sampling.", RUN, 0)
     dtype: str = option("Of the base model: auto, fp32 or bf16.", RUN, "auto")
+    quantize: str | None = option(AS_TRAINED, RUN, None)
     base_only: bool = option("Answer with the base model, to compare.", RUN, False, "--base-only")
 
 

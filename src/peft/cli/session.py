@@ -76,7 +76,7 @@ def prepare(options: TrainOptions) -> Session:
     checked_plan(meta_model(base_name(options.model)), config)
     accelerator = make_accelerator()
     torch.manual_seed(options.seed)
-    base = load_model(base_name(options.model), options.dtype)
+    base = load_model(base_name(options.model), options.dtype, options.quantize)
     layout = Layout.of(base, tokenizer)
     if options.gradient_checkpointing:
         _save_memory(base)
@@ -130,6 +130,7 @@ def _announce(session: Session) -> None:
     report.say(
         f"{how}: {session.steps} steps of {session.step_size} examples, "
         f"{session.accelerator.num_processes} x {session.accelerator.device.type}, "
+        f"{session.options.quantize + ' in ' if session.options.quantize else ''}"
         f"{str(torch_dtype(session.options.dtype)).removeprefix('torch.')}, {log.trainable_parameters:,} of "
         f"{log.all_parameters:,} parameters trainable ({share:.2f} %)"
     )

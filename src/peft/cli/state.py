@@ -72,6 +72,15 @@ def kept_template(folder: Path) -> str | None:
     return log.options.get("template") if log else None
 
 
+def kept_quantize(folder: Path) -> str | None:
+    """How the base's weights were quantised while the adapter in `folder` was trained; None: not, or not known."""
+    try:
+        log = read_log(folder)
+    except UsageError:
+        return None
+    return log.options.get("quantize") if log else None
+
+
 def earlier_run(options: TrainOptions) -> Log | None:
     """The run to go on with (or already complete) in the output folder, None for a new one.
 

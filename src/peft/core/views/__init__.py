@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .. import storage
 from .conv import ConvView
 from .embedding import EmbeddingView, embed_scale
 from .linear import Conv1DView, LinearView, main_input
@@ -82,7 +83,12 @@ def supported(m: nn.Module) -> bool:
 def is_linear(kind: type) -> bool:
     """Whether layers of this class are what `target_modules="all-linear"` means."""
     conv1d = any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in kind.__mro__)
-    return conv1d or issubclass(kind, nn.Linear)
+    return conv1d or issubclass(kind, nn.Linear) or _is_packed_linear(kind)
+
+
+def _is_packed_linear(kind: type) -> bool:
+    found = storage.by_class(kind)
+    return found is not None and found.weights == ("weight",)
 
 
 def reads_weights(parent: nn.Module | None) -> str:
