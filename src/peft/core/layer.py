@@ -322,7 +322,7 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
     def _runner(self, stack: Stack) -> Any:
         if not self.view.activations:
             return InPlace(stack)
-        return Finish(stack) if getattr(stack.base, "max_norm", None) is not None else stack
+        return Finish(stack) if self.view.finishes(stack.base) else stack
 
     # ---- forward -----------------------------------------------------------------------------------------------
 

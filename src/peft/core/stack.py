@@ -127,7 +127,7 @@ class Stack:
     def _call_base(self, _: nn.Module, x: Tensor) -> Tensor:
         base = self.layer._modules["base_layer"]
         if self.extra is not None:
-            return base(x, *self.extra[0], **self.extra[1])
+            return self.view.output(base(x, *self.extra[0], **self.extra[1]))
         return self.view.base(base, x)
 
     def outline(self) -> Tensor:
@@ -246,7 +246,7 @@ class Late:
 
 
 class Finish:
-    """A stack whose module does something after the affine map (an embedding with max_norm)."""
+    """A stack whose module does something after the affine map (an embedding with max_norm), or gives more than it."""
 
     def __init__(self, stack: Stack):
         self.stack = stack

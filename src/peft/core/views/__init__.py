@@ -14,6 +14,7 @@ from .embedding import EmbeddingView, embed_scale
 from .linear import Conv1DView, LinearView, main_input
 from .make import Template, linear_module
 from .module import ModuleView
+from .parallel import ParallelView, is_parallel
 from .parameter import AttentionView, ParameterView
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 _LINEAR, _CONV1D, _EMBEDDING, _ATTENTION = LinearView(), Conv1DView(), EmbeddingView(), AttentionView()
-_WHOLE = ModuleView()
+_WHOLE, _PARALLEL = ModuleView(), ParallelView()
 READS, FUSES = "always", "where it can"
 _CONVS = {nn.Conv1d: ConvView(1), nn.Conv2d: ConvView(2), nn.Conv3d: ConvView(3)}
 LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper")
@@ -66,6 +67,8 @@ def _find(m: nn.Module) -> LinearView:
         return _ATTENTION
     if type(m).__name__ == "Conv1D" and hasattr(m, "nf"):
         return _CONV1D
+    if is_parallel(type(m)):
+        return _PARALLEL
     if isinstance(m, nn.Linear) or (hasattr(m, "in_features") and hasattr(m, "out_features")):
         return _LINEAR
     raise ValueError(f"{type(m).__name__} cannot be adapted. Supported layers are {SUPPORTED}.")
@@ -83,7 +86,7 @@ def supported(m: nn.Module) -> bool:
 def is_linear(kind: type) -> bool:
     """Whether layers of this class are what `target_modules="all-linear"` means."""
     conv1d = any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in kind.__mro__)
-    return conv1d or issubclass(kind, nn.Linear) or _is_packed_linear(kind)
+    return conv1d or issubclass(kind, nn.Linear) or is_parallel(kind) or _is_packed_linear(kind)
 
 
 def _is_packed_linear(kind: type) -> bool:

@@ -37,6 +37,9 @@ class EmbeddingView(TransposedView):
     def base(self, m: Layer, x: Tensor) -> Tensor:
         return m(x) if m.max_norm is None else self.linear(m, x, self.read(m))
 
+    def finishes(self, m: Layer) -> bool:
+        return m.max_norm is not None
+
     def finish(self, m: Layer, y: Tensor) -> Tensor:
         if m.max_norm is None:
             return y

@@ -156,13 +156,22 @@ class LinearView:
         """Dropout of the input: (x to use, factor for W x or None)."""
         return F.dropout(x, p), None
 
-    def finish(self, m: Layer, y: Tensor) -> Tensor:
+    def finishes(self, m: Layer) -> bool:
+        """Whether `finish` does anything."""
+        return False
+
+    def finish(self, m: Layer, y: Tensor) -> Any:
         """What the module does after the affine map."""
+        return y
+
+    def output(self, given: Any) -> Tensor:
+        """The affine map's part of what a call of the module gives."""
+        y: Tensor = given
         return y
 
     def base(self, m: Layer, x: Tensor) -> Tensor:
         """The module's own affine map; m's forward unless `finish` undoes the split."""
-        return m(x)
+        return self.output(m(x))
 
     def down(self, m: Layer, r: int, blocks: int = 1, **kwargs: Any) -> nn.Module | nn.Parameter:
         """Holder of A, I -> r, in the shape that checkpoints have for this layout.

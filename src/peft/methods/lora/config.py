@@ -55,7 +55,6 @@ OPTIONS = {
 # Fields that this release reads and writes but does not carry out, and what to use instead.
 NOT_YET = {
     "use_qalora": "Leave it out for plain LoRA.",
-    "megatron_config": "Leave it out; nn.Linear layers are adapted without it.",
 }
 VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config", "monteclora_config", "velora_config"),
@@ -142,8 +141,8 @@ class LoraConfig(PeftConfig):
         default_factory=dict,
         metadata=describe("Values that differ from lora_alpha, written as `rank_pattern`."),
     )
-    megatron_config: dict | None = field(default=None, metadata=describe("Arguments of Megatron's parallel layers."))
-    megatron_core: str | None = field(default="megatron.core", metadata=describe("The module Megatron is taken from."))
+    megatron_config: dict | None = field(default=None, metadata=describe("Known to files; Megatron's layers need none of it."))
+    megatron_core: str | None = field(default="megatron.core", metadata=describe("Known to files; nothing is imported by this name."))
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None,
         metadata=describe("Tokens whose embedding is trained: a list, or {name of the embedding: list}."),
