@@ -213,9 +213,13 @@ class Method:
 
 
 class Delta(Method):
-    """W' = W + delta(W). Where W is asked for its shape, dtype and device only, `reads` is False."""
+    """W' = W + delta(W). Where the delta depends on the numbers of W, and not only on its form, `reads` is True."""
 
     additive = True
+    reads = False
+
+    def keeps(self, p: Adapter) -> bool:
+        return self.reads or type(self).onto is Delta.onto  # which makes a dense matrix of the delta
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         """What is added to W, (..., rows, I)."""
@@ -259,7 +263,6 @@ class LowRank(Delta):
     """W' = W + scaling * B A, with B (..., O, r) and A (..., r, I)."""
 
     times = 1.0  # what a merge multiplies the scaled product with
-    reads = False
     neutral_zeros = True  # an adapter whose tensors are all zero leaves the layer as it is
     direct = True  # in training, too, B A x is computed as stated, so that a fused form may take its place
     whole = False  # on a convolution with groups A reads all channels, as LoRA's does, so that B A is no kernel of it

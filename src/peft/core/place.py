@@ -189,7 +189,7 @@ class Injection(Placing):
         if fresh:
             self.put(parent, leaf, layer, found)
         else:
-            self.undo.append(lambda: (layer._drop(self.name), layer._replan()))
+            self.undo += [layer._replan, partial(layer._drop, self.name)]
         self.placed.append(layer)
         return layer
 

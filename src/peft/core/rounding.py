@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LossyMergeWarning, nearest, report
-from .storage import Packed, Storage, of
+from .storage import Packed, Payload, Storage, of
 
 MODES = ("requantize", "dequantize", "compensated")
 ROUNDS, DIRECTIONS = 40, 64  # of the compensation: passes over the weight, and directions of the update it keeps
@@ -45,7 +46,7 @@ def measured(mode: str, stored: Tensor, wanted: Tensor, before: Tensor) -> Merge
     return MergeError(mode, relative, 1 - kept / size if size else 0.0)
 
 
-def compensate(wanted: Tensor, before: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+def compensate(wanted: Tensor, before: Tensor, rounded: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
     """Numbers that round to a weight which treats the directions of the update as W' does, (..., O, I).
 
     Of all weights that can be stored this looks for the nearest to W' with (Q - W') V = 0, V being the directions of
@@ -56,21 +57,25 @@ def compensate(wanted: Tensor, before: Tensor, rounded: Callable[[Tensor], Tenso
     Arguments:
         wanted, before: W' and W.
         rounded: numbers -> the nearest that can be stored.
+
+    Returns the numbers, and how bad the best Q is: the squared error, that in the directions counting as if the error
+    were the same in all others.
     """
     W, D = wanted.float(), (wanted - before).float()
-    count = min(DIRECTIONS, *D.shape[-2:])
-    _, size, V = torch.svd_lowrank(D, q=count, niter=4)
+    _, size, V = torch.svd_lowrank(D, q=min(DIRECTIONS, *D.shape[-2:]), niter=4)
     V = V * (size > 1e-3 * size[..., :1]).to(V.dtype)[..., None, :]  # a direction that is none is no condition
+    weight = D.shape[-1] / max(1, int((size > 1e-3 * size[..., :1]).sum(-1).max()))
     M = torch.zeros(*W.shape[:-1], V.shape[-1], dtype=V.dtype, device=V.device)
     best, least = W, float("inf")
     for _ in range(ROUNDS):
         target = W + M @ V.mT
-        lacking = (W - rounded(target.to(wanted.dtype)).float()) @ V
-        size_of = float(lacking.square().sum())
-        if size_of < least:
-            best, least = target, size_of
+        error = W - rounded(target.to(wanted.dtype)).float()
+        lacking = error @ V
+        bad = float(error.square().sum()) + weight * float(lacking.square().sum())
+        if bad < least:
+            best, least = target, bad
         M = M + lacking
-    return best.to(wanted.dtype)
+    return best.to(wanted.dtype), least
 
 
 def told(layers: Iterable[Any]) -> dict[str, MergeError]:
@@ -117,15 +122,22 @@ def store(layer: Any, kind: Storage, mode: str, W: Tensor, before: Tensor) -> Me
     """
     base, view = layer.get_base_layer(), layer.view
     if mode == "compensated" and isinstance(kind, Packed):
-        payload = kind.take(base, view.name)
-
-        def rounded(t: Tensor) -> Tensor:
-            return view.matrix(base, kind.unpack(kind.repack(view.raw(base, t), payload)))
-
-        kind.put(base, view.name, kind.repack(view.raw(base, compensate(W, before, rounded)), payload))
+        old = kind.take(base, view.name)
+        found = [
+            (p, *compensate(W, before, partial(_read, layer, kind, p)))
+            for p in (old, kind.pack(view.raw(base, W), old))
+        ]
+        scales, numbers, _ = min(found, key=lambda f: f[2])
+        kind.put(base, view.name, kind.repack(view.raw(base, numbers), scales))
     else:
         kind.write(base, view.name, view.raw(base, W))
     return measured(mode, view.read(base), W, before)
+
+
+def _read(layer: Any, kind: Packed, scales: Payload, W: Tensor) -> Tensor:
+    """W as it is read again when it was stored with these scales."""
+    base, view = layer.get_base_layer(), layer.view
+    return cast(Tensor, view.matrix(base, kind.unpack(kind.repack(view.raw(base, W), scales))))
 
 
 def dense_twin(label: str, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:

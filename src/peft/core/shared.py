@@ -58,7 +58,7 @@ class SharedTensors(AdapterHost):
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of an adapter."""
-        found = self._parameters[name] if name in self._parameters else None  # so asked, ZeRO-3 gathers it
+        found = self._parameters[name] if name in self._parameters else None  # noqa: SIM401 so asked, ZeRO-3 gathers it
         return self._buffers[name] if found is None else found  # type: ignore[return-value]
 
     def slots(self, name: str) -> list[Slot]:

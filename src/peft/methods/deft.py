@@ -51,6 +51,7 @@ class DeftConfig(AdditiveConfig):
 class DEFT(LowRank):
     """W' = W + Q (s R - P' W0)."""
 
+    reads = True
     by_rows = False
 
     def build(self, site: Site) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class GloraConfig(AdditiveConfig):
 class GLoRA(Delta):
     """W' = W + W0 * A + B."""
 
+    reads = True
+
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
         *lead, out, inp = site.view.shape(site.module)

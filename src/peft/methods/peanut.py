@@ -83,6 +83,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 class PEANuT(LowRank):
     """W' = W + s B Z'."""
 
+    reads = True
     by_rows = False
 
     def build(self, site: Site) -> dict[str, Any]:

@@ -51,7 +51,8 @@ class HQQ(Packed):
         return {**payload, "data": made, "meta": {**meta, **new}}
 
     def shape(self, module: nn.Module, name: str) -> tuple[int, ...]:
-        return tuple(module.meta["shape"])  # type: ignore[index,union-attr,call-overload]
+        held: Any = module
+        return tuple(held.meta["shape"])
 
 
 def _quantizer() -> Any:

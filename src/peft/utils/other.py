@@ -138,7 +138,8 @@ def _checkpoint(model: Any, arguments: dict[str, Any]) -> None:
         else:
             model.get_input_embeddings().register_forward_hook(lambda m, x, y: y.requires_grad_(True))
     if "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+        chosen = {"use_reentrant": True, **arguments}  # torch asks for it to be said
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=chosen)
         return
     if arguments:
         warnings.warn(

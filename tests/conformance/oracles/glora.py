@@ -27,8 +27,9 @@ def bias(layer: BaseTunerLayer, name: str, b: Tensor | None) -> Tensor | None:
     if b is None:
         return None
     base: Any = layer.get_base_layer()
-    packed = hasattr(base, "in_proj_bias")
-    b0, W0 = (getattr(base, ("in_proj_" if packed else "") + which).double() for which in ("bias", "weight"))
+    prefix = "in_proj_" if hasattr(base, "in_proj_bias") else ""
+    b0 = getattr(base, prefix + "bias").double()
+    W0 = (getattr(base, prefix + "weight") if layer.packed is None else layer.packed.read(base, "weight")).double()
     t = held(layer, name)
     return b + b0 * part(t, "D") + part(t, "E") + (matrix(layer, W0) @ part(t, "C")).squeeze(-1)
 

@@ -21,12 +21,14 @@ def outside(x: Tensor, basis: Tensor) -> Tensor:
 
 def weight(k: int | None) -> Any:
     def of(layer: BaseTunerLayer, name: str, W: Tensor, original: Tensor) -> Tensor:
-        stored = layer.view.sample(layer.get_base_layer()).dtype
+        base: Any = layer.get_base_layer()
+        kind = layer.packed
+        stored = layer.view.sample(base).dtype if kind is None else kind.dtype(base, "weight")
         precise = torch.float64 if stored is torch.float64 else torch.float32
         bases: list[Tensor] = []
 
         @on_matrix
-        def base(t: dict[str, Tensor], M: Tensor, layer: BaseTunerLayer) -> Tensor:
+        def noted(t: dict[str, Tensor], M: Tensor, layer: BaseTunerLayer) -> Tensor:
             bases.append(M.detach())
             return M
 
@@ -40,7 +42,7 @@ def weight(k: int | None) -> Any:
             first = U0[..., n:] @ torch.diag_embed(S0[..., n:]) @ V0[..., n:, :]
             return M + U @ torch.diag_embed(S) @ V - first
 
-        base(layer, name, original, original)
+        noted(layer, name, original, original)
         return changed(layer, name, W, original)
 
     return of

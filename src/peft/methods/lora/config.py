@@ -141,8 +141,12 @@ class LoraConfig(PeftConfig):
         default_factory=dict,
         metadata=describe("Values that differ from lora_alpha, written as `rank_pattern`."),
     )
-    megatron_config: dict | None = field(default=None, metadata=describe("Known to files; Megatron's layers need none of it."))
-    megatron_core: str | None = field(default="megatron.core", metadata=describe("Known to files; nothing is imported by this name."))
+    megatron_config: dict | None = field(
+        default=None, metadata=describe("Known to files; Megatron's layers need none of it.")
+    )
+    megatron_core: str | None = field(
+        default="megatron.core", metadata=describe("Known to files; nothing is imported by this name.")
+    )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None,
         metadata=describe("Tokens whose embedding is trained: a list, or {name of the embedding: list}."),

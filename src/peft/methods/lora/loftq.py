@@ -68,6 +68,8 @@ def alternate(W: Tensor, bits: int, iterations: int, r: int, scaling: float) -> 
 class LoftQ(Delta):
     """W' = Q + s B A, written as W + (Q - W) + s B A so that it adds to what other adapters make."""
 
+    reads = True
+
     def __init__(self) -> None:
         self.of = LoRA()
 
