@@ -520,7 +520,9 @@ def test_layers_are_fused_one_by_one_and_unloaded():
     for name in ("conv", "to_q"):
         setattr(model, name, getattr(model, name).get_base_layer())
     del model.peft_config
-    assert torch.equal(model(IMAGE), plain(IMAGE)) and model.state_dict().keys() == plain.state_dict().keys()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(model(IMAGE), plain(IMAGE))  # another memory, perhaps another of the kernels
 
 
 def test_a_failed_load_is_undone_layer_by_layer():

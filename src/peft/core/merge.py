@@ -260,8 +260,8 @@ class Mergeable(nn.Module):
             storage.of(base, self.view.bias_name).write(base, self.view.bias_name, b)
 
     def _make_dense(self, base: nn.Module, W: Tensor) -> nn.Module:
-        wanted = W if self._dense_dtype is None else W.to(self._dense_dtype)
         before = self.view.read(base)
+        wanted = W.to(before.dtype if self._dense_dtype is None else self._dense_dtype)
         if storage.of(base, self.view.name).keep_dense(base, self.view.name, self.view.raw(base, wanted).contiguous()):
             self.__dict__["merge_error"] = measured("dequantize", wanted, W, before)
             return base

@@ -14,6 +14,7 @@ from .storage import Packed, Payload, Storage, of
 
 MODES = ("requantize", "dequantize", "compensated")
 ROUNDS, DIRECTIONS = 40, 64  # of the compensation: passes over the weight, and directions of the update it keeps
+STEP, SHRINK, LEAST = 4.0, 0.85, 1e-2  # its first step, what each is of the last, and the least direction that counts
 LOSSY = 0.1  # the share of an update that may be lost before a merge warns of it
 
 
@@ -46,27 +47,25 @@ def measured(mode: str, stored: Tensor, wanted: Tensor, before: Tensor) -> Merge
     return MergeError(mode, relative, 1 - kept / size if size else 0.0)
 
 
-def compensate(wanted: Tensor, before: Tensor, rounded: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
+def compensate(wanted: Tensor, before: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
     """Numbers that round to a weight which treats the directions of the update as W' does, (..., O, I).
 
     Of all weights that can be stored this looks for the nearest to W' with (Q - W') V = 0, V being the directions of
     the input that the update W' - W reads. The multiplier M of that condition is found by dual ascent: Q is what
     W' + M V' rounds to, which solves the problem for that M, and M grows by what the condition lacks. Plain rounding
-    forgets an update that is smaller than its steps; here the missing part is added up until it is not.
+    forgets an update that is smaller than its steps; here the missing part is added up until it is not. Steps start
+    long, as nothing changes before M V' reaches the steps of the storage, and shrink, as Q is not continuous in M.
 
     Arguments:
         wanted, before: W' and W.
         rounded: numbers -> the nearest that can be stored.
-
-    Returns the numbers, and how bad the best Q is: the squared error, that in the directions counting as if the error
-    were the same in all others.
     """
     W, D = wanted.float(), (wanted - before).float()
     _, size, V = torch.svd_lowrank(D, q=min(DIRECTIONS, *D.shape[-2:]), niter=4)
-    V = V * (size > 1e-3 * size[..., :1]).to(V.dtype)[..., None, :]  # a direction that is none is no condition
-    weight = D.shape[-1] / max(1, int((size > 1e-3 * size[..., :1]).sum(-1).max()))
+    counts = size > LEAST * size[..., :1]  # a direction that is none is no condition
+    V, weight = V * counts.to(V.dtype)[..., None, :], D.shape[-1] / max(1, int(counts.sum(-1).max()))
     M = torch.zeros(*W.shape[:-1], V.shape[-1], dtype=V.dtype, device=V.device)
-    best, least = W, float("inf")
+    best, least, step = W, float("inf"), STEP
     for _ in range(ROUNDS):
         target = W + M @ V.mT
         error = W - rounded(target.to(wanted.dtype)).float()
@@ -74,8 +73,8 @@ def compensate(wanted: Tensor, before: Tensor, rounded: Callable[[Tensor], Tenso
         bad = float(error.square().sum()) + weight * float(lacking.square().sum())
         if bad < least:
             best, least = target, bad
-        M = M + lacking
-    return best.to(wanted.dtype), least
+        M, step = M + step * lacking, step * SHRINK
+    return best.to(wanted.dtype)
 
 
 def told(layers: Iterable[Any]) -> dict[str, MergeError]:
@@ -122,12 +121,11 @@ def store(layer: Any, kind: Storage, mode: str, W: Tensor, before: Tensor) -> Me
     """
     base, view = layer.get_base_layer(), layer.view
     if mode == "compensated" and isinstance(kind, Packed):
-        old = kind.take(base, view.name)
-        found = [
-            (p, *compensate(W, before, partial(_read, layer, kind, p)))
-            for p in (old, kind.pack(view.raw(base, W), old))
-        ]
-        scales, numbers, _ = min(found, key=lambda f: f[2])
+        raw, old = view.raw(base, W), kind.take(base, view.name)
+        tried = [old, kind.pack(raw, old)]  # the scales as they are, which fit small updates, and new ones
+        errors = [float((kind.unpack(kind.repack(raw, p)) - raw).float().square().sum()) for p in tried]
+        scales = tried[errors.index(min(errors))]
+        numbers = compensate(W, before, partial(_read, layer, kind, scales))
         kind.put(base, view.name, kind.repack(view.raw(base, numbers), scales))
     else:
         kind.write(base, view.name, view.raw(base, W))

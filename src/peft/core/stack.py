@@ -141,8 +141,9 @@ class Stack:
         return torch.full((), torch.nan, dtype=dtype, device=device).expand(self.view.shape(self.base))
 
     def weight(self, rows: slice = slice(None)) -> Tensor:
-        """W' of the stack, (..., rows, I)."""
+        """W' of the stack, (..., rows, I); over a packed weight in single precision, as rounding comes later."""
         W = self.layer.base_weight()[..., rows, :]
+        W = W if self.packed is None else W.to(torch.promote_types(W.dtype, torch.float32))
         for a in self.adapters:
             W = a.method.weight(a, W, rows)
         return W

@@ -81,8 +81,9 @@ def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
         take_out(tuner, path, layer, names, several)
     model = tuner.model
     passing.let_go(model)
-    while tuner.hooks:
-        tuner.hooks.pop().remove()
+    hooks = tuner.__dict__.get("hooks", [])
+    while hooks:
+        hooks.pop().remove()
     settle(model, tied)
     if hasattr(model, "peft_config"):
         del model.peft_config

@@ -183,8 +183,7 @@ def summoned(model: nn.Module, write: bool = False) -> Iterator[bool]:
     Gives whether parameters were made whole, so that they are gone afterwards.
     """
     lent_back(model)
-    engine = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    kind: Any = getattr(engine, "FullyShardedDataParallel", None)
+    kind = _class("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
     if kind is None:
         yield False
         return
@@ -198,6 +197,16 @@ def summoned(model: nn.Module, write: bool = False) -> Iterator[bool]:
         yield True
 
 
+def _class(place: str, name: str) -> Any:
+    """A class of torch's engine that may stand around modules; None where no processes work together.
+
+    Other packages import the engine for everybody, so that its being there tells nothing.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    together = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return getattr(sys.modules.get(place), name, None) if together else None
+
+
 def _outside(model: nn.Module, kind: Any) -> Iterator[nn.Parameter]:
     """The parameters of a model that no FSDP1 unit in it manages."""
     if not isinstance(model, kind):
@@ -209,8 +218,7 @@ def _outside(model: nn.Module, kind: Any) -> Iterator[nn.Parameter]:
 
 def lent_back(model: nn.Module) -> None:
     """Have FSDP2 take back what it shows whole after a forward: writing into that would be lost."""
-    engine = sys.modules.get("torch.distributed.fsdp")
-    kind: Any = getattr(engine, "FSDPModule", None)
+    kind = _class("torch.distributed.fsdp", "FSDPModule")
     for m in model.modules() if kind is not None else ():
         if isinstance(m, kind):
             m.reshard()
