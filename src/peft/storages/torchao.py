@@ -143,7 +143,8 @@ def _better(value: Tensor, new: Payload, old: Payload) -> Payload:
         parts = split(error, payload["scale"].shape, block)
         errors.append(torch.nan_to_num(parts.sum([2 * i + 1 for i in range(value.dim())]), nan=torch.inf))
     better = errors[1] < errors[0]
-    made: Payload = {k: torch.where(better, tried[1][k], old[k]) for k in ("scale", "zero_point") if k in new and k in old}
+    both = [k for k in ("scale", "zero_point") if k in new and k in old]
+    made: Payload = {k: torch.where(better, tried[1][k], old[k]) for k in both}
     scaled: Payload = {**old, **made}
     return {**scaled, "qdata": _codes(value, scaled)}
 
