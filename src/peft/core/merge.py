@@ -36,6 +36,7 @@ class Mergeable(nn.Module):
     _dense_dtype: torch.dtype | None
     _packed_base: nn.Module | None  # what a dense twin stands for while merged
     merge_error: MergeError | None  # what the last merge into a quantised weight changed
+    seen: Tensor | None = None  # directions that its inputs lie along, for a compensated merge
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -124,17 +125,18 @@ class Mergeable(nn.Module):
         names = adapters_to_merge(self, adapter_names)
         self._merge(tuple(n for n in names if n in self.adapters))
 
-    def round_by(self, mode: str, dtype: torch.dtype | None = None) -> None:
+    def round_by(self, mode: str, dtype: torch.dtype | None = None, seen: Tensor | None = None) -> None:
         """How a quantised weight takes the merges that follow.
 
         Arguments:
             mode: as `quantized` of `merge`.
             dtype: of a dense weight in place of a quantised one; None is that in which its numbers are read.
+            seen: (I, k), directions that the layer's inputs lie along; None: not known.
 
         Raises ValueError for an unknown mode.
         """
         check_mode(mode)
-        self.__dict__.update(_rounding=mode, _dense_dtype=dtype)
+        self.__dict__.update(_rounding=mode, _dense_dtype=dtype, seen=seen)
 
     def _merge(self, names: tuple[str, ...], keep: bool = True) -> None:
         if names:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LossyMergeWarning, nearest, report
-from .storage import Packed, Payload, Storage, of
+from .storage import Packed, Payload, Storage, of, parameters
 
 MODES = ("requantize", "dequantize", "compensated")
 ROUNDS, DIRECTIONS = 40, 64  # of the compensation: passes over the weight, and directions of the update it keeps
-STEP, SHRINK, LEAST = 4.0, 0.85, 1e-2  # its first step, what each is of the last, and the least direction that counts
+STEP, SHRINK, LEAST = 4.0, 0.85, 0.1  # its first step, what each is of the last, and the least direction that counts
 LOSSY = 0.1  # the share of an update that may be lost before a merge warns of it
 
 
@@ -47,23 +47,25 @@ def measured(mode: str, stored: Tensor, wanted: Tensor, before: Tensor) -> Merge
     return MergeError(mode, relative, 1 - kept / size if size else 0.0)
 
 
-def compensate(wanted: Tensor, before: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+def compensate(
+    wanted: Tensor, before: Tensor, rounded: Callable[[Tensor], Tensor], seen: Tensor | None = None
+) -> Tensor:
     """Numbers that round to a weight which treats the directions of the update as W' does, (..., O, I).
 
     Of all weights that can be stored this looks for the nearest to W' with (Q - W') V = 0, V being the directions of
-    the input that the update W' - W reads. The multiplier M of that condition is found by dual ascent: Q is what
-    W' + M V' rounds to, which solves the problem for that M, and M grows by what the condition lacks. Plain rounding
-    forgets an update that is smaller than its steps; here the missing part is added up until it is not. Steps start
-    long, as nothing changes before M V' reaches the steps of the storage, and shrink, as Q is not continuous in M.
+    the input that the update W' - W reads, and those along which inputs are known to lie. The multiplier M of that
+    condition is found by dual ascent: Q is what W' + M V' rounds to, which solves the problem for that M, and M grows
+    by what the condition lacks. Plain rounding forgets an update that is smaller than its steps; here the missing part
+    is added up until it is not. Steps start long, as nothing changes before M V' reaches the steps of the storage, and
+    shrink, as Q is not continuous in M.
 
     Arguments:
         wanted, before: W' and W.
         rounded: numbers -> the nearest that can be stored.
+        seen: (I, k), directions that the layer's inputs lie along, for a weight (O, I); None: not known.
     """
     W, D = wanted.float(), (wanted - before).float()
-    _, size, V = torch.svd_lowrank(D, q=min(DIRECTIONS, *D.shape[-2:]), niter=4)
-    counts = size > LEAST * size[..., :1]  # a direction that is none is no condition
-    V, weight = V * counts.to(V.dtype)[..., None, :], D.shape[-1] / max(1, int(counts.sum(-1).max()))
+    V, weight = _conditions(D, seen)
     M = torch.zeros(*W.shape[:-1], V.shape[-1], dtype=V.dtype, device=V.device)
     best, least, step = W, float("inf"), STEP
     for _ in range(ROUNDS):
@@ -75,6 +77,30 @@ def compensate(wanted: Tensor, before: Tensor, rounded: Callable[[Tensor], Tenso
             best, least = target, bad
         M, step = M + step * lacking, step * SHRINK
     return best.to(wanted.dtype)
+
+
+def _strongest(D: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest singular values (..., count) of D and their right vectors (..., I, count); nothing global is drawn.
+
+    By subspace iteration from a random start (Halko, Martinsson, Tropp 2011, algorithm 4.4).
+    """
+    start = torch.randn(D.shape[-1], count, generator=torch.Generator().manual_seed(0)).to(D)
+    Q, _ = torch.linalg.qr(D @ start)
+    for _ in range(4):
+        Q, _ = torch.linalg.qr(D @ torch.linalg.qr(D.mT @ Q)[0])
+    _, size, V = torch.linalg.svd(Q.mT @ D, full_matrices=False)
+    return size, V.mT
+
+
+def _conditions(D: Tensor, seen: Tensor | None) -> tuple[Tensor, float]:
+    """The directions of the input (..., I, k) that an update D reads, and how much each counts against the rest."""
+    size, V = _strongest(D, min(DIRECTIONS, *D.shape[-2:]))
+    counts = size > LEAST * size[..., :1]  # a direction that is hardly read is no condition
+    V, count = V * counts.to(V.dtype)[..., None, :], int(counts.sum(-1).max())
+    if seen is not None:
+        V, _ = torch.linalg.qr(torch.cat([V[:, counts], seen.to(V)], 1))
+        count = V.shape[1]
+    return V, D.shape[-1] / max(1, count)
 
 
 def told(layers: Iterable[Any]) -> dict[str, MergeError]:
@@ -104,7 +130,8 @@ def told(layers: Iterable[Any]) -> dict[str, MergeError]:
 def dense_dtype(modules: Iterable[nn.Module]) -> torch.dtype | None:
     """The dtype of the numbers that run through a model's own modules: that of their first dense weight."""
     for module in modules:
-        for name, p in module._parameters.items():
+        for name, _ in parameters(module):  # without the scales of a quantised weight
+            p = module._parameters.get(name)
             if p is not None and p.is_floating_point() and not of(module, name).packed:
                 return p.dtype
     return None
@@ -125,7 +152,7 @@ def store(layer: Any, kind: Storage, mode: str, W: Tensor, before: Tensor) -> Me
         tried = [old, kind.pack(raw, old)]  # the scales as they are, which fit small updates, and new ones
         errors = [float((kind.unpack(kind.repack(raw, p)) - raw).float().square().sum()) for p in tried]
         scales = tried[errors.index(min(errors))]
-        numbers = compensate(W, before, partial(_read, layer, kind, scales))
+        numbers = compensate(W, before, partial(_read, layer, kind, scales), layer.seen)
         kind.put(base, view.name, kind.repack(view.raw(base, numbers), scales))
     else:
         kind.write(base, view.name, view.raw(base, W))

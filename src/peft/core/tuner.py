@@ -6,7 +6,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,7 +15,6 @@ from ..errors import nearest
 from ..registry import tuner_class
 from . import rounding
 from . import unload as unloading
-from .base_state import original_modules
 from .call import Call
 from .combined import Combined
 from .layer import AdapterHost, BaseTunerLayer, tuner_layers
@@ -26,6 +25,9 @@ from .shared import shared_of
 from .switch import Switching, check_once
 from .targets import match
 from .wrappers import AuxiliaryTrainingWrapper
+
+if TYPE_CHECKING:
+    from .seen import Calibration
 
 BIASES = ("none", "all")
 
@@ -243,7 +245,11 @@ class BaseTuner(Switching, Combined, nn.Module):
     # ---- merge -------------------------------------------------------------------------------------------------
 
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False, quantized: str = "requantize"
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        quantized: str = "requantize",
+        calibration: Calibration | None = None,
     ) -> dict[str, MergeError]:
         """Write adapters into the base weights; `unmerge_adapter` restores every bit.
 
@@ -253,13 +259,15 @@ class BaseTuner(Switching, Combined, nn.Module):
             quantized: what quantised weights become: "requantize" (W' rounded to the same storage, with a warning
                 that says how much of the update is lost), "compensated" (rounded to it so that the update's effect
                 stays) or "dequantize" (dense weights).
+            calibration: for "compensated": batches (mappings of keyword arguments, tuples or single arguments), or a
+                function that runs the model; a few show what inputs look like. None: random tokens, if it takes such.
 
         Returns what the storage of each quantised layer has changed, by its path; see `MergeError`.
         Raises ValueError for an unknown name, for weights that are not finite, and where the output would change; the
         model is then unchanged. Extra memory: one copy of the adapted weights while merged.
         """
         self._check_merge_names(adapter_names)
-        layers = self._mergeable(quantized)
+        layers = self._mergeable(quantized, calibration)
         before = [list(layer.merged_adapters) for layer in layers]
         chosen = self.active_adapters if adapter_names is None else adapter_names
         unloading.untie(layers, chosen, unloading.shared(self.model))
@@ -273,13 +281,12 @@ class BaseTuner(Switching, Combined, nn.Module):
             raise
         return rounding.told(layers)
 
-    def _mergeable(self, quantized: str) -> list[BaseTunerLayer]:
+    def _mergeable(self, quantized: str, calibration: Calibration | None) -> list[BaseTunerLayer]:
         """The layers, told how to store what is merged into quantised weights."""
         layers = [layer for _, layer in self.layers() if isinstance(layer, BaseTunerLayer)]
-        rounding.check_mode(quantized)
-        dtype = rounding.dense_dtype(m for _, m in original_modules(self.model)) if quantized == "dequantize" else None
-        for layer in layers:
-            layer.round_by(quantized, dtype)
+        from .seen import prepare
+
+        prepare(self.model, layers, quantized, calibration)
         return layers
 
     def _check_merge_names(self, names: list[str] | None) -> None:
@@ -309,6 +316,7 @@ class BaseTuner(Switching, Combined, nn.Module):
         adapter_names: list[str] | None = None,
         quantized: str = "requantize",
         report: dict[str, MergeError] | None = None,
+        calibration: Calibration | None = None,
     ) -> nn.Module:
         """Write adapters into the base weights for good and return the base model, without any trace of adapters.
 
@@ -317,11 +325,12 @@ class BaseTuner(Switching, Combined, nn.Module):
             safe_merge: kept for compatibility: every merge is checked, and nothing is written before all checks hold.
             adapter_names: which; None means the active ones.
             quantized: what quantised weights become, as for `merge_adapter`.
+            calibration: what a compensated merge may look at, as for `merge_adapter`.
             report: filled with what the storage of each quantised layer has changed, by its path.
         """
         self._check_merge_names(adapter_names)
         names = self.active_adapters if adapter_names is None else adapter_names
-        layers = self._mergeable(quantized)
+        layers = self._mergeable(quantized, calibration)
         model = unloading.unload(self, progressbar, names)
         found = rounding.told(layers)
         if report is not None:
