@@ -1,11 +1,13 @@
 """QLoRA on a real model: what is learnt, the memory and the time, beside LoRA on bf16 weights and beside a peer.
 
     python -m benchmarks.qlora FOLDER [--peer OTHER/bin/python] [--steps 80] [--markdown FILE] [--only nf4 bf16]
+        [--merge]
 
 SmolLM2-135M-Instruct (the model and the data of `examples/quickstart.py`) learns shell commands from tldr-pages with a
 LoRA of rank 16 on every linear layer, batches of 8 short examples, once on weights in bf16 and once on nf4 with double
 quantisation. Whole families of tools are held out, and the perplexity is that of their commands alone. Adapters are
-left in FOLDER. With `--peer` the other interpreter does the same, and the step times of both are taken in alternation.
+left in FOLDER. `--merge` then merges each way into the quantised weights. With `--peer` the other interpreter does the
+same, and the step times of both are taken in alternation.
 
 Memory is the resident set of the process: its largest while training, over what it is before the model is loaded.
 """
@@ -183,6 +185,49 @@ class Run:
         }
 
 
+def merges(folder: Path) -> list[Batch]:
+    """What each way of merging the trained adapter into nf4 weights keeps of the loss that it gains."""
+    import warnings
+
+    import torch
+
+    from peft import LossyMergeWarning, PeftModel, prepare_model_for_kbit_training
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", LossyMergeWarning)
+    model, tokenizer = load("nf4", folder)
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    held_out = list(batches(rows(folder, "held_out"), tokenizer))
+    shown = list(batches(rows(folder, "train")[: 6 * BATCH], tokenizer))
+    before = math.log(perplexity(model, held_out))
+    model = PeftModel.from_pretrained(model, str(folder / "nf4-adapter"))
+    gain = before - math.log(perplexity(model, held_out))
+    found = [{"merged": "not", "perplexity": math.exp(before - gain), "kept": 1.0}]
+    ways = {"requantize": {}, "compensated": {}, "compensated, calibration": {"calibration": shown}, "dequantize": {}}
+    for name, how in ways.items():
+        start = time.process_time()
+        told = model.merge_adapter(quantized=name.split(",")[0], **how)
+        spent, merged = time.process_time() - start, math.log(perplexity(model, held_out))
+        lost, relative = (sum(getattr(e, k) for e in told.values()) / len(told) for k in ("lost", "relative"))
+        model.unmerge_adapter()
+        row = {"merged": name, "perplexity": math.exp(merged), "kept": (before - merged) / gain}
+        found.append(row | {"lost": lost, "relative": relative, "seconds": spent})
+        print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def merge_table(found: list[Batch]) -> str:
+    """The merges as Markdown."""
+    lines = [
+        "| merged | perplexity | of the gain kept | lost of the update, mean | error over weight | CPU time |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for r in found:
+        more = f"{r['lost']:.1%} | {r['relative']:.2%} | {r['seconds']:.0f} s" if "lost" in r else "– | – | –"
+        lines.append(f"| {r['merged']} | {r['perplexity']:.2f} | {r['kept']:.1%} | {more} |")
+    return "\n".join(lines)
+
+
 def serve(kind: str, folder: Path, steps: int) -> None:
     """One interpreter's end: a word per line comes in, a line of JSON goes out."""
     import torch
@@ -283,12 +328,15 @@ def main() -> None:
     parser.add_argument("--peer", help="an interpreter with another peft")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--only", nargs="*", default=["nf4", "bf16"], choices=["nf4", "bf16"])
+    parser.add_argument("--merge", action="store_true", help="merge the adapter of nf4 in each way")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     folder = options.folder.resolve()
     write_assets(folder)
     results = [r for kind in options.only for r in measure(kind, folder, options.steps, options.peer)]
-    text = table(results, options.steps)
+    text = table(results, options.steps) if results else ""
+    if options.merge:
+        text = f"{text}\n\n{merge_table(merges(folder))}".strip()
     print(text)
     (folder / "qlora.json").write_text(json.dumps(results, indent=1))
     if options.markdown:
