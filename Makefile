@@ -78,8 +78,9 @@ format: $(VENV)/.dev  ## rewrite the files in house style
 types: $(VENV)/.dev  ## static types
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## benchmarks; compare with PEER: make bench ARGS="--peer OTHER/bin/python"
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/.dev $(VENV)/.peer  ## every measure beside the peer, in turns, into benchmarks/ (tables, picture, numbers)
+	$(BIN)/python -m benchmarks --peer $(VENV)/peer/bin/python --markdown benchmarks/README.md \
+	    --json benchmarks/results.json --png benchmarks/results.png $(ARGS)
 
 matrix: $(VENV)/.dev  ## measure what every method can do, into docs/matrix.md; ARGS="--peer OTHER/bin/python" both anew
 	$(BIN)/python -m matrix $(ARGS)

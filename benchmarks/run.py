@@ -1,6 +1,6 @@
 """Drives two interpreters in alternation and prints what each needed.
 
-    python -m benchmarks --peer OTHER/bin/python [--only wrap decode] [--json FILE] [--markdown FILE]
+    python -m benchmarks --peer OTHER/bin/python [--only wrap decode] [--json FILE] [--markdown FILE] [--png FILE]
 
 A third process, ours again, takes part in every repetition: its ratio to ours is the noise. Without --peer,
 only ours is measured.
@@ -22,6 +22,7 @@ from typing import Any
 
 import benchmarks.subjects  # noqa: F401  (registers the measures)
 from benchmarks.measure import MEASURES, Measure
+from benchmarks.picture import draw
 from benchmarks.report import Result, markdown, text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +98,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--markdown", type=Path, help=f"write the tables here; below the line '{RESULTS}' where the file has it"
     )
+    parser.add_argument("--png", type=Path, help="draw ours over the peer's here")
     return parser.parse_args(argv)
 
 
@@ -140,3 +142,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         old = options.markdown.read_text() if options.markdown.exists() else ""
         before = old.partition(RESULTS)[0] + RESULTS if RESULTS in old else ""
         options.markdown.write_text("\n\n".join(filter(None, [before, machine(), markdown(results)])))
+    if options.png and not draw(results, options.png):
+        print("Nothing was measured on both sides: no picture.")
