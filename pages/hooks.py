@@ -1,0 +1,33 @@
+"""What mkdocs asks while it builds the site (`mkdocs.yml` names this file)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mkdocs.structure.files import File
+
+from pages import files, methods, reference
+
+
+def on_config(config: Any) -> Any:
+    """The made pages in the navigation."""
+    made = {
+        "Methods": ["methods/index.md", *({entry.title: entry.uri} for entry in methods.entries())],
+        "Reference": list(reference.pages()),
+    }
+    config.nav = [{title: made.get(title, value)} for item in config.nav for title, value in item.items()]
+    return config
+
+
+def on_files(found: Any, config: Any) -> Any:
+    """The made pages beside those of `docs/`."""
+    made = {**files.outside(), **reference.pages(), "methods/index.md": methods.overview()}
+    made.update({entry.uri: methods.page(entry) for entry in methods.entries()})
+    for place, text in made.items():
+        found.append(File.generated(config, place, content=text))
+    return found
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links as the site needs them."""
+    return files.linked(markdown, page.file.src_uri)
