@@ -49,7 +49,7 @@ MAY_NAME_METHODS = {"core/defaults.py"}  # data, under the names that users know
 PUBLIC = {"supports_lora_conversion"}
 
 IMPORT_SECONDS = 0.15
-IMPORT_MODULES = {"import peft": 15, "from peft import LoraConfig, get_peft_model": 68}
+IMPORT_MODULES = {"import peft": 15, "from peft import LoraConfig, get_peft_model": 25}
 OPTIONAL = ["transformers", "accelerate", "huggingface_hub", "bitsandbytes", "typer", "rich", "tqdm"]
 
 path_of = functools.partial(lambda file: file.relative_to(SRC / "peft").as_posix())

@@ -1,18 +1,21 @@
-"""Making models with adapters: `get_peft_model` and `inject_adapter_in_model`."""
+"""Making models with adapters: `get_peft_model` and `inject_adapter_in_model`.
+
+The core is imported when the first model is made, not when the functions are.
+"""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .config import PeftConfig, check_config
-from .core.layer import tuner_layers
-from .mixed_model import PeftMixedModel
-from .model import PeftModel
 from .names import check_adapter_name, warn_about_name
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, config_class, tuner_class
+
+if TYPE_CHECKING:
+    from .model import PeftModel
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
@@ -40,6 +43,10 @@ def get_peft_model(
         revision: the revision of the base model, noted in the configuration.
         low_cpu_mem_usage: make the adapter on the meta device (its weights are loaded next).
     """
+    from .core.layer import tuner_layers
+    from .mixed_model import PeftMixedModel
+    from .model import PeftModel
+
     _check_model(model)
     check_config(peft_config)
     check_adapter_name(adapter_name)
