@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from ..kernels.lowrank import transformed
 
 
 class Tasks:
@@ -33,11 +36,14 @@ class Tasks:
         return self._listed
 
     def check(self, count: int) -> None:
-        """Raise ValueError if an id is none of `count` tasks; a compiled graph leaves that to the look-up."""
-        if torch.compiler.is_compiling() or not len(self.ids):
+        """Raise ValueError if an id is none of `count` tasks.
+
+        Ids on a device, which one would have to wait for, and those of a graph are left to the look-up.
+        """
+        if type(self.ids) is not Tensor or self.ids.device.type != "cpu" or transformed() or not len(self.ids):
             return
         if self._range is None:
-            self._range = int(self.ids.min()), int(self.ids.max())  # once a call, as it waits for the device
+            self._range = int(self.ids.min()), int(self.ids.max())
         low, high = self._range
         if low < 0 or high >= count:
             raise ValueError(

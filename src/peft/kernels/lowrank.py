@@ -41,7 +41,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
 
     W is (k, d) of x's dtype, and frozen where A and B have another dtype or there is dropout.
     """
-    if (p or A.dtype is not x.dtype) and torch.is_grad_enabled() and not (_is_autocast(x) or transformed()):
+    if (p or A.dtype is not x.dtype) and torch.is_grad_enabled() and not (is_autocast(x) or transformed()):
         return _Linear.apply(x, W, b, A, B, scale, p)
     if p or A.dtype is not x.dtype:
         return plain(F.linear(x, W, b), x, A, B, scale, p)
@@ -66,7 +66,7 @@ def transformed() -> bool:
 
 def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
     """y + scale B A dropout(x), choosing the form that keeps least."""
-    simple = (not p and x.dtype is A.dtype) or not torch.is_grad_enabled() or _is_autocast(x) or transformed()
+    simple = (not p and x.dtype is A.dtype) or not torch.is_grad_enabled() or is_autocast(x) or transformed()
     if simple or hasattr(A, "placements"):  # DTensors know torch's operations only
         return plain(y, x, A, B, scale, p)
     return _Add.apply(y, x, A, B, scale, p)
@@ -76,13 +76,14 @@ def add_scaled(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float, m: Tensor, n: Tensor, b: Tensor | None
 ) -> Tensor:
     """m / n (y - b + scale B A dropout(x)) + b, the magnitude m and the constant norm n being (k,), the bias b too."""
-    if not torch.is_grad_enabled() or _is_autocast(x) or transformed():
+    if not torch.is_grad_enabled() or is_autocast(x) or transformed():
         return plain_scaled(y, x, A, B, scale, p, m / n, b)
     return _AddScaled.apply(y, x, A, B, scale, p, m, n, b)
 
 
-def _is_autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast chooses the dtypes of products with x; torch knows of none on the meta device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _shrink(x: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import describe
@@ -107,7 +108,8 @@ class Poly(Delta):
     def mixture(self, p: Adapter, ids: Tensor) -> Tensor:
         """w, (rows, n_splits, n_skills)."""
         Z = p.held("poly_router").module_logits
-        Z = (Z.float() if Z.dtype in (torch.float16, torch.bfloat16) else Z)[ids].unflatten(-1, (p.n_splits, -1))
+        Z = Z.float() if Z.dtype in (torch.float16, torch.bfloat16) else Z
+        Z = F.embedding(ids, Z).unflatten(-1, (p.n_splits, -1))  # which takes no id from the end
         if p.layer.training:
             least = torch.finfo(Z.dtype).eps
             Z = Z + torch.rand_like(Z).clamp(least, 1 - least).logit()
@@ -117,7 +119,7 @@ class Poly(Delta):
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         A, B = p.held("poly_lora_A"), p.held("poly_lora_B")
         axis = -inner.spread(B.new_empty(1)).dim()  # of the features
-        rows = 1 if y.dim() == -axis else len(y)  # else there is no batch
+        rows = 1 if y.dim() == -axis else y.shape[0]  # else there is no batch
         w = self.mixture(p, p.layer.call.task_of_row(rows, p.n_tasks, y.device, p.path)).to(A.dtype)
         if inner.view.dense and y.dim() > 2:  # factors for each example pay where it has several positions
             down = torch.einsum("eqs,qsir->eqir", w, A).flatten(1, 2)
@@ -133,7 +135,7 @@ class Poly(Delta):
         down = torch.block_diag(*A.mT.flatten(1, 2))  # (q s r, I)
         up = torch.block_diag(*B.permute(0, 3, 1, 2).flatten(2))  # (O, q s r)
         h = inner.linear(x, down.repeat(g, 1)).movedim(axis, -1).unflatten(-1, (g, *A.shape[:2], p.r))
-        w = w.view(len(w), *[1] * (h.dim() - 4), *A.shape[:2], 1)
+        w = w.view(w.shape[0], *[1] * (h.dim() - 4), *A.shape[:2], 1)
         h = (h * w).sum((-3, -2), keepdim=True) * w
         return inner.view.rows(h.flatten(-4).movedim(-1, axis), torch.block_diag(*up.unflatten(0, (g, -1))))
 

@@ -87,8 +87,8 @@ class RoAd(Method):
             c, d = (t.unflatten(-1, (-1, 2, half)) for t in (c, d))
         else:
             c, d = (t.unflatten(-1, (-1, 2, 2, half)).select(-3, k) for k, t in enumerate((c, d)))
-        sign = torch.tensor([[-1.0], [1.0]], dtype=d.dtype, device=d.device)
-        return c.flatten(-3), (d * sign).flatten(-3)
+        low, high = d.unbind(-2)
+        return c.flatten(-3), torch.stack((-low, high), -2).flatten(-3)
 
     def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         c, d = self.turn(p)

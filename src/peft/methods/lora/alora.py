@@ -154,7 +154,7 @@ class ALoRA(LoRA):
             repeat = len(offsets) // len(names)
             mine = [name == p.name for name in names for _ in range(repeat)]
             offsets = offsets[torch.tensor(mine, device=offsets.device)]
-        rows, length = len(x), (x.shape[1] if x.dim() > 2 else 1)
+        rows, length = x.shape[0], (x.shape[1] if x.dim() > 2 else 1)
         if len(offsets) != rows:
             raise ValueError(
                 f"aLoRA: the layer {p.path!r} got {rows} rows, but there are {len(offsets)} offsets, one for each row "
