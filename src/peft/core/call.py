@@ -152,7 +152,7 @@ class Call:
             facts["names"] = tuple(names)
         if task_ids is not None:
             facts["tasks"] = given = Tasks(task_ids)
-            if first is not None and len(given.ids) != len(first):
+            if first is not None and given.ids.shape[0] != first.shape[0]:
                 length = None  # else a wrong number of ids might pass for one per sample
         return self.open(beams=beams or 1, length=length, **facts)
 
@@ -193,7 +193,7 @@ class Call:
 
     def _repeat(self, rows: int, samples: int) -> int:
         """How often each sample stands among the rows of a layer's input; 0 if that is not clear."""
-        allowed = {1, self.fact("beams"), self.fact("length")}
+        allowed = (1, self.fact("beams"), self.fact("length"))  # sizes may be symbols, which no set holds
         return rows // samples if samples and rows % samples == 0 and rows // samples in allowed else 0
 
     def task_of_row(self, rows: int, count: int, device: torch.device, where: str) -> Tensor:
@@ -210,7 +210,7 @@ class Call:
         tasks, part = self._tasks(where), self.part
         tasks.check(count)
         whole = rows if part is None else part[1]
-        repeat = self._repeat(whole, len(tasks.ids))
+        repeat = self._repeat(whole, tasks.ids.shape[0])
         if not repeat:
             raise ValueError(
                 f"task_ids has {len(tasks.ids)} entries, but the layer {where!r} received {whole} rows, so its rows "
@@ -239,7 +239,7 @@ class Call:
         tasks.check(count)
         if self.task is not None:
             return self.task.to(device)
-        if len(tasks.ids) > 1 and (torch.compiler.is_compiling() or len(set(tasks.listed)) > 1):
+        if tasks.ids.shape[0] > 1 and (torch.compiler.is_compiling() or len(set(tasks.listed)) > 1):
             raise ValueError(
                 f"task_ids holds several tasks, but the module around {where!r} reads one weight for the whole batch. "
                 "Target the module itself, which then runs once for each task, or pass batches of one task."
@@ -250,7 +250,7 @@ class Call:
         """(task, (1,); its rows) of each task of a layer's input; a compiled graph takes each row for itself."""
         tasks = self._tasks(where)
         compiling = torch.compiler.is_compiling()
-        if len(tasks.ids) == 1 or not (compiling or len(set(tasks.listed)) > 1):
+        if tasks.ids.shape[0] == 1 or not (compiling or len(set(tasks.listed)) > 1):
             return [(tasks.ids[:1], torch.arange(rows, device=device))]
         ids = self.task_of_row(rows, 2**31, device, where)
         found: dict[int, list[int]] = {}
