@@ -93,6 +93,12 @@ def quickstart(_: ExitStack) -> Names:
     return {}
 
 
+def clients(_: ExitStack) -> Names:
+    """For the pages on other libraries' trainers."""
+    model_folder("FOLDER_OR_HUB_ID")
+    return {}
+
+
 def programs(_: ExitStack) -> Names:
     """For examples/README.md: also texts of two classes, and an encoder as their base."""
     model_folder("FOLDER_OR_HUB_ID")
@@ -127,6 +133,19 @@ def converting(_: ExitStack) -> Names:
     return {}
 
 
+def diffusion(_: ExitStack) -> Names:
+    """A pipeline of tiny models, a LoRA file for it, and pictures with captions."""
+    from clients.pixels import factors, pipeline
+    from safetensors.torch import save_file
+
+    pipe = pipeline("unet")
+    pipe.save_pretrained("FOLDER_OR_HUB_ID")
+    Path("another-lora").mkdir()
+    tensors = {f"unet.{name}": tensor for name, tensor in factors(pipe.unet, seed=1).items()}
+    save_file(tensors, "another-lora/pytorch_lora_weights.safetensors")
+    return {"batches": [(torch.rand(2, 3, 8, 8) * 2 - 1, ["a b", "c d"])] * 2}
+
+
 def distributed(stack: ExitStack) -> Names:
     """One process for the engines; where the page takes 1,024, torch's group that only pretends to have them."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -150,13 +169,23 @@ def distributed(stack: ExitStack) -> Names:
     return {"MODEL": "MODEL"}
 
 
+def quantized(_: ExitStack) -> Names:
+    model_folder("FOLDER_OR_HUB_ID")
+    examples("examples.jsonl")
+    return {"batch": tokens()}
+
+
 STAGES: dict[str, Callable[[ExitStack], Names]] = {
     "README.md": readme,
     "docs/converting.md": converting,
+    "docs/diffusers.md": diffusion,
     "docs/distributed.md": distributed,
     "docs/merging.md": merging,
+    "docs/quantization.md": quantized,
     "docs/quickstart.md": quickstart,
     "docs/serving.md": serving,
+    "docs/trainer.md": clients,
+    "docs/trl.md": clients,
     "examples/README.md": programs,
 }
 
