@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .batch import MixedBatch, is_mixed
 from .call import Call
+from .cells import celled, reference, references
 from .host import AdapterHost, tuner_layers
 from .method import Method, Site
 from .sharded import unwrapped
@@ -24,8 +25,8 @@ from .shown import Shown
 from .stack import Adapter, BufferDict, Finish, InPlace, SavedBuffers, Slot, Stack, Values, tensors_below
 from .views import LABELS, Template, view_of
 
-_MODULES, _PARAMETERS = Template(nn.ModuleDict()), Template(nn.ParameterDict())
-_BUFFERS, _SAVED = Template(BufferDict()), Template(SavedBuffers())
+_MODULES, _PARAMETERS = Template(nn.ModuleDict()), Template(celled(nn.ParameterDict()))
+_BUFFERS, _SAVED = Template(celled(BufferDict())), Template(celled(SavedBuffers()))
 
 
 class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
@@ -179,7 +180,7 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
         elif isinstance(value, nn.Parameter):
             home = self._home(key, _PARAMETERS)
             if type(home) is nn.ModuleDict:  # another method keeps modules under this name: one home holds both
-                home = self._modules[key] = nn.ParameterDict(home._modules)
+                home = self._modules[key] = celled(nn.ParameterDict(home._modules))
             home[name] = value
         elif isinstance(value, Tensor):
             self._home(key, _SAVED if isinstance(value, nn.Buffer) else _BUFFERS)[name] = value
@@ -312,8 +313,7 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
         by_task = by_input = False
         for name in names:
             p = self.adapters[name]
-            p.direct = {k: h[name] for k, h in self._modules.items() if k != "base_layer" and name in h}  # type: ignore
-            p.direct.update({k: home.tensor(name) for k, home in p.shared.items()})
+            p.direct = references(self, name) | {k: reference(home, name) for k, home in p.shared.items()}
             p.method.prepare(p)
             by_task, by_input = by_task or p.method.by_task, by_input or p.method.by_input
         run = self._runner(self.stack(names)) if names else None

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .cells import celled
 from .host import AdapterHost
 from .stack import Slot
 from .views import LinearView
@@ -47,6 +48,10 @@ class SharedTensors(AdapterHost):
     _below: ClassVar[tuple[str, ...]] = ()
     merged: ClassVar[bool] = False
     merged_adapters: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        celled(self)
 
     def add(self, name: str, new: Shared, meta: bool = False) -> None:
         """File the tensor of an adapter; one that is trained without its numbers, if a file will bring them."""

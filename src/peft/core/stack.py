@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .cells import Cell
 from .method import Method
 
 _state = threading.local()
@@ -43,14 +44,19 @@ class Adapter:
     def __getattr__(self, key: str) -> Any:
         if key.startswith("__") or "layer" not in self.__dict__:
             raise AttributeError(key)
-        if torch.compiler.is_compiling():
-            return self.direct[key]
+        if torch.compiler.is_dynamo_compiling():
+            return self.referred(key)
         home = self.layer._modules.get(key)
         if home is None and key in self.shared:
             return self.shared[key].tensor(self.name)
         if home is None or self.name not in home:
             raise AttributeError(f"The adapter {self.name!r} has no {key!r}.")
         return home[self.name]
+
+    def referred(self, key: str) -> Any:
+        """The module or tensor `key`, found without the adapter's name."""
+        found = self.direct[key]
+        return found.tensor if type(found) is Cell else found
 
     def bound_to(self, layer: Any) -> Adapter:
         """The same adapter in a copy of its layer."""
@@ -71,8 +77,8 @@ class Adapter:
 
     def held(self, key: str) -> Any:
         """The module or parameter `key`, found by the shortest way."""
-        if torch.compiler.is_compiling():
-            return self.direct[key]
+        if torch.compiler.is_dynamo_compiling():
+            return self.referred(key)
         home = self.layer._modules[key]
         found = home._modules.get(self.name)
         if found is None and self.name in home._parameters:
@@ -81,8 +87,8 @@ class Adapter:
 
     def held_buffer(self, key: str) -> Tensor:
         """A derived tensor."""
-        if torch.compiler.is_compiling():
-            return self.direct[key]
+        if torch.compiler.is_dynamo_compiling():
+            return self.referred(key)
         return getattr(self.layer._modules[key], self.name)
 
     def drop_rate(self, key: str) -> float:

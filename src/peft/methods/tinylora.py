@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import describe
+from ..core.cells import reference
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
 from ..core.shared import Shared
@@ -110,11 +111,11 @@ class TinyLoRA(LowRank):
 
     def prepare(self, p: Adapter) -> None:
         p.shared = {p.vector: p.shared[p.vector]}  # the other layers' are none of its own
-        p.direct["v"] = p.shared[p.vector].tensor(p.name)
+        p.direct["v"] = reference(p.shared[p.vector], p.name)
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         A, B, P = (p.held_buffer(f"tinylora_{name}") for name in "ABP")
-        v = p.direct["v"] if torch.compiler.is_compiling() else p.shared[p.vector].tensor(p.name)
+        v = p.referred("v") if torch.compiler.is_dynamo_compiling() else p.shared[p.vector].tensor(p.name)
         R = torch.einsum("t,trs->rs", v.to(P.device, P.dtype), P)
         return ((B @ R).mT, A.mT) if p.layer.view.infix else (R @ A, B)
 

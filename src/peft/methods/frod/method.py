@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.cells import reference
 from ...core.draw import scatter
 from ...core.method import Delta, Site
 from ...core.shared import Shared, Sight
@@ -87,12 +88,12 @@ class FRoD(Delta):
         held = p.shared.get(f"frod_V.{name}")
         fits = held is not None and p.name in held._buffers and held.tensor(p.name).shape[-1] == size
         p.__dict__["category"] = name = name if fits else f"{name}_{size}"
-        p.direct.update({f"frod_{what}": p.shared[f"frod_{what}.{name}"].tensor(p.name) for what in SHARED})
+        p.direct.update({f"frod_{what}": reference(p.shared[f"frod_{what}.{name}"], p.name) for what in SHARED})
 
     def of_kind(self, p: Adapter, what: str) -> Tensor:
         """V, or the places of S, that p's layer shares with others."""
-        compiling = torch.compiler.is_compiling()  # which finds no names with a dot in them
-        return p.direct[f"frod_{what}"] if compiling else p.shared[f"frod_{what}.{p.category}"].tensor(p.name)
+        compiling = torch.compiler.is_dynamo_compiling()  # which finds no names with a dot in them
+        return p.referred(f"frod_{what}") if compiling else p.shared[f"frod_{what}.{p.category}"].tensor(p.name)
 
     def pieces(self, p: Adapter) -> tuple[Tensor, Tensor, Tensor]:
         """U (..., out, in), S + diag(l - l0) (..., in, in), and V."""

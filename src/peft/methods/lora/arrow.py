@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core.cells import references
 from ...core.method import Site
 from ...core.stack import Adapter, Stack
 from .method import LoRA
@@ -48,7 +49,7 @@ class Arrow(LoRA):
     def prepare(self, p: Adapter) -> None:
         p.hot = None
         for a in [a for several in self.experts(p) for a in several]:  # under compile they are found by reference
-            a.direct = {k: h[a.name] for k, h in p.layer._modules.items() if k != "base_layer" and a.name in h}
+            a.direct = references(p.layer, a.name)
         p.cache["start"] = start(p.layer.view.shape(p.layer.get_base_layer())[-1], p.settings.arrow_config.rng_seed)
 
     def experts(self, p: Adapter) -> tuple[list[Adapter], list[Adapter]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...core.cells import references
 from ...core.method import Method, Site
 from ...core.stack import Adapter, Stack
 from ..lora.method import LoRA
@@ -47,7 +48,7 @@ class Gated(Method):
 
     def prepare(self, p: Adapter) -> None:
         for a in self.experts(p).values():  # under compile they are found by reference
-            a.direct = {k: h[a.name] for k, h in p.layer._modules.items() if k != "base_layer" and a.name in h}
+            a.direct = references(p.layer, a.name)
 
     def experts(self, p: Adapter) -> dict[int, Adapter]:
         """The experts that the layer has, by their number in the gate's output."""
