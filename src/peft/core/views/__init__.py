@@ -11,6 +11,7 @@ from torch import nn
 from .. import storage
 from .conv import ConvView
 from .embedding import EmbeddingView, embed_scale
+from .engine import EngineView, is_engine, is_fused
 from .linear import Conv1DView, LinearView, main_input
 from .make import Template, linear_module
 from .module import ModuleView
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 _LINEAR, _CONV1D, _EMBEDDING, _ATTENTION = LinearView(), Conv1DView(), EmbeddingView(), AttentionView()
-_WHOLE, _PARALLEL = ModuleView(), ParallelView()
+_WHOLE, _PARALLEL, _ENGINE = ModuleView(), ParallelView(), EngineView()
 READS, FUSES = "always", "where it can"
 _CONVS = {nn.Conv1d: ConvView(1), nn.Conv2d: ConvView(2), nn.Conv3d: ConvView(3)}
 LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper")
@@ -69,7 +70,10 @@ def _find(m: nn.Module) -> LinearView:
         return _CONV1D
     if is_parallel(type(m)):
         return _PARALLEL
-    if isinstance(m, nn.Linear) or (hasattr(m, "in_features") and hasattr(m, "out_features")):
+    if is_engine(type(m)):
+        return _ENGINE
+    sized = hasattr(m, "in_features") and hasattr(m, "out_features") and not is_fused(type(m))
+    if isinstance(m, nn.Linear) or sized:
         return _LINEAR
     raise ValueError(f"{type(m).__name__} cannot be adapted. Supported layers are {SUPPORTED}.")
 
@@ -86,7 +90,7 @@ def supported(m: nn.Module) -> bool:
 def is_linear(kind: type) -> bool:
     """Whether layers of this class are what `target_modules="all-linear"` means."""
     conv1d = any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in kind.__mro__)
-    return conv1d or issubclass(kind, nn.Linear) or is_parallel(kind) or _is_packed_linear(kind)
+    return conv1d or issubclass(kind, nn.Linear) or is_parallel(kind) or is_engine(kind) or _is_packed_linear(kind)
 
 
 def _is_packed_linear(kind: type) -> bool:
