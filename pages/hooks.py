@@ -12,10 +12,11 @@ from pages import files, methods, reference
 def on_config(config: Any) -> Any:
     """The made pages in the navigation."""
     made = {
-        "Methods": ["methods/index.md", *({entry.title: entry.uri} for entry in methods.entries())],
-        "Reference": list(reference.pages()),
+        "METHODS": ("Methods", ["methods/index.md", *({entry.title: entry.uri} for entry in methods.entries())]),
+        "REFERENCE": ("Reference", list(reference.pages())),
     }
-    config.nav = [{title: made.get(title, value)} for item in config.nav for title, value in item.items()]
+    items = (made.get(title, (title, value)) for item in config.nav for title, value in item.items())
+    config.nav = [{title: value} for title, value in items]
     return config
 
 

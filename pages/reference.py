@@ -74,15 +74,20 @@ def pages() -> dict[str, str]:
 
 def _entry(name: str, thing: Any) -> str:
     brief = page_of(thing) == BRIEF and inspect.isclass(thing)
-    options = "    options:\n      members: false\n" if brief else ""
-    return f"## `{name}`\n\n::: {place(thing)}\n{options}\n"
+    options = ["options:", f"  heading: {name}", f"  toc_label: {name.removeprefix('peft.')}"]
+    options += ["  members: false"] * brief
+    return "\n".join([f"::: {place(thing)}", *(f"    {line}" for line in options), "\n"])
 
 
 def _index() -> str:
     """All names, each with its first line."""
     parts = [f"# Reference\n\n{INTRODUCTION}"]
     for page, (title, _) in PAGES.items():
-        rows = [[f"[`{name}`]({page}.md)", _first(thing)] for name, thing in public().items() if page_of(thing) == page]
+        rows = [
+            [f"[`{name}`]({page}.md#{place(thing)})", _first(thing)]
+            for name, thing in public().items()
+            if page_of(thing) == page
+        ]
         if rows:
             parts.append(f"## {title}\n\n{table(['name', 'what it is'], rows)}")
     return "\n".join(parts)

@@ -135,8 +135,9 @@ def converting(_: ExitStack) -> Names:
 
 def diffusion(_: ExitStack) -> Names:
     """A pipeline of tiny models, a LoRA file for it, and pictures with captions."""
-    from clients.pixels import factors, pipeline
     from safetensors.torch import save_file
+
+    from clients.pixels import factors, pipeline
 
     pipe = pipeline("unet")
     pipe.save_pretrained("FOLDER_OR_HUB_ID")
