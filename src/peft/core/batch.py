@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .banks import Groups, banks_of, own_product
 from .call import BASE, Call
 from .method import Delta
 from .stack import Adapter, Stack
@@ -73,18 +74,30 @@ class MixedBatch(nn.Module):
         axis = 0 if getattr(base, "batch_first", True) else 1
         x = args[0] if args else next(iter(rest.values()))
         groups = self.call.groups(x.shape[axis], x.device, self._where(), names)
-        present = {n: index for n, index in groups.items() if n != BASE and n in self.adapters}
-        if self.view.activations and not rest and len(args) == 1 and type(self.stack(())) is Stack:
-            return self._mixed_rows(x, present)
+        root = self.stack(())
+        if self.view.activations and not rest and len(args) == 1 and type(root) is Stack:
+            return self._mixed_rows(root, x, groups)
         return self._mixed_parts(groups, axis, args, rest)
 
-    def _mixed_rows(self, x: Tensor, present: dict[str, Tensor]) -> Tensor:
-        """The base once for all rows, then each adapter on its own; other methods run on their rows whole."""
-        root = self.stack(())
+    def _mixed_rows(self, root: Stack, x: Tensor, groups: Groups) -> Tensor:
+        """The base once for all rows, then the low-rank updates of all adapters at once, then others on their own."""
         y = root(x)
+        names = tuple([n for n in groups.names if n != BASE and n in self.adapters])
+        banked = banks_of(self, names) if names and self.view.dense and x.dim() > 1 else None
+        # those that run the base on their rows themselves, or start from its output, may not find it changed
+        rest = names if banked is None else [n for n in banked.rest if n in groups]
+        out = self._mixed_rest(root, x, y, groups, rest)
+        if banked is not None:
+            own = not rest and own_product(root.base, y)
+            for bank in banked.banks:
+                out = bank.add(out, x, groups, own)
+        return self.view.finish(root.base, out)
+
+    def _mixed_rest(self, root: Stack, x: Tensor, y: Tensor, groups: Groups, names: Sequence[str]) -> Tensor:
+        """Each adapter on its own rows."""
         out = y
-        for name, index in present.items():
-            p = self.adapters[name]
+        for name in names:
+            p, index = self.adapters[name], groups[name]
             rows = x.index_select(0, index)
             with self.call.rows(index, len(x)):
                 part = (
@@ -93,9 +106,9 @@ class MixedBatch(nn.Module):
                     else p.method.forward(p, root, rows)
                 )
             out = out.index_copy(0, index, part)
-        return self.view.finish(root.base, out)
+        return out
 
-    def _mixed_parts(self, groups: dict[str, Tensor], axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _mixed_parts(self, groups: Groups, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a whole module once per adapter on its rows."""
         return in_parts(self, "only", list(groups.items()), axis, args, kwargs, self._alone)
 

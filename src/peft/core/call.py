@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from .banks import Groups
 from .tasks import Tasks
 
 BASE = "__base__"
@@ -57,7 +59,7 @@ class Call:
         self.ids: Tensor | None = None
         self.virtual = 0
         self.plain = True
-        self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
+        self._groups: dict[tuple[int, torch.device], Groups] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -66,11 +68,13 @@ class Call:
         self._recalled: dict[str, Any] | None = None
         self.gates: Any = None
 
+        self.banks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # layer -> factors of a mixed batch's adapters
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_past", "_node", "_recalled", "gates")}
+        own = ("_past", "_node", "_recalled", "_groups", "gates", "banks")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _groups={})
         self._forget()
 
     # ---- the facts of a call -----------------------------------------------------------------------------------
@@ -166,8 +170,8 @@ class Call:
         finally:
             self.part = before
 
-    def groups(self, rows: int, device: torch.device, where: str, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Row indices of each adapter, (rows of that adapter,) int64, for an input of `rows` rows.
+    def groups(self, rows: int, device: torch.device, where: str, names: tuple[str, ...]) -> Groups:
+        """Row indices of each adapter for an input of `rows` rows.
 
         Raises ValueError if the rows cannot be assigned to the names without guessing.
         """
@@ -180,13 +184,10 @@ class Call:
         repeat = self._repeat(rows, len(names))
         if not repeat:
             raise self._unclear(rows, len(names), where)
-        found = {
-            name: torch.tensor(
-                [i * repeat + k for i, n in enumerate(names) if n == name for k in range(repeat)],
-                device=device,
-            )
-            for name in dict.fromkeys(names)
-        }
+        lists: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            lists.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))
+        found = Groups(lists, rows, device)
         if names is self.names:
             self._groups[key] = found
         return found

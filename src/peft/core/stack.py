@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .cells import Cell
 from .method import Method
 
 _state = threading.local()
+NOTED = frozenset({"hot", "direct", "plan"})  # what an adapter notes of its layer's state, and is no part of it
 
 
 class Slot(NamedTuple):
@@ -34,8 +35,10 @@ class Slot(NamedTuple):
 class Adapter:
     """`p`: one adapter's share of one layer. `p.lora_A` is `layer.lora_A[name]`, `p.scaling` a plain value."""
 
+    written: ClassVar[int] = 0  # how often a plain value of any adapter was set
+
     def __init__(self, layer: Any, name: str, method: Method, settings: Any, path: str):
-        self.layer, self.name, self.method, self.settings, self.path = layer, name, method, settings, path
+        self.__dict__.update(layer=layer, name=name, method=method, settings=settings, path=path)
         self.direct: dict[str, Any] = {}  # under compile tensors are found by reference, so that names are not guarded
         self.cache: dict[str, Any] = {}
         self.shared: dict[str, Any] = {}  # what all layers of the adapter share: name -> SharedTensors
@@ -43,6 +46,11 @@ class Adapter:
 
     def __getattr__(self, key: str) -> Any:
         if key.startswith("__") or "layer" not in self.__dict__:
+    def __setattr__(self, key: str, value: Any) -> None:
+        self.__dict__[key] = value
+        if key not in NOTED:
+            Adapter.written += 1
+
             raise AttributeError(key)
         if torch.compiler.is_dynamo_compiling():
             return self.referred(key)
@@ -272,7 +280,7 @@ class Values(MutableMapping[str, Any]):
         return self._layer.adapters[name].__dict__[self._key]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._layer.adapters[name].__dict__[self._key] = value
+        setattr(self._layer.adapters[name], self._key, value)
 
     def __delitem__(self, name: str) -> None:
         del self._layer.adapters[name].__dict__[self._key]

@@ -152,6 +152,13 @@ class LoRA(LowRank):
         layer = p.layer
         base = layer._modules["base_layer"]
         plain = type(base) is nn.Linear and layer.packed is None and not (p.lora_bias or p.subtracts)
+    def term(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
+        stated = type(self).forward in (LoRA.forward, InTraining.forward) and not self.some_positions
+        stated = stated and (type(self).onto is LoRA.onto if self.direct else not p.layer.training)
+        if not stated or p.lora_bias or self.drop_rate(p) or _hooked(p) or not p.layer.cast_input_dtype_enabled:
+            return None
+        return (*self.factors(p), self.scaling(p))
+
         if plain and type(p.lora_A) is nn.Linear and type(p.lora_B) is nn.Linear:
             modules = (base, p.lora_A, p.lora_B)
             p.hot = (*modules, p.lora_dropout, tuple(hooks for m in modules for hooks in hooks_of(m)))
