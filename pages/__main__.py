@@ -17,9 +17,9 @@ LOADED = re.compile(
 )
 
 
-def refuse(self: socket.socket, address: Any) -> NoReturn:
-    """Stands for `connect` while the site is built."""
-    raise OSError(f"The site is built without a network, and something wants to connect to {address}.")
+def refuse(*asked: Any, **_: Any) -> NoReturn:
+    """Stands for connecting, and for asking for an address, while the site is built."""
+    raise OSError(f"The site is built without a network, and something asks for {asked[:2]}.")
 
 
 def loaded_from_elsewhere(folder: Path) -> list[str]:
@@ -33,7 +33,8 @@ def main(command: str = "build") -> None:
     from mkdocs.__main__ import cli
 
     os.chdir(ROOT)
-    socket.socket.connect = socket.socket.connect_ex = refuse  # type: ignore[method-assign, assignment]
+    if command == "build":
+        socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse  # type: ignore
     cli.main([command, "--strict"], standalone_mode=False)
     if command == "build" and (found := loaded_from_elsewhere(SITE)):
         sys.exit("\n".join(["The site loads from elsewhere:", *found]))
