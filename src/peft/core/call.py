@@ -67,8 +67,8 @@ class Call:
         self._node: int | None = None  # the autograd node in whose evaluation the facts were set; None outside backward
         self._recalled: dict[str, Any] | None = None
         self.gates: Any = None
-
         self.banks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # layer -> factors of a mixed batch's adapters
+
     def __getstate__(self) -> dict[str, Any]:
         own = ("_past", "_node", "_recalled", "_groups", "gates", "banks")
         return {k: v for k, v in self.__dict__.items() if k not in own}

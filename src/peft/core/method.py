@@ -158,6 +158,10 @@ class Method:
         """Whether `weight` can be asked for some rows only, in this layer."""
         return self.by_rows
 
+    def term(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
+        """(A, B, s) where all that this forward does over a linear layer is to add s B A x; None where it does more."""
+        return None
+
     def refuse_merge(self, p: Adapter) -> None:
         """Raise ValueError where there is no W', NotImplementedError where the layer cannot hold it."""
         if not self.mergeable:
@@ -171,10 +175,6 @@ class Method:
         """Whether a file's tensor of another shape than p's own takes its place.
 
         Arguments:
-    def term(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
-        """(A, B, s) where all that this forward does over a linear layer is to add s B A x; None where it does more."""
-        return None
-
             p: the adapter.
             key: the tensor's key in files, relative to the layer.
             shape: its shape in the file.
@@ -290,6 +290,12 @@ class LowRank(Delta):
         if self.whole:
             p.layer.view.refuse_low_rank(p.layer.get_base_layer())
 
+    def term(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
+        stated = type(self).forward is Delta.forward and type(self).onto is LowRank.onto
+        if not stated or self.up_bias(p) is not None or self.drop_rate(p):
+            return None
+        return (*self.factors(p), self.scaling(p))
+
     def up_bias(self, p: Adapter) -> Tensor | None:
         """A bias of B, (O,), which the scaling multiplies too."""
         return None
@@ -327,12 +333,6 @@ def low_rank(inner: Stack, x: Tensor, A: Tensor, B: Tensor, rate: float = 0.0) -
 
 
 class Companion:
-    def term(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
-        stated = type(self).forward is Delta.forward and type(self).onto is LowRank.onto
-        if not stated or self.up_bias(p) is not None or self.drop_rate(p):
-            return None
-        return (*self.factors(p), self.scaling(p))
-
     """What a method does over the whole model, beside its layers; made with the tuner when the method comes in.
 
     Arguments:

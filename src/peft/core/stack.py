@@ -44,13 +44,13 @@ class Adapter:
         self.shared: dict[str, Any] = {}  # what all layers of the adapter share: name -> SharedTensors
         self.hot: Any = None  # what the method's shortcut needs, noted when the layer's state changes
 
-    def __getattr__(self, key: str) -> Any:
-        if key.startswith("__") or "layer" not in self.__dict__:
     def __setattr__(self, key: str, value: Any) -> None:
         self.__dict__[key] = value
         if key not in NOTED:
             Adapter.written += 1
 
+    def __getattr__(self, key: str) -> Any:
+        if key.startswith("__") or "layer" not in self.__dict__:
             raise AttributeError(key)
         if torch.compiler.is_dynamo_compiling():
             return self.referred(key)

@@ -147,11 +147,6 @@ class LoRA(LowRank):
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("lora_dropout")
 
-    def prepare(self, p: Adapter) -> None:
-        """Note what the shortest way needs: the modules, if all of them are plain linear layers."""
-        layer = p.layer
-        base = layer._modules["base_layer"]
-        plain = type(base) is nn.Linear and layer.packed is None and not (p.lora_bias or p.subtracts)
     def term(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
         stated = type(self).forward in (LoRA.forward, InTraining.forward) and not self.some_positions
         stated = stated and (type(self).onto is LoRA.onto if self.direct else not p.layer.training)
@@ -159,6 +154,11 @@ class LoRA(LowRank):
             return None
         return (*self.factors(p), self.scaling(p))
 
+    def prepare(self, p: Adapter) -> None:
+        """Note what the shortest way needs: the modules, if all of them are plain linear layers."""
+        layer = p.layer
+        base = layer._modules["base_layer"]
+        plain = type(base) is nn.Linear and layer.packed is None and not (p.lora_bias or p.subtracts)
         if plain and type(p.lora_A) is nn.Linear and type(p.lora_B) is nn.Linear:
             modules = (base, p.lora_A, p.lora_B)
             p.hot = (*modules, p.lora_dropout, tuple(hooks for m in modules for hooks in hooks_of(m)))
