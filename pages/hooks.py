@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File
@@ -10,7 +12,10 @@ from pages import files, methods, reference
 
 
 def on_config(config: Any) -> Any:
-    """The made pages in the navigation."""
+    """The made pages in the navigation, and how-tos that `mkdocs.yml` does not name."""
+    named = set(re.findall(r"[\w/]+\.md", str(config.nav)))
+    others = sorted(f.name for f in Path(config.docs_dir).glob("*.md") if f.name not in named)
+    next(item for item in config.nav if "How to" in item)["How to"].extend(others)
     made = {
         "METHODS": ("Methods", ["methods/index.md", *({entry.title: entry.uri} for entry in methods.entries())]),
         "REFERENCE": ("Reference", list(reference.pages())),

@@ -91,7 +91,9 @@ def page(entry: Entry) -> str:
         text.append(f"## Configuration\n\n`peft.{entry.config.__name__}`, `peft_type` {entry.name.upper()}.\n")
         text.extend([_example(entry), _fields(entry.config), *map(_nested, _options(entry.config))])
     else:
-        text.append(f"## Configuration\n\n`use_{entry.name}=True` in {', '.join(_hosts(entry))}.\n")
+        hosts = ", ".join(f"`{host}`" for host in _hosts(entry))
+        text.append(f"## Configuration\n\n`use_{entry.name}=True` in {hosts}.\n")
+        text.append(_code("LoraConfig", {f"use_{entry.name}": True, **TARGETS}))
     for doc in entry.parts:
         name, idea = heading(doc)
         text.append(f"## {name or idea.rstrip('.')}\n\n{markdown(doc)}")
@@ -102,7 +104,7 @@ def page(entry: Entry) -> str:
 def _hosts(entry: Entry) -> list[str]:
     """The configurations that switch something on."""
     configs = [e.config for e in entries() if e.config is not None]
-    return [f"`{c.__name__}`" for c in configs if f"use_{entry.name}" in {f.name for f in _of(c)}]
+    return [c.__name__ for c in configs if f"use_{entry.name}" in {f.name for f in _of(c)}]
 
 
 def overview() -> str:
@@ -179,6 +181,8 @@ def _nested(option: type) -> str:
     return f"\n### {option.__name__}\n\n{prose(option.__doc__ or '')}\n\n{table(HEAD, map(_row, _of(option)))}"
 
 
+TARGETS = {"target_modules": ["q_proj", "v_proj"]}
+
 # ---- an example ------------------------------------------------------------------------------------------------------
 
 
@@ -189,11 +193,14 @@ def _example(entry: Entry) -> str:
     row, config = ROWS.get(entry.name), entry.config
     if config is None or row is None or row.prepare:
         return ""
-    settings: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]} if row.base == "layers" else row.settings
+    settings: dict[str, Any] = TARGETS if row.base == "layers" else row.settings
     if row.base == "layers" and not _can_be(config, settings):
         settings = {**row.settings, **settings}
+    return _code(config.__name__, settings)
+
+
+def _code(name: str, settings: dict[str, Any]) -> str:
     arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items()).replace("'", '"')
-    name = config.__name__
     lines = [f"from peft import {name}, get_peft_model", "", f"model = get_peft_model(base, {name}({arguments}))"]
     return "\n".join(["```python", *lines, "model.print_trainable_parameters()", "```", ""])
 
