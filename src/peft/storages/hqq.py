@@ -6,12 +6,12 @@ Quantization of Large Machine Learning Models"; `hqq.core.quantize`.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..core.storage import Packed, Payload
+from .borrowed import borrow
 
 
 class HQQ(Packed):
@@ -56,7 +56,7 @@ class HQQ(Packed):
 
 
 def _quantizer() -> Any:
-    return importlib.import_module("hqq.core.quantize").Quantizer
+    return borrow("hqq.core.quantize", "Quantizer")
 
 
 __all__ = ["HQQ"]

@@ -8,7 +8,6 @@ own product with unit vectors. Source: torchao's documentation of `quantize_`, i
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.storage import Packed, Payload
+from .borrowed import borrow
 from .codes import split, spread
 
 _PLAIN = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
@@ -151,20 +151,23 @@ def _better(value: Tensor, new: Payload, old: Payload) -> Payload:
 
 def _granularity(block: Any, shape: Any) -> Any:
     """What the configurations call a block of this size."""
-    kinds = importlib.import_module("torchao.quantization.granularity")
     block, shape = list(block), list(shape)
     long = [axis for axis, b in enumerate(block) if b != 1]
     if block == shape:
-        return kinds.PerTensor()
+        return _grain("PerTensor")()
     if long in ([], [len(shape) - 1]):
-        return kinds.PerRow() if block[-1] == shape[-1] else kinds.PerGroup(block[-1])
+        return _grain("PerRow")() if block[-1] == shape[-1] else _grain("PerGroup")(block[-1])
     short = [axis for axis in range(len(shape)) if block[axis] != shape[axis]]
-    return kinds.PerAxis(short[0]) if len(short) == 1 and block[short[0]] == 1 else kinds.PerBlock(block)
+    return _grain("PerAxis")(short[0]) if len(short) == 1 and block[short[0]] == 1 else _grain("PerBlock")(block)
+
+
+def _grain(name: str) -> Any:
+    return borrow("torchao.quantization.granularity", name)
 
 
 def _mapping(old: Any) -> Any:
     zero = old.zero_point
-    kinds = importlib.import_module("torchao.quantization").MappingType
+    kinds = borrow("torchao.quantization", "MappingType")
     return kinds.ASYMMETRIC if zero is not None and bool(zero.any()) else kinds.SYMMETRIC
 
 
