@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 
 import pytest
 
 from . import commands
-from .blocks import CODE, INDENTED, SHOWN, blocks, lines, pages, run, without_fences
+from .blocks import CODE, INDENTED, ROOT, SHOWN, blocks, lines, pages, run, without_fences
 from .stages import STAGES, stage
 
 for package in ("transformers", "accelerate", "diffusers", "trl", "typer"):
@@ -30,6 +31,11 @@ def test_every_block_of_the_page_runs(page, tmp_path, monkeypatch):
     with ExitStack() as stack:
         done = run(page, {"__name__": "__main__", **stage(page, stack)}, commands.run)
     assert done == [block for block in blocks(page) if block.language in CODE]
+
+
+def test_docstrings_show_no_code_that_would_not_run():
+    texts = [(file, file.read_text(encoding="utf-8")) for file in (ROOT / "src").rglob("*.py")]
+    assert not [file for file, text in texts if re.search(r"^\s*(```|>>> )", text, re.MULTILINE)]
 
 
 def test_no_stage_is_set_for_a_page_without_code():
