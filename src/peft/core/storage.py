@@ -223,7 +223,9 @@ class Applied(torch.autograd.Function):
         from_x = from_b = None
         if ctx.needs_input_grad[0]:
             W = view.matrix(module, read(module, view.name))
-            from_x = pulled(view, module, grad.to(W.dtype), W, shape).to(dtype)
+            # the wider of the two; bfloat16's small numbers would vanish in float16
+            compute = grad.dtype if grad.dtype.itemsize >= W.dtype.itemsize else W.dtype
+            from_x = pulled(view, module, grad.to(compute), W.to(compute), shape).to(dtype)
         if ctx.needs_input_grad[1]:
             b = view.bias(module)
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Small floating-point codes and scaled blocks of them: what FP8, MXFP4 and NVFP4 weights are made of.
+"""Small floating-point codes and scaled blocks of them: what FP8, MXFP4 and NVFP4 weights are made of; packed integers.
 
 A weight is code times scale, with one scale for each block of it. Sources: OCP 8-bit Floating Point Specification 1.0
 (E4M3), OCP Microscaling Formats Specification 1.0 (E2M1, E8M0).
@@ -126,3 +126,56 @@ def best(value: Tensor, sizes: Sequence[int], scales: Iterable[Tensor], rounded:
 def peaks(value: Tensor, counts: Sequence[int], sizes: Sequence[int]) -> Tensor:
     """The largest magnitude in each block."""
     return split(value.abs(), counts, sizes).amax([2 * i + 1 for i in range(value.dim())])
+
+
+def unpacked(words: Tensor, bits: int, order: Sequence[int] = (), tight: bool = True) -> Tensor:
+    """The unsigned integers in words, along the first axis; the first lies in the lowest bits.
+
+    Arguments:
+        words: (n, ...), integers of any width.
+        bits: of each number.
+        order: which number of a word lies at each of its places; none: they lie as they come.
+        tight: where the width is no multiple of `bits`, numbers run over into the next word; else high bits stay free.
+    """
+    width = 8 * words.dtype.itemsize
+    words = words if width >= 32 else words.int()
+    if width % bits and tight:
+        start = torch.arange(len(words) * width // bits, device=words.device) * bits
+        at = start.div(width, rounding_mode="floor")
+        shift = (start % width).view(-1, *[1] * (words.dim() - 1))
+        wide = words.long() & (2**width - 1)
+        pair = (wide[at] >> shift) | (wide[(at + 1).clamp(max=len(words) - 1)] << (width - shift))
+        return (pair & (2**bits - 1)).int()
+    places = torch.arange(width // bits, device=words.device, dtype=words.dtype) * bits
+    found = (words[:, None] >> places.view(-1, *[1] * (words.dim() - 1))) & (2**bits - 1)
+    if order:
+        found = found[:, [order.index(i) for i in range(len(order))]]
+    return found.flatten(0, 1).int()
+
+
+def packed(numbers: Tensor, bits: int, dtype: torch.dtype, order: Sequence[int] = (), tight: bool = True) -> Tensor:
+    """The inverse of `unpacked`: words of a dtype; what the last of them has room for beyond the numbers is zero."""
+    width = 8 * dtype.itemsize
+    numbers = numbers.long()
+    if width % bits and tight:
+        start = torch.arange(len(numbers), device=numbers.device) * bits
+        at = start.div(width, rounding_mode="floor")
+        shift = (start % width).view(-1, *[1] * (numbers.dim() - 1))
+        shape = (-(-len(numbers) * bits // width) + 1, *numbers.shape[1:])
+        whole = torch.zeros(shape, dtype=torch.long, device=numbers.device)
+        whole.index_add_(0, at, (numbers << shift) & (2**width - 1))
+        whole.index_add_(0, at + 1, numbers << shift >> width)
+        return _signed(whole[:-1], width).to(dtype)
+    each = width // bits
+    spare = torch.zeros((-len(numbers) % each, *numbers.shape[1:]), dtype=torch.long, device=numbers.device)
+    numbers = torch.cat((numbers, spare)).unflatten(0, (-1, each))
+    if order:
+        numbers = numbers[:, list(order)]
+    places = torch.arange(each, device=numbers.device) * bits
+    whole = (numbers << places.view(-1, *[1] * (numbers.dim() - 2))).sum(1)
+    return _signed(whole, width).to(dtype)
+
+
+def _signed(words: Tensor, width: int) -> Tensor:
+    """Unsigned words as the signed ones of the same bits."""
+    return words if width == 64 else torch.where(words >= 2 ** (width - 1), words - 2**width, words)

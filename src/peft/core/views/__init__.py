@@ -73,7 +73,9 @@ def _find(m: nn.Module) -> LinearView:
     if is_engine(type(m)):
         return _ENGINE
     sized = hasattr(m, "in_features") and hasattr(m, "out_features") and not is_fused(type(m))
-    if isinstance(m, nn.Linear) or sized:
+    held = storage.by_class(type(m))
+    sized = sized and (held is None or bool(held.weights))
+    if isinstance(m, nn.Linear) or sized or _is_packed_linear(type(m)):
         return _LINEAR
     raise ValueError(f"{type(m).__name__} cannot be adapted. Supported layers are {SUPPORTED}.")
 

@@ -36,6 +36,8 @@ class LinearView:
 
     def shape(self, m: Layer) -> Pair:
         """(O, I), with leading axes where the module holds several matrices."""
+        if not hasattr(m, "out_features"):  # a quantiser's layer that calls them otherwise
+            return storage.of(m, self.name).shape(m, self.name)
         return (m.out_features, m.in_features)
 
     def kernel(self, m: Layer) -> Pair:
