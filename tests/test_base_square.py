@@ -50,9 +50,9 @@ def test_the_squares_of_a_weight_are_taken_once(kind, monkeypatch):
     model, layer, _ = adapted(kind)
     if layer.original_key(layer.original_weight()) is None:
         pytest.skip("this storage does not tell whether its numbers are the same")
-    x, taken, real = torch.randn(3, layer.in_features), [], dora._square
+    x, taken, real = torch.randn(3, layer.in_features), [], dora.square
     model(x)
-    monkeypatch.setattr(dora, "_square", lambda W: taken.append(W) or real(W))
+    monkeypatch.setattr(dora, "square", lambda W: taken.append(W) or real(W))
     for train in (True, False, True):
         y = model.train(train)(x)
         if train:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import storage
+from .kept import Forgetful
 from .memory import identity
 from .method import Delta
 from .onload import onload_layer, used_at
@@ -21,27 +22,28 @@ from .views import LinearView
 TILE_BYTES = 16 * 2**20  # what a merge may allocate beyond the weights themselves; more would leave the caches
 
 
-class Mergeable(nn.Module):
+class Mergeable(Forgetful):
     """The part of a tuner layer that merges; `stack`, `get_base_layer` and `_replan` are the layer's."""
 
     view: LinearView
     adapters: dict[str, Adapter]
-    tied: nn.Parameter | None
+    call: Any
+    tied: nn.Parameter | None = None
     _active: tuple[str, ...]
-    _merged: list[str]
-    _saved: dict[str, Any] | None
+    _merged: Sequence[str] = ()
+    _saved: dict[str, Any] | None = None
     _disabled: bool
-    _suspended: list[str] | None  # what enabling will merge again
-    _rounding: str  # how a quantised weight takes a merge
-    _dense_dtype: torch.dtype | None
-    _packed_base: nn.Module | None  # what a dense twin stands for while merged
-    merge_error: MergeError | None  # what the last merge into a quantised weight changed
+    _suspended: list[str] | None = None  # what enabling will merge again
+    _rounding: str = "requantize"  # how a quantised weight takes a merge
+    _dense_dtype: torch.dtype | None = None
+    _packed_base: nn.Module | None = None  # what a dense twin stands for while merged
+    merge_error: MergeError | None = None  # what the last merge into a quantised weight changed
     seen: Tensor | None = None  # directions that its inputs lie along, for a compensated merge
 
     @property
     def merged_adapters(self) -> list[str]:
         """Names of the merged adapters, in order; while disabled, of those that enabling will merge again."""
-        return self._merged if self._suspended is None else self._suspended
+        return list(self._merged if self._suspended is None else self._suspended)
 
     @merged_adapters.setter
     def merged_adapters(self, names: list[str]) -> None:
@@ -151,6 +153,7 @@ class Mergeable(nn.Module):
             for _ in self.tiles(tuple(wanted)):
                 pass
             self._suspended = wanted
+            self.call.merged = True
             return
         if keep and self._saved is None:
             self.__dict__["_saved"] = self._payload()
@@ -289,7 +292,7 @@ class Mergeable(nn.Module):
 
     def _take_back(self) -> list[str]:
         """Give back the payload and say what was merged; a weight that was untied for the merge stays so."""
-        names, self._merged = self._merged, []
+        names, self._merged = list(self._merged), []
         with onload_layer(self.get_base_layer()):
             self._restore()
         self.__dict__["_saved"] = None
@@ -304,7 +307,7 @@ class Mergeable(nn.Module):
         """Have these adapters merged as before, after an error in another layer."""
         if self._suspended is not None:
             self._suspended = names or None
-        elif self._merged != names:
+        elif list(self._merged) != names:
             self._take_back()
             self._merge(tuple(names))
         if not names:

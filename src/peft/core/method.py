@@ -11,14 +11,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import lowrank
+from .direct import open_linear
 from .views import LinearView
 
 if TYPE_CHECKING:
     from .shared import Shared, SharedTensors, Sight
     from .stack import Adapter, Stack
+
+
+MANY_ROWS = 32  # of an input, from which on a second dense product costs more than adding two matrices
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Method:
     mergeable = True
     by_task = False  # W' is another one for each task of a batch's samples
     by_input = False  # the update depends on the layer's input, so that there is no W' to read
+    lasting = True  # what `prepare` notes holds as long as the layer has the same adapters
     some_positions = False  # it acts on some positions of its input only, so that there is no one W'
     reads = True  # what a forward differentiates holds numbers of W, or what is made of them
     spread = False  # its forward is made of products and sums of x, W and its tensors, which may be DTensors
@@ -105,6 +111,13 @@ class Method:
 
     def init(self, p: Adapter, inner: Stack) -> None:
         """First values of the tensors; never runs on the meta device."""
+
+    def again(self, p: Adapter) -> Callable[[dict[str, Tensor]], None] | None:
+        """What `init` does, for tensors by key of another adapter of the same form; None: only `init` does it.
+
+        Stated where nothing is derived, and all that `build` makes are matrices of modules and plain values.
+        """
+        return None
 
     def derive(self, p: Adapter, inner: Stack) -> None:
         """What is computed from the base weight and not saved; runs even where `init` is skipped."""
@@ -248,10 +261,34 @@ class Delta(Method):
         return 0.0
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
-        return self.onto(p, inner, inner(x), x)
+        found = self.at_once(p, inner, x)
+        return self.onto(p, inner, inner(x), x) if found is None else found
+
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        """`forward` over a plain linear layer with the update inside its product, where that is quicker; else None."""
+        held = open_linear(inner, x) if type(self).onto is Delta.onto else None
+        if held is None or self.drop_rate(p):
+            return None
+        W, b = held
+        low = self.short(p)
+        if low is not None:
+            return lowrank.linear(x, W, b, *low) if low[0].dtype is W.dtype or not W.requires_grad else None
+        if not torch.compiler.is_compiling() and x.numel() < MANY_ROWS * x.shape[-1]:
+            return None
+        D = self.live_delta(p, W)
+        if D.dtype is W.dtype and D.dtype in (torch.float32, torch.float64):
+            return F.linear(x, W + D, b)
+        return (F.linear(x, W, b) + F.linear(x.to(D.dtype), D)).to(W.dtype)  # in halves W + D forgets small updates
+
+    def short(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
+        """(A, B, s) with s B A the update of this forward, where two thin products with them are the quickest way."""
+        return None
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         """y + delta(W) x, for y = inner(x)."""
+        low = self.short(p) if inner.view.dense else None
+        if low is not None:
+            return lowrank.add(y, x, *low, self.drop_rate(p))
 
         def update(stack: Stack) -> Tensor:
             D = self.live_delta(p, stack.live_weight() if self.reads else stack.outline())
@@ -306,6 +343,16 @@ class LowRank(Delta):
             return b
         extra = extra * self.scaling(p)
         return extra if b is None else (b + extra).to(b.dtype)
+
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        held = open_linear(inner, x) if type(self).onto is LowRank.onto else None
+        if held is None or self.up_bias(p) is not None:
+            return None
+        A, B = self.factors(p)
+        rate = self.drop_rate(p)
+        if held[0].requires_grad and (rate or A.dtype is not x.dtype):
+            return None
+        return lowrank.linear(x, *held, A, B, self.scaling(p), rate)
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         scale, extra = self.scaling(p), self.up_bias(p)

@@ -25,17 +25,6 @@ def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0
     return (y + F.linear(F.linear(x, A), B) * scale).to(y.dtype)
 
 
-def plain_scaled(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float, gain: Tensor, bias: Tensor | None
-) -> Tensor:
-    """gain (y - bias + scale B A dropout(x)) + bias, in the dtype of y; gain is (k,)."""
-    x = x.to(A.dtype)
-    x = F.dropout(x, p) if p else x
-    z = y if bias is None else y - bias
-    out = (z + F.linear(F.linear(x, A), B) * scale) * gain
-    return (out if bias is None else out + bias).to(y.dtype)
-
-
 def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
     """W x + b + scale B A dropout(x): (..., d) -> (..., k), choosing the form that is quick and keeps least.
 
@@ -48,8 +37,8 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
     # the update is accumulated into the product: two operations more than the base, nothing saved beyond x and A x
     flat = x.reshape(-1, x.shape[-1])
     y, h = F.linear(flat, W, b), F.linear(flat, A)
-    if type(scale) is float and y.dtype is B.dtype:
-        y = y.addmm_(h, B.mT, alpha=scale)
+    if type(scale) is float and y.dtype is B.dtype and torch._C._functorch.peek_interpreter_stack() is None:
+        y = y.addmm_(h, B.mT, alpha=scale)  # which vmap has no rule for
     else:
         y = (y + F.linear(h, B) * scale).to(y.dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -70,15 +59,6 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) 
     if simple or hasattr(A, "placements"):  # DTensors know torch's operations only
         return plain(y, x, A, B, scale, p)
     return _Add.apply(y, x, A, B, scale, p)
-
-
-def add_scaled(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float, m: Tensor, n: Tensor, b: Tensor | None
-) -> Tensor:
-    """m / n (y - b + scale B A dropout(x)) + b, the magnitude m and the constant norm n being (k,), the bias b too."""
-    if not torch.is_grad_enabled() or is_autocast(x) or transformed():
-        return plain_scaled(y, x, A, B, scale, p, m / n, b)
-    return _AddScaled.apply(y, x, A, B, scale, p, m, n, b)
 
 
 def is_autocast(x: Tensor) -> bool:
@@ -183,49 +163,6 @@ class _Add(torch.autograd.Function):
         part, *grads = _low_rank_grads(ctx, ctx.needs_input_grad[1:4], g, x, mask, A, B, h)
         grad_x = None if part is None else part.to(ctx.x_dtype).view(ctx.shape)
         return grad if ctx.needs_input_grad[0] else None, grad_x, *grads, None, None
-
-
-class _AddScaled(torch.autograd.Function):
-    """gain (y - bias + scale B A dropout(x)) + bias with gain = magnitude / norm.
-
-    Saves x, the mask and z = y - bias + scale B A dropout(x) in y's dtype; h is computed again. The norm is a constant
-    of the gradient (DoRA, Liu et al. 2024, arXiv 2402.09353, section 4.3); its owner keeps it alive.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        scale: Any,
-        p: float,
-        m: Tensor,
-        n: Tensor,
-        b: Tensor | None,
-    ) -> Tensor:
-        mask = _mask(x, p)
-        ctx.scale, ctx.norm = scale / (1.0 - p), n
-        ctx.shape, ctx.x_dtype = x.shape, x.dtype
-        update = ((_shrink(x, mask, A) @ A.mT) @ B.mT).view(y.shape).mul_(ctx.scale)
-        z = update.add_(y) if b is None else update.add_(y).sub_(b)
-        ctx.save_for_backward(x, mask, A, B, m, z.to(y.dtype))
-        out = z * (m / n)
-        return (out if b is None else out.add_(b)).to(y.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, A, B, m, z = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        g = grad.reshape(-1, grad.shape[-1])
-        grad_m = (g.to(m.dtype) * z.reshape(g.shape)).sum(0) / ctx.norm if needs[6] else None
-        inner = (g.to(A.dtype) * (m / ctx.norm)).to(A.dtype)
-        part, *grads = _low_rank_grads(ctx, needs[1:4], inner, x, mask, A, B, None)
-        grad_x = None if part is None else part.to(ctx.x_dtype).view(ctx.shape)
-        grad_y = inner.to(grad.dtype).view(grad.shape) if needs[0] else None
-        grad_b = (g.to(A.dtype).sum(0) - inner.sum(0)).to(grad.dtype) if needs[8] else None
-        return grad_y, grad_x, *grads, None, None, grad_m, None, grad_b
 
 
 def compressed(x: Tensor, A: Tensor, v: Tensor, scale: float) -> Tensor:

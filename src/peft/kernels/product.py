@@ -1,4 +1,4 @@
-"""A product of three tensors, two of them learnt, that keeps its factors for the backward pass and nothing more."""
+"""Products of learnt tensors, and what stands for them at less cost."""
 
 from __future__ import annotations
 
@@ -20,6 +20,21 @@ def scaled_rows(scale: Tensor, A: Tensor, gains: Tensor) -> Tensor:
 def plain(scale: Tensor, A: Tensor, gains: Tensor) -> Tensor:
     """The definition."""
     return scale[..., None] * A[:, None] * gains[..., None, :, :]
+
+
+def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """sum over u, v of t[u, v] a[u, p] b[v, q]: (p, q, kernel)."""
+    return torch.einsum("uvk,up,vq->pqk", t.flatten(2), a, b)
+
+
+def pays(rank: int, out: int, inp: int) -> bool:
+    """Whether two thin products of a rank take fewer operations than one with the whole matrix."""
+    return rank * (out + inp) < out * inp
+
+
+def khatri_rao(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """(A (r r, d), B (k, r r)) with B A = (a1 b1) * (a2 b2), element by element; a (k, r), b (r, d)."""
+    return (b1[:, None] * b2).flatten(0, 1), (a1[:, :, None] * a2[:, None]).flatten(1)
 
 
 class _ScaledRows(torch.autograd.Function):

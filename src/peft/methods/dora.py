@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.direct import open_linear
+from ..core.kept import kept, still
 from ..core.method import Delta, LowRank, Site
 from ..core.stack import Adapter, Stack
-from ..kernels import lowrank
+from ..kernels import scaled
+from ..kernels.scaled import square, tiles
 from .magnitude import Magnitude
-
-TILE_ELEMENTS = 16 * 2**20
 
 
 class DoRA(Delta):
@@ -83,24 +84,21 @@ class DoRA(Delta):
             return torch.linalg.vector_norm(base.weight.float().flatten(1) + s * special, dim=-1)[rows]
         base_square = self._base_square(p, W, rows)
         W, B = (W, B) if rows == slice(None) else (W[..., rows, :], B[..., rows, :])
-        cross = torch.cat([w.float() @ A.mT for w in _tiles(W)], -2)
-        gram = A @ A.mT
-        square = base_square + (2 * s) * (cross * B).sum(-1) + (s * s) * ((B @ gram) * B).sum(-1)
-        return square.clamp_min(0).sqrt()
+        return scaled.norms(W, base_square, A, B, s)
 
     def _rows(self, p: Adapter, W: Tensor) -> list[Tensor]:
         if not self.of.rowwise(p):
             return [self.of.weight(p, W)]
-        start = itertools.accumulate((w.shape[-2] for w in _tiles(W)), initial=0)
-        return [self.of.weight(p, w, slice(s, s + w.shape[-2])) for w, s in zip(_tiles(W), start, strict=False)]
+        start = itertools.accumulate((w.shape[-2] for w in tiles(W)), initial=0)
+        return [self.of.weight(p, w, slice(s, s + w.shape[-2])) for w, s in zip(tiles(W), start, strict=False)]
 
     def _base_square(self, p: Adapter, W: Tensor, rows: slice) -> Tensor:
         """|W|^2 of each row, (..., rows); that of all is computed again only when the base weight changes."""
         key = None if torch.compiler.is_compiling() or rows != slice(None) else p.layer.original_key(W)
         if key is None:
-            return _square(W[..., rows, :])
+            return square(W[..., rows, :])
         if p.cache.get("key") != key:
-            p.cache.update(key=key, square=_square(W))
+            p.cache.update(key=key, square=square(W))
         return p.cache["square"]
 
     def gain(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
@@ -110,7 +108,7 @@ class DoRA(Delta):
     def safe_norm(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
         """|V| with 1 in place of 0."""
         n = self.norm(p, rows)
-        return torch.where(n == 0, torch.ones_like(n), n)
+        return n.masked_fill(n == 0, 1)
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         return self.of.delta(p, W, rows)
@@ -128,23 +126,32 @@ class DoRA(Delta):
     def drop_rate(self, p: Adapter) -> float:
         return self.of.drop_rate(p)
 
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        held = open_linear(inner, x)
+        if held is None or held[0].requires_grad or (of := self._thin(p)) is None:
+            return None
+        found = still(p)
+        if found is not None and found[0].dtype is x.dtype:
+            return scaled.evaluated(x, *held, *found)
+        (A, B), m, s, rate = of.factors(p), self.magnitude(p), of.scaling(p), of.drop_rate(p)
+        if not m.dtype is A.dtype is x.dtype or m.dtype not in (torch.float32, torch.float64):
+            return None
+        if torch.is_grad_enabled() or rate:
+            return scaled.linear(x, *held, A, B, s, rate, m, self.safe_norm(p).to(m.dtype))
+        return scaled.evaluated(x, *held, *kept(p, lambda: scaled.folded(A, B, s, self.gain(p).to(m.dtype)), base=True))
+
+    def _thin(self, p: Adapter) -> LowRank | None:
+        """The method inside, if its update is computed from factors and adds no bias."""
+        of = self.of
+        return of if isinstance(of, LowRank) and of.direct and of.up_bias(p) is None else None
+
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         b = self.of.bias(p, inner.bias())
-        if inner.view.dense and isinstance(self.of, LowRank) and self.of.direct and self.of.up_bias(p) is None:
-            A, B = self.of.factors(p)
-            n, scale = self.safe_norm(p), self.of.scaling(p)
-            return lowrank.add_scaled(y, x, A, B, scale, self.drop_rate(p), self.magnitude(p), n, b)
+        if inner.view.dense and (of := self._thin(p)) is not None:
+            A, B = of.factors(p)
+            n, scale = self.safe_norm(p), of.scaling(p)
+            return scaled.add(y, x, A, B, scale, self.drop_rate(p), self.magnitude(p), n, b)
         gain = inner.spread(self.gain(p))
         b = None if b is None else inner.spread(b)  # b' in full: what `of` adds to y has its own bias in it
         z = self.of.onto(p, inner, y if b is None else (y - b).to(y.dtype), x) * gain
         return (z if b is None else z + b).to(y.dtype)
-
-
-def _tiles(W: Tensor) -> tuple[Tensor, ...]:
-    """W in blocks of rows, so that a cast to float32 never holds a second copy of a large weight."""
-    per_row = max(1, W.numel() // W.shape[-2])
-    return W.split(max(1, TILE_ELEMENTS // per_row), dim=-2)
-
-
-def _square(W: Tensor) -> Tensor:
-    return torch.cat([w.float().square().sum(-1) for w in _tiles(W)], -1)

@@ -25,6 +25,7 @@ from ..core.method import Site
 from ..core.scale import ScaledLayer
 from ..core.stack import Adapter, Stack
 from ..core.thinned import Thinned
+from ..kernels import product
 from ..target_config import number, probability
 from .additive import AdditiveConfig, AdditiveModel
 
@@ -83,11 +84,6 @@ def core_shape(r: int, kernel: tuple[int, ...]) -> tuple[int, ...]:
     return (r, r, *(kernel if len(kernel) > 1 else (*kernel, 1)))
 
 
-def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """sum over u, v of t[u, v] a[u, p] b[v, q]: (p, q, kernel)."""
-    return torch.einsum("uvk,up,vq->pqk", t.flatten(2), a, b)
-
-
 class LoHa(Thinned):
     """W' = W + s (A1 B1) * (A2 B2)."""
 
@@ -115,12 +111,18 @@ class LoHa(Thinned):
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         return self.half(p, "1", rows) * self.half(p, "2", rows) * p.scaling
 
+    def short(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
+        a, b = p.held("hada_w1_a"), p.held("hada_w1_b")
+        if p.effective or self.thins(p) or a.dim() > 2 or not product.pays(len(b) ** 2, len(a), b.shape[1]):
+            return None
+        return (*product.khatri_rao(a, b, p.held("hada_w2_a"), p.held("hada_w2_b")), p.scaling)
+
     def half(self, p: Adapter, which: str, rows: slice) -> Tensor:
         """One of the two low-rank matrices, (..., rows, I)."""
         a, b = p.held(f"hada_w{which}_a"), p.held(f"hada_w{which}_b")
         if not p.effective:
             return a[..., rows, :] @ b
-        return tucker(p.held(f"hada_t{which}"), a[:, rows], b).flatten(1)
+        return product.tucker(p.held(f"hada_t{which}"), a[:, rows], b).flatten(1)
 
 
 class LycorisLayer(ScaledLayer):

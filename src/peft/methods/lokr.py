@@ -7,7 +7,6 @@ W1 with `decompose_both`, is a product of two factors of rank r where that is sm
 of channels, and W2 holds the kernel: (o2, i2, kernel), or factors, or with `use_effective_conv2d` a Tucker product. W1
 starts at zero, so training starts at the base model. Sources: LyCORIS, Yeh et al. 2023, arXiv 2309.14859. A Conv1d with
 a whole W2 multiplies W2 (x) W1, as adapters of the peer are trained; a Tucker product on it works, and fails there.
-not.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ from ..core.layer import name_layers
 from ..core.method import Site
 from ..core.stack import Adapter, Stack
 from ..core.thinned import Thinned
+from ..kernels import product
 from ..target_config import choice, rank
-from .loha import LycorisConfig, LycorisLayer, LycorisModel, core_shape, tucker
+from .loha import LycorisConfig, LycorisLayer, LycorisModel, core_shape
 
 NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
@@ -100,7 +100,7 @@ class LoKr(Thinned):
             return W1, W2.flatten(2) if W2.dim() > 2 + p.lead else W2.unsqueeze(-1)
         a, b = p.held("lokr_w2_a"), p.held("lokr_w2_b")
         if "lokr_t2" in p.forms:
-            return W1, tucker(p.held("lokr_t2"), a, b)
+            return W1, product.tucker(p.held("lokr_t2"), a, b)
         return W1, (a @ b).unflatten(-1, (p.sizes[3], -1))
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:

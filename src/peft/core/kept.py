@@ -1,0 +1,123 @@
+"""What an adapter's tensors amount to, kept between forwards of evaluation for as long as they stay as they are."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..kernels.lowrank import transformed
+
+if TYPE_CHECKING:
+    from .stack import Adapter
+
+
+class Kept:
+    """A value, and what it was made of, as that was; a copy of this holds nothing.
+
+    Arguments:
+        value: the value.
+        layer: the tuner layer; its copies for data parallelism share its notes, and have other tensors.
+        places: (dictionary, key) of the tensors and numbers that it was made of, and of the modules that hold them.
+    """
+
+    def __init__(self, value: Any = None, layer: Any = None, places: Sequence[tuple[dict[str, Any], str]] = ()):
+        self.value, self.layer = value, None if layer is None else weakref.ref(layer)
+        self.places = [(where, key, where[key]) for where, key in places]
+        tensors = [t for *_, t in self.places if isinstance(t, Tensor)]
+        # a reference to memory keeps its number from being given to other memory, and none of its bytes
+        owners = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+        self.tensors = [(t, t._version, t.data_ptr(), o) for t, o in zip(tensors, owners, strict=True)]
+
+    def holds(self, layer: Any) -> bool:
+        """Whether everything of the layer is in its place, and the tensors hold the numbers of then."""
+        if self.layer is None or self.layer() is not layer:
+            return False
+        for where, key, found in self.places:
+            if where.get(key) is not found:
+                return False
+        for t, version, address, owner in self.tensors:
+            if t._version != version or t.data_ptr() != address or t.untyped_storage()._cdata != owner.cdata:
+                return False
+        return True
+
+    def __reduce__(self) -> Any:
+        return Kept, ()
+
+
+def kept(p: Adapter, make: Callable[[], Any], base: bool = False) -> Any:
+    """What `make` gives, made again only when a tensor of the adapter, or a number such as its scaling, has changed.
+
+    Arguments:
+        p: the adapter.
+        make: makes it.
+        base: whether it depends on the base weight, too, which is that of a dense layer.
+
+    Training makes it each time, and forgets it: optimisers may write numbers in ways that torch does not count.
+    """
+    found = still(p)
+    if found is not None:
+        return found
+    value = make()
+    if lasting(p):
+        places = [*places_of(p), *(base_places(p) if base else ())]
+        if not any(isinstance(where[key], Tensor) and where[key].is_inference() for where, key in places):
+            p.cache["kept"] = Kept(value, p.layer, places)
+    return value
+
+
+def still(p: Adapter) -> Any:
+    """What is kept, if it holds; else None."""
+    if torch.compiler.is_compiling():
+        return None
+    found = p.cache.get("kept")
+    if found is None:
+        return None
+    if lasting(p) and found.holds(p.layer):
+        return found.value
+    p.cache.pop("kept", None)
+    return None
+
+
+def lasting(p: Adapter) -> bool:
+    """Whether what is made now may serve later forwards."""
+    return not (p.layer.training or torch.is_grad_enabled() or transformed())
+
+
+def places_of(p: Adapter) -> list[tuple[dict[str, Any], str]]:
+    """Where the tensors and numbers of an adapter stand, those that layers share among them."""
+    found: list[tuple[dict[str, Any], str]] = []
+    for key, home in p.layer._modules.items():
+        if key == "base_layer" or home is None:
+            continue
+        for held in (home._modules, home._parameters, home._buffers):
+            if held.get(p.name) is not None:
+                found.append((held, p.name))
+    for where, key in found:  # grows on the way
+        if isinstance(where[key], nn.Module):
+            m = where[key]
+            found += [(d, k) for d in (m._modules, m._parameters, m._buffers) for k in d if d[k] is not None]
+    for home in p.shared.values():
+        found += [(held, p.name) for held in (home._parameters, home._buffers) if held.get(p.name) is not None]
+    return [*found, *((p.__dict__, k) for k, v in p.__dict__.items() if isinstance(v, (float, Tensor)))]
+
+
+def base_places(p: Adapter) -> list[tuple[dict[str, Any], str]]:
+    """Where the base weight stands."""
+    return [(p.layer._modules, "base_layer"), (p.layer.get_base_layer()._parameters, p.layer.view.name)]
+
+
+class Forgetful(nn.Module):
+    """The part of a tuner layer that forgets what is kept when it is put into training or evaluation."""
+
+    adapters: dict[str, Adapter]
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch's; what evaluation has kept is made anew afterwards."""
+        for p in self.adapters.values():
+            p.cache.pop("kept", None)
+        return super().train(mode)

@@ -1,0 +1,25 @@
+"""Gradients of gradients, for operations whose backward pass is written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def differentiable(
+    plain: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
+) -> Any:
+    """The gradients of plain(*inputs) as tensors that can be differentiated again; None where none is needed.
+
+    A backward pass asks for them where one of itself is wanted (`create_graph=True`, which shows as enabled
+    gradients): what it would compute by hand holds numbers of the forward pass that have forgotten where they are from.
+    """
+    with torch.enable_grad():
+        # aliases: a gradient goes to the argument alone, not to what the argument was made of
+        args = [t.view_as(t) if t is not None and need else t for t, need in zip(inputs, needs, strict=True)]
+        wanted = [t for t, need in zip(args, needs, strict=True) if t is not None and need]
+        found = iter(torch.autograd.grad(plain(*args), wanted, grad, create_graph=True))
+        return tuple(next(found) if need else None for need in needs)

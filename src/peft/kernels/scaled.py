@@ -1,0 +1,181 @@
+"""A low-rank update under a gain for each out-feature (DoRA), which keeps little for the backward pass.
+
+Letters as in `lowrank`: N tokens, d in-features, k out-features, r rank; the gain is m / n, the magnitude m of (k,)
+over the norm n, which is a constant of the gradient (Liu et al. 2024, arXiv 2402.09353, section 4.3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .again import differentiable
+from .lowrank import transformed
+
+TILE_ELEMENTS = 16 * 2**20
+
+
+def tiles(W: Tensor) -> tuple[Tensor, ...]:
+    """W in blocks of rows, so that a cast to float32 never holds a second copy of a large weight."""
+    per_row = max(1, W.numel() // W.shape[-2])
+    return W.split(max(1, TILE_ELEMENTS // per_row), dim=-2)
+
+
+def square(W: Tensor) -> Tensor:
+    """|W_o|^2 of each row, float32."""
+    return torch.cat([w.float().square().sum(-1) for w in tiles(W)], -1)
+
+
+def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
+    """|W + s B A| of each row, from W's `square`, without the product: A and B are in float32."""
+    cross = torch.cat([w.float() @ A.mT for w in tiles(W)], -2)
+    return (squares + ((cross * (2 * s) + (B @ (A @ A.mT)) * (s * s)) * B).sum(-1)).clamp_min(0).sqrt()
+
+
+def plain(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float, gain: Tensor, bias: Tensor | None
+) -> Tensor:
+    """gain (y - bias + scale B A dropout(x)) + bias, in the dtype of y. The definition; gain is (k,)."""
+    x = x.to(A.dtype)
+    return _gained(y, F.dropout(x, p) if p else x, A, B, scale, gain, bias)
+
+
+def _gained(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, gain: Tensor, bias: Tensor | None) -> Tensor:
+    z = y if bias is None else y - bias
+    out = (z + F.linear(F.linear(x, A), B) * scale) * gain
+    return (out if bias is None else out + bias).to(y.dtype)
+
+
+def add(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float, m: Tensor, n: Tensor, b: Tensor | None
+) -> Tensor:
+    """m / n (y - b + scale B A dropout(x)) + b, choosing the form that keeps least."""
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or transformed():
+        return plain(y, x, A, B, scale, p, m / n, b)
+    return _Add.apply(y, x, A, B, scale, p, m, n, b)
+
+
+def linear(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any, p: float, m: Tensor, n: Tensor
+) -> Tensor:
+    """m / n (W x + scale B A dropout(x)) + b with a frozen W, all of one dtype, on a layer that nothing else sees."""
+    if transformed():
+        return plain(F.linear(x, W, b), x, A, B, scale, p, m / n, b)
+    return _Linear.apply(x, W, b, A, B, scale, p, m, n)
+
+
+def folded(A: Tensor, B: Tensor, scale: Any, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `evaluated` takes beside the layer: A, gain, and B with all factors in it."""
+    return A, gain, B * gain[:, None] * scale
+
+
+def evaluated(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, gain: Tensor, gained: Tensor) -> Tensor:
+    """The same where no gradient is wanted, of what stays between forwards."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = F.linear(flat, W)
+    y = y.mul_(gain) if b is None else torch.addcmul(b, y, gain)
+    return y.addmm_(F.linear(flat, A), gained.mT).view(*x.shape[:-1], W.shape[0])
+
+
+def _mask(x: Tensor, p: float) -> Tensor | None:
+    """Which elements dropout keeps, of 0 and 1, a byte an element; the draw of F.dropout for the same seed."""
+    return torch.empty(x.shape, dtype=torch.uint8, device=x.device).bernoulli_(1.0 - p) if p else None
+
+
+def _dropped(x: Tensor, mask: Tensor | None, p: float, A: Tensor) -> Tensor:
+    """dropout(x) of a mask that was drawn, in A's dtype."""
+    return x.to(A.dtype) if mask is None else (x * mask).to(A.dtype) * (1 / (1.0 - p))
+
+
+class _Add(torch.autograd.Function):
+    """Saves y, x and the mask; what the update adds to y is computed again. The norm's owner keeps it alive."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float, *rest: Any) -> Tensor:
+        m, n, b = rest
+        mask = _mask(x, p)
+        ctx.scale, ctx.norm, ctx.p = scale, n, p
+        ctx.save_for_backward(y, x, A, B, m, b, mask)
+        update = F.linear(F.linear(_dropped(x, mask, p, A), A), B).mul_(scale)
+        z = update.add_(y) if b is None else update.add_(y).sub_(b)
+        out = z.mul_(m / n)
+        return (out if b is None else out.add_(b)).to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, x, A, B, m, b, mask = ctx.saved_tensors
+        needs, s, n, p = ctx.needs_input_grad, ctx.scale, ctx.norm, ctx.p
+        if torch.is_grad_enabled():
+
+            def plainly(y: Tensor, x: Tensor, A: Tensor, B: Tensor, m: Tensor, b: Tensor | None) -> Tensor:
+                return _gained(y, _dropped(x, mask, p, A), A, B, s, m / n, b)
+
+            of_y, of_x, of_A, of_B, of_m, of_b = differentiable(
+                plainly, (y, x, A, B, m, b), (*needs[:4], needs[6], needs[8]), grad
+            )
+            return of_y, of_x, of_A, of_B, None, None, of_m, None, of_b
+        g, kept = grad.to(A.dtype), _dropped(x, mask, p, A)
+        h = F.linear(kept, A)
+        inner = (g * (m / n)).to(A.dtype)
+        of_m = None
+        if needs[6]:
+            z = F.linear(h, B).mul_(s).add_(y)
+            of_m = (g * (z if b is None else z.sub_(b))).flatten(0, -2).sum(0) / n
+        of_x, of_A, of_B = _thin(inner, kept, mask, A, B, h, s, p, needs[1:4])
+        of_b = (g.flatten(0, -2).sum(0) - inner.flatten(0, -2).sum(0)).to(grad.dtype) if needs[8] else None
+        of_x = None if of_x is None else of_x.to(x.dtype)
+        return inner.to(grad.dtype) if needs[0] else None, of_x, of_A, of_B, None, None, of_m, None, of_b
+
+
+class _Linear(torch.autograd.Function):
+    """Saves x, the mask, h = A dropout(x) and z = W x + scale B h; the gradient of x is summed in one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
+        scale, p, m, n = rest
+        flat = x.reshape(-1, x.shape[-1])
+        mask = _mask(flat, p)
+        h = F.linear(_dropped(flat, mask, p, A), A)
+        z = F.linear(flat, W)
+        z = z.addmm_(h, B.mT, alpha=scale) if type(scale) is float else z.addmm_(h * scale, B.mT)
+        ctx.scale, ctx.p = scale, p
+        ctx.save_for_backward(x, W, b, A, B, m, n, mask, h, z)
+        gain = m / n
+        out = z * gain if b is None else torch.addcmul(b, z, gain)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, b, A, B, m, n, mask, h, z = ctx.saved_tensors
+        needs, s, p = ctx.needs_input_grad, ctx.scale, ctx.p
+        if torch.is_grad_enabled():
+
+            def plainly(x: Tensor, b: Tensor | None, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
+                kept = _dropped(x, None if mask is None else mask.view(x.shape), p, A)
+                return _gained(F.linear(x, W, b), kept, A, B, s, m / n, b)
+
+            wanted = (needs[0], *needs[2:5], needs[7])
+            of_x, of_b, of_A, of_B, of_m = differentiable(plainly, (x, b, A, B, m), wanted, grad)
+            return of_x, None, of_b, of_A, of_B, None, None, of_m, None
+        g, kept = grad.reshape(-1, grad.shape[-1]), _dropped(x.reshape(-1, x.shape[-1]), mask, p, A)
+        inner = g * (m / n)
+        of_x, of_A, of_B = _thin(inner, kept, mask, A, B, h, s, p, (needs[0], *needs[3:5]))
+        of_x = None if of_x is None else of_x.addmm_(inner, W).view(x.shape)
+        of_m = (g * z).sum(0) / n if needs[7] else None
+        return of_x, None, g.sum(0) if needs[2] else None, of_A, of_B, None, None, of_m, None
+
+
+def _thin(
+    g: Tensor, kept: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, h: Tensor, s: Any, p: float, needs: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of s B A kept with respect to x, A and B for an incoming g; `kept` is x where the mask is, scaled."""
+    back = (g @ B) * s
+    of_x = back @ A if needs[0] else None
+    if of_x is not None and mask is not None:
+        of_x = of_x.mul_(mask).mul_(1 / (1.0 - p))
+    of_A = back.flatten(0, -2).mT @ kept.flatten(0, -2) if needs[1] else None
+    of_B = g.flatten(0, -2).mT @ (h * s).flatten(0, -2) if needs[2] else None
+    return of_x, of_A, of_B

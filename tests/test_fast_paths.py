@@ -1,0 +1,93 @@
+"""Shortcuts give what the formulas give: values, gradients, other derivatives; and know when to stand back.
+
+The layer is large enough, and the input long enough, for every shortcut that small ones would leave aside.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from conformance.layouts import Around, Layout
+from conformance.rows import METHODS, adapted, close, expected, tuner_layers
+from conformance.test_gradients import close_each, gradients, leaves
+from peft.core.families import Scaling
+from peft.core.method import Delta
+from peft.core.rotation import Rotation
+
+WIDE = {
+    "wide": Layout("linear-wide", lambda: Around(nn.Linear(48, 72)), (40, 48), batched=False),
+    "bare": Layout("linear-wide-nobias", lambda: Around(nn.Linear(48, 72, bias=False)), (40, 48), batched=False),
+}
+KNOWN = [m for m, row in METHODS.items() if row.forbidden(WIDE["wide"]) is None and not row.tasks]
+MIXING = [  # rows of an input count for themselves, and derivatives are those of torch (OSF cuts gradients down)
+    m for m in KNOWN if METHODS[m].of_input is None and not m.startswith("osf")
+]
+each = pytest.mark.parametrize("method", KNOWN)
+
+
+def one(method, layout, **changes):
+    """A model with one adapter, in double precision where derivatives are compared, and an input that wants one."""
+    model = adapted(method, layout, **changes)
+    return model, layout.x().requires_grad_()
+
+
+def calls_the_base(layer):
+    """Whether the method states its update apart from the base's output."""
+    return isinstance(next(iter(layer.adapters.values())).method, (Delta, Scaling, Rotation))
+
+
+@each
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_values_and_gradients_are_those_of_the_formulas(method, kind, rows):
+    layout = WIDE[kind]
+    model, x = one(method, layout)
+    x = x.detach()[:rows].requires_grad_()
+    inputs = [*leaves(model).values(), x]
+    y, wanted = model(x), expected(model, method, layout, x)
+    close(y, wanted)
+    close_each(gradients(y, inputs), gradients(wanted, inputs), 1e-5)
+    with torch.no_grad():
+        close(model(x), wanted)  # once more, from what is kept
+        close(model(x), wanted)
+
+
+@each
+def test_second_derivatives_are_those_of_the_formulas(method):
+    layout = WIDE["wide"]
+    model, x = one(method, layout)
+    inputs = [*leaves(model).values(), x]
+
+    def twice(y):
+        first = torch.autograd.grad(y.tanh().square().sum(), inputs, create_graph=True)
+        size = sum(g.square().sum() for g in first)
+        return torch.autograd.grad(size, inputs)
+
+    close_each(twice(model(x)), twice(expected(model, method, layout, x)), 1e-4)
+
+
+@pytest.mark.parametrize("method", MIXING)
+def test_forward_mode_and_vmap_are_those_of_the_formulas(method):
+    layout = WIDE["wide"]
+    model, x = one(method, layout)
+    x, along = x.detach(), torch.ones_like(x)
+    wanted = expected(model, method, layout, x)
+    _, pushed = torch.autograd.functional.jvp(lambda t: expected(model, method, layout, t), x, along)
+    found = torch.func.jvp(model, (x,), (along,))
+    close(found[0], wanted)
+    close(found[1], pushed, 1e-5)
+    with torch.no_grad():
+        close(torch.vmap(model)(x[:4, None]).squeeze(1), wanted[:4])
+
+
+@each
+def test_a_hook_on_the_base_is_run(method):
+    layout = WIDE["wide"]
+    model, x = one(method, layout)
+    ((_, layer),) = tuner_layers(model)
+    wanted, seen = expected(model, method, layout, x), []
+    layer.get_base_layer().register_forward_hook(lambda module, args, y: seen.append(1))
+    close(model(x), wanted)
+    assert seen or METHODS[method].values or not calls_the_base(layer), "the hook was passed by"
