@@ -30,6 +30,7 @@ def measure(rows: list[str] | None = None, columns: list[str] | None = None, ver
     from .abilities import ABILITIES
     from .layouts import LAYOUTS
     from .rows import ROWS
+    from .storages import STORAGES
 
     torch.set_num_threads(1)
     cells: dict[str, dict[str, str]] = {}
@@ -37,7 +38,7 @@ def measure(rows: list[str] | None = None, columns: list[str] | None = None, ver
         if rows and name not in rows:
             continue
         line = cells[name] = {}
-        for column, cell in {**LAYOUTS, **ABILITIES}.items():
+        for column, cell in {**LAYOUTS, **STORAGES, **ABILITIES}.items():
             if columns and not any(word in column for word in columns):
                 continue
             start = time.perf_counter()
@@ -48,7 +49,8 @@ def measure(rows: list[str] | None = None, columns: list[str] | None = None, ver
         if not verbose:
             print(f"{name:24} {sum(a.startswith('yes') for a in line.values()):3} yes", file=sys.stderr, flush=True)
     versions = {"peft": peft.__version__, "torch": torch.__version__}
-    return {"versions": versions, "layouts": list(LAYOUTS), "abilities": list(ABILITIES), "cells": cells}
+    groups = {"layouts": list(LAYOUTS), "storages": list(STORAGES), "abilities": list(ABILITIES)}
+    return {"versions": versions, **groups, "cells": cells}
 
 
 def answer(cell: Any, row: Any) -> tuple[str, str]:

@@ -27,6 +27,8 @@ REASONS: list[tuple[str, str, str]] = [
     (CACHED, "base output at init", "The model attends to the new keys from the start."),
     ("c3a, fourierft, vblora, unilora", "base output at init", "The method's definition starts away from the base."),
     ("lora:loftq", "base output at init", "It starts at the quantised base and a correction of its error."),
+    ("lora:loftq", "*(bitsandbytes), *(torchao), hqq",
+     "It quantises a dense base itself; replace_lora_weights_loftq starts on one that is quantised already."),
     ("lora:kasa", "base output at init", "It starts without the least directions of the base."),
     ("lora:kasa", "two active together", "Each would take the same part out of the base."),
     ("ln_tuning", "two active together", "Copies of one layer cannot both be used."),

@@ -17,6 +17,8 @@ Measured with peft {ours[peft]}; the peer is Hugging Face peft {peers[peft]}, by
 `-` means that the question does not arise or that the mathematics forbids it; the reasons stand below.
 
 - Layouts: wrapping works, the randomised adapter changes the output, and its tensors get a gradient.
+- Storages: the same on a linear layer whose weight is quantised, and with the adapter disabled the base's own output,
+  bit for bit.
 - `exact`: bit for bit. `unmerge`: whether every frozen tensor is what it was before the merge.
 - `mixed batch`: a name for each sample, against running each adapter alone. `ignored`: all samples got the active one.
 - `compile fullgraph`: capture of one graph (backend `eager`), forward.
@@ -32,11 +34,12 @@ def write(ours: dict[str, Any], peers: dict[str, Any], path: Path) -> None:
     """Write the page."""
     names = [n for n, line in ours["cells"].items() if not absent(line)]
     missing = [n for n in ours["cells"] if n not in names]
-    columns = [*ours["layouts"], *ours["abilities"]]
+    columns = [*ours["layouts"], *ours["storages"], *ours["abilities"]]
     mine = {(r, c): settled(r, c, ours["cells"][r][c]) for r in names for c in columns}
     other = {(r, c): settled(r, c, peers["cells"][r][c]) for r in names for c in columns}
     text = [HEAD.format(counts(mine), counts(other), ours=ours["versions"], peers=peers["versions"])]
-    for title, group in (("Layouts", ours["layouts"]), ("Abilities", ours["abilities"])):
+    for title in ("Layouts", "Storages", "Abilities"):
+        group = ours[title.lower()]
         text.append(f"\n## {title}\n\n| method | {' | '.join(group)} |\n|{'---|' * (len(group) + 1)}\n")
         for r in names:
             text.append(f"| {r} | {' | '.join(cell(mine[r, c], other[r, c]) for c in group)} |\n")

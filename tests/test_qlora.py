@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from conformance.storages import STORAGES
+from conformance.storages import STORAGES, payload
 from peft import (
     DeloraConfig,
     HiraConfig,
@@ -292,3 +292,34 @@ def test_a_four_bit_layer_keeps_no_more_than_a_dense_one(settings):
     packed = library.nn.Linear4bit(256, 512, bias=False, compute_dtype=torch.bfloat16, **settings)
     packed.load_state_dict(plain.state_dict())
     assert 0 < saved(packed.to("cpu")) <= 1.1 * saved(plain)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_evaluation_is_the_librarys_own_and_keeps_what_is_stored(kind):
+    """On some CPUs bitsandbytes answers in evaluation from a weight in another order, with rounded scales."""
+    base, x = STORAGES[kind].model(), torch.randn(3, STORAGES[kind].shape[-1])
+    with torch.no_grad():
+        alone = base(x)
+    fresh = STORAGES[kind].model()
+    before = payload(fresh.layer)
+    model = get_peft_model(fresh, LoraConfig(target_modules=["layer"], init_lora_weights=False)).eval()
+    layer = model.base_model.model.layer
+    for _ in range(2):
+        with torch.no_grad(), model.disable_adapter():
+            assert torch.equal(model(x), alone)
+        assert all(map(torch.equal, payload(layer.get_base_layer()), before))
+        grad = torch.autograd.grad(model(y := x.clone().requires_grad_()).sum(), y)[0]
+        assert grad.abs().max() > 0
+        model.train()
+        model(x).sum().backward()
+        model.eval()
+    model.merge_adapter(quantized="requantize")
+    model.unmerge_adapter()
+    assert all(map(torch.equal, payload(layer.get_base_layer()), before))
+    with torch.no_grad():
+        model(x)
+    plain = model.unload()
+    assert all(map(torch.equal, payload(plain.layer), before))
+    assert not plain.layer._forward_pre_hooks
+    with torch.no_grad():
+        assert torch.equal(plain(x), alone)

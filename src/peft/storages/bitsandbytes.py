@@ -16,7 +16,7 @@ from ..core.storage import Packed, Payload
 from .borrowed import borrow
 
 FUNCTIONAL = "bitsandbytes.functional"
-FASTER = "support_avx512bf16_for_cpu"
+FASTER, KEPT = "support_avx512bf16_for_cpu", "_kept_by_storage"
 
 
 def _functional(name: str) -> Any:
@@ -33,30 +33,37 @@ class FourBit(Packed):
     def adopt(self, module: nn.Module) -> None:
         # on CPUs with these instructions the first call in evaluation would round the scales for good, and the weight
         # could not be trained through any more
-        if getattr(module, FASTER, False):
-            setattr(module, FASTER, False)
-            module.__dict__["_faster_before"] = True
+        if not getattr(module, FASTER, False) or _in_time in module._forward_pre_hooks.values():
+            return
+        module.register_forward_pre_hook(_in_time)
         payload = self.take(module, "weight")
-        if getattr(payload["state"], "packing_format_for_cpu", False):
+        if _is_reordered(payload["state"]):
             data, state = _plain(payload["data"], payload["state"])
             self.put(module, "weight", {**payload, "data": data, "state": state})
 
     def release(self, module: nn.Module) -> None:
-        if module.__dict__.pop("_faster_before", False):
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _in_time]:
+            del hooks[key]
             setattr(module, FASTER, True)
+            self.put(module, "weight", self.take(module, "weight"))
 
     def differentiable(self, module: nn.Module, name: str) -> bool:
-        return not getattr(getattr(module, name).quant_state, "packing_format_for_cpu", False)
+        return not _is_reordered(getattr(module, name).quant_state) or KEPT in module.__dict__
 
     def take(self, module: nn.Module, name: str) -> Payload:
         held: Any = getattr(module, name)
         state = held.quant_state
         if state is None:
             return {"dense": held.data, "state": None}
-        return {"data": held.data, "state": state, "settings": _settings(held, state)}
+        data, kept = held.data, module.__dict__.get(KEPT)
+        if kept is not None and _is_reordered(state) and kept[0].device == data.device:
+            data, state = kept
+        return {"data": data, "state": state, "settings": _settings(held, state)}
 
     def put(self, module: nn.Module, name: str, payload: Payload) -> None:
         held: Any = getattr(module, name)
+        module.__dict__.pop(KEPT, None)
         if payload["state"] is None:
             held.data = payload["dense"]
             return
@@ -132,9 +139,34 @@ def _nearest(values: Tensor, scales: Tensor, state: Any) -> Tensor:
     return found[: n + n % 2]
 
 
+def _in_time(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Before a call that the library answers from a weight in another order: keep the payload; otherwise give it back.
+
+    So evaluation is the library's own, bit for bit, and training, reading and merging find what was stored.
+    """
+    if torch.compiler.is_compiling() or not args or not isinstance(args[0], Tensor):
+        return
+    held: Any = module.weight
+    state, quick = held.quant_state, not module.training and not args[0].requires_grad
+    if quick and state is not None and not _is_reordered(state):
+        module.__dict__[KEPT] = held.data, copy.copy(state)
+    elif not quick and KEPT in module.__dict__:
+        data, plain = module.__dict__.pop(KEPT)
+        if _is_reordered(state):
+            if data.device != held.device:
+                data, plain = _plain(held.data, state)
+            held.data, held.quant_state = data, plain
+            if getattr(module, "quant_state", None) is not None:
+                module.quant_state = plain
+
+
+def _is_reordered(state: Any) -> bool:
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
 def _plain(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Undo the order in which the library keeps a weight for some CPUs after its first call without gradients."""
-    if not getattr(state, "packing_format_for_cpu", False):
+    if not _is_reordered(state):
         return data, state
     plain, state = _functional("_convert_weight_packed_for_cpu_inverse")(data, copy.copy(state))
     return plain, state
