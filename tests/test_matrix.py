@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 import peft
-
 from matrix.abilities import ABILITIES
 from matrix.layouts import LAYOUTS
 from matrix.measure import answer
