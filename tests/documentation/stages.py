@@ -41,9 +41,9 @@ def llama(width: int = 32) -> Any:
     return LlamaForCausalLM(LlamaConfig(**sizes, **tokens, max_position_embeddings=256)).eval()
 
 
-def model_folder(name: str) -> Any:
+def model_folder(name: str, width: int = 32) -> Any:
     """A saved Llama with its tokenizer."""
-    model = llama()
+    model = llama(width)
     model.save_pretrained(name)
     tokenizer().save_pretrained(name)
     return model
@@ -171,7 +171,7 @@ def distributed(stack: ExitStack) -> Names:
 
 
 def quantized(_: ExitStack) -> Names:
-    model_folder("FOLDER_OR_HUB_ID")
+    model_folder("FOLDER_OR_HUB_ID", 64)  # kernels for four bits want whole blocks in a row
     examples("examples.jsonl")
     return {"batch": tokens()}
 
