@@ -53,7 +53,7 @@ class MixedBatch(nn.Module):
     view: LinearView
     call: Call
     adapters: dict[str, Adapter]
-    _merged: list[str]
+    _merged: Sequence[str]
     _read: str
     _by_task: bool = False  # of the active adapters
     _by_input: bool = False

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from .banks import Groups
+from .deferred import Deferred
 from .tasks import Tasks
 
 BASE = "__base__"
 REMEMBERED = 1024  # forward passes that may wait for their backward pass
 
 
-class Call:
+class Call(Deferred):
     """The per-call record, one object shared by all tuner layers of a model.
 
     Under gradient checkpointing a layer runs again in the backward pass, when its call is long over. The facts of each
@@ -70,6 +71,7 @@ class Call:
         self.banks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # layer -> factors of a mixed batch's adapters
 
     def __getstate__(self) -> dict[str, Any]:
+        self.settle()
         own = ("_past", "_node", "_recalled", "_groups", "gates", "banks")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
@@ -82,6 +84,7 @@ class Call:
     @contextmanager
     def open(self, **facts: Any) -> Iterator[None]:
         """While open, these facts hold (see `FACTS`); restores those of the call around it on exit."""
+        self.settle()
         before = {key: getattr(self, key) for key in facts}
         node, plain, self._groups = self._node, self.plain, {}
         for key, value in facts.items():

@@ -10,16 +10,34 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from .lean import Lean
+
 _TRAIN = nn.Module.train
+_changes = 0  # of what layers there are, and what tensors their adapters have, in any model
 
 
-class AdapterHost(nn.Module):
+def changed() -> None:
+    """Some model has other layers, or a layer other tensors, than before."""
+    global _changes
+    _changes += 1
+
+
+def changes() -> int:
+    """How often that has been so."""
+    return _changes
+
+
+class AdapterHost(Lean):
     """A module that holds adapters in place of one of the user's: a tuner layer or a wrapper of a whole module."""
 
     _below: ClassVar[tuple[str, ...]] = ()  # the children that are the user's own, where further hosts may stand
     _active: tuple[str, ...] = ()
     _disabled: bool = False
     _trainable: dict[str, bool] | None = None  # what enabling will make trainable; None while enabled
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        changed()
+        return super().__new__(cls)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -66,6 +84,10 @@ class AdapterHost(nn.Module):
         """The parameters of adapter `name`."""
         raise NotImplementedError
 
+    def never_trained(self, name: str) -> Sequence[nn.Parameter]:
+        """Those of the parameters of adapter `name` that stay frozen."""
+        return ()
+
     def _set_disabled(self, disabled: bool) -> None:
         raise NotImplementedError
 
@@ -77,9 +99,13 @@ class AdapterHost(nn.Module):
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             if self._trainable is not None:
                 self._trainable[name] = requires_grad
+            if requires_grad and (call := self.__dict__.get("call")) is not None:
+                call.frozen = False
             for parameter in self.adapter_parameters(name):
                 if parameter.requires_grad != requires_grad:
                     parameter.requires_grad_(requires_grad)
+            for parameter in self.never_trained(name) if requires_grad else ():
+                parameter.requires_grad_(False)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Run with the active adapters, or as the user's module, with nothing trainable.

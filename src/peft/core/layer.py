@@ -8,7 +8,7 @@ state changes (`_replan`), not on each forward.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,20 +16,18 @@ from torch import Tensor, nn
 
 from .batch import MixedBatch, is_mixed
 from .call import Call
-from .cells import celled, reference, references
+from .cells import reference, references
+from .deferred import traced
+from .homes import Homes
 from .host import AdapterHost, tuner_layers
 from .method import Method, Site
-from .sharded import unwrapped
 from .sharded.together import Together
 from .shown import Shown
-from .stack import Adapter, BufferDict, Finish, InPlace, SavedBuffers, Slot, Stack, Values, tensors_below
-from .views import LABELS, Template, view_of
-
-_MODULES, _PARAMETERS = Template(nn.ModuleDict()), Template(celled(nn.ParameterDict()))
-_BUFFERS, _SAVED = Template(celled(BufferDict())), Template(celled(SavedBuffers()))
+from .stack import Adapter, Finish, InPlace, Stack, Values
+from .views import LABELS, ModuleDict, ParameterDict, view_of
 
 
-class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
+class BaseTunerLayer(Together, MixedBatch, Shown, Homes):
     """Stands where the target stood; holds it as `base_layer` and every adapter's tensors under the peer's names.
 
     Attributes:
@@ -41,12 +39,16 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
     _below = ("base_layer",)
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
-    _home_order: ClassVar[tuple[str, ...]] = ()
     _whole: ClassVar[bool] = False  # it stands for a module of any class
     _parameter_homes: ClassVar[frozenset[str]] = frozenset()
 
-    shares: frozenset[str]  # adapters whose tensors belong to another layer
-    _run: Any  # what a forward calls; None is the base layer
+    call: Call
+    parameter_name: str | None = None
+    cast_input_dtype_enabled = True
+    _read = ""
+    _names: tuple[str, ...] = ()
+    _off = False
+    _run: Any = None  # what a forward calls; None is the base layer
 
     def __init__(
         self,
@@ -55,30 +57,15 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
         parameter: str | None = None,
         read: str = "",
     ):
-        super().__init__()
-        self._modules["base_layer"] = base_layer
         d = self.__dict__
-        d["training"] = base_layer.training
+        d["training"], d["_parameters"], d["_buffers"] = base_layer.training, {}, {}
+        d["_modules"] = {"base_layer": base_layer}
         innermost = self.get_base_layer()
-        d.update(
-            view=view_of(innermost, parameter, self._whole), parameter_name=parameter, call=call or Call(), _read=read
-        )
-        d.update(
-            adapters={},
-            _active=(),
-            _disabled=False,
-            _merged=[],
-            _saved=None,
-            _rounding="requantize",
-            _dense_dtype=None,
-            _packed_base=None,
-            merge_error=None,
-            _suspended=None,
-            _run=None,
-            _trainable=None,
-            _plain=set(),  # names of the plain values of all adapters, whatever their method
-        )
-        d.update(cast_input_dtype_enabled=True, tied=None, shares=frozenset())
+        d["view"], d["call"], d["adapters"] = view_of(innermost, parameter, self._whole), call or Call(), {}
+        if parameter is not None:
+            d["parameter_name"] = parameter
+        if read:
+            d["_read"] = read
         if (kind := self.packed) is not None:
             kind.adopt(innermost)
 
@@ -105,7 +92,7 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
         apart = self._apart() if self._read and not self._disabled else None
         if apart is not None:
             return apart
-        if self._read and not self._disabled and (self._run is not None or self.call.only is not None):
+        if self._read and not self._disabled and (self.planned() is not None or self.call.only is not None):
             stack = self._shown()
             return self.view.raw(stack.base, stack.live_weight())
         base = self.get_base_layer()
@@ -114,12 +101,12 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias; b' where the parent reads it."""
-        if self._read and not self._disabled and (self._run is not None or self.call.only is not None):
+        if self._read and not self._disabled and (self.planned() is not None or self.call.only is not None):
             return self._shown().bias()
         return self.get_base_layer().bias  # type: ignore[return-value]
 
     def _shown(self) -> Stack:
-        run = self._run
+        run = self.planned()
         if self.call.only is not None:
             return self.stack((self.call.only,))
         return run.stack if isinstance(run, Finish) else run
@@ -130,13 +117,13 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
         except AttributeError:
             if "adapters" not in self.__dict__:
                 raise
-        if name in self.other_param_names or name in self.__dict__["_plain"]:
+        if name in self.other_param_names or name in self._plain:
             return Values(self, name)
         if name in self._home_order:
-            return nn.ParameterDict() if name in self._parameter_homes else nn.ModuleDict()
+            return self._idle_home(name) or (ParameterDict() if name in self._parameter_homes else ModuleDict())
         if name == "_qkv_same_embed_dim":
             # torch's fused encoder layer asks this before it reads attention weights past our forward
-            return self.get_base_layer()._qkv_same_embed_dim and self._run is None and not is_mixed(self.call)
+            return self.get_base_layer()._qkv_same_embed_dim and self.planned() is None and not is_mixed(self.call)
         if not name.startswith("_") and name != "weight" and name != "bias":
             found = getattr(self.get_base_layer(), name, None)
             plain = isinstance(found, nn.Module) or not callable(found) or name in self.view.methods
@@ -153,6 +140,7 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
         site = self._noting(site)
         built = method.build(site)
         self.adapters[name] = p
+        self._forget_plans()
         try:
             for key, value in built.items():
                 self._file(key, name, value, p)
@@ -167,48 +155,6 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
             self._drop(name)
             raise
         return p
-
-    def _file(self, key: str, name: str, value: Any, p: Adapter) -> None:
-        """Put a tensor or module where `p.<key>` finds it; plain values go into p itself."""
-        if isinstance(value, nn.Module):
-            home = self._home(key, _MODULES)
-            value.__dict__["training"] = self.training
-            if type(home) is nn.ModuleDict:
-                home._modules[name] = value
-            else:
-                home[name] = value
-        elif isinstance(value, nn.Parameter):
-            home = self._home(key, _PARAMETERS)
-            if type(home) is nn.ModuleDict:  # another method keeps modules under this name: one home holds both
-                home = self._modules[key] = celled(nn.ParameterDict(home._modules))
-            home[name] = value
-        elif isinstance(value, Tensor):
-            self._home(key, _SAVED if isinstance(value, nn.Buffer) else _BUFFERS)[name] = value
-        else:
-            p.__dict__[key] = value
-            self.__dict__["_plain"].add(key)
-
-    def _home(self, key: str, template: Template) -> Any:
-        home = self._modules.get(key)
-        if home is None:
-            home = self._modules[key] = template.new()
-            home.__dict__["training"] = self.training
-        return home
-
-    def keep(self, p: Adapter, key: str, value: Tensor) -> None:
-        """File a derived tensor, which moves with the layer, is not saved, and follows what is loaded into the base."""
-        if not self._load_state_dict_post_hooks:
-            self.register_load_state_dict_post_hook(_follow_base)
-        self._file(key, p.name, self._beside(value), p)
-
-    def _drop(self, name: str) -> None:
-        homes: list[tuple[str, Any]] = [(k, h) for k, h in self._modules.items() if k != "base_layer"]
-        for key, home in homes:
-            if name in home:
-                del home[name]
-                if not len(home):
-                    del self._modules[key]
-        self.adapters.pop(name, None)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
         """Remove an adapter. If it was the only active one, the first remaining one becomes active.
@@ -241,36 +187,6 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
 
-    def slots(self, name: str) -> list[Slot]:
-        """Every saved tensor of adapter `name`."""
-        if name not in self.adapters or name in self.shares:
-            return []
-        key_of = self.adapters[name].method.checkpoint_key
-        found = []
-        for key, home in self._modules.items():
-            if key == "base_layer" or name not in home or type(home) is BufferDict:  # type: ignore[operator]
-                continue
-            child = home._modules.get(name)  # type: ignore[union-attr]
-            if child is None:
-                found.append(Slot(key_of(key), f"{key}.{name}", home, name))  # type: ignore[arg-type]
-                continue
-            for owner, leaf, attr in tensors_below(child):
-                found.append(Slot(key_of(f"{key}.{unwrapped(leaf)}"), f"{key}.{name}.{leaf}", owner, attr))
-        return found
-
-    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """The parameters of adapter `name`."""
-        for key, home in self._modules.items():
-            if key == "base_layer" or name in self.shares:
-                continue
-            child = home._modules.get(name)  # type: ignore[union-attr]
-            held = home._parameters.get(name) if child is None else None  # type: ignore[union-attr]
-            if child is not None:
-                own = (q for q in child._parameters.values() if q is not None)
-                yield from child.parameters() if child._modules else own
-            elif held is not None:
-                yield held
-
     # ---- state -------------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -291,10 +207,25 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
         self._active = names
         self._replan()
 
+    @property
+    def _active(self) -> tuple[str, ...]:
+        self.call.settle()
+        return self._names
+
+    @_active.setter
+    def _active(self, names: tuple[str, ...]) -> None:
+        self.call.settle()
+        self.__dict__["_names"] = names
+
+    @property
+    def _disabled(self) -> bool:  # type: ignore[override]
+        self.call.settle()
+        return self._off
+
     def _set_disabled(self, disabled: bool) -> None:
         if disabled == self._disabled:
             return
-        self._disabled = disabled
+        self.__dict__["_off"], self.call.disabled = disabled, None
         if disabled and self._merged:
             self._suspended = self._take_back()
         elif not disabled and self._suspended:
@@ -302,13 +233,39 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
             self._merge(tuple(n for n in names if n in self.adapters))
         self._replan()
 
+    def follow(self, names: tuple[str, ...] | None, off: bool | None) -> None:
+        """Be as a switch of all layers says; see `Deferred`."""
+        d = self.__dict__
+        if names is not None:
+            d["_names"] = names
+        if off is not None:
+            d["_off"] = off
+        p = self.adapters.get(self._names[0]) if len(self._names) == 1 else None
+        plan = None if p is None or self._off or self._merged else p.plan
+        if plan is None:
+            self._decide()
+        else:
+            d["_by_task"], d["_by_input"], d["_run"] = plan
+
+    def planned(self) -> Any:
+        """What a forward calls; None is the base layer."""
+        self.call.settle()
+        return self._run
+
     def _live_names(self) -> tuple[str, ...]:
         if self._disabled:
             return ()
         return tuple(n for n in self._active if n in self.adapters and n not in self._merged)
 
     def _replan(self) -> None:
-        """Decide what a forward runs."""
+        """The layer's state has changed: decide anew what a forward runs."""
+        self.call.settle()
+        self._forget_plans()
+        if self._merged:
+            self.call.merged = True
+        self._decide()
+
+    def _decide(self) -> None:
         names = self._live_names()
         by_task = by_input = False
         for name in names:
@@ -318,6 +275,9 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
             by_task, by_input = by_task or p.method.by_task, by_input or p.method.by_input
         run = self._runner(self.stack(names)) if names else None
         self.__dict__.update(_by_task=by_task, _by_input=by_input, _run=run)
+        lasts = len(names) == 1 and p.method.lasting and not p.shared and not self._merged
+        if lasts and all(isinstance(held, nn.Module) for held in p.direct.values()):
+            p.plan = (by_task, by_input, run)
 
     def _runner(self, stack: Stack) -> Any:
         if not self.view.activations:
@@ -327,12 +287,15 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
     # ---- forward -----------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            traced()
         if kwargs or len(args) != 1 or not self.call.plain:
             return self._forward(args, kwargs)
         run = self._run
         return self._modules["base_layer"](*args) if run is None else run(*args)  # type: ignore[misc]
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.call.settle()
         names = kwargs.pop("adapter_names", None) or self.call.fact("names")
         if self.call.only is not None and not self._disabled:
             return self._alone(args, kwargs)
@@ -354,12 +317,6 @@ class BaseTunerLayer(Together, MixedBatch, Shown, AdapterHost):
 
     def _where(self) -> str:
         return next((a.path for a in self.adapters.values()), "")
-
-
-def _follow_base(layer: BaseTunerLayer, keys: Any) -> None:
-    """After loading a state dict: what was derived from the base weight may be stale."""
-    for p in layer.adapters.values():
-        p.method.follow_base(p, layer.stack(()))
 
 
 def name_layers(

@@ -17,9 +17,11 @@ from .method import Delta
 from .onload import onload_layer, used_at
 from .rounding import MergeError, check_mode, dense_twin, measured, store
 from .stack import Adapter, Stack
+from .storage import Storage
 from .views import LinearView
 
 TILE_BYTES = 16 * 2**20  # what a merge may allocate beyond the weights themselves; more would leave the caches
+MOST_BYTES = 64 * 2**20  # of a weight of which there may be two for a moment, where no copy is kept
 
 
 class Mergeable(Forgetful):
@@ -203,7 +205,7 @@ class Mergeable(Forgetful):
         base = self.get_base_layer()
         names = [self.view.name] + ([self.view.bias_name] if self.view.bias(base) is not None else [])
         kinds = {n: storage.of(base, n) for n in names}
-        return {n: (kind, kind.save(base, n)) for n, kind in kinds.items()}
+        return {n: (kind, getattr(base, n).data if own(base, n) else kind.save(base, n)) for n, kind in kinds.items()}
 
     def _rewrites(self) -> bool:
         return self._saved is not None and bool(self.view.name) and self._saved[self.view.name][0].packed
@@ -214,7 +216,10 @@ class Mergeable(Forgetful):
             self.__dict__["_packed_base"] = None
         base = self.get_base_layer()
         for name, (kind, payload) in (self._saved or {}).items():
-            kind.restore(base, name, payload)
+            if own(base, name, payload):
+                base._parameters[name].data = payload  # type: ignore[union-attr]
+            else:
+                kind.restore(base, name, payload)
 
     def _stand_in(self, module: nn.Module) -> None:
         """Put a module in place of the innermost one."""
@@ -254,15 +259,45 @@ class Mergeable(Forgetful):
         base = self.get_base_layer()
         kind = storage.of(base, self.view.name)
         b = self.stack(names).bias()
+        fresh = self._fresh(base)
         for start, W in self.tiles(names):
-            if not kind.packed:
+            if fresh is not None:
+                fresh = self._put(base, fresh, start, W)
+            elif not kind.packed:
                 self.view.write_rows(base, start, W)
             elif self._rounding == "dequantize":
                 base = self._make_dense(base, W)
             else:
                 self.__dict__["merge_error"] = store(self, kind, self._rounding, W, self.original_weight())
+        if fresh is not None:
+            getattr(base, self.view.name).data = fresh
         if b is not None and b is not self.view.bias(base) and not self.view.one_hot:
-            storage.of(base, self.view.bias_name).write(base, self.view.bias_name, b)
+            name = self.view.bias_name
+            if own(base, name, b):
+                base._parameters[name].data = b.detach().clone()  # type: ignore[union-attr]
+            else:
+                storage.of(base, name).write(base, name, b)
+
+    def _fresh(self, base: nn.Module) -> Tensor | None:
+        """Where W' is put together before it takes the place of W, which stays as it was; None: into W itself.
+
+        For good a large weight is changed in its own place, so that there is never a second one.
+        """
+        if not own(base, self.view.name):
+            return None
+        held: Tensor = getattr(base, self.view.name).data
+        large = self._saved is None and held.numel() * held.element_size() > MOST_BYTES
+        return None if large else torch.empty_like(held)
+
+    def _put(self, base: nn.Module, fresh: Tensor, start: int, W: Tensor) -> Tensor:
+        """Rows of W' in their place; what is all of it, and nobody else's, is taken as it is."""
+        raw = self.view.raw(base, W)
+        mine = raw.shape == fresh.shape and raw.dtype is fresh.dtype and raw.stride() == fresh.stride()
+        held: Tensor = getattr(base, self.view.name)
+        if mine and type(raw) is Tensor and raw.untyped_storage()._cdata != held.untyped_storage()._cdata:
+            return raw
+        fresh.narrow(self.view.out_axis(base), start, W.shape[-2]).copy_(raw)
+        return fresh
 
     def _make_dense(self, base: nn.Module, W: Tensor) -> nn.Module:
         before = self.view.read(base)
@@ -328,6 +363,24 @@ class Mergeable(Forgetful):
         """Whether the adapter's update can be written as a LoRA."""
         p = self.adapters.get(adapter_name)
         return p is not None and p.method.mergeable and self.view.name != ""
+
+
+def own(base: nn.Module, name: str, like: Tensor | None = None) -> bool:
+    """Whether a parameter's memory is dense and all its own, so that other memory may take its place.
+
+    Arguments:
+        base: the module.
+        name: of the parameter.
+        like: what would take its place, in shape, dtype and device.
+    """
+    held = base._parameters.get(name)
+    if type(held) is not nn.Parameter or not held.is_floating_point() or type(held.data) is not Tensor:
+        return False
+    if held.is_meta or (held.device.type == "cpu" and held.is_shared()) or type(storage.of(base, name)) is not Storage:
+        return False
+    if like is not None and (like.shape, like.dtype, like.device) != (held.shape, held.dtype, held.device):
+        return False
+    return held.untyped_storage().nbytes() == held.numel() * held.element_size()
 
 
 def finite(W: Tensor) -> bool:

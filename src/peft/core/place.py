@@ -15,6 +15,7 @@ from ..errors import PeftWarning, nearest, report
 from . import experts, passing, storage, views
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
+from .mold import Casting
 from .replicate import check_repeated, replicate
 from .shared import SharedTensors, Sight, is_late, shared_home, shared_of
 from .targets import settings
@@ -27,7 +28,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
-class Injection(Placing):
+class Injection(Casting, Placing):
     """One adapter on its way into a model.
 
     Arguments:
@@ -48,6 +49,7 @@ class Injection(Placing):
     given: Any = None
     parameters: list[tuple[str, str]] = field(default_factory=list)  # the targets that come next, if they are such
     placed: list[BaseTunerLayer] = field(default_factory=list)
+    full: list[BaseTunerLayer] = field(default_factory=list)  # those of them that are no casts
     shared: dict[str, SharedTensors] = field(default_factory=dict)
     places: dict[int, list[Place]] = field(default_factory=dict)  # of the modules that stand at several
 
@@ -85,7 +87,7 @@ class Injection(Placing):
         for path in plan.modules_to_tie:
             self._wrap_tied(path, plan.embedding)
         self._tokens(plan)
-        for layer in self.placed:
+        for layer in self.full:
             layer.set_requires_grad(self.name, False)
         if disabled and all(disabled):  # new layers of a disabled model are so too
             for _, layer in tuner_layers(self.model):
@@ -133,7 +135,7 @@ class Injection(Placing):
                 self.parameters = [(t.path, t.parameter) for t in targets] if of_parameters else []
                 if of_parameters:
                     self.tuner._inject_parameters(self.config, self.model, self.name, self.meta)
-                for target in () if of_parameters else targets:
+                for target in () if of_parameters else self._like_others(targets):
                     parent, leaf, found = self.get(target.path)
                     self.tuner._create_and_replace(self.config, self.name, found, leaf, parent, target.path)
         finally:
@@ -191,6 +193,7 @@ class Injection(Placing):
         else:
             self.undo += [layer._replan, partial(layer._drop, self.name)]
         self.placed.append(layer)
+        self.full.append(layer)
         return layer
 
     def _class(self, found: nn.Module, view: Any) -> type[BaseTunerLayer]:
@@ -318,7 +321,7 @@ class Injection(Placing):
     def _stored_layout(self) -> None:
         """`fan_in_fan_out` as the layers have it: files say so, and other programs read them."""
         stated = getattr(self.config, "fan_in_fan_out", None)
-        layers = [layer for layer in self.placed if layer.view.label == "Linear"]
+        layers = [layer for layer in self.full if layer.view.label == "Linear"]
         found = {layer.view.out_axis(layer.get_base_layer()) == 1: type(layer.get_base_layer()) for layer in layers}
         if stated is None or not found or stated in found or not getattr(self.config, "corrected", True):
             return

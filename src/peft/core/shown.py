@@ -20,6 +20,11 @@ class Shown(nn.Module):
     parameter_name: str | None
     packed: Any
     _run: Any
+    call: Any
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.call.settle()
+        return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -33,6 +38,7 @@ class Shown(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         """A copy whose adapters are its own; its modules and tensors are put in later, so it looks for them late."""
+        self.call.settle()
         replica = super()._replicate_for_data_parallel()
         replica.__dict__["adapters"] = {n: p.bound_to(replica) for n, p in self.adapters.items()}
         if self._run is not None:
@@ -43,7 +49,7 @@ class Shown(nn.Module):
         shown = self.__class__.__new__(self.__class__)
         children: dict[str, Any] = {"base_layer": self._modules["base_layer"]}
         for name in self._home_order:
-            children[name] = self._modules.get(name, getattr(self, name))
+            children[name] = self._modules[name] if name in self._modules else getattr(self, name)
         children.update({k: v for k, v in self._modules.items() if k not in children and not isinstance(v, BufferDict)})
         shown.__dict__.update(self.__dict__, _modules=children)
         text = nn.Module.__repr__(shown)

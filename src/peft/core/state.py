@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -17,15 +18,42 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     Layers that are placed meanwhile are left as the others were.
     """
-    before = {layer: layer.disable_adapters for _, layer in tuner_layers(model)}
+    before: dict[Any, bool] = {}
+    roster, call = _alike(model)
+    every = None if roster is None else call.disabled
+    found = roster.others if roster is not None else [layer for _, layer in tuner_layers(model)]
     try:
-        for layer in before:
+        if roster is not None:
+            call.disabled = True
+            call.switch(roster.layers, off=True)
+        for layer in found:
+            before[layer] = layer.disable_adapters
             layer._set_disabled(True)
         yield
     finally:
-        now = {layer: all(before.values()) for _, layer in tuner_layers(model)} if before else {}
+        if roster is not None and roster.current and call.disabled and not call.merged:
+            call.disabled = every
+            call.switch(roster.layers, off=every)
+            now = {}
+        else:
+            rest = all(before.values()) if every is None else every
+            now = {layer: rest for _, layer in tuner_layers(model)} if before or every is not None else {}
         for layer, was in {**now, **before}.items():
             layer._set_disabled(was)
+        if call is not None and now and not any(layer.disable_adapters for layer in now):
+            call.disabled = False
+
+
+def _alike(model: nn.Module) -> tuple[Any, Any]:
+    """The roster and the call record of a model whose layers are switched off and on together, if they can be."""
+    tuner = model if hasattr(type(model), "roster") else model._modules.get("base_model")
+    call = None if tuner is None else tuner.__dict__.get("call")
+    if call is None:
+        return None, None
+    alone = "prompts" in model.__dict__ or not hasattr(type(tuner), "roster")
+    if alone or call.disabled is None or call.merged:
+        return None, None if alone else call
+    return tuner.roster(), call  # type: ignore[union-attr,operator]
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import PeftWarning, nearest
 from . import unload as unloading
+from .roster import Roster
 
 
 class Switching:
@@ -39,6 +40,10 @@ class Switching:
                 f"There is no adapter {unknown[0]!r}.{nearest(unknown[0], self.peft_config)} The model has "
                 f"{sorted(self.peft_config)}."
             )
+        chosen = adapter_name if isinstance(adapter_name, str) else list(adapter_name)
+        if self._switched(names, inference_mode):
+            self.active_adapter = chosen
+            return
         layers = [layer for _, layer in self.layers()]
         for layer in layers:
             unloading.check_together(layer, names)
@@ -47,7 +52,41 @@ class Switching:
             self._unmerge(layers)
         for layer in layers:
             layer.activate(names, inference_mode)
-        self.active_adapter = adapter_name if isinstance(adapter_name, str) else list(adapter_name)
+        self.active_adapter = chosen
+        if (call := self.__dict__.get("call")) is not None:
+            call.merged, call.frozen = False, False
+            call.disabled = False if not any(layer.disable_adapters for layer in layers) else None
+
+    def roster(self) -> Roster:
+        """The layers, and the parameters of each adapter."""
+        found: Roster | None = self.__dict__.get("_roster")
+        if found is None or not found.current:
+            found = self.__dict__["_roster"] = Roster(self)
+            if (call := self.__dict__.get("call")) is not None:
+                call.frozen = False
+        return found
+
+    def _switched(self, names: tuple[str, ...], inference_mode: bool) -> bool:
+        """The same where nothing stands in the way: no merge, nothing disabled, one adapter; tells whether it is.
+
+        Layers are told of it, and follow when they run. Where all adapters are frozen, and stay so, none is visited.
+        """
+        call = self.__dict__.get("call")
+        if call is None or len(names) != 1 or call.merged or call.disabled is not False:
+            return False
+        roster, known = self.roster(), list(self.peft_config)
+        for layer in roster.others:
+            unloading.check_together(layer, names)
+        try:
+            if not (inference_mode and call.frozen and roster.looks_frozen(known)):
+                roster.train(known, () if inference_mode else names)
+        except (KeyError, AttributeError):  # a wrapper holds the parameters elsewhere
+            return False
+        for layer in roster.others:
+            layer.activate(names, inference_mode)
+        call.frozen = inference_mode
+        call.switch(roster.layers, names=names)
+        return True
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make these adapters trainable or frozen, whether active or not.

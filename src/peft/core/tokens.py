@@ -150,7 +150,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def weight(self) -> Tensor:
         """The weight with the active adapters' rows in place."""
         layer = self.token_adapter
-        if layer._run is None:
+        if layer.planned() is None:
             return layer.weight
         stack = layer.stack(layer._live_names())
         return layer.view.raw(stack.base, stack.weight())

@@ -161,6 +161,8 @@ class BaseTuner(Switching, Combined, nn.Module):
         """
         self._injection(adapter_name).target(peft_config, target, target_name, parent, current_key, parameter_name)
 
+    own_step = _create_and_replace  # no program stands in for it where the two are the same
+
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
@@ -173,8 +175,7 @@ class BaseTuner(Switching, Combined, nn.Module):
         return [f"{path}.{parameter}" if path else parameter for path, parameter in steps.parameters]
 
     def _injection(self, name: str) -> Injection:
-        found = self.__dict__.get("under_way")
-        if found is None or found.name != name:
+        if (found := self.__dict__.get("under_way")) is None or found.name != name:
             raise RuntimeError(
                 f"The adapter {name!r} is not being injected. This is a step of `inject_adapter` (and `add_adapter`), "
                 "which finds the targets first: call that."

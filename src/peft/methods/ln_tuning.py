@@ -91,7 +91,8 @@ class LNTuningLayer(BaseTunerLayer):
         only = self.call.only
         if only in self.adapters and not self._disabled:
             return self._modules["ln_tuning_layers"][only]  # type: ignore[index]
-        return self._modules["base_layer"] if self._run is None or only is not None else self._run  # type: ignore
+        run = self.planned()
+        return self._modules["base_layer"] if run is None or only is not None else run  # type: ignore
 
     @property
     def weight(self) -> Tensor:

@@ -13,7 +13,7 @@ from .conv import ConvView
 from .embedding import EmbeddingView, embed_scale
 from .engine import EngineView, is_engine, is_fused
 from .linear import Conv1DView, LinearView, main_input
-from .make import Template, linear_module
+from .make import PLAIN, Linear, ModuleDict, ParameterDict, Template, linear_module
 from .module import ModuleView
 from .parallel import ParallelView, is_parallel
 from .parameter import AttentionView, ParameterView
@@ -21,9 +21,13 @@ from .parameter import AttentionView, ParameterView
 __all__ = [
     "FUSES",
     "LABELS",
+    "PLAIN",
     "READS",
     "SUPPORTED",
+    "Linear",
     "LinearView",
+    "ModuleDict",
+    "ParameterDict",
     "Template",
     "embed_scale",
     "is_linear",

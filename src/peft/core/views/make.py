@@ -7,20 +7,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..lean import SHARED, Lean
+
+
+class Linear(Lean, nn.Linear):
+    """torch's, without tables for hooks until there is one."""
+
+
+class ModuleDict(Lean, nn.ModuleDict):
+    """torch's, likewise."""
+
+
+class ParameterDict(Lean, nn.ParameterDict):
+    """torch's, likewise."""
+
+
+PLAIN = frozenset({nn.Linear, Linear})  # the classes whose call is W x + b, and nothing else
+
 
 class Template:
-    """Makes modules like a given childless one at a tenth of its constructor's cost: its values, fresh containers."""
+    """Makes modules like a given childless one at a tenth of its constructor's cost: its values, fresh containers.
 
-    def __init__(self, module: nn.Module):
-        self.kind = type(module)
-        self.values = {k: v for k, v in module.__dict__.items() if not hasattr(v, "copy")}
-        self.containers = [(k, type(v)) for k, v in module.__dict__.items() if hasattr(v, "copy")]
+    Arguments:
+        module: what it has in common with those to be made.
+        kind: their class; None is that of `module`.
+    """
+
+    def __init__(self, module: nn.Module, kind: type[nn.Module] | None = None):
+        self.kind = type(module) if kind is None else kind
+        held = {k: v for k, v in module.__dict__.items() if k not in SHARED or not issubclass(self.kind, Lean)}
+        self.values = [(k, v) for k, v in held.items() if not hasattr(v, "copy")]
+        self.containers = [(k, type(v)) for k, v in held.items() if hasattr(v, "copy")]
 
     def new(self) -> Any:
         """A module of its own."""
         module = self.kind.__new__(self.kind)
         d = module.__dict__
-        d.update(self.values)
+        for key, value in self.values:  # one by one, as dictionaries of objects are small that way
+            d[key] = value
         for key, kind in self.containers:
             d[key] = kind()
         return module
@@ -43,4 +67,4 @@ def diagonal(M: Tensor, n: int) -> Tensor:
     return (M.unflatten(-2, (n, -1)).unsqueeze(-2) * eye).flatten(-4, -3).flatten(-2)
 
 
-_TEMPLATE = Template(nn.Linear(1, 1, bias=False))
+_TEMPLATE = Template(nn.Linear(1, 1, bias=False), Linear)

@@ -46,6 +46,8 @@ class Arrow(LoRA):
             "it unmerged, or merge one of the experts."
         )
 
+    lasting = False  # its experts are other adapters
+
     def prepare(self, p: Adapter) -> None:
         p.hot = None
         for a in [a for several in self.experts(p) for a in several]:  # under compile they are found by reference

@@ -19,6 +19,7 @@ Letters: W (..., O, I) the base weight, r the rank, s the scaling, U S V' a sing
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -178,6 +179,24 @@ def _draw(p: Adapter, A: Tensor, B: Tensor, kind: Any, embedding: bool) -> None:
     B.uniform_(-bound, bound)
     if p.lora_B.bias is not None:
         p.lora_B.bias.uniform_(-bound, bound)
+
+
+def again(p: Adapter) -> Callable[[dict[str, Tensor]], None] | None:
+    """What draws the same for the factors of another layer of the same sizes; None for what looks at the layer."""
+    kind = p.settings.init_lora_weights
+    if kind is not True and kind is not False:
+        return None
+    A, B = _held(p)
+    down, up = (1 / math.sqrt(factor[0].numel()) for factor in (A, B))
+
+    def draw(made: dict[str, Tensor]) -> None:
+        made["lora_A"].uniform_(-down, down)
+        if kind:
+            made["lora_B"].zero_()
+        else:
+            made["lora_B"].uniform_(-up, up)
+
+    return draw
 
 
 def orthogonal(r: int, inp: int, out: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -35,14 +35,12 @@ class LoraLayer(ScaledLayer):
     )
     _parameter_homes = frozenset({"lora_embedding_A", "lora_embedding_B", "lora_embedding_bias"})
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """As everywhere, but for tensors that an adapter never trains."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            p = self.adapters.get(name)
-            if p is not None and p.__dict__.get("keeps_B"):
-                B = p.lora_embedding_B if p.has("lora_embedding_B") else p.lora_B.weight
-                B.requires_grad_(False)
+    def never_trained(self, name: str) -> Sequence[nn.Parameter]:
+        """MiCA's B."""
+        p = self.adapters.get(name)
+        if p is None or not p.__dict__.get("keeps_B"):
+            return ()
+        return (p.lora_embedding_B if p.has("lora_embedding_B") else p.lora_B.weight,)
 
     def check_active(self, names: Sequence[str]) -> None:
         """Raise ValueError for several adapters that each take the same part out of the weight."""

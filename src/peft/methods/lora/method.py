@@ -10,7 +10,7 @@ weight (PiSSA, OLoRA) keep the base here: with the first factors A0, B0 held asi
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...core.files import keys_in_hand
 from ...core.method import LowRank, Method, Site
 from ...core.stack import Adapter, Stack
+from ...core.views import PLAIN, Linear
 from ...kernels import lowrank
 from . import init as starts
 from . import room
@@ -64,6 +65,10 @@ class LoRA(LowRank):
 
     def init(self, p: Adapter, inner: Stack) -> None:
         starts.fill(self, p, inner)
+
+    def again(self, p: Adapter) -> Callable[[dict[str, Tensor]], None] | None:
+        plain = type(self) is LoRA and p.layer.view.dense and not (p.lora_bias or p.subtracts)
+        return starts.again(p) if plain else None
 
     def derive(self, p: Adapter, inner: Stack) -> None:
         """A0, B0 of an initialisation that the literature subtracts from the base weight."""
@@ -159,9 +164,9 @@ class LoRA(LowRank):
         layer = p.layer
         base = layer._modules["base_layer"]
         plain = type(base) is nn.Linear and layer.packed is None and not (p.lora_bias or p.subtracts)
-        if plain and type(p.lora_A) is nn.Linear and type(p.lora_B) is nn.Linear:
-            modules = (base, p.lora_A, p.lora_B)
-            p.hot = (*modules, p.lora_dropout, tuple(hooks for m in modules for hooks in hooks_of(m)))
+        if plain and type(p.lora_A) is type(p.lora_B) is Linear:
+            drop = None if "lora_dropout" in p.idle else p.lora_dropout
+            p.hot = (base, p.lora_A, p.lora_B, drop, hooks_of(base))
         else:
             p.hot = None
 
@@ -172,7 +177,7 @@ class LoRA(LowRank):
             if torch.compiler.is_compiling() or _unchanged(p, base, A, B, drop, hooks):
                 held, a, b = base._parameters, A._parameters["weight"], B._parameters["weight"]
                 W = held["weight"]
-                rate = drop.p if drop.training and type(drop) is not nn.Identity else 0.0
+                rate = 0.0 if drop is None or not drop.training or type(drop) is nn.Identity else drop.p
                 if (a.dtype is x.dtype and not rate) or (W.dtype is x.dtype and not W.requires_grad):
                     return lowrank.linear(x, W, held["bias"], a, b, p.scaling, rate)
         return self.onto(p, inner, inner(x), x)
@@ -244,7 +249,7 @@ def _hooked(p: Adapter) -> bool:
         return True
     for key in ("lora_A", "lora_B"):
         found = p.held(key)
-        if type(found) is not nn.Linear or any(hooks_of(found)) or "forward" in found.__dict__:
+        if type(found) not in PLAIN or any(hooks_of(found)) or "forward" in found.__dict__:
             return True
     return False
 
@@ -256,12 +261,15 @@ def _unchanged(p: Adapter, base: Any, A: Any, B: Any, drop: Any, hooks: tuple[di
         m["base_layer"] is base
         and m["lora_A"]._modules[name] is A
         and m["lora_B"]._modules[name] is B
-        and m["lora_dropout"]._modules[name] is drop
-        and type(base) is type(A) is type(B) is nn.Linear
+        and (drop is None if "lora_dropout" not in m else m["lora_dropout"]._modules[name] is drop)
+        and type(base) is nn.Linear
+        and type(A) is type(B) is Linear
         and nn.Linear.forward is _FORWARD
         and "forward" not in base.__dict__
         and "forward" not in A.__dict__
         and "forward" not in B.__dict__
+        and "_forward_hooks" not in A.__dict__  # a lean module has tables once there has been a hook
+        and "_forward_hooks" not in B.__dict__
         and not any(hooks)
         and not any(_EVERYWHERE)
     )

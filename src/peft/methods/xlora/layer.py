@@ -46,6 +46,8 @@ class Gated(Method):
             "or merge one of the experts."
         )
 
+    lasting = False
+
     def prepare(self, p: Adapter) -> None:
         for a in self.experts(p).values():  # under compile they are found by reference
             a.direct = references(p.layer, a.name)

@@ -1,0 +1,72 @@
+"""Switches of adapters that a model's layers follow when somebody looks: the next forward, or whoever asks for a state.
+
+A switch then costs the same for any number of layers. Compiled programs look at layers by themselves, before any of
+our code runs; once one has been traced, layers follow at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+_lock = threading.RLock()
+_waiting: weakref.WeakSet[Deferred] = weakref.WeakSet()
+
+
+class Deferred:
+    """The part of a call record that knows what all layers have in common, and what they have not followed yet.
+
+    Attributes:
+        plain: see `Call`; False while layers wait, so that none runs as it was.
+        disabled: whether all layers are; None where that is not known.
+        frozen: whether no adapter is trainable, as far as the switches of adapters say.
+        merged: whether some layer may hold a merge.
+    """
+
+    plain: bool
+    disabled: bool | None = False
+    frozen = False
+    merged = False
+    at_once: ClassVar[bool] = False  # a program has been traced
+    _wanted: tuple[Sequence[Any], tuple[str, ...] | None, bool | None] | None = None
+    _after = True  # `plain`, once the layers have followed
+
+    def switch(self, layers: Sequence[Any], names: tuple[str, ...] | None = None, off: bool | None = None) -> None:
+        """Have layers follow: these adapters active, all of them switched off or on; None leaves that as it is."""
+        with _lock:
+            if self._wanted is None:
+                self._after, self.plain = self.plain, False
+            else:
+                names = self._wanted[1] if names is None else names
+                off = self._wanted[2] if off is None else off
+            self._wanted = (layers, names, off)
+            _waiting.add(self)
+        if Deferred.at_once:
+            self.settle()
+
+    def settle(self) -> None:
+        """Let the layers follow now."""
+        if self._wanted is None:
+            return
+        with _lock:
+            if self._wanted is None:
+                return
+            layers, names, off = self._wanted
+            self._wanted = None
+            for layer in layers:
+                layer.follow(names, off)
+            self.plain = self._after
+            _waiting.discard(self)
+
+
+def traced() -> bool:
+    """A program is being traced: from now on layers follow at once."""
+    Deferred.at_once = True
+    for call in list(_waiting):
+        call.settle()
+    return True
+
+
+traced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result, which imports dynamo

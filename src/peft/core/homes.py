@@ -1,0 +1,141 @@
+"""Where a tuner layer files its adapters' tensors: a child for each of the peer's names, in it an entry per adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .cells import celled
+from .host import AdapterHost, changed
+from .sharded import unwrapped
+from .stack import Adapter, BufferDict, SavedBuffers, Slot, Stack, tensors_below
+from .views import ModuleDict, ParameterDict, Template
+
+_MODULES, _PARAMETERS = Template(nn.ModuleDict(), ModuleDict), Template(celled(nn.ParameterDict()), ParameterDict)
+_BUFFERS, _SAVED = Template(celled(BufferDict())), Template(celled(SavedBuffers()))
+
+
+class Homes(AdapterHost):
+    """The part of a tuner layer that files tensors; `stack`, `_beside` and `_replan` are the layer's."""
+
+    adapters: dict[str, Adapter]
+    shares: frozenset[str] = frozenset()  # adapters whose tensors belong to another layer
+    _home_order: ClassVar[tuple[str, ...]] = ()
+    _plain: frozenset[str] = frozenset()  # names of the plain values of all adapters, whatever their method
+    _beside: Callable[[Tensor], Tensor]
+    _replan: Callable[[], None]
+    stack: Callable[..., Stack]
+
+    def _file(self, key: str, name: str, value: Any, p: Adapter) -> None:
+        """Put a tensor or module where `p.<key>` finds it; plain values go into p itself."""
+        if type(value) is nn.Identity and key in self._home_order and key not in self._modules:
+            p.idle = (*p.idle, key)
+        elif isinstance(value, nn.Module):
+            home = self._idle_home(key) or self._home(key, _MODULES)
+            value.__dict__["training"] = self.training
+            if type(home) is ModuleDict:
+                home._modules[name] = value
+            else:
+                home[name] = value
+        elif isinstance(value, nn.Parameter):
+            home = self._home(key, _PARAMETERS)
+            if type(home) is ModuleDict:  # another method keeps modules under this name: one home holds both
+                home = self._modules[key] = celled(nn.ParameterDict(home._modules))
+            home[name] = value
+        elif isinstance(value, Tensor):
+            self._home(key, _SAVED if isinstance(value, nn.Buffer) else _BUFFERS)[name] = value
+        else:
+            p.__dict__[key] = value
+            if key not in self._plain:
+                self.__dict__["_plain"] = self._plain | {key}
+
+    def _home(self, key: str, template: Template) -> Any:
+        home = self._modules.get(key)
+        if home is None:
+            home = self._modules[key] = template.new()
+            home.__dict__["training"] = self.training
+        return home
+
+    def _idle_home(self, key: str) -> Any:
+        """The home of modules that do nothing, made now; None where there is none to make."""
+        idle = [p for p in self.adapters.values() if key in p.idle]
+        if not idle or key in self._modules:
+            return None
+        home = self._home(key, _MODULES)
+        for p in idle:
+            p.idle = tuple(k for k in p.idle if k != key)
+            self._file(key, p.name, nn.Identity(), p)
+        self._replan()
+        return home
+
+    def keep(self, p: Adapter, key: str, value: Tensor) -> None:
+        """File a derived tensor, which moves with the layer, is not saved, and follows what is loaded into the base."""
+        if not self._load_state_dict_post_hooks:
+            self.register_load_state_dict_post_hook(_follow_base)
+        self._file(key, p.name, self._beside(value), p)
+
+    def _drop(self, name: str) -> None:
+        self._forget_plans()
+        homes: list[tuple[str, Any]] = [(k, h) for k, h in self._modules.items() if k != "base_layer"]
+        for key, home in homes:
+            if name in home:
+                del home[name]
+                if not len(home):
+                    del self._modules[key]
+        self.adapters.pop(name, None)
+
+    def _forget_plans(self) -> None:
+        changed()
+        for p in self.adapters.values():
+            p.plan = None
+
+    def places(self, name: str) -> Iterator[tuple[dict[str, Any], str]]:
+        """Where the parameters of adapter `name` are held: tables of modules, and their names there."""
+        for key, home in self._modules.items():
+            if key == "base_layer" or name in self.shares or home is None:
+                continue
+            child = home._modules.get(name)
+            if child is None:
+                if home._parameters.get(name) is not None:
+                    yield home._parameters, name
+                continue
+            for m in child.modules() if child._modules else (child,):
+                yield from ((m._parameters, k) for k, q in m._parameters.items() if q is not None)
+
+    def slots(self, name: str) -> list[Slot]:
+        """Every saved tensor of adapter `name`."""
+        if name not in self.adapters or name in self.shares:
+            return []
+        key_of = self.adapters[name].method.checkpoint_key
+        found = []
+        for key, home in self._modules.items():
+            if key == "base_layer" or name not in home or type(home) is BufferDict:  # type: ignore[operator]
+                continue
+            child = home._modules.get(name)  # type: ignore[union-attr]
+            if child is None:
+                found.append(Slot(key_of(key), f"{key}.{name}", home, name))  # type: ignore[arg-type]
+                continue
+            for owner, leaf, attr in tensors_below(child):
+                found.append(Slot(key_of(f"{key}.{unwrapped(leaf)}"), f"{key}.{name}.{leaf}", owner, attr))
+        return found
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters of adapter `name`."""
+        for key, home in self._modules.items():
+            if key == "base_layer" or name in self.shares:
+                continue
+            child = home._modules.get(name)  # type: ignore[union-attr]
+            held = home._parameters.get(name) if child is None else None  # type: ignore[union-attr]
+            if child is not None:
+                own = (q for q in child._parameters.values() if q is not None)
+                yield from child.parameters() if child._modules else own
+            elif held is not None:
+                yield held
+
+
+def _follow_base(layer: Homes, keys: Any) -> None:
+    """After loading a state dict: what was derived from the base weight may be stale."""
+    for p in layer.adapters.values():
+        p.method.follow_base(p, layer.stack(()))

@@ -1,0 +1,210 @@
+"""Layers and adapters like one that has been made in full: the same modules with tensors of their own, and no more.
+
+A model has few forms of layers and many layers of each. What an adapter consists of is worked out once for a form; the
+next layer of that form gets copies. Where anything is out of the ordinary there is no mold, and every layer is made in
+full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import views
+from .host import changed
+from .layer import BaseTunerLayer
+from .pattern import settings, tables
+from .plan import Target
+from .sharded import is_mesh
+from .stack import Adapter
+from .tie import inside
+
+_NOTHING: dict[str, Any] = {}  # what a new adapter has under compile; replaced when the layer first runs
+_LAYER = {"training", "_parameters", "_buffers", "_modules", "view", "call", "adapters", "_plain"}
+_STATE = {"_names", "_off", "_run", "_by_task", "_by_input"}  # that decides nothing of what an adapter is made of
+_SHAPES = ("in_features", "out_features")
+_part = torch.Tensor._make_subclass
+_new = object.__new__
+
+
+def form_of(base: nn.Module) -> Hashable:
+    """Equal for modules on which an adapter of the same settings has the same tensors; None where that is not known."""
+    d = base.__dict__
+    weight = d["_parameters"].get("weight")
+    if type(base) not in views.PLAIN or type(weight) is not nn.Parameter or "_hf_hook" in d or "compute_dtype" in d:
+        return None
+    return type(base), d["in_features"], d["out_features"], weight.shape, weight.dtype, weight.device
+
+
+class Mold:
+    """What makes further layers and adapters like those of one layer.
+
+    Arguments:
+        layer: the layer.
+        name: its adapter, just made.
+        start: gives first values to tensors, by key; None where they have none (meta device).
+    """
+
+    def __init__(self, layer: BaseTunerLayer, name: str, start: Callable[[dict[str, Tensor]], None] | None):
+        p = layer.adapters[name]
+        self.kind, self.name, self.start = type(layer), name, start
+        self.view, self.call, self.plain = layer.view, layer.call, layer._plain
+        self.values = [(k, v) for k, v in p.__dict__.items() if k not in ("layer", "path", "cache", "direct", "plan")]
+        self.idle = p.idle
+        self.parts = []
+        for key, home in layer._modules.items():
+            if key != "base_layer" and name in home:  # type: ignore[operator]
+                module: Any = home._modules[name]  # type: ignore[union-attr]
+                weight: Any = module._parameters["weight"]
+                sizes = [(k, module.__dict__[k]) for k in _SHAPES]
+                self.parts.append((key, sizes, weight.shape, weight.dtype, weight.device))
+
+    @classmethod
+    def of(cls, layer: BaseTunerLayer, name: str, meta: bool) -> Mold | None:
+        """The mold of a layer, if all that it consists of is known."""
+        p, base = layer.adapters[name], layer._modules["base_layer"]
+        start = p.method.again(p)
+        ordinary = layer.__dict__.keys() <= _LAYER | _STATE and type(layer.view) is views.LinearView and not layer._read
+        if not ordinary or base is None or p.shared or p.cache or layer.packed is not None or start is None:
+            return None
+        homes = [h for k, h in layer._modules.items() if k != "base_layer" and name in h]  # type: ignore[operator]
+        known = all(type(h) is views.ModuleDict and _simple(h._modules[name]) for h in homes)
+        return cls(layer, name, None if meta else start) if known and not is_mesh(base._parameters["weight"]) else None
+
+    def fits(self, layer: BaseTunerLayer) -> bool:
+        """Whether the adapter can be added to a layer that stands there already."""
+        modules = layer._modules
+        homes = [modules[key] for key, *_ in self.parts if key in modules]
+        alike = type(layer) is self.kind and layer.parameter_name is None and layer.call is self.call
+        return alike and not any(k in modules for k in self.idle) and all(type(h) is views.ModuleDict for h in homes)
+
+    def layer(self, base: nn.Module) -> BaseTunerLayer:
+        """A layer around a module of the form, without adapters."""
+        layer: BaseTunerLayer = _new(self.kind)
+        d = layer.__dict__
+        d["training"], d["_parameters"], d["_buffers"] = base.training, {}, {}
+        d["_modules"], d["view"], d["call"], d["adapters"] = {"base_layer": base}, self.view, self.call, {}
+        d["_plain"] = self.plain
+        return layer
+
+    def add(self, layer: BaseTunerLayer, path: str) -> None:
+        """The adapter, frozen, in a layer of the form."""
+        own = layer.__dict__
+        training, modules = own["training"], own["_modules"]
+        made: dict[str, Tensor] = {}
+        for key, sizes, shape, dtype, device in self.parts:
+            weight = made[key] = _part(nn.Parameter, torch.empty(shape, dtype=dtype, device=device), False)
+            home = modules.get(key)
+            if home is None:
+                home = modules[key] = _bare(views.ModuleDict, training)
+            part = home.__dict__["_modules"][self.name] = _bare(views.Linear, training)
+            d = part.__dict__
+            for k, v in sizes:
+                d[k] = v
+            d["_parameters"]["weight"], d["_parameters"]["bias"] = weight, None
+        if self.start is not None:
+            self.start(made)
+        p: Adapter = _new(Adapter)
+        d = p.__dict__
+        d["layer"], d["path"], d["cache"], d["direct"], d["plan"] = layer, path, {}, _NOTHING, None
+        for k, v in self.values:
+            d[k] = v
+        own["adapters"][self.name] = p
+        if own["_plain"] is not self.plain:
+            own["_plain"] = own["_plain"] | self.plain
+
+
+class Casting:
+    """The part of an injection that makes layers which are like others."""
+
+    tuner: Any
+    name: str
+    meta: bool
+    undo: list[Callable[[], Any]]
+    places: dict[int, Any]
+    model: nn.Module
+    placed: list[BaseTunerLayer]
+    full: list[BaseTunerLayer]
+
+    def _like_others(self, targets: list[Target]) -> Iterator[Target]:
+        """Cast what is like a layer that has been made; give back the other targets, one by one, to be made in full.
+
+        Where a program stands in for the making of layers it is asked for all of them.
+        """
+        kind, config = type(self.tuner), self.tuner.peft_config[self.name]
+        molds: dict[Hashable, Mold | None] = {}
+        if kind._create_and_replace is not kind.own_step or "_create_and_replace" in self.tuner.__dict__:
+            yield from targets
+            return
+        parents: dict[str, nn.Module] = {}
+        fresh: list[tuple[dict[str, Any], str, nn.Module]] = []
+        added: list[BaseTunerLayer] = []
+        self.undo.append(partial(_taken_out, self.name, fresh, added))
+        patterns = bool(tables(config))
+        with torch.no_grad():
+            for target in targets:
+                found, path = target.module, target.path
+                layer = found if isinstance(found, BaseTunerLayer) else None
+                base = found if layer is None else layer._modules["base_layer"]
+                form = form_of(base) if path and id(found) not in self.places else None  # type: ignore[arg-type]
+                key = (form, id(settings(config, path)) if patterns else 0)
+                mold = None if form is None else molds.get(key)
+                if mold is None or not self._cast(mold, target, layer, parents, fresh, added):
+                    before = len(self.full)
+                    yield target
+                    if form is not None and key not in molds and len(self.full) == before + 1:
+                        molds[key] = Mold.of(self.full[-1], self.name, self.meta)
+
+    def _cast(
+        self, mold: Mold, target: Target, layer: Any, parents: dict[str, nn.Module], fresh: list[Any], added: list[Any]
+    ) -> bool:
+        """One target; False where it must be made in full after all."""
+        if layer is None:
+            up, _, leaf = target.path.rpartition(".")
+            parent = parents.get(up)
+            if parent is None:
+                parent = parents[up] = self._at(up)
+            if views.reads_weights(parent):
+                return False
+            children = parent.__dict__["_modules"]
+            layer = mold.layer(target.module)
+            fresh.append((children, leaf, target.module))
+            children[leaf] = layer
+        elif mold.fits(layer):
+            added.append(layer)
+        else:
+            return False
+        mold.add(layer, target.path)
+        self.placed.append(layer)
+        return True
+
+    def _at(self, path: str) -> nn.Module:
+        module = inside(self.model)
+        for name in path.split(".") if path else ():
+            module = inside(module._modules[name])
+        return module
+
+
+def _taken_out(name: str, fresh: list[tuple[dict[str, Any], str, nn.Module]], added: list[BaseTunerLayer]) -> None:
+    for children, leaf, module in fresh:
+        children[leaf] = module
+    for layer in added:
+        layer._drop(name)
+        layer._replan()
+    changed()
+
+
+def _bare(kind: type[nn.Module], training: bool) -> Any:
+    module = _new(kind)
+    d = module.__dict__
+    d["training"], d["_parameters"], d["_buffers"], d["_modules"] = training, {}, {}, {}
+    return module
+
+
+def _simple(m: Any) -> bool:
+    """Whether a module is a matrix and nothing else."""
+    return type(m) is views.Linear and m._parameters.keys() == {"weight", "bias"} and m._parameters["bias"] is None
