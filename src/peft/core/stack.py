@@ -42,10 +42,10 @@ class Adapter:
         self.direct: dict[str, Any] = {}  # under compile tensors are found by reference, so that names are not guarded
         self.cache: dict[str, Any] = {}
         self.shared: dict[str, Any] = {}  # what all layers of the adapter share: name -> SharedTensors
-        self.hot: Any = None  # what the method's shortcut needs, noted when the layer's state changes
-
         self.idle: tuple[str, ...] = ()  # modules that do nothing, and are made when somebody asks the layer for them
         self.plan: Any = None  # what the layer runs with this adapter alone, once it has
+        self.hot: Any = None  # what the method's shortcut needs, noted when the layer's state changes
+
     def __setattr__(self, key: str, value: Any) -> None:
         self.__dict__[key] = value
         if key not in NOTED:
@@ -59,10 +59,10 @@ class Adapter:
         home = self.layer._modules.get(key)
         if home is None and key in self.shared:
             return self.shared[key].tensor(self.name)
-        if home is None or self.name not in home:
-            raise AttributeError(f"The adapter {self.name!r} has no {key!r}.")
         if home is None and key in self.idle:
             home = getattr(self.layer, key)
+        if home is None or self.name not in home:
+            raise AttributeError(f"The adapter {self.name!r} has no {key!r}.")
         return home[self.name]
 
     def referred(self, key: str) -> Any:
@@ -105,10 +105,10 @@ class Adapter:
 
     def drop_rate(self, key: str) -> float:
         """The rate of the dropout module `key`, 0 outside training."""
-        drop = self.held(key)
-        return drop.p if drop.training and type(drop) is not nn.Identity else 0.0
         if key in self.idle and key not in self.layer._modules:
             return 0.0
+        drop = self.held(key)
+        return drop.p if drop.training and type(drop) is not nn.Identity else 0.0
 
     def original_weight(self) -> Tensor:
         """The base weight without any merged adapter, (..., O, I)."""
