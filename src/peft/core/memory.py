@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -30,4 +31,6 @@ class Memory:
 
 def identity(t: Tensor) -> Hashable:
     """Tells a tensor's numbers from those of any other tensor and of any other time; None if that is not known."""
-    return None if t.is_inference() else (Memory(t), t.storage_offset(), t._version, t.shape, t.device)
+    if t.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(t):
+        return None
+    return (Memory(t), t.storage_offset(), t._version, t.shape, t.device)
