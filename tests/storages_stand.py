@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.storages_common import qualified
 
-IN, OUT, GROUP = 128, 16, 32
+IN, OUT, GROUP = 64, 32, 32
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
