@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.lowrank import transformed
 from .cells import Cell
-from .method import Method
+from .method import Delta, LowRank, Method
+from .views.chosen import NUMBERS, Chosen, Term
 
 _state = threading.local()
 NOTED = frozenset({"hot", "direct", "plan"})  # what an adapter notes of its layer's state, and is no part of it
@@ -175,6 +177,21 @@ class Stack:
             W = a.method.live_weight(a, W)
         return W
 
+    def chosen(self) -> Tensor | None:
+        """`live_weight` of experts, which is made for those alone that are asked for; None where it has to be made."""
+        if self.packed is not None or type(self) is not Stack or transformed():
+            return None
+        W, terms = self.layer.base_weight(), []
+        for a in self.adapters:
+            kind = type(a.method)
+            stated = issubclass(kind, LowRank) and kind.live_weight is Delta.live_weight and kind.weight is Delta.weight
+            stated = stated and kind.live_delta is Delta.live_delta and kind.delta is LowRank.delta
+            term = a.method.term(a) if stated else None
+            if term is None or any(type(factor) not in NUMBERS or factor.dim() != 3 for factor in (W, *term[:2])):
+                return None
+            terms.append(Term(*term))
+        return Chosen.of(W, terms)
+
     def bias(self) -> Tensor | None:
         """b' of the stack, (O,), or None."""
         b = self.view.bias(self.base)
@@ -248,7 +265,8 @@ class InPlace:
         """The module under one W'."""
         stack, view = self.stack, self.stack.view
         base = stack.base
-        values = {view.name: stack.stored(view.name, view.raw(base, stack.live_weight()))}
+        W = stack.chosen()
+        values = {view.name: stack.stored(view.name, view.raw(base, stack.live_weight() if W is None else W))}
         b = stack.bias()
         if b is not None and view.bias_name:
             values[view.bias_name] = stack.stored(view.bias_name, b)
