@@ -97,8 +97,6 @@ TUNERS = frozenset(
 LORA = frozenset(
     [
         "dora",
-        "eetq",
-        "inc",
         "tp_layer",
         "variants",
     ]

@@ -117,10 +117,12 @@ class BaseTunerLayer(Together, MixedBatch, Shown, Homes):
         except AttributeError:
             if "adapters" not in self.__dict__:
                 raise
+        if name in self._home_order and (idle := self._idle_home(name)) is not None:
+            return idle
         if name in self.other_param_names or name in self._plain:
             return Values(self, name)
         if name in self._home_order:
-            return self._idle_home(name) or (ParameterDict() if name in self._parameter_homes else ModuleDict())
+            return ParameterDict() if name in self._parameter_homes else ModuleDict()
         if name == "_qkv_same_embed_dim":
             # torch's fused encoder layer asks this before it reads attention weights past our forward
             return self.get_base_layer()._qkv_same_embed_dim and self.planned() is None and not is_mixed(self.call)

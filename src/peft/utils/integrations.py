@@ -93,8 +93,8 @@ def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> Tensor:
 
     holder: Any = nn.Module()
     holder.weight, holder.state = weight, state
-    kind = storage.packed(holder, "weight")
-    if kind is None or get_bnb_param_type(weight) is False:
+    kind = storage.packed(holder, "weight") if get_bnb_param_type(weight) else None
+    if kind is None:
         raise ValueError(f"weight must be a quantised one of bitsandbytes, got {type(weight).__name__}.")
     scales = getattr(weight, "SCB", None), getattr(state, "SCB", None)
     if get_bnb_param_type(weight) == "8bit" and all(s is None for s in scales):

@@ -27,7 +27,7 @@ class AdaLoraLayer(ScaledLayer):
         return float(p.lora_alpha if p.lora_alpha > 0 else p.r)
 
 
-NAMES = name_layers(AdaLoraLayer, globals(), "SVD", BNB_LAYERS)
+NAMES = name_layers(AdaLoraLayer, globals(), "SVD", BNB_LAYERS | {"gptq": "QuantLinear"})
 
 
 class AdaLoraModel(AdditiveModel):

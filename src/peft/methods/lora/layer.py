@@ -93,8 +93,10 @@ class _LoraParameterProxy(nn.Module):
 PACKED = {
     "aqlm": "AqlmLoraLinear",
     "awq": "AwqLoraLinear",
+    "eetq": "EetqLoraLinear",
     "gptq": "GPTQLoraLinear",
     "hqq": "HqqLoraLinear",
+    "inc": "IncLoraLinear",
     "te": "TeLinear",
     "torchao": "TorchaoLoraLinear",
 }
