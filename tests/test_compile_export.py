@@ -1,7 +1,7 @@
 """torch.compile and torch.export of adapted models: one graph, the eager answer, and parameters under their names.
 
-`conformance/test_compile.py` compiles every layout; here are the rows of methods that it leaves out, and programs that
-are exported. Every method is traced by both of torch's ways; none is left out. Where a module reads its weight (attention,
+`conformance/test_compile.py` compiles every layout; here are the rows of methods that it leaves out, and exported
+programs. Every method is traced by both of torch's ways; none is left out. Where a module reads its weight (attention,
 single parameters) Poly runs it once for each task of a batch, so that a graph holds the tasks that it was traced with.
 """
 
@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.layouts import Layout
-from conformance.rows import METHODS, adapted, close, given
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.func import functional_call
 
+from conformance.layouts import Layout
+from conformance.rows import METHODS, adapted, close, given
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.helpers import update_forward_signature
 

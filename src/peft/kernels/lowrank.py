@@ -31,6 +31,8 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
     W is (k, d) of x's dtype, and frozen where A and B have another dtype or there is dropout.
     """
     if (p or A.dtype is not x.dtype) and torch.is_grad_enabled() and not (is_autocast(x) or transformed()):
+        if _needs_x(x, A, B):
+            return masked(F.linear(x, W, b), x, A, B, scale, p)
         return _Linear.apply(x, W, b, A, B, scale, p)
     if p or A.dtype is not x.dtype:
         return plain(F.linear(x, W, b), x, A, B, scale, p)
@@ -58,7 +60,21 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) 
     simple = (not p and x.dtype is A.dtype) or not torch.is_grad_enabled() or is_autocast(x) or transformed()
     if simple or hasattr(A, "placements"):  # DTensors know torch's operations only
         return plain(y, x, A, B, scale, p)
+    if _needs_x(x, A, B):
+        return masked(y, x, A, B, scale, p)
     return _Add.apply(y, x, A, B, scale, p)
+
+
+def masked(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
+    """`plain` that keeps bytes for the dropout: nothing else in the size of x where A is frozen."""
+    mask = _mask(x, p)
+    h = F.linear((x if mask is None else x * mask.view(x.shape)).to(A.dtype), A)
+    return (y + F.linear(h, B) * (scale / (1.0 - p))).to(y.dtype)
+
+
+def _needs_x(x: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether B's gradient depends on an x that a fused form would not keep, should it be differentiated again."""
+    return B.requires_grad and x.requires_grad and not A.requires_grad
 
 
 def is_autocast(x: Tensor) -> bool:
@@ -91,6 +107,8 @@ def _low_rank_grads(
     x may be None where A is frozen and h was kept; h may be None where x was kept.
     """
     need_x, need_A, need_B = needs
+    if torch.is_grad_enabled() and x is not None:
+        h = None  # the gradients are differentiated again, and a number that was kept does not depend on x and A
     dropped = _shrink(x, mask, A) if x is not None and (need_A or h is None) else None
     grad_A = grad_B = grad_x = None
     grad_h = (g @ B) * ctx.scale

@@ -107,7 +107,7 @@ class DoRA(Delta):
 
     def safe_norm(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
         """|V| with 1 in place of 0."""
-        n = self.norm(p, rows)
+        n = self.norm(p, rows).detach()  # from the tangents of forward mode, too
         return n.masked_fill(n == 0, 1)
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:

@@ -22,6 +22,7 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
 from ..core.stack import Adapter, Stack
 from ..errors import PeftWarning, report
+from ..kernels.projected import projected
 from ..target_config import number
 from .additive import AdditiveConfig, AdditiveModel
 
@@ -53,22 +54,6 @@ class OSFConfig(AdditiveConfig):
             number(name, 1 if value is None else value)
         if self.target_svd_config:
             report(PeftWarning, "target_svd_config has no effect. Use rank_pattern instead.", None, 5)
-
-
-class Projected(torch.autograd.Function):
-    """x, whose gradient keeps what lies in the span of a basis (n, k), or in its complement."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, basis: Tensor, within: bool) -> Tensor:
-        ctx.save_for_backward(basis)
-        ctx.within = within
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        (basis,) = ctx.saved_tensors
-        inside = basis @ (basis.mT @ g)
-        return inside if ctx.within else g - inside, None, None
 
 
 class OSF(LowRank):
@@ -118,8 +103,8 @@ class OSF(LowRank):
         U, S, V = (getattr(held, name) for name in LOW)
         least = S.shape[-1] + p.effective_rank
         tall, wide = U.shape[-2] > least, V.shape[-1] > least
-        U = Projected.apply(U, p.held_buffer("osf_U_high") if tall else U0, not tall)
-        V = Projected.apply(V.mT, (p.held_buffer("osf_V_high") if wide else V0).mT, not wide).mT
+        U = projected(U, p.held_buffer("osf_U_high") if tall else U0, not tall)
+        V = projected(V.mT, (p.held_buffer("osf_V_high") if wide else V0).mT, not wide).mT
         return torch.cat((V, V0), -2), torch.cat((U * S[..., None, :], -U0 * S0[..., None, :]), -1)
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
