@@ -51,11 +51,20 @@ def saved() -> Iterator[Numbers]:
         yield numbers
 
 
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout as the measured library draws it."""
+    try:
+        from peft.kernels.masks import dropout
+    except ImportError:
+        dropout = F.dropout
+    return dropout(x, p)
+
+
 def plain_layer(layer: nn.Module, x: Tensor, scale: float, p: float) -> Tensor:
     """The update as the papers write it, in autograd's own operations, from the parameters of an adapted layer."""
     weights = {name.split(".")[0]: value for name, value in layer.named_parameters() if name.startswith("lora_")}
     W, A, B = layer.base_layer.weight, weights["lora_A"], weights["lora_B"]
-    y = F.linear(x, W) + F.linear(F.linear(F.dropout(x, p), A), B) * scale
+    y = F.linear(x, W) + F.linear(F.linear(dropout(x, p), A), B) * scale
     if "lora_magnitude_vector" not in weights:
         return y
     norm = (W + scale * B @ A).norm(dim=1).detach()

@@ -4,12 +4,13 @@ Letters: N tokens, d in-features, k out-features, r rank. x is (..., d), y is (.
 
 The plain forms are ordinary torch operations: the reference, and what runs under `torch.compile`, `torch.func`,
 forward-mode differentiation and autocast. The fused forms give the same numbers and save x in its own dtype plus one
-byte of mask per element where there is dropout, instead of casts and dropped copies of x.
+bit of mask per element where there is dropout, instead of casts and dropped copies of x.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import masks
+
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
     """y + scale B A dropout(x), in the dtype of y. The definition that every fused form is held against."""
     x = x.to(A.dtype)
-    x = F.dropout(x, p) if p else x
+    x = masks.dropout(x, p) if p else x
     return (y + F.linear(F.linear(x, A), B) * scale).to(y.dtype)
 
 
@@ -77,11 +80,6 @@ def _needs_x(x: Tensor, A: Tensor, B: Tensor) -> bool:
     return B.requires_grad and x.requires_grad and not A.requires_grad
 
 
-def is_autocast(x: Tensor) -> bool:
-    """Whether autocast chooses the dtypes of products with x; torch knows of none on the meta device."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
-
 def _shrink(x: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:
     """What dropout leaves of x, not yet divided by the share that is kept, in A's dtype, (N, d)."""
     x = x.flatten(0, -2) if x.dim() > 1 else x[None]
@@ -89,14 +87,12 @@ def _shrink(x: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:
 
 
 def _mask(x: Tensor, p: float) -> Tensor | None:
-    """Which elements dropout keeps, (N, d) of 0 and 1, one byte an element; the draw of F.dropout for the same seed.
+    """Which elements dropout keeps, (N, d) of 0 and 1, one byte an element."""
+    return masks.draw(_rows(x.shape), p, x.device) if p else None
 
-    Bytes, because they multiply several times quicker than booleans.
-    """
-    if not p:
-        return None
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return torch.empty(rows, x.shape[-1], dtype=torch.uint8, device=x.device).bernoulli_(1.0 - p)
+def _rows(shape: Sequence[int]) -> tuple[int, int]:
+    """(N, d) of an input."""
+    return prod(shape[:-1]), shape[-1]
 
 
 def _low_rank_grads(
@@ -136,7 +132,7 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         y, h = F.linear(flat, W, b), F.linear(_shrink(x, mask, A), A)
         needs_A, needs_B = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-        ctx.save_for_backward(x if needs_A else None, mask, W, A, B, h if needs_B else None)
+        ctx.save_for_backward(x if needs_A else None, masks.packed(mask), W, A, B, h if needs_B else None)
         if isinstance(ctx.scale, Tensor):
             y = (y + F.linear(h, B) * ctx.scale).to(y.dtype)
         elif y.dtype is h.dtype:
@@ -147,8 +143,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, W, A, B, h = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        x, bits, W, A, B, h = ctx.saved_tensors
+        needs, mask = ctx.needs_input_grad, masks.unpacked(bits, _rows(ctx.shape))
         g = grad.reshape(-1, grad.shape[-1])
         part, *grads = _low_rank_grads(ctx, (needs[0], *needs[3:5]), g.to(A.dtype), x, mask, A, B, h)
         if part is not None:
@@ -169,14 +165,15 @@ class _Add(torch.autograd.Function):
         # where only B learns, x is not needed; where only A learns, h is not
         needs_A, needs_B = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
         ctx.shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.save_for_backward(x if needs_A else None, mask, A, B, h if needs_B else None)
+        ctx.save_for_backward(x if needs_A else None, masks.packed(mask), A, B, h if needs_B else None)
         if isinstance(ctx.scale, Tensor):
             return (y + update * ctx.scale).to(y.dtype)
         return torch.add(y, update, alpha=ctx.scale, out=torch.empty_like(y))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, A, B, h = ctx.saved_tensors
+        x, bits, A, B, h = ctx.saved_tensors
+        mask = masks.unpacked(bits, _rows(ctx.shape))
         g = grad.reshape(-1, grad.shape[-1]).to(A.dtype)
         part, *grads = _low_rank_grads(ctx, ctx.needs_input_grad[1:4], g, x, mask, A, B, h)
         grad_x = None if part is None else part.to(ctx.x_dtype).view(ctx.shape)

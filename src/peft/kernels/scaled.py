@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import masks
 from .again import differentiable
 from .lowrank import transformed
 
@@ -40,7 +41,7 @@ def plain(
 ) -> Tensor:
     """gain (y - bias + scale B A dropout(x)) + bias, in the dtype of y. The definition; gain is (k,)."""
     x = x.to(A.dtype)
-    return _gained(y, F.dropout(x, p) if p else x, A, B, scale, gain, bias)
+    return _gained(y, masks.dropout(x, p), A, B, scale, gain, bias)
 
 
 def _gained(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, gain: Tensor, bias: Tensor | None) -> Tensor:
@@ -81,8 +82,13 @@ def evaluated(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, gain: Tensor, g
 
 
 def _mask(x: Tensor, p: float) -> Tensor | None:
-    """Which elements dropout keeps, of 0 and 1, a byte an element; the draw of F.dropout for the same seed."""
-    return torch.empty(x.shape, dtype=torch.uint8, device=x.device).bernoulli_(1.0 - p) if p else None
+    """Which elements dropout keeps, of 0 and 1, a byte an element."""
+    return masks.draw(x.shape, p, x.device) if p else None
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(N, ...), of which a single token is one."""
+    return t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 
 def _dropped(x: Tensor, mask: Tensor | None, p: float, A: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""What dropout keeps: drawn quickly, held in one bit an element.
+
+torch draws a number of its own for each element, which on the CPU costs more than the products beside it. Here 16
+random bits decide: an element is kept if they are below a share of 65536, so that the rate holds to one part in that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .modes import transformed
+
+LEVELS = 2**16
+_PACK = 0x0102040810204080  # multiplied with eight bytes of 0 and 1, it brings them together in the highest byte
+
+
+def draw(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
+    """Which elements a dropout of rate p keeps: bytes of 0 and 1, which multiply quicker than booleans."""
+    level, size = round((1.0 - p) * LEVELS), prod(shape)
+    mask = torch.empty(shape, dtype=torch.uint8, device=device)
+    if device.type != "cpu" or not 0 < level < LEVELS or not size:
+        return mask.bernoulli_(1.0 - p)
+    bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return torch.lt(bits[:size].view(mask.shape), level - LEVELS // 2, out=mask)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout by `draw`; torch's own in graphs and other transformations."""
+    if not p or transformed() or p == 1.0:
+        return F.dropout(x, p) if p else x
+    return x * draw(x.shape, p, x.device) * (1.0 / (1.0 - p))
+
+
+def packed(mask: Tensor | None) -> Tensor | None:
+    """A mask in an eighth of its memory."""
+    if mask is None:
+        return None
+    flat = mask.reshape(-1)
+    flat = F.pad(flat, (0, -flat.numel() % 8)) if flat.numel() % 8 else flat
+    return (flat.view(torch.int64) * _PACK >> 56).to(torch.uint8)
+
+
+def unpacked(bits: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """The mask, from `packed`."""
+    if bits is None:
+        return None
+    return _table(bits.device).index_select(0, bits.int()).view(torch.uint8)[: prod(shape)].view(*shape)
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
+    """The eight bytes of each value of `packed`."""
+    with torch.inference_mode(False), torch.no_grad():
+        values = torch.arange(256)[:, None] >> torch.arange(8) & 1
+        mask = values.to(torch.uint8).reshape(-1)
+        table = torch.empty(256, dtype=torch.int64)
+        table[packed(mask).long()] = mask.view(torch.int64)  # type: ignore[union-attr]
+        return table.to(device)

@@ -1,0 +1,21 @@
+"""Where only plain operations may be used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transformed() -> bool:
+    """True where only plain operations may be used: under compile, torch.func or forward-mode differentiation."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast chooses the dtypes of products with x; torch knows of none on the meta device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
