@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import masks
+from .modes import is_autocast, transformed
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
@@ -47,15 +47,6 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
     else:
         y = (y + F.linear(h, B) * scale).to(y.dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def transformed() -> bool:
-    """True where only plain operations may be used: under compile, torch.func or forward-mode differentiation."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
 
 
 def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
