@@ -91,6 +91,11 @@ def _rows(t: Tensor) -> Tensor:
     return t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 
+def _rows(t: Tensor) -> Tensor:
+    """(N, ...), of which a single token is one."""
+    return t.flatten(0, -2) if t.dim() > 1 else t[None]
+
+
 def _dropped(x: Tensor, mask: Tensor | None, p: float, A: Tensor) -> Tensor:
     """dropout(x) of a mask that was drawn, in A's dtype."""
     return x.to(A.dtype) if mask is None else (x * mask).to(A.dtype) * (1 / (1.0 - p))
@@ -129,9 +134,9 @@ class _Add(torch.autograd.Function):
         of_m = None
         if needs[6]:
             z = F.linear(h, B).mul_(s).add_(y)
-            of_m = (g * (z if b is None else z.sub_(b))).flatten(0, -2).sum(0) / n
+            of_m = _rows(g * (z if b is None else z.sub_(b))).sum(0) / n
         of_x, of_A, of_B = _thin(inner, kept, mask, A, B, h, s, p, needs[1:4])
-        of_b = (g.flatten(0, -2).sum(0) - inner.flatten(0, -2).sum(0)).to(grad.dtype) if needs[8] else None
+        of_b = (_rows(g).sum(0) - _rows(inner).sum(0)).to(grad.dtype) if needs[8] else None
         of_x = None if of_x is None else of_x.to(x.dtype)
         return inner.to(grad.dtype) if needs[0] else None, of_x, of_A, of_B, None, None, of_m, None, of_b
 
@@ -182,6 +187,6 @@ def _thin(
     of_x = back @ A if needs[0] else None
     if of_x is not None and mask is not None:
         of_x = of_x.mul_(mask).mul_(1 / (1.0 - p))
-    of_A = back.flatten(0, -2).mT @ kept.flatten(0, -2) if needs[1] else None
-    of_B = g.flatten(0, -2).mT @ (h * s).flatten(0, -2) if needs[2] else None
+    of_A = _rows(back).mT @ _rows(kept) if needs[1] else None
+    of_B = _rows(g).mT @ _rows(h * s) if needs[2] else None
     return of_x, of_A, of_B
