@@ -84,6 +84,9 @@ class Computer:
                 stack.enter_context(derived(layer, name))
         for layer, names in value.work:
             layer._write(names)
+            written = held(layer.get_base_layer(), layer.view.name).data
+            if written.data_ptr() != start.data_ptr():  # a merge may put other memory in place of what was there
+                start.copy_(written)
         return start
 
     def _bias(self, value: Value, start: Tensor, stack: ExitStack) -> Tensor:
