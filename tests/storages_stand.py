@@ -257,6 +257,7 @@ def inc(bits, optimum=True, axis=1, zeros=True, dtype=torch.int32):
     q, z, s = drawn(bits, low=low, dtype=torch.float16 if optimum else torch.float32)
     g, m = torch.arange(IN) // GROUP, INCWeightOnlyLinear(bits=bits, group_size=GROUP, compression_dim=axis)
     m.use_optimum_format, m.g_idx = optimum, None
+    m.hold(scale_bf16_to_fp8=torch.zeros(1, dtype=torch.bfloat16))
     if optimum:
         m.hold(qweight=down(q, bits, tight=False), qzeros=across(z - 1, bits, tight=False), scales=s)
         return Made(m, q, z[g], s[g], lambda c: {"qweight": down(c, bits, tight=False)}, 0, 2**bits - 1)

@@ -277,6 +277,21 @@ def unstated():
     return made
 
 
+def reordered():
+    """A layer whose kernel has put its words in an order of its own, in a tensor of the same shape."""
+
+    class Ordered(stand.TorchLinear):
+        def numbers(self):
+            q = stand.up(self.qweight.flip(0), IN, 4)
+            z, g = stand.back(self.qzeros, OUT, 4), self.g_idx.long()
+            return ((q - z[g]) * self.scales[g].float()).T.to(self.scales.dtype)
+
+    made = stand.gptq(4)
+    made.module.__class__ = qualified(Ordered, "gptqmodel.nn_modules.qlinear.torch", "TorchLinear")
+    made.module.qweight = made.module.qweight.flip(0)
+    return made
+
+
 def eight():
     """INC's own arithmetic of eight-bit zeros, which leaves its range; `recover` gives what it computes with."""
     made = stand.inc(8)
@@ -287,6 +302,7 @@ def eight():
 UNPUBLISHED = {
     "marlin": stand.marlin,
     "unstated": unstated,
+    "reordered": reordered,
     "eetq-other": lambda: stand.eetq("other"),
     "inc-8": eight,
     "planar": lambda: changed(stand.gptq(4), planar=True),
@@ -306,6 +322,7 @@ def test_a_layout_that_is_not_published_is_read_through_the_product_and_never_wr
     before, bias = state(made.module), made.module.bias
     kind, _ = held(made.module)
     assert torch.equal(kind.read(made.module, "weight"), made.weight)
+    assert kind.dtype(made.module, "weight") == made.weight.dtype
     assert made.module.bias is bias and same_state(made.module.state_dict(), before)
     model, x = lora(made.module), torch.randn(3, IN, requires_grad=True)
     wanted = model(x)
@@ -321,6 +338,41 @@ def test_a_layout_that_is_not_published_is_read_through_the_product_and_never_wr
     torch.testing.assert_close(model(x), wanted, rtol=5e-3, atol=5e-2)
     model.unmerge_adapter()
     assert torch.equal(model(x), wanted) and layer.get_base_layer() is made.module
+
+
+@pytest.mark.parametrize("make", [eight, *(LAYERS[n] for n in SOME)])
+def test_a_layer_without_data_can_be_adapted(make):
+    made = make()
+    model = lora(made.module.to("meta"), inference_mode=True)
+    assert model.base_model.model.layer.view.shape(made.module) == (OUT, IN)
+
+
+@some
+def test_a_layer_that_cannot_run_here_is_taken_at_its_word(name):
+    made = LAYERS[name]()
+    m = made.module
+    kind, payload = held(m)
+    if name.startswith("eetq"):
+        kind.read(m, "weight")  # what its bytes mean only a product tells
+
+    def nowhere(x):
+        raise RuntimeError("no kernel")
+
+    m.forward = nowhere
+    assert torch.equal(kind.read(m, "weight"), made.weight)
+    kind.write(m, "weight", made.weight * 2)
+    assert not torch.equal(kind.read(m, "weight"), made.weight)
+    kind.restore(m, "weight", payload)
+    assert torch.equal(kind.read(m, "weight"), made.weight)
+
+
+def test_the_product_is_asked_once():
+    made, calls = stand.gptq(4), []
+    made.module.register_forward_hook(lambda *_: calls.append(1))
+    kind, _ = held(made.module)
+    for _ in range(3):
+        kind.write(made.module, "weight", kind.read(made.module, "weight") * 1.5)
+    assert len(calls) == 1
 
 
 def test_an_embedding_under_the_name_of_a_linear_layer_is_refused():

@@ -2,13 +2,16 @@
 
 A storage of this kind states where its integers lie, and for which modules they lie as published. Kernels reorder them
 for some devices, each in its own way; such a layer is read through its own product with unit vectors, which is W
-whatever the order, and is never written.
+whatever the order, and is never written. So is one whose product with one vector is not what its tensors say.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,8 @@ from .scaled import place
 
 ROWS = 1024  # unit vectors in one product
 PARTS = ("codes", "zeros", "scale", "group")
+FAR = 0.1  # how far, of its size, a product in half precision never is from the exact one
+_agreeing: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Affine(Packed):
 
     parts: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
     beside: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+    checks: ClassVar[bool] = True  # that a layer multiplies with what its tensors say
 
     def form(self, module: Any) -> Form | None:
         """How the module's tensors lie, None where that is not published."""
@@ -75,7 +81,7 @@ class Affine(Packed):
         if form is None:
             return {**_tensors(module), "module": module}
         held = {part: getattr(module, own, None) for part, own in zip(PARTS, self.parts, strict=True)}
-        return {**{k: None if t is None else t.detach() for k, t in held.items()}, "form": form}
+        return {**{k: None if t is None else t.detach() for k, t in held.items()}, "form": form, "module": module}
 
     def put(self, module: nn.Module, name: str, payload: Payload) -> None:
         if "form" in payload:
@@ -84,8 +90,36 @@ class Affine(Packed):
                     place(module, own, payload[part])
 
     def unpack(self, payload: Payload) -> Tensor:
-        if "form" not in payload:
-            return product(payload["module"], self.shape(payload["module"], "weight"))
+        module = payload["module"]
+        if "form" not in payload or not self.agrees(module):
+            return product(module, self.shape(module, "weight"))
+        return self.numbers(payload)
+
+    def agrees(self, module: nn.Module) -> bool:
+        """Whether a layer multiplies with what its tensors say; a kernel may have reordered them in their places."""
+        payload = self.take(module, "weight")
+        if not self.checks or "form" not in payload or payload["codes"].is_meta or module in _agreeing:
+            return _agreeing.get(module, True)
+        W = self.numbers(payload)
+        x = torch.linspace(1, 2 * W.shape[1], W.shape[1], device=W.device).sin().to(W.dtype)[None]
+        try:
+            with without_bias(module):
+                found = module(x).float()
+        except Exception:  # it cannot run where it is now, and may later
+            return True
+        wanted = x.float() @ W.T.float()
+        _agreeing[module] = bool((found - wanted).norm() <= FAR * wanted.norm())
+        return _agreeing[module]
+
+    def written(self, payload: Payload) -> Form:
+        """How a payload lies that is to be written; raises NotImplementedError where that is not known."""
+        if "form" not in payload or not self.agrees(payload["module"]):
+            refuse(payload["module"])
+        form: Form = payload["form"]
+        return form
+
+    def numbers(self, payload: Payload) -> Tensor:
+        """W, (O, I), from a payload that lies as published."""
         codes, zeros, scale, group = self.grouped(payload)
         numbers = codes.float().sub_(zeros[group]).mul_(scale[group])
         return numbers.T.to(payload["scale"].dtype).contiguous()
@@ -112,7 +146,7 @@ class Affine(Packed):
         return (codes + form.middle) & form.top if form.signed else codes
 
     def pack(self, value: Tensor, payload: Payload) -> Payload:
-        form: Form = written(payload)
+        form = self.written(payload)
         v = value.detach().float().T
         _, zeros, scale, group = self.grouped(payload)
         new = _fitted(v, zeros, scale, group, payload)
@@ -126,7 +160,7 @@ class Affine(Packed):
         return self.repack(value, {**payload, **made})
 
     def repack(self, value: Tensor, payload: Payload) -> Payload:
-        form: Form = written(payload)
+        form = self.written(payload)
         codes, zeros, scale, group = self.grouped(payload)
         found = _rounded(value.detach().float().T, zeros[group], scale[group], form).int()
         return self.rewritten(torch.where(scale[group] == 0, codes, found), payload)
@@ -152,23 +186,30 @@ class Affine(Packed):
 
 def product(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
     """W, (O, I), as a module multiplies with it: its product with unit vectors, without its bias."""
-    held = _tensors(module)
+    held, made = _tensors(module), []
     some, dtype = next(iter(held.values())), getattr(_floating(held), "dtype", torch.float16)
+    with without_bias(module):
+        for start in range(0, shape[1], ROWS):
+            rows = torch.arange(min(ROWS, shape[1] - start), device=some.device)
+            x = torch.zeros(len(rows), shape[1], dtype=dtype, device=some.device)
+            x[rows, rows + start] = 1
+            made.append(module(x))
+    return torch.cat(made).T.contiguous()
+
+
+@contextmanager
+def without_bias(module: nn.Module) -> Iterator[None]:
+    """A module that adds nothing to its product."""
     table: Any = module._buffers if module._buffers.get("bias") is not None else module._parameters
-    bias, made = table.get("bias"), []
+    bias = table.get("bias")
     try:
         if bias is not None:
             table["bias"] = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
         with torch.no_grad():
-            for start in range(0, shape[1], ROWS):
-                rows = torch.arange(min(ROWS, shape[1] - start), device=some.device)
-                x = torch.zeros(len(rows), shape[1], dtype=dtype, device=some.device)
-                x[rows, rows + start] = 1
-                made.append(module(x))
+            yield
     finally:
         if bias is not None:
             table["bias"] = bias
-    return torch.cat(made).T.contiguous()
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -178,14 +219,14 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _floating(payload: Payload) -> Tensor | None:
-    return next((t for t in payload.values() if isinstance(t, Tensor) and t.is_floating_point()), None)
+    """The scales, or else some tensor of the dtype that a module's product is likely to be in."""
+    some = {k: t for k, t in payload.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    return next((t for k, t in some.items() if k.endswith("scales")), next(iter(some.values()), None))
 
 
-def written(payload: Payload) -> Any:
-    """How a payload lies that is to be written; raises NotImplementedError where that is not known."""
-    if "form" in payload:
-        return payload["form"]
-    kind = type(payload["module"])
+def refuse(module: nn.Module) -> NoReturn:
+    """Raise NotImplementedError for a layer whose layout is not known, and which is to be written."""
+    kind = type(module)
     raise NotImplementedError(
         f"No numbers can be written into a {kind.__module__}.{kind.__qualname__}: how its kernel lays out its weight "
         'is not published, or its settings are not. Merge with quantized="dequantize", keep the adapter unmerged, or '

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.storage import Payload
-from .affine import Affine, Form, product, written
+from .affine import Affine, Form, product, refuse
 from .scaled import place
 
 TILE, PAIR = 64, 2
@@ -33,6 +33,7 @@ class EETQ(Affine):
     names = ("transformers.integrations.eetq.EetqLinear", "eetq.*EetqLinear")
     label = "eetq"
     beside = ("qweight", "weight_scales")
+    checks = False  # `layout` does
 
     def form(self, module: Any) -> Form | None:
         return Form(self.shape(module, "weight"), 8, signed=True)
@@ -80,7 +81,7 @@ def layout(module: Any) -> tuple[bool, bool] | None:
 def known(payload: Payload) -> tuple[bool, bool]:
     """How a payload's bytes lie; raises NotImplementedError where that is not known."""
     found = layout(payload["module"])
-    return written({"module": payload["module"]}) if found is None else found
+    return refuse(payload["module"]) if found is None else found
 
 
 def _same(codes: Tensor, how: tuple[bool, bool], seen: Tensor, scale: Tensor) -> bool:

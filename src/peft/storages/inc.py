@@ -27,6 +27,7 @@ class INC(Affine):
 
     names = (INC_LINEAR, f"{_HERE}.*WeightOnlyLinear", _OLDER)
     label = "inc"
+    checks = False  # its first call would keep a dense copy, in the dtype of that call
 
     def form(self, module: Any) -> Form | None:
         name = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -55,4 +56,4 @@ class INC(Affine):
 
 def _even(zeros: Any, bits: int) -> bool:
     """Whether all zeros of whole bytes are the middle of their range, stored less one."""
-    return bool((zeros.contiguous().view(torch.uint8) == 2 ** (bits - 1) - 1).all())
+    return zeros.is_meta or bool((zeros.contiguous().view(torch.uint8) == 2 ** (bits - 1) - 1).all())
