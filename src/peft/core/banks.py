@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.lowrank import transformed
+from ..kernels import choice
+from ..kernels.modes import transformed
 from .stack import Adapter
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -58,6 +59,7 @@ class Groups(dict[str, Tensor]):
         super().__init__({n: torch.tensor(index, device=device) for n, index in rows.items()})
         self.lists, self.total, self.device, self.names = rows, total, device, tuple(rows)
         self._known: dict[tuple[str, ...], list[Segments]] = {}
+        self.tables: dict[Any, Any] = {}  # what other kernels read
 
     def segments(self, order: tuple[str, ...]) -> list[Segments]:
         """The rows of the adapters that are in a bank's slots in this order; few, so that little is padding."""
@@ -192,14 +194,18 @@ class Banks:
             if term is None or any(type(f) not in PLAIN or f.dim() != 2 for f in term[:2]):
                 self.rest.append(p.name)
             else:
-                A = term[0]
-                alike.setdefault((A.dtype, A.device, (A.shape[0] - 1).bit_length()), []).append((p.name, term))
-        self.banks = [stacked(terms) for terms in alike.values()]
+                A, B, _ = term
+                ragged = A.device.type in choice.devices and choice.banked(A, B)
+                size = "any" if ragged else (A.shape[0] - 1).bit_length()
+                alike.setdefault((A.dtype, A.device, size), []).append((p.name, term))
+        self.banks: list[Any] = [
+            choice.bank(terms) if size == "any" else stacked(terms) for (*_, size), terms in alike.items()
+        ]
         self.watch: Watch | None = None
 
     def keep(self, layer: Any) -> None:
         """Stand for the layer's next forward too, where what the banks were made of can be watched."""
-        learns = any(factor.requires_grad for bank in self.banks for factor in bank[1:])
+        learns = any(factor.requires_grad for bank in self.banks for factor in (bank.A, bank.B))
         if learns or any(p.method.reads for p in self.adapters):
             return  # gradients are for one time, and a base weight is not watched
         self.watch = Watch(layer, self.adapters)

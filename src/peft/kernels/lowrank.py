@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import masks
+from . import choice, masks
 from .modes import is_autocast, transformed
 
 
@@ -33,6 +33,8 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
 
     W is (k, d) of x's dtype, and frozen where A and B have another dtype or there is dropout.
     """
+    if x.device.type in choice.devices and (found := choice.linear(x, W, b, A, B, scale, p)) is not None:
+        return found
     if (p or A.dtype is not x.dtype) and torch.is_grad_enabled() and not (is_autocast(x) or transformed()):
         if _needs_x(x, A, B):
             return masked(F.linear(x, W, b), x, A, B, scale, p)
@@ -51,6 +53,8 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
 
 def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
     """y + scale B A dropout(x), choosing the form that keeps least."""
+    if x.device.type in choice.devices and (found := choice.add(y, x, A, B, scale, p)) is not None:
+        return found
     simple = (not p and x.dtype is A.dtype) or not torch.is_grad_enabled() or is_autocast(x) or transformed()
     if simple or hasattr(A, "placements"):  # DTensors know torch's operations only
         return plain(y, x, A, B, scale, p)
@@ -80,6 +84,7 @@ def _shrink(x: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:
 def _mask(x: Tensor, p: float) -> Tensor | None:
     """Which elements dropout keeps, (N, d) of 0 and 1, one byte an element."""
     return masks.draw(_rows(x.shape), p, x.device) if p else None
+
 
 def _rows(shape: Sequence[int]) -> tuple[int, int]:
     """(N, d) of an input."""
