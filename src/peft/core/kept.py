@@ -27,7 +27,7 @@ class Kept:
 
     def __init__(self, value: Any = None, layer: Any = None, places: Sequence[tuple[dict[str, Any], str]] = ()):
         self.value, self.layer = value, None if layer is None else weakref.ref(layer)
-        self.places = [(where, key, where[key]) for where, key in places]
+        self.places = [(where, key, where.get(key)) for where, key in places]
         tensors = [t for *_, t in self.places if isinstance(t, Tensor)]
         # a reference to memory keeps its number from being given to other memory, and none of its bytes
         owners = [StorageWeakRef(t.untyped_storage()) for t in tensors]
@@ -65,7 +65,7 @@ def kept(p: Adapter, make: Callable[[], Any], base: bool = False) -> Any:
     value = make()
     if lasting(p):
         places = [*places_of(p), *(base_places(p) if base else ())]
-        if not any(isinstance(where[key], Tensor) and where[key].is_inference() for where, key in places):
+        if not any(isinstance(t := where.get(key), Tensor) and t.is_inference() for where, key in places):
             p.cache["kept"] = Kept(value, p.layer, places)
     return value
 
@@ -107,8 +107,9 @@ def places_of(p: Adapter) -> list[tuple[dict[str, Any], str]]:
 
 
 def base_places(p: Adapter) -> list[tuple[dict[str, Any], str]]:
-    """Where the base weight stands."""
-    return [(p.layer._modules, "base_layer"), (p.layer.get_base_layer()._parameters, p.layer.view.name)]
+    """Where the base weight stands, and what is kept of it while adapters are merged."""
+    base = (p.layer.get_base_layer()._parameters, p.layer.view.name)
+    return [(p.layer._modules, "base_layer"), base, (p.layer.__dict__, "_saved")]
 
 
 class Forgetful(nn.Module):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from . import storage
 from .kept import Forgetful
+from .lent import alike, finite, made, own, put, same_memory
 from .memory import identity
 from .method import Delta
 from .onload import onload_layer, used_at
 from .rounding import MergeError, check_mode, dense_twin, measured, store
 from .stack import Adapter, Stack
-from .storage import Storage
 from .views import LinearView
 
 TILE_BYTES = 16 * 2**20  # what a merge may allocate beyond the weights themselves; more would leave the caches
@@ -217,7 +217,7 @@ class Mergeable(Forgetful):
         base = self.get_base_layer()
         for name, (kind, payload) in (self._saved or {}).items():
             if own(base, name, payload):
-                base._parameters[name].data = payload  # type: ignore[union-attr]
+                getattr(base, name).data = payload
             else:
                 kind.restore(base, name, payload)
 
@@ -229,8 +229,12 @@ class Mergeable(Forgetful):
         holder._modules["base_layer"] = module
 
     @torch.no_grad()
-    def tiles(self, names: tuple[str, ...]) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self, names: tuple[str, ...], into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """W' in blocks of rows, (start, (..., rows, I)), each checked to be finite; before them b' is checked.
+
+        Arguments:
+            names: the adapters.
+            into: memory in the stored form, in which blocks may be made.
 
         Raises ValueError naming the layer if a block holds a value that is not finite.
         """
@@ -244,7 +248,7 @@ class Mergeable(Forgetful):
         by_rows = dense and all(a.method.rowwise(a) for a in stack.adapters)
         for start in range(0, out, step if by_rows else out):
             rows = slice(start, start + step) if by_rows and step < out else slice(None)
-            W = stack.weight(rows)
+            W = made(stack, rows, None if into is None else self.view.matrix(base, into)[..., rows, :])
             W = self.view.absorb(base, W, b[rows]) if self.view.one_hot and b is not None else W
             if not finite(W):
                 raise ValueError(
@@ -260,7 +264,7 @@ class Mergeable(Forgetful):
         kind = storage.of(base, self.view.name)
         b = self.stack(names).bias()
         fresh = self._fresh(base)
-        for start, W in self.tiles(names):
+        for start, W in self.tiles(names, fresh):
             if fresh is not None:
                 fresh = self._put(base, fresh, start, W)
             elif not kind.packed:
@@ -272,11 +276,7 @@ class Mergeable(Forgetful):
         if fresh is not None:
             getattr(base, self.view.name).data = fresh
         if b is not None and b is not self.view.bias(base) and not self.view.one_hot:
-            name = self.view.bias_name
-            if own(base, name, b):
-                base._parameters[name].data = b.detach().clone()  # type: ignore[union-attr]
-            else:
-                storage.of(base, name).write(base, name, b)
+            put(base, self.view.bias_name, b)
 
     def _fresh(self, base: nn.Module) -> Tensor | None:
         """Where W' is put together before it takes the place of W, which stays as it was; None: into W itself.
@@ -292,9 +292,9 @@ class Mergeable(Forgetful):
     def _put(self, base: nn.Module, fresh: Tensor, start: int, W: Tensor) -> Tensor:
         """Rows of W' in their place; what is all of it, and nobody else's, is taken as it is."""
         raw = self.view.raw(base, W)
-        mine = raw.shape == fresh.shape and raw.dtype is fresh.dtype and raw.stride() == fresh.stride()
-        held: Tensor = getattr(base, self.view.name)
-        if mine and type(raw) is Tensor and raw.untyped_storage()._cdata != held.untyped_storage()._cdata:
+        if same_memory(raw, fresh):
+            return fresh
+        if alike(raw, fresh) and not same_memory(raw, getattr(base, self.view.name)):
             return raw
         fresh.narrow(self.view.out_axis(base), start, W.shape[-2]).copy_(raw)
         return fresh
@@ -363,30 +363,6 @@ class Mergeable(Forgetful):
         """Whether the adapter's update can be written as a LoRA."""
         p = self.adapters.get(adapter_name)
         return p is not None and p.method.mergeable and self.view.name != ""
-
-
-def own(base: nn.Module, name: str, like: Tensor | None = None) -> bool:
-    """Whether a parameter's memory is dense and all its own, so that other memory may take its place.
-
-    Arguments:
-        base: the module.
-        name: of the parameter.
-        like: what would take its place, in shape, dtype and device.
-    """
-    held = base._parameters.get(name)
-    if type(held) is not nn.Parameter or not held.is_floating_point() or type(held.data) is not Tensor:
-        return False
-    if held.is_meta or (held.device.type == "cpu" and held.is_shared()) or type(storage.of(base, name)) is not Storage:
-        return False
-    if like is not None and (like.shape, like.dtype, like.device) != (held.shape, held.dtype, held.device):
-        return False
-    return held.untyped_storage().nbytes() == held.numel() * held.element_size()
-
-
-def finite(W: Tensor) -> bool:
-    """Whether all numbers are finite. If their sum is, they are; if not, it may have left its range."""
-    wide = W.dtype if W.dtype is torch.float64 else torch.float32
-    return bool(torch.isfinite(W.sum(dtype=wide))) or bool(torch.isfinite(W).all())
 
 
 def adapters_to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:

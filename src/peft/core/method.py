@@ -142,6 +142,15 @@ class Method:
         """THE DEFINITION: W -> W'. With `rows`, W holds only these out-features."""
         return W
 
+    def summed(self, p: Adapter, W: Tensor, rows: slice, out: Tensor | None) -> Tensor | None:
+        """`weight` in the dtype of its sums, made for a merge in fewer passes over memory; None where there is no way.
+
+        Arguments:
+            p, W, rows: as for `weight`; W is an ordinary tensor, and stays as it is.
+            out: memory of W's shape and dtype, to be used where sums have that dtype.
+        """
+        return None
+
     def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
         """W' as a forward uses it: the definition, unless training drops parts of it by chance."""
         return self.weight(p, W)
@@ -323,6 +332,18 @@ class LowRank(Delta):
             A, B = A.float(), B.float()  # half products on the CPU lose accuracy, and time
         return (B[..., rows, :] @ A) * self.scaling(p)
 
+    def summed(self, p: Adapter, W: Tensor, rows: slice, out: Tensor | None) -> Tensor | None:
+        kind = type(self)
+        if W.dim() != 2 or kind.weight is not Delta.weight or kind.delta is not LowRank.delta:
+            return None
+        self.refuse_merge(p)
+        (A, B), s = self.factors(p), self.scaling(p)
+        wide = torch.promote_types(W.dtype, torch.float32)
+        A, B, V = A.to(wide), B[rows].to(wide), W.to(wide)
+        if V.data_ptr() == W.data_ptr():
+            V = V.clone() if out is None else out.copy_(V)
+        return V.addmm_(B * s, A) if isinstance(s, Tensor) else V.addmm_(B, A, alpha=s)
+
     def refuse_merge(self, p: Adapter) -> None:
         if self.whole:
             p.layer.view.refuse_low_rank(p.layer.get_base_layer())
@@ -377,21 +398,3 @@ def low_rank(inner: Stack, x: Tensor, A: Tensor, B: Tensor, rate: float = 0.0) -
     h = inner.linear(x, A)
     h = h if factor is None else h * factor.to(h.dtype)
     return inner.view.rows(h, B)
-
-
-class Companion:
-    """What a method does over the whole model, beside its layers; made with the tuner when the method comes in.
-
-    Arguments:
-        tuner: the tuner with the adapters; it may hold adapters of other methods too.
-    """
-
-    def __init__(self, tuner: Any) -> None:
-        self.tuner = tuner
-
-    def added(self, name: str, undo: list[Callable[[], Any]]) -> None:
-        """An adapter of the method has been placed; `undo` receives what takes back what is done here."""
-
-    def completed(self, output: Any) -> Any:
-        """The model's output, with what the method adds to it."""
-        return output

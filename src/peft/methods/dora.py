@@ -76,8 +76,7 @@ class DoRA(Delta):
         W = p.original_weight()
         if not isinstance(self.of, LowRank):
             return torch.cat([torch.linalg.vector_norm(V.float(), dim=-1) for V in self._rows(p, W)], -1)[..., rows]
-        A, B = (t.float() for t in self.of.factors(p))
-        s = self.of.scaling(p)
+        (A, B), s = (t.float() for t in self.of.factors(p)), self.of.scaling(p)
         base = p.layer.get_base_layer()
         special = p.layer.view.norm_product(base, A, B) if self.of.whole else None
         if special is not None:
@@ -116,6 +115,10 @@ class DoRA(Delta):
     def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         gain = self.gain(p, rows)[..., None]
         return ((W + self.of.delta(p, W, rows)) * gain).to(W.dtype)
+
+    def summed(self, p: Adapter, W: Tensor, rows: slice, out: Tensor | None) -> Tensor | None:
+        V = self.of.summed(p, W, rows, out)
+        return V if V is None else V.mul_(self.gain(p, rows)[:, None])
 
     def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
         return ((W + self.of.live_delta(p, W)) * self.gain(p)[..., None]).to(W.dtype)

@@ -23,16 +23,24 @@ class Together(Mergeable):
 
     def _opened(self, write: bool = False, mesh: bool = True) -> AbstractContextManager[None]:
         base = self.get_base_layer()
-        homes = [home for key, home in self._modules.items() if key != "base_layer" and home is not None]
         shared = {id(home): home for p in self.adapters.values() for home in p.shared.values()}
-        modules = [base, *(m for home in homes for m in home.modules()), *shared.values()]
+        modules = [base, *shared.values()]
+        for key, home in self._modules.items():
+            if key != "base_layer" and home is not None:
+                modules += (
+                    home.modules() if any(m._modules for m in home._modules.values() if m) else (home, *_of(home))
+                )
+        if not any(
+            t is not None and is_spread(t) for m in modules for d in (m._parameters, m._buffers) for t in d.values()
+        ):
+            return nullcontext()
         return whole(modules, (self.view.name, self.view.bias_name) if write else (), mesh)
 
     @torch.no_grad()
-    def tiles(self, names: tuple[str, ...]) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self, names: tuple[str, ...], into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """As `Mergeable.tiles`; every process computes all blocks."""
         with self._opened():
-            yield from super().tiles(names)
+            yield from super().tiles(names, into)
 
     def _write(self, names: tuple[str, ...]) -> None:
         with self._opened(write=True):
@@ -106,3 +114,8 @@ class Together(Mergeable):
         """What adapter `adapter` adds to the whole weight, in the stored layout."""
         with self._opened():
             return full(super().get_delta_weight(adapter))
+
+
+def _of(home: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a home of tensors holds."""
+    return (m for m in home._modules.values() if m is not None)

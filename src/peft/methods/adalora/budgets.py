@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ...core.method import Companion
+from ...core.companion import Companion
 from ...errors import PeftWarning, report
 from .budget import RankAllocator
 from .method import FACTORS, AdaLoRA

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...core.companion import Companion
 from ...core.layer import BaseTunerLayer, tuner_layers
-from ...core.method import Companion
 from ...core.stack import Adapter
 from ...errors import PeftWarning, report
 

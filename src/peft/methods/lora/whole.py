@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...core.companion import Companion
 from ...core.layer import tuner_layers
-from ...core.method import Companion
 from . import corda, kasa, loraga, monteclora
 from .alora import Offsets
 from .calibration import at
