@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modes import transformed
-
 LEVELS = 2**16
 _PACK = 0x0102040810204080  # multiplied with eight bytes of 0 and 1, it brings them together in the highest byte
 
@@ -31,10 +29,15 @@ def draw(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Dropout by `draw`; torch's own in graphs and other transformations."""
-    if not p or transformed() or p == 1.0:
+    """Dropout by `draw`; torch's own in graphs, and under vmap, which has rules for its draws."""
+    if not p or p == 1.0 or torch.compiler.is_compiling() or _vectorised():
         return F.dropout(x, p) if p else x
     return x * draw(x.shape, p, x.device) * (1.0 / (1.0 - p))
+
+
+def _vectorised() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() is torch._C._functorch.TransformType.Vmap for level in stack)
 
 
 def packed(mask: Tensor | None) -> Tensor | None:
