@@ -5,7 +5,8 @@ out: row by row; or, for Turing and later, 16 rows in the order 0 1 8 9 2 3 10 1
 in turns of 64 rows, column by column. Bytes for a kernel are 128 more, and the second and third of each four have
 changed places. A tensor does not say which. So a layer's product with unit vectors is held against every layout, and
 the one that gives the very bytes is taken; where none does, the layer is read through that product and never written.
-Sources: transformers' documentation of EETQ, and NVIDIA's of the weight layouts of FasterTransformer's mixed GEMM.
+Sources: the shapes are those of transformers' `EetqLinear`; the orders of bytes are those of FasterTransformer's
+mixed GEMM, for which no published description was at hand. That is why the layer's own product decides.
 """
 
 from __future__ import annotations

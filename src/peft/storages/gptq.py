@@ -4,8 +4,8 @@
 the lowest bits of int32 words on, three-bit numbers running over into the next word; `scales` (G, O); `g_idx` (I,), the
 group of each input. The first format, v1, stores each zero less one; v2 stores it as it is. auto-gptq computes with v1;
 the classes of gptqmodel say themselves with which, and turn v1 into v2 when a file is loaded.
-Sources: Frantar et al. 2022, arXiv 2210.17323; GPTQModel's documentation of its packing formats, and of
-`checkpoint_format`.
+Sources: Frantar et al. 2022, arXiv 2210.17323; the names of the formats are GPTQModel's (`checkpoint_format`), and what
+they mean was checked against what its layers and auto-gptq's compute.
 """
 
 from __future__ import annotations
