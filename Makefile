@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 LOCK := -c requirements/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test bare lint format types bench docs quickstart matrix parity comparison check clean
+.PHONY: help install test bare kernels lint format types bench docs quickstart matrix parity comparison check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -60,6 +60,12 @@ $(VENV)/.bare $(VENV)/.peer: $(VENV)/.%: requirements/torch.txt requirements/%.t
 	$(VENV)/$*/bin/python -m pip --disable-pip-version-check install -q $(LOCK) -r requirements/$*.txt
 	@touch $@
 
+# Triton beside the bare environment, not in it; a torch that was built for GPUs has brought one.
+$(VENV)/.kernels: $(VENV)/.bare requirements/kernels.txt
+	$(VENV)/bare/bin/python -c "import triton" 2>/dev/null || $(VENV)/bare/bin/python -m pip \
+	    --disable-pip-version-check install -q --no-deps --upgrade --target $(VENV)/triton -r requirements/kernels.txt
+	@touch $@
+
 install: $(VENV)/.dev  ## make the development environment
 
 quickstart: $(VENV)/.assets  ## fine-tune a small language model on this machine and show what it learnt
@@ -71,6 +77,9 @@ test: $(VENV)/.dev  ## run the tests on two cores
 bare: $(VENV)/.bare  ## run tests/test_bare.py where only torch and safetensors are installed
 	$(VENV)/bare/bin/python -m pip --disable-pip-version-check install -q --no-deps --force-reinstall .
 	$(VENV)/bare/bin/python -m pytest -q tests/test_bare.py
+
+kernels: $(VENV)/.kernels  ## run tests/test_triton.py: on the GPU, or in Triton's interpreter where there is none
+	PYTHONPATH=src:$(VENV)/triton $(VENV)/bare/bin/python -m pytest -q tests/test_triton.py $(ARGS)
 
 lint: $(VENV)/.dev  ## style and formatting
 	$(BIN)/ruff check .
@@ -101,7 +110,7 @@ comparison: $(VENV)/.comparison  ## train every method on one task, into docs/co
 	$(BIN)/peft compare --data runs/icd10/train.jsonl --eval-data runs/icd10/test.jsonl --output runs/comparison \
 	    --model $$($(BIN)/python examples/icd10_chapters.py --encoder) --report docs/comparison.md $(ARGS)
 
-check: lint types test bare docs  ## everything that must hold before a commit
+check: lint types test bare kernels docs  ## everything that must hold before a commit
 
 clean:  ## remove environments and caches
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,8 +6,10 @@ nothing about a GPU. With one they run on it, and so do the tests that need one.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -410,6 +413,31 @@ def test_where_the_kernels_do_not_apply_torch_takes_over(chosen, monkeypatch, wh
     assert y.shape == (n, k) and y.isfinite().all()
     if DEVICE.type == "cpu" or why != "setting":
         assert not chosen
+
+
+def test_a_setting_that_is_none_is_told(monkeypatch):
+    monkeypatch.setenv("PEFT_KERNELS", "tritn")
+    with pytest.raises(ValueError, match=r"PEFT_KERNELS is 'tritn', but must be one of auto, torch"):
+        choice._devices()
+
+
+def test_a_layer_that_keeps_a_bank_can_be_copied_and_pickled(chosen):
+    model, x = adapted(names=("u1", "u2")).eval(), drawn(2, 1, 48)
+    with torch.no_grad():
+        y = model(x, adapter_names=["u2", "u1"])
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            near(twin(x, adapter_names=["u2", "u1"]), y, torch.float32)
+    assert "place" in chosen
+
+
+def test_a_checkpointed_layer_finds_the_same_mask_again(chosen):
+    model, x = adapted(lora_dropout=0.5).train(), drawn(3, 4, 48).requires_grad_()
+    found = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        torch.manual_seed(5)
+        found.append(torch.autograd.grad(run(x).square().mean(), x)[0])
+    near(found[1], found[0], torch.float32)
+    assert "linear" in chosen
 
 
 def test_a_kernel_that_fails_or_lies_is_not_used(chosen, monkeypatch):

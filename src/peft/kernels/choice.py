@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,10 +151,10 @@ def bank(terms: Sequence[tuple[str, tuple[Tensor, Tensor, Any]]]) -> Any:
     """The bank of adapters that are all `banked`."""
     from .triton.bank import Ragged
 
-    rank = max(A.shape[0] for _, (A, _, _) in terms)
+    return Ragged(terms, partial(_bankable, max(A.shape[0] for _, (A, _, _) in terms)))
 
-    def allowed(x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> bool:
-        kinds = not (is_autocast(x) or transformed()) and all(map(_plain, (x, y, A, B)))
-        return kinds and _tried("bank", x, A, rank) is not None
 
-    return Ragged(terms, allowed)
+def _bankable(rank: int, x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether a bank whose largest rank this is may be used on such tensors now."""
+    kinds = not (is_autocast(x) or transformed()) and all(map(_plain, (x, y, A, B)))
+    return kinds and _tried("bank", x, A, rank) is not None
