@@ -317,6 +317,29 @@ def test_a_bias_that_is_returned_apart():
     torch.testing.assert_close(y + apart, twin(x))
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_megatron_s_layers_over_transformer_engine(skip):
+    """They always give a pair: (W x + b, None), or (W x, b) with `skip_bias_add`."""
+
+    def forward(self, x):
+        y = Engine.forward(self, x)
+        return y if self.te_return_bias else (y, None)
+
+    kind = type("TEColumnParallelLinear", (Engine,), {"forward": forward})
+    qualified(kind, "megatron.core.extensions.transformer_engine", "TEColumnParallelLinear")
+    layer = made(kind, True, True, skip)()
+    layer.te_return_bias = skip
+    W = layer.numbers()
+    model = road.filled(get_peft_model(Net(layer), LoraConfig(r=2, target_modules="all-linear")))
+    twin = road.filled(get_peft_model(Net(road.dense(W, layer.bias)), LoraConfig(r=2, target_modules="all-linear")))
+    x = torch.randn(3, I)
+    y, apart = model(x)
+    torch.testing.assert_close(y if apart is None else y + apart, twin(x), rtol=1e-4, atol=1e-4)
+    assert (apart is None) != skip
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(x)[0], layer(x)[0])
+
+
 @pytest.mark.parametrize("name", ["LayerNormLinear", "LayerNormMLP", "GroupedLinear"])
 def test_layers_that_do_more_are_refused(name):
     where = f"transformer_engine.pytorch.module.{name.lower()}"
