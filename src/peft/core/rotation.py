@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..kernels import blocks as kernel
 from .method import Method
 
 if TYPE_CHECKING:
@@ -67,9 +68,7 @@ def blockwise(t: Tensor, blocks: Tensor) -> Tensor:
         t: (..., n b), or with the same leading axes as the blocks, (*lead, rows, n b).
         blocks: (*lead, n, b, b).
     """
-    parts = t.to(blocks.dtype).unflatten(-1, blocks.shape[-3:-1])
-    lead = blocks.dim() > 3
-    return torch.einsum("...rnb,...nbc->...rnc" if lead else "...nb,nbc->...nc", parts, blocks).flatten(-2)
+    return kernel.times(t.to(blocks.dtype), blocks)
 
 
 def skew(held: Tensor, n: int) -> Tensor:
@@ -82,19 +81,21 @@ def skew(held: Tensor, n: int) -> Tensor:
 def cayley(Q: Tensor) -> Tensor:
     """(I - Q) (I + Q)^-1, orthogonal for a skew Q, (..., b, b)."""
     Q = Q.float() if Q.dtype in (torch.float16, torch.bfloat16) else Q
-    one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    one = kernel.one(Q)
     return torch.linalg.solve(one + Q, one - Q)  # the two commute
 
 
 def without(blocks: Tensor, dropped: Tensor) -> Tensor:
     """The blocks with those marked replaced by the identity; (..., n, b, b) and (..., n)."""
-    one = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    return torch.where(dropped[..., None, None], one, blocks)
+    return torch.where(dropped[..., None, None], kernel.one(blocks), blocks)
 
 
 def series(Q: Tensor, terms: int) -> Tensor:
     """The first terms of (I + Q) (I - Q)^-1; of three terms the last is a cube, as files are trained for it."""
-    one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).expand_as(Q)
+    one = kernel.one(Q).expand_as(Q)
+    if terms == 5:  # the usual number, with a product less
+        square = Q @ Q
+        return (one + 2 * Q) + square @ (2 * (one + Q) + square)
     if terms < 3:
         return one + 2 * Q if terms == 2 else one
     power, total = Q, one + 2 * Q

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import describe
+from ..core.kept import kept
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
 from ..core.rotation import Rotation, blockwise, cayley, without
@@ -85,7 +86,7 @@ class BOFT(Rotation):
 
     def rotate(self, p: Adapter, t: Tensor, back: bool = False, drop: bool = False) -> Tensor:
         M, b = p.held("boft_R"), p.boft_block_size
-        C = cayley((M - M.mT) / 2)
+        C = kept(p, lambda: cayley((M - M.mT) / 2))
         m = C.shape[-4]
         if drop and p.boft_dropout:
             lost = torch.zeros(m, C.shape[-3], dtype=torch.bool, device=C.device)

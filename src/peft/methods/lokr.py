@@ -120,8 +120,8 @@ class LoKr(Thinned):
             return super().onto(p, inner, y, x)
         W1, W2 = self.pair(p)
         h = x.to(W1.dtype).unflatten(-1, p.sizes[2:])
-        h = W1 @ (h @ W2.squeeze(-1).mT)  # in (i1, i2) to (i1, o2) to (o1, o2): the product is never built
-        return (y + h.flatten(-2) * p.scaling).to(y.dtype)
+        h = (W1 * p.scaling) @ (h @ W2.squeeze(-1).mT)  # (i1, i2) to (i1, o2) to (o1, o2): the product is never built
+        return (y + h.flatten(-2)).to(y.dtype)
 
 
 class LoKrLayer(LycorisLayer):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import describe
+from ..core.kept import kept
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
 from ..core.rotation import Rotation, blockwise, cayley, series, skew, without
@@ -103,7 +104,7 @@ class OFT(Rotation):
             p.held(f"oft_{inner.view.infix}R").weight.normal_(std=0.1)
 
     def rotate(self, p: Adapter, t: Tensor, back: bool = False, drop: bool = False) -> Tensor:
-        R = self.blocks(p)
+        R = kept(p, lambda: self.blocks(p))
         if R.shape[-3] != p.r:
             R = R.expand(*R.shape[:-3], p.r, -1, -1)
         if drop and p.oft_dropout:

@@ -1,0 +1,90 @@
+"""Products with block-diagonal matrices, without moving the features of a block together first.
+
+Letters: N rows, n blocks of size b; t is (..., n b), blocks are (n, b, b).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .again import differentiable
+from .lowrank import is_autocast, transformed
+
+WIDE = 32  # from which size of a block on a product takes no longer per feature than of a smaller one
+
+
+def plain(t: Tensor, blocks: Tensor) -> Tensor:
+    """The definition: t diag(blocks) on the last axis, for blocks of any leading axes, (*lead, n, b, b)."""
+    parts = t.unflatten(-1, blocks.shape[-3:-1])
+    lead = blocks.dim() > 3
+    return torch.einsum("...rnb,...nbc->...rnc" if lead else "...nb,nbc->...nc", parts, blocks).flatten(-2)
+
+
+def times(t: Tensor, blocks: Tensor) -> Tensor:
+    """`plain`, by products that read t and write the result where they stand, if these are ordinary tensors."""
+    kinds = (Tensor, nn.Parameter)
+    ordinary = type(t) in kinds and type(blocks) in kinds and blocks.dim() == 3 and t.dtype is blocks.dtype
+    if not ordinary or t.is_nested or not t.numel() or transformed() or is_autocast(t):
+        return plain(t, blocks)
+    blocks = _widened(blocks)
+    if torch.is_grad_enabled():
+        return _Times.apply(t, blocks)
+    return _product(_rows(t, blocks), blocks).view(t.shape)
+
+
+def _widened(blocks: Tensor) -> Tensor:
+    """The same matrix in larger blocks, if these are too small for a product of many to be quick."""
+    n, b = blocks.shape[:2]
+    several = next((k for k in range(WIDE // b, 1, -1) if n % k == 0), 1) if b < WIDE // 2 else 1
+    if several == 1:
+        return blocks
+    groups = blocks.unflatten(0, (-1, several)).movedim(1, -1)  # (n / several, b, b, several)
+    return torch.diag_embed(groups, dim1=1, dim2=3).flatten(3).flatten(1, 2)
+
+
+def _rows(t: Tensor, blocks: Tensor) -> Tensor:
+    """(N, n, b)."""
+    return t.reshape(-1, *blocks.shape[:2])
+
+
+def _product(t: Tensor, blocks: Tensor) -> Tensor:
+    out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    torch.bmm(t.transpose(0, 1), blocks, out=out.transpose(0, 1))
+    return out
+
+
+class _Times(torch.autograd.Function):
+    """Saves t and the blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, blocks: Tensor) -> Tensor:
+        ctx.save_for_backward(t, blocks)
+        return _product(_rows(t, blocks), blocks).view(t.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        t, blocks = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return differentiable(plain, (t, blocks), needs, grad)
+        g = _rows(grad, blocks)
+        of_t = _product(g, blocks.mT).view(t.shape) if needs[0] else None
+        of_blocks = torch.bmm(_rows(t, blocks).permute(1, 2, 0), g.transpose(0, 1)) if needs[1] else None
+        return of_t, of_blocks
+
+
+def one(like: Tensor) -> Tensor:
+    """The identity of the last two axes' size, (b, b), which nobody may write into."""
+    if transformed():
+        return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+    return _eye(like.shape[-1], like.dtype, like.device)
+
+
+@cache
+def _eye(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.eye(n, dtype=dtype, device=device)

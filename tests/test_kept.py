@@ -1,0 +1,204 @@
+"""What evaluation keeps of an adapter's tensors is made anew whenever they, or the base weight, are others."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from peft import BOFTConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model, set_peft_model_state_dict
+from peft import get_peft_model_state_dict as state_of
+from test_base_square import put
+
+X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+KINDS = {
+    "dora": lambda: LoraConfig(target_modules=["0"], r=2, use_dora=True),
+    "dora-vera": lambda: VeraConfig(target_modules=["0"], r=4, use_dora=True),
+    "oft": lambda: OFTConfig(target_modules=["0"], oft_block_size=8, use_cayley_neumann=False),
+    "oft-series": lambda: OFTConfig(target_modules=["0"], oft_block_size=8),
+    "boft": lambda: BOFTConfig(target_modules=["0"], boft_block_size=8),
+}
+each = pytest.mark.parametrize("kind", KINDS)
+
+
+def adapted(kind):
+    """A model in evaluation whose adapter does something, and the layer."""
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 48)), KINDS[kind]())
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) / 4)
+    return model.eval(), model.base_model.model[0]
+
+
+def tensors(model):
+    """The trained tensors."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def fresh(model):
+    """What the model gives where nothing is kept."""
+    twin = copy.deepcopy(model)
+    assert not any("kept" in p.cache and p.cache["kept"].value for p in adapters(twin))
+    with torch.no_grad():
+        return twin(X)
+
+
+def adapters(model):
+    return [p for m in model.modules() for p in getattr(m, "adapters", {}).values()]
+
+
+def check(model):
+    """The answer is that of a model that keeps nothing, now and once more."""
+    wanted = fresh(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), wanted)
+        torch.testing.assert_close(model(X), wanted)
+
+
+def flipped_elsewhere(t):
+    t.data = t.data.flip(-1).clone()
+
+
+def flipped_at_the_same_address(t):
+    buffer = bytearray(t.numel() * t.element_size())
+    put(t, buffer, t.data.clone())
+    with torch.no_grad():
+        yield
+    put(t, buffer, t.data.flip(-1).clone())
+
+
+@each
+def test_something_is_kept(kind):
+    model, layer = adapted(kind)
+    with torch.no_grad():
+        model(X)
+    held = layer.adapters["default"].cache["kept"]
+    with torch.no_grad():
+        model(X)
+    assert layer.adapters["default"].cache["kept"] is held
+
+
+@each
+def test_tensors_that_change_are_noticed(kind):
+    model, _ = adapted(kind)
+    for t in tensors(model):
+        check(model)
+        with torch.no_grad():
+            t.mul_(-1.5)
+        check(model)
+        flipped_elsewhere(t)
+        check(model)
+        steps = flipped_at_the_same_address(t)
+        next(steps)
+        check(model)
+        next(steps, None)
+        check(model)
+
+
+@each
+def test_parameters_and_modules_that_are_replaced_are_noticed(kind):
+    model, layer = adapted(kind)
+    for module in [m for m in layer.modules() if m is not layer.base_layer]:
+        for name, p in list(module.named_parameters(recurse=False)):
+            check(model)
+            module._parameters[name] = nn.Parameter(p.detach() * 2)
+            check(model)
+    for home in [m for k, m in layer._modules.items() if k != "base_layer"]:
+        for name, child in list(home._modules.items()):
+            home._modules[name] = copy.deepcopy(child)
+            with torch.no_grad():
+                for p in child.parameters():
+                    p.mul_(3)
+            check(model)
+
+
+@each
+def test_training_makes_it_each_time(kind):
+    """An optimiser may write past torch's counter."""
+    model, _ = adapted(kind)
+    for train in (True, False):
+        check(model)
+        model.train(train)(X).square().sum().backward()
+        for t in tensors(model):
+            t.data.sub_(t.grad, alpha=0.01)
+        model.eval()
+        check(model)
+
+
+@each
+def test_evaluation_that_begins_again_makes_it_again(kind):
+    model, _ = adapted(kind)
+    check(model)
+    for t in tensors(model):
+        t.data.mul_(0.5)
+    model.eval()
+    check(model)
+
+
+@each
+def test_loading_and_switching_are_noticed(kind):
+    model, layer = adapted(kind)
+    model.add_adapter("other", KINDS[kind]())
+    state = {k: v * 0.5 for k, v in state_of(model).items()}
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        check(model)
+    set_peft_model_state_dict(model, state)
+    check(model)
+    if hasattr(layer, "set_scale"):
+        layer.set_scale("default", 3.0)
+        check(model)
+        layer.adapters["default"].scaling = torch.tensor(2.0)
+        check(model)
+        layer.adapters["default"].scaling.fill_(4.0)
+        check(model)
+
+
+@each
+def test_merging_others_and_for_good_is_noticed(kind):
+    model, layer = adapted(kind)
+    model.add_adapter("other", KINDS[kind]())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) / 8)
+    check(model)
+    model.base_model.set_adapter(["other", "default"])
+    check(model)
+    for _ in range(2):
+        model.merge_adapter(["other"])
+        check(model)
+        model.unmerge_adapter()
+        check(model)
+    model.merge_adapter(["other"])
+    check(model)
+    layer.delete_adapter("other")  # what it wrote stays
+    check(model)
+
+
+@each
+def test_a_base_weight_that_changes_is_noticed(kind):
+    model, layer = adapted(kind)
+    check(model)
+    with torch.no_grad():
+        layer.base_layer.weight.mul_(2)
+    check(model)
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.detach().flip(0).clone())
+    check(model)
+
+
+@each
+def test_copies_keep_nothing(kind):
+    model, _ = adapted(kind)
+    check(model)
+    twin = pickle.loads(pickle.dumps(model))
+    check(twin)
+    with torch.no_grad():
+        for t in tensors(model):
+            t.mul_(2)
+    check(model)
+    check(twin)
