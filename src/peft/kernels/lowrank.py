@@ -40,7 +40,10 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
             return masked(F.linear(x, W, b), x, A, B, scale, p)
         return _Linear.apply(x, W, b, A, B, scale, p)
     if p or A.dtype is not x.dtype:
-        return plain(F.linear(x, W, b), x, A, B, scale, p)
+        y = F.linear(x, W, b)
+        if p or torch.is_grad_enabled() or is_autocast(x) or transformed():
+            return plain(y, x, A, B, scale, p)
+        return _raised(y.flatten(0, -2), F.linear(x.to(A.dtype), A).flatten(0, -2), B, scale, True).view(y.shape)
     # the update is accumulated into the product: two operations more than the base, nothing saved beyond x and A x
     flat = x.reshape(-1, x.shape[-1])
     y, h = F.linear(flat, W, b), F.linear(flat, A)
@@ -91,12 +94,32 @@ def _rows(shape: Sequence[int]) -> tuple[int, int]:
     return prod(shape[:-1]), shape[-1]
 
 
+def _raised(y: Tensor, h: Tensor, B: Tensor, scale: Any, own: bool) -> Tensor:
+    """y + scale h B', (N, k) in the dtype of y, which may be changed if it is the caller's own; rounded once."""
+    if isinstance(scale, Tensor):
+        return (y + F.linear(h, B) * scale).to(y.dtype)
+    if y.dtype is h.dtype:
+        return y.addmm_(h, B.mT, alpha=scale) if own else torch.addmm(y, h, B.mT, alpha=scale)
+    if torch.promote_types(y.dtype, h.dtype) is h.dtype:  # a sum of two dtypes costs more than two casts
+        return y.to(h.dtype).addmm_(h, B.mT, alpha=scale).to(y.dtype)
+    return torch.add(y, F.linear(h, B), alpha=scale)
+
+
 def _low_rank_grads(
-    ctx: Any, needs: Sequence[bool], g: Tensor, x: Tensor | None, mask: Tensor | None, A: Tensor, B: Tensor, h: Any
+    ctx: Any,
+    needs: Sequence[bool],
+    g: Tensor,
+    x: Tensor | None,
+    mask: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    h: Any,
+    beside: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of scale B A (mask x) with respect to x, (N, d), A and B for an incoming g of (N, k) in A's dtype.
 
-    x may be None where A is frozen and h was kept; h may be None where x was kept.
+    x may be None where A is frozen and h was kept; h may be None where x was kept. `beside`, of A's dtype and the
+    caller's own, is added to the gradient of x.
     """
     need_x, need_A, need_B = needs
     if torch.is_grad_enabled() and x is not None:
@@ -109,9 +132,12 @@ def _low_rank_grads(
         grad_B = (g.mT @ h) * ctx.scale if h is not None else None
     if need_A and dropped is not None:
         grad_A = grad_h.mT @ dropped
-    if need_x:
+    if need_x and mask is None and beside is not None:
+        grad_x = beside.addmm_(grad_h, A)
+    elif need_x:
         grad_x = grad_h @ A
         grad_x = grad_x if mask is None else grad_x.mul_(mask)
+        grad_x = grad_x if beside is None else grad_x.add_(beside)
     return grad_x, grad_A, grad_B
 
 
@@ -129,22 +155,17 @@ class _Linear(torch.autograd.Function):
         y, h = F.linear(flat, W, b), F.linear(_shrink(x, mask, A), A)
         needs_A, needs_B = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         ctx.save_for_backward(x if needs_A else None, masks.packed(mask), W, A, B, h if needs_B else None)
-        if isinstance(ctx.scale, Tensor):
-            y = (y + F.linear(h, B) * ctx.scale).to(y.dtype)
-        elif y.dtype is h.dtype:
-            y.addmm_(h, B.mT, alpha=ctx.scale)
-        else:
-            y.add_(F.linear(h, B), alpha=ctx.scale)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return _raised(y, h, B, ctx.scale, True).view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bits, W, A, B, h = ctx.saved_tensors
         needs, mask = ctx.needs_input_grad, masks.unpacked(bits, _rows(ctx.shape))
         g = grad.reshape(-1, grad.shape[-1])
-        part, *grads = _low_rank_grads(ctx, (needs[0], *needs[3:5]), g.to(A.dtype), x, mask, A, B, h)
+        beside = (g @ W).to(A.dtype) if needs[0] and g.dtype is not A.dtype else None
+        part, *grads = _low_rank_grads(ctx, (needs[0], *needs[3:5]), g.to(A.dtype), x, mask, A, B, h, beside)
         if part is not None:
-            part = (part.addmm_(g, W) if part.dtype is g.dtype else (g @ W).add_(part)).view(ctx.shape)
+            part = (part.addmm_(g, W) if beside is None else part.to(g.dtype)).view(ctx.shape)
         grad_b = g.sum(0) if needs[2] else None
         return part, None, grad_b, *grads, None, None
 
@@ -157,14 +178,11 @@ class _Add(torch.autograd.Function):
         mask = _mask(x, p)
         ctx.scale = scale / (1.0 - p)
         h = _shrink(x, mask, A) @ A.mT
-        update = (h @ B.mT).view(y.shape)
         # where only B learns, x is not needed; where only A learns, h is not
         needs_A, needs_B = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
         ctx.shape, ctx.x_dtype = x.shape, x.dtype
         ctx.save_for_backward(x if needs_A else None, masks.packed(mask), A, B, h if needs_B else None)
-        if isinstance(ctx.scale, Tensor):
-            return (y + update * ctx.scale).to(y.dtype)
-        return torch.add(y, update, alpha=ctx.scale, out=torch.empty_like(y))
+        return _raised(y.reshape(-1, y.shape[-1]), h, B, ctx.scale, False).view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
