@@ -41,6 +41,7 @@ from peft import (
 from peft.core.files import Saved
 from peft.core.fingerprint import difference, fingerprint
 from peft.core.header import read_header
+from peft.core.layer import tuner_layers
 from peft.errors import ChangedConfigWarning, OtherBaseWarning, PeftStrictError
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -366,6 +367,8 @@ def test_what_layers_share_is_made_where_no_file_holds_it(name, low, tmp_path, m
 
 def portrait(model):
     """Everything of a model that a load might leave behind."""
+    for _, layer in tuner_layers(model):
+        layer.active_adapters  # noqa: B018  (layers follow a switch when somebody looks)
     modules = {
         name: (id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__))
         for name, m in model.named_modules()

@@ -18,6 +18,7 @@ from .config import PeftConfig
 from .core import late
 from .core.base_state import original_modules
 from .core.checkpoint import Foreseen, foreseen, open_adapter, renamed, set_peft_model_state_dict
+from .core.collector import no_collection
 from .core.defaults import CONFIG_NAME
 from .core.entries import Entry
 from .core.files import CONFIG_HASH, Saved, config_hash, in_hand
@@ -27,7 +28,7 @@ from .core.layer import tuner_layers
 from .core.renames import retargeted
 from .core.shared import late as drawing_late
 from .core.snapshot import snapshot
-from .core.tuner import BaseTuner, no_collection
+from .core.tuner import BaseTuner
 from .errors import ChangedConfigWarning, NoMatchingPeftModuleError, OtherBaseWarning, report
 from .registry import tuner_class
 

@@ -127,6 +127,30 @@ class AdapterHost(Lean):
             self._trainable = flags
 
 
+def below(model: nn.Module) -> tuple[list[nn.Module], bool]:
+    """A module and all below it, each once, level by level, without the modules of adapters; whether some stand at
+    several places. The quickest walk there is, for whom names and order do not matter."""
+    seen: dict[int, nn.Module] = {id(model): model}
+    level, places = [model], 1
+    while level:
+        if any(issubclass(kind, AdapterHost) for kind in set(map(type, level))):
+            tables = [{k: m._modules[k] for k in m._below} if isinstance(m, AdapterHost) else m._modules for m in level]
+        else:
+            tables = [m._modules for m in level if m._modules]
+        children = [child for table in tables for child in table.values() if child is not None]
+        places += len(children)
+        new = dict(zip(map(id, children), children, strict=True))
+        level = [child for key, child in new.items() if key not in seen]
+        seen.update(new)
+    return list(seen.values()), places > len(seen)
+
+
+def hosts(model: nn.Module) -> list[tuple[str, Any]]:
+    """All of `tuner_layers`; found quickly where there are none."""
+    kinds = set(map(type, below(model)[0]))
+    return list(tuner_layers(model)) if any(issubclass(kind, AdapterHost) for kind in kinds) else []
+
+
 def tuner_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(path, layer) of every tuner layer and wrapper below a module; its cost does not depend on how many adapters
     are loaded, because the walk never enters an adapter's own modules."""
@@ -143,5 +167,5 @@ def tuner_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any
             children = {k: children[k] for k in m._below}
         for name in reversed(children):
             child = children[name]
-            if child is not None:
+            if child is not None and (child._modules or isinstance(child, AdapterHost)):
                 stack.append((f"{path}.{name}" if path else name, child))

@@ -20,6 +20,7 @@ from .cells import reference, references
 from .deferred import traced
 from .homes import Homes
 from .host import AdapterHost, tuner_layers
+from .lean import NO_BUFFERS
 from .method import Method, Site
 from .sharded.together import Together
 from .shown import Shown
@@ -58,7 +59,7 @@ class BaseTunerLayer(Together, MixedBatch, Shown, Homes):
         read: str = "",
     ):
         d = self.__dict__
-        d["training"], d["_parameters"], d["_buffers"] = base_layer.training, {}, {}
+        d["training"], d["_parameters"], d["_buffers"] = base_layer.training, {}, NO_BUFFERS
         d["_modules"] = {"base_layer": base_layer}
         innermost = self.get_base_layer()
         d["view"], d["call"], d["adapters"] = view_of(innermost, parameter, self._whole), call or Call(), {}

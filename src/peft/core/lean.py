@@ -37,6 +37,20 @@ class _NoNames(frozenset[str]):
         """Nothing is there."""
 
 
+class _NoBuffers(dict[str, Any]):
+    """The buffers of all modules that have none."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError(f"A buffer {key!r} was written into a table of all modules without any. Use `register_buffer`.")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _NoBuffers:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_buffers, ()
+
+
+NO_BUFFERS = _NoBuffers()
 _NO_HOOKS, _NO_NAMES = _NoHooks(), _NoNames()
 _DEFAULTS = nn.Module().__dict__
 TABLES = tuple(name for name, value in _DEFAULTS.items() if isinstance(value, OrderedDict))
@@ -49,19 +63,15 @@ def _no_hooks() -> _NoHooks:
     return _NO_HOOKS
 
 
+def _no_buffers() -> _NoBuffers:
+    return NO_BUFFERS
+
+
 class Lean(nn.Module):
-    """What a class of modules inherits, before its torch class, so that `bare` makes them."""
+    """What a class of modules inherits, before its torch class; it is made without the torch class's constructor."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-
-    @classmethod
-    def bare(cls) -> Any:
-        """A module as torch's constructor leaves it, without the tables."""
-        module = cls.__new__(cls)
-        d = module.__dict__
-        d["training"], d["_parameters"], d["_buffers"], d["_modules"] = True, {}, {}, {}
-        return module
 
 
 def owned(module: nn.Module) -> None:
@@ -72,6 +82,8 @@ def owned(module: nn.Module) -> None:
             d[name] = OrderedDict()
     if _NAMES not in d:
         d[_NAMES] = set()
+    if d["_buffers"] is NO_BUFFERS:
+        d["_buffers"] = {}
 
 
 def _first_owned(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import views
 from .host import changed
 from .layer import BaseTunerLayer
+from .lean import NO_BUFFERS
 from .pattern import settings, tables
 from .plan import Target
 from .sharded import is_mesh
@@ -86,13 +87,13 @@ class Mold:
         """A layer around a module of the form, without adapters."""
         layer: BaseTunerLayer = _new(self.kind)
         d = layer.__dict__
-        d["training"], d["_parameters"], d["_buffers"] = base.training, {}, {}
+        d["training"], d["_parameters"], d["_buffers"] = base.training, {}, NO_BUFFERS
         d["_modules"], d["view"], d["call"], d["adapters"] = {"base_layer": base}, self.view, self.call, {}
         d["_plain"] = self.plain
         return layer
 
-    def add(self, layer: BaseTunerLayer, path: str) -> None:
-        """The adapter, frozen, in a layer of the form."""
+    def add(self, layer: BaseTunerLayer, path: str, tables: list[dict[str, Any]]) -> None:
+        """The adapter, frozen, in a layer of the form; `tables` receives what holds its parameters."""
         own = layer.__dict__
         training, modules = own["training"], own["_modules"]
         made: dict[str, Tensor] = {}
@@ -105,7 +106,9 @@ class Mold:
             d = part.__dict__
             for k, v in sizes:
                 d[k] = v
-            d["_parameters"]["weight"], d["_parameters"]["bias"] = weight, None
+            table = d["_parameters"]
+            table["weight"], table["bias"] = weight, None
+            tables.append(table)
         if self.start is not None:
             self.start(made)
         p: Adapter = _new(Adapter)
@@ -129,6 +132,7 @@ class Casting:
     model: nn.Module
     placed: list[BaseTunerLayer]
     full: list[BaseTunerLayer]
+    tables: list[dict[str, Any]]  # that hold the parameters of casts
 
     def _like_others(self, targets: list[Target]) -> Iterator[Target]:
         """Cast what is like a layer that has been made; give back the other targets, one by one, to be made in full.
@@ -178,7 +182,7 @@ class Casting:
             added.append(layer)
         else:
             return False
-        mold.add(layer, target.path)
+        mold.add(layer, target.path, self.tables)
         self.placed.append(layer)
         return True
 
@@ -201,7 +205,7 @@ def _taken_out(name: str, fresh: list[tuple[dict[str, Any], str, nn.Module]], ad
 def _bare(kind: type[nn.Module], training: bool) -> Any:
     module = _new(kind)
     d = module.__dict__
-    d["training"], d["_parameters"], d["_buffers"], d["_modules"] = training, {}, {}, {}
+    d["training"], d["_parameters"], d["_buffers"], d["_modules"] = training, {}, NO_BUFFERS, {}
     return module
 
 

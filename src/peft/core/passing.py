@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import storage, views
+from .host import below
 from .storage import Applied, Packed
 
 
@@ -36,13 +37,19 @@ def let_go(model: nn.Module) -> None:
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Packed]]:
     """The layers whose weight is quantised, and its storage."""
-    for module in model.modules():
-        kind, weight = storage.by_class(type(module)), module._parameters.get("weight")
+    plain: set[tuple[type, type]] = set()  # of modules and their weights
+    for module in below(model)[0]:
+        weight = module._parameters.get("weight")
+        if (type(module), type(weight)) in plain:
+            continue
+        kind = storage.by_class(type(module))
         if kind is None:
             kind = None if weight is None else storage.by_class(type(weight))
         elif "weight" not in kind.weights:
             continue
-        if isinstance(kind, Packed) and storage.of(module, "weight") is kind:
+        if not isinstance(kind, Packed):
+            plain.add((type(module), type(weight)))
+        elif storage.of(module, "weight") is kind:
             yield module, kind
 
 

@@ -13,10 +13,12 @@ from torch import nn
 
 from ..errors import PeftWarning, nearest, report
 from . import experts, passing, storage, views
+from .host import hosts
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
 from .mold import Casting
 from .replicate import check_repeated, replicate
+from .roster import Roster
 from .shared import SharedTensors, Sight, is_late, shared_home, shared_of
 from .targets import settings
 from .tie import Place, innermost, places, tied_modules
@@ -50,6 +52,7 @@ class Injection(Casting, Placing):
     parameters: list[tuple[str, str]] = field(default_factory=list)  # the targets that come next, if they are such
     placed: list[BaseTunerLayer] = field(default_factory=list)
     full: list[BaseTunerLayer] = field(default_factory=list)  # those of them that are no casts
+    tables: list[dict[str, Any]] = field(default_factory=list)
     shared: dict[str, SharedTensors] = field(default_factory=dict)
     places: dict[int, list[Place]] = field(default_factory=dict)  # of the modules that stand at several
 
@@ -65,7 +68,7 @@ class Injection(Casting, Placing):
     def run(self, state_dict: Any = None) -> None:
         """Everything, in order; `state_dict`'s keys, if given, decide which modules are adapted."""
         config = self.config
-        disabled = [layer.disable_adapters for _, layer in tuner_layers(self.model)]
+        disabled = [layer.disable_adapters for _, layer in hosts(self.model)]
         first = not disabled
         ranges = getattr(config, "layer_replication", None)
         if ranges and first:
@@ -95,6 +98,11 @@ class Injection(Casting, Placing):
         self._biases()
         self._stored_layout()
         self._note(plan)
+        alone = not (plan.modules_to_save or plan.modules_to_tie or getattr(config, "trainable_token_indices", None))
+        if first and alone and not self.shared and not self.tuner.beside:
+            known = Roster(self.tuner, self.placed)
+            known.told(self.name, self.tables, self.full)
+            self.tuner.__dict__["_roster"] = known
 
     def _share(self, plan: Any) -> None:
         """Make what all layers of the adapter share, and file it in the tuner."""

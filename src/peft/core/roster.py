@@ -16,20 +16,28 @@ class Roster:
 
     Arguments:
         tuner: whose `layers` are looked at.
+        found: these, where they are known.
 
     Attributes:
         layers: those that follow a switch (`Deferred`).
         others: what is switched one by one.
     """
 
-    def __init__(self, tuner: Any) -> None:
+    def __init__(self, tuner: Any, found: list[Any] | None = None) -> None:
         self.changes = changes()
-        found = [layer for _, layer in tuner.layers()]
+        found = [layer for _, layer in tuner.layers()] if found is None else found
         plain, call = BaseTunerLayer.activate, tuner.__dict__.get("call")
-        self.layers = [x for x in found if getattr(type(x), "activate", None) is plain and x.call is call]
-        mine = set(map(id, self.layers))
-        self.others = [x for x in found if id(x) not in mine]
+        kinds = {kind for kind in set(map(type, found)) if getattr(kind, "activate", None) is plain}
+        self.layers = [x for x in found if type(x) in kinds and x.call is call]
+        mine = set(map(id, self.layers)) if len(self.layers) < len(found) else ()
+        self.others = [x for x in found if id(x) not in mine] if mine or not self.layers else []
         self._places: dict[str, tuple[Tables, Tables]] = {}
+
+    def told(self, name: str, tables: list[dict[str, Any]], layers: Iterable[Any]) -> None:
+        """What is known of a new adapter: tables whose only parameter is a `weight`, and the layers beside theirs."""
+        free, kept = self._gathered(name, layers)
+        free.setdefault("weight", []).extend(tables)
+        self._places[name] = free, kept
 
     @property
     def current(self) -> bool:
@@ -59,12 +67,17 @@ class Roster:
     def _of(self, name: str) -> tuple[Tables, Tables]:
         """Where the parameters of an adapter are: those that can be trained, and those that stay frozen."""
         if name not in self._places:
-            free, kept = self._places[name] = {}, {}
-            for layer in self.layers:
-                never = set(map(id, layer.never_trained(name)))
-                for table, key in layer.places(name):
-                    (kept if id(table[key]) in never else free).setdefault(key, []).append(table)
+            self._places[name] = self._gathered(name, self.layers)
         return self._places[name]
+
+    def _gathered(self, name: str, layers: Iterable[Any]) -> tuple[Tables, Tables]:
+        free: Tables = {}
+        kept: Tables = {}
+        for layer in layers:
+            never = set(map(id, layer.never_trained(name)))
+            for table, key in layer.places(name):
+                (kept if id(table[key]) in never else free).setdefault(key, []).append(table)
+        return free, kept
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ from . import storage, views
 from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from .pattern import Selector, compiled
 from .plan import Plan, Target
-from .tie import aliases, innermost, inside
+from .tie import aliases, innermost
+from .walking import kind_of, model_type, walk
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,53 +23,7 @@ if TYPE_CHECKING:
 _MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 _MAMBA_FUSED = frozenset({"out_proj", "conv1d"})
 _MAMBA_METHODS = frozenset({"LORA", "ADALORA", "XLORA", "RANDLORA"})
-_kinds: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
-
-
-def _kind(cls: Any) -> str:
-    """What a class is to matching: "aux" (trained copy), "tuner" (has adapters), "linear" or "other"."""
-    kind = _kinds.get(cls)
-    if kind is None:
-        kind = _kinds[cls] = _classify(cls)
-    return kind
-
-
-def _classify(cls: Any) -> str:
-    if hasattr(cls, "unload_and_optionally_merge_module"):
-        return "aux"
-    if hasattr(cls, "adapter_layer_names"):
-        return "tuner"
-    return "linear" if views.is_linear(cls) else "other"
-
-
-def walk(model: nn.Module, again: list[tuple[str, nn.Module]] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module, in the order of `named_modules`, each module once, and nothing below a tuner layer.
-
-    `again` receives path and module of every further place.
-    """
-    seen: set[int] = set()
-    stack: list[tuple[str, nn.Module]] = [("", model)]
-    while stack:
-        path, module = stack.pop()
-        if id(module) in seen:
-            if again is not None:
-                again.append((path, module))
-            continue
-        seen.add(id(module))
-        yield path, module
-        inner = inside(module)
-        if inner._modules and _kind(type(inner)) not in ("aux", "tuner"):
-            prefix = path + "." if path else ""
-            children = [(prefix + name, child) for name, child in inner._modules.items() if child is not None]
-            stack.extend(reversed(children))
-
-
-def model_type(model: nn.Module) -> str:
-    """`config.model_type` of the model, whose config may be a dictionary; "custom" if it has none."""
-    config = getattr(model, "config", None)
-    kind = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
-    return kind if isinstance(kind, str) else "custom"
 
 
 class Search:
@@ -137,9 +91,9 @@ class Search:
         head = self._head()
         found = set()
         for path, module in self.modules:
-            kind = _kind(type(module))
+            kind = kind_of(type(module))
             base = type(innermost(module)) if kind in ("tuner", "aux") else type(module)
-            if _kind(base) != "linear":
+            if kind_of(base) != "linear":
                 continue
             if module is head:
                 self.skipped.append((path, "output head"))
@@ -192,6 +146,13 @@ class Search:
 
     def named(self) -> Iterator[tuple[str, nn.Module, str]]:
         """Path, module and entry of all modules that the names select, after exclusions."""
+        if not (self.others or self.exclude.entries or self.saved is not None or self.layers is not None):
+            find = self.selector.find
+            for path, module in self.modules:
+                entry = find(path) if path else self._root(module, find(path))
+                if entry is not None:
+                    yield path, module, entry
+            return
         for path, module in self.modules:
             names = (path, *self.others[path]) if path in self.others else (path,)
             entry = next((e for e in [self.selector.find(n) for n in names] if e is not None), None)
@@ -209,7 +170,7 @@ class Search:
 
     def _root(self, module: nn.Module, entry: str | None) -> str | None:
         """For a model that is one layer: the entry that selects it, also by the name of its class."""
-        base = innermost(module) if _kind(type(module)) == "tuner" else module
+        base = innermost(module) if kind_of(type(module)) == "tuner" else module
         if not self._can_adapt(base):
             return None
         name = type(base).__name__.lower()
@@ -252,8 +213,8 @@ class Search:
 
     def _problem(self, path: str, module: nn.Module) -> str | None:
         """Why this module cannot be adapted, or None."""
-        kind = _kind(type(module))
-        if any(is_lazy(p) for p in module._parameters.values() if p is not None):
+        kind = kind_of(type(module))
+        if module._parameters and any(map(is_lazy, module._parameters.values())):  # type: ignore[arg-type]
             raise ValueError(
                 f"target_modules selects '{path}', a {type(module).__name__} whose weight has no shape yet. Run the "
                 "model once on a batch before adapting it."
@@ -289,7 +250,7 @@ class Search:
         known: set[str] = set()
         found: list[Target] = []
         for path, module in self.modules:
-            kind = _kind(type(module))
+            kind = kind_of(type(module))
             if kind == "aux":
                 continue
             known.update(f"{path}.{name}" for name in _adapted_parameters(module))
@@ -355,7 +316,7 @@ def in_order(modules: list[tuple[str, nn.Module]], one: list[Target], two: list[
 def _adapted_parameters(module: nn.Module) -> Iterator[str]:
     """Names of the parameters that adapters at this place adapt already."""
     layer: Any = module
-    while layer is not None and _kind(type(layer)) == "tuner":
+    while layer is not None and kind_of(type(layer)) == "tuner":
         if getattr(layer, "parameter_name", None) is not None:
             yield layer.parameter_name
         layer = layer._modules.get("base_layer")

@@ -76,6 +76,7 @@ class Adapter:
         """The same adapter in a copy of its layer."""
         twin = Adapter(layer, self.name, self.method, self.settings, self.path)
         twin.__dict__.update({k: v for k, v in self.__dict__.items() if k not in twin.__dict__})
+        twin.idle = self.idle
         return twin
 
     def everywhere(self) -> Adapter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .host import AdapterHost
+from .host import AdapterHost, below
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,6 +18,8 @@ def places(model: nn.Module) -> dict[int, list[Place]]:
 
     Like every walk, it does not enter the modules of adapters.
     """
+    if not below(model)[1]:
+        return {}
     found: dict[int, list[Place]] = {}
     stack, seen = [model], {id(model)}
     while stack:

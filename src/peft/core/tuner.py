@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +15,9 @@ from ..registry import tuner_class
 from . import rounding
 from . import unload as unloading
 from .call import Call
+from .collector import no_collection
 from .combined import Combined
+from .host import hosts
 from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
 from .rounding import MergeError
@@ -76,9 +77,7 @@ class BaseTuner(Switching, Combined, nn.Module):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self.active_adapter: str | list[str] = adapter_name
-        self.__dict__["call"] = (
-            next((m.call for _, m in tuner_layers(model) if isinstance(m, BaseTunerLayer)), None) or Call()
-        )
+        self.__dict__["call"] = next((m.call for _, m in hosts(model) if isinstance(m, BaseTunerLayer)), None) or Call()
         with no_collection():
             self.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, undo)
             self.set_adapter(adapter_name, inference_mode=bool(self.peft_config[adapter_name].inference_mode))
@@ -219,7 +218,7 @@ class BaseTuner(Switching, Combined, nn.Module):
                 f"The adapter {name!r} runs the whole model in its own way ({config.peft_type}), so it must be the "
                 "model's first. Wrap the model with it, then add the others."
             )
-        layers = list(tuner_layers(model))
+        layers = hosts(model)
         if any(name in layer._get_available_adapters() for _, layer in layers):
             raise ValueError(f"The model has an adapter {name!r} already. Delete it first, or choose another name.")
         bias = getattr(config, "bias", "none")
@@ -370,18 +369,6 @@ class BaseTuner(Switching, Combined, nn.Module):
         if config is None:
             return {"model_type": "custom"}
         return config.to_dict() if hasattr(config, "to_dict") else dict(getattr(config, "__dict__", config))
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Injection makes many small objects and no garbage; the cyclic collector would walk them again and again."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 @contextmanager

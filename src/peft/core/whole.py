@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .host import below
 from .targets import walk
 from .tie import Place, aliases, inside
 from .wrappers import ModulesToSaveWrapper
@@ -54,7 +55,8 @@ class Placing:
         self.undo.append(lambda: swap(instead_of))
 
     def _freeze(self) -> None:
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        tables = [m._parameters for m in below(self.model)[0] if m._parameters]
+        trainable = [p for table in tables for p in table.values() if p is not None and p.requires_grad]
 
         def put(flag: bool) -> None:
             for p in trainable:

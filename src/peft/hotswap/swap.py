@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..core.checkpoint import adapter_config, load_peft_weights, set_peft_model_state_dict
+from ..core.collector import no_collection
 from ..core.entries import Entry, entries_of, plain
 from ..core.experts import fused, rewrite
 from ..core.files import in_hand
@@ -30,7 +31,6 @@ from ..core.parts import joined
 from ..core.pattern import settings
 from ..core.renames import Key, found_again, of_now, renamed_paths, tables_of_now
 from ..core.stack import Adapter
-from ..core.tuner import no_collection
 from ..core.wrappers import ModulesToSaveWrapper
 from ..errors import listing, nearest
 from ..registry import tuner_class

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lean import SHARED, Lean
+from ..lean import NO_BUFFERS, SHARED, Lean
 
 
 class Linear(Lean, nn.Linear):
@@ -38,6 +38,9 @@ class Template:
         held = {k: v for k, v in module.__dict__.items() if k not in SHARED or not issubclass(self.kind, Lean)}
         self.values = [(k, v) for k, v in held.items() if not hasattr(v, "copy")]
         self.containers = [(k, type(v)) for k, v in held.items() if hasattr(v, "copy")]
+        if issubclass(self.kind, Lean) and type(module._buffers) is dict:
+            self.containers.remove(("_buffers", dict))
+            self.values.append(("_buffers", NO_BUFFERS))
 
     def new(self) -> Any:
         """A module of its own."""
