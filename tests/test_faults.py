@@ -88,7 +88,7 @@ def test_a_full_disk_leaves_one_whole_adapter(tmp_path, monkeypatch, owner, name
             failed = False
         except OSError as error:
             failed = True
-            assert error.errno == errno.ENOSPC and error.filename
+            assert error.errno == errno.ENOSPC and (error.filename or str(tmp_path) in str(error))
     assert failed == (disk.calls >= at)
     old, new = is_one_of_both(tmp_path)
     assert old != new
@@ -99,7 +99,8 @@ def test_a_full_disk_leaves_one_whole_adapter(tmp_path, monkeypatch, owner, name
 
 
 @POSIX
-def test_a_limit_of_the_size_of_files_leaves_the_old_adapter(tmp_path):
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_limit_of_the_size_of_files_leaves_the_old_adapter(tmp_path, safe):
     code = f"""
 import resource, signal, sys
 sys.path[:0] = {sys.path!r}
@@ -108,15 +109,30 @@ model = adapted(**{{**NEW, "r": 4096}})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
-    model.save_pretrained({str(tmp_path)!r})
+    model.save_pretrained({str(tmp_path)!r}, safe_serialization={safe})
 except OSError as error:
-    print("OSError", error)
+    print("OSError", type(error).__name__, error.errno, error)
 """
     adapted(**OLD).save_pretrained(tmp_path)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "OSError" in done.stdout, done.stderr
+    wanted = f"OSError UnwritableError {errno.EFBIG} {str(tmp_path)!r} cannot be written: the file is larger than"
+    assert wanted in done.stdout, done.stdout + done.stderr
     assert is_one_of_both(tmp_path) == [True, False]
     assert not list(tmp_path.glob(".saving-*"))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_what_a_disk_refuses_without_a_path_is_told_with_one(tmp_path, monkeypatch, code):
+    adapted(**OLD).save_pretrained(tmp_path)
+
+    def refuse(handle):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError, match=WEIGHTS + "|" + CONFIG) as caught:
+            adapted(**NEW).save_pretrained(tmp_path)
+    assert caught.value.errno == code and is_one_of_both(tmp_path) == [True, False]
 
 
 # A killed process ----------------------------------------------------------------------------------------------------

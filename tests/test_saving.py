@@ -285,6 +285,15 @@ def test_only_the_folders_of_the_saved_adapters_are_swept(tmp_path):
     assert (tmp_path / "checkpoints" / ".saving-of-another").exists() and not (tmp_path / ".saving-dead").exists()
 
 
+def test_tensors_without_numbers_are_named_and_nothing_is_written(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    bare = get_peft_model(mlp(), LoraConfig(r=4, target_modules=["fc1"]), low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match="meta device.*fc1.lora_A.weight"):
+        bare.save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+
+
 def test_a_folder_that_cannot_be_written_says_so(tmp_path):
     if os.name != "posix" or os.geteuid() == 0:
         pytest.skip("permissions do not bind this user")

@@ -254,6 +254,11 @@ def save_adapter(
     state = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=save_embedding_layers)
     if not state and not _may_be_empty(config):
         raise ValueError(f"Adapter {name!r} has no tensors, so there is nothing to save.")
+    if bare := [key for key, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(
+            f"Adapter {name!r} has tensors without numbers, on the meta device: {listing(bare)}. Load its weights "
+            "first, or pass the full state as `state_dict`."
+        )
     if initial is not None:
         state, config = _converted(state, config, initial)
     config = for_file(model, config)

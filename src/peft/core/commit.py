@@ -42,7 +42,8 @@ def _staged(target: Path) -> Iterator[Path]:
     with writing(target):
         stage = Path(tempfile.mkdtemp(prefix=PREFIX, dir=target))
     try:
-        yield stage
+        with _named(target):
+            yield stage
         moving = _flushed(stage)
         replaced = _replaced(target, moving)
         if len(moving) + len(replaced) > 1:
@@ -66,7 +67,7 @@ def _flushed(stage: Path) -> list[str]:
     usual.touch()
     for file in files:
         shutil.copymode(usual, file)  # safetensors makes files that only their owner can read
-        with open(file, "rb+") as handle:
+        with writing(stage.parent / file.name), open(file, "rb+") as handle:
             os.fsync(handle.fileno())
     usual.unlink()
     return [file.name for file in files]
@@ -163,6 +164,8 @@ _FILE = (
 )
 _LEAVE = "there is no permission to write there", "Choose another folder, or ask its owner for permission"
 _FULL = "the disk is full", "Free some space, or choose a folder on another disk"
+_LARGE = "the file is larger than may be written there", "Raise the limit, or choose a folder on another disk"
+_FAULT = "the disk reports a fault", "Check it, or choose a folder on another one"
 _CAUSES = {
     errno.ENOTDIR: _FILE,
     errno.EEXIST: _FILE,
@@ -175,7 +178,12 @@ _CAUSES = {
     errno.ENOENT: ("a folder on the way to it cannot be made", "Choose another path"),
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
+    errno.EFBIG: _LARGE,
+    errno.EIO: _FAULT,
 }
+
+
+_WHILE_WRITING = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
 
 
 @contextmanager
@@ -192,6 +200,19 @@ def writing(place: Place) -> Iterator[None]:
         if cause is None:
             raise
         raise refusal(place, *cause, error.errno) from error
+
+
+@contextmanager
+def _named(place: Place) -> Iterator[None]:
+    """What a disk refuses while numbers are written, which the system tells without a path, as `writing` tells it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        while error.__context__ is not None and not isinstance(error, OSError):  # torch hides it behind its own
+            error = error.__context__  # type: ignore[assignment]
+        if getattr(error, "filename", None) is None and getattr(error, "errno", None) in _WHILE_WRITING:
+            raise refusal(place, *_CAUSES[error.errno], error.errno) from error  # type: ignore[union-attr,index]
+        raise
 
 
 def refusal(place: Place, cause: str, cure: str, number: int | None) -> UnwritableError:

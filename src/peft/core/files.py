@@ -74,7 +74,8 @@ def write_weights(
         metadata: remarks to put into the head of each safetensors file.
     """
     if not safe:
-        torch.save(dict(state), folder / WEIGHTS_NAME)
+        with open(folder / WEIGHTS_NAME, "wb") as handle:  # a file of Python's tells what the system says
+            torch.save(dict(state), handle)
         return [folder / WEIGHTS_NAME]
     shards = _shards(state, _bytes(max_shard_size))
     names = [SAFETENSORS_WEIGHTS_NAME] if len(shards) == 1 else _shard_names(len(shards))
