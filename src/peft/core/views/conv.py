@@ -9,9 +9,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .linear import Layer, LinearView, Pair, main_input
 from .make import diagonal
+
+ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # of torch's convolutions
+
+
+class _WithKernel(TorchFunctionMode):
+    """Convolves with a kernel, and no bias, where a module would with its own, and notes what comes out."""
+
+    def __init__(self, function: Callable[..., Tensor], kernel: Tensor, found: list[Tensor]):
+        super().__init__()
+        self.function, self.kernel, self.found = function, kernel, found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not self.function or self.found:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(ARGUMENTS, args, strict=False)) | (kwargs or {})
+        channels = given["input"].shape[1 - self.kernel.dim()]
+        y = func(**given | {"weight": self.kernel, "bias": None, "groups": channels // self.kernel.shape[1]})
+        self.found.append(y)
+        return y
 
 
 class ConvView(LinearView):
@@ -49,12 +69,21 @@ class ConvView(LinearView):
             )
 
     def linear(self, m: Layer, x: Tensor, W: Tensor) -> Tensor:
+        if type(m).forward is not self.module.forward and (y := self._as_called(m, x, self.raw(m, W))) is not None:
+            return y
         padding = m.padding
         if m.padding_mode != "zeros":
             x = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
             padding = 0
         kernel = self.raw(m, W)
         return self.function(x, kernel, None, m.stride, padding, m.dilation, m.in_channels // kernel.shape[1])
+
+    def _as_called(self, m: Layer, x: Tensor, kernel: Tensor) -> Tensor | None:
+        """The product in a subclass, which may pad its input by itself; None if it calls no convolution of torch's."""
+        found: list[Tensor] = []
+        with _WithKernel(self.function, kernel, found):
+            type(m).forward(m, x)
+        return found[0] if found else None
 
     def vectors(self, m: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         x = main_input(args, kwargs)
