@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.measure import calls
@@ -307,3 +308,50 @@ def test_prompts_are_exchanged() -> None:
     one, other, tokens = model(1), model(2), torch.tensor([[1, 2, 3]])
     swap(one, other)
     assert torch.equal(one(tokens).logits, other(tokens).logits)
+
+
+class Words(nn.Module):
+    def __init__(self, bias: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens, self.head = nn.Embedding(9, 6), nn.Linear(6, 9)
+        with torch.no_grad():
+            self.embed_tokens.weight += bias
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed_tokens(x))
+
+
+def worded(folder: Path, bias: float, seed: int) -> torch.Tensor:
+    """Saves an adapter on embeddings, with these beside it; gives the answer."""
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "head"], init_lora_weights=False)
+    torch.manual_seed(seed)
+    model = get_peft_model(Words(bias), config).eval()
+    model.save_pretrained(folder)
+    return model(torch.arange(9))
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.5])
+@pytest.mark.filterwarnings("ignore:The embeddings are saved")
+def test_embeddings_saved_beside_an_adapter_are_exchanged_with_it(tmp_path: Path, bias: float) -> None:
+    wanted = [worded(tmp_path / "0", 0.0, 1), worded(tmp_path / "1", bias, 2)]
+    model = PeftModel.from_pretrained(Words(), tmp_path / "0").eval()
+    for i in (1, 0, 1):
+        hotswap_adapter(model, str(tmp_path / str(i)), "default")
+        torch.testing.assert_close(model(torch.arange(9)), wanted[i], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The embeddings are saved")
+def test_embeddings_of_another_size_are_refused(tmp_path: Path) -> None:
+    worded(tmp_path, 0.0, 1)
+    model = PeftModel.from_pretrained(Words(), tmp_path).eval()
+    wide = nn.Embedding(11, 6).weight.detach()
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({k: wide if "base_layer" in k else v for k, v in load_file(file).items()}, file)
+    before = model(torch.arange(9))
+    with pytest.raises(RuntimeError, match="brings embeddings of its own"):
+        hotswap_adapter(model, str(tmp_path), "default")
+    assert torch.equal(model(torch.arange(9)), before)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..core.checkpoint import adapter_config, load_peft_weights, set_peft_model_state_dict
 from ..core.collector import no_collection
+from ..core.embeddings import embedding_tensors
 from ..core.entries import Entry, entries_of, plain
 from ..core.experts import fused, rewrite
 from ..core.files import in_hand
@@ -165,6 +166,7 @@ class Swap:
         if not state:
             raise RuntimeError(f"Hot-swapping the adapter {self.name!r} failed: the new adapter has no tensors.")
         same_kind(found)
+        left = self._embeddings(state, left)
         by_layer: dict[int, list[Entry]] = {}
         for entry in entries:
             by_layer.setdefault(id(entry.adapter) if entry.adapter is not None else id(entry), []).append(entry)
@@ -183,6 +185,27 @@ class Swap:
                 f"{listing(left)}.{nearest(left[0], [e.key for e in entries[:500]])} The new adapter may select fewer "
                 "layers than the loaded one, not others."
             )
+
+    def _embeddings(self, state: Mapping[str, Tensor], left: list[str]) -> list[str]:
+        """Note the base's embeddings that are saved beside the new adapter; returns the keys that are none."""
+        if not left:
+            return left
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of models that do not say which their embeddings are
+            entries = embedding_tensors(self.root, self.old, self.name, True, Entry)
+        found, left = paired(entries, {key: state[key] for key in left})
+        same_kind(found)
+        for entry, value in found.values():
+            here = entry.tensor
+            if value.shape == here.shape and torch.equal(value.to(here.device, here.dtype), here):
+                continue
+            if value.shape != here.shape or self.fixed:
+                raise RuntimeError(
+                    f"The new adapter brings embeddings of its own, {tuple(value.shape)}, which are not those of the "
+                    f"model ({entry.key}, {tuple(here.shape)}). Put it on a model of its own."
+                )
+            self.copies.append((entry, value))
+        return left
 
     def _of_now(self, entries: list[Entry], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The new adapter's tensors, and its configuration, under the names that the model's modules have now."""
