@@ -20,6 +20,8 @@ from torch import Tensor
 from . import choice, masks
 from .modes import is_autocast, transformed
 
+SINGLE = (torch.float32, torch.float64)  # dtypes whose products of a matrix and a vector are as exact as others
+
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
     """y + scale B A dropout(x), in the dtype of y. The definition that every fused form is held against."""
@@ -51,7 +53,23 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
         y = y.addmm_(h, B.mT, alpha=scale)  # which vmap has no rule for
     else:
         y = (y + F.linear(h, B) * scale).to(y.dtype)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def row(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any) -> Tensor | None:
+    """`linear` of a single row in A's dtype, as in decoding, where products of matrices are a long way round.
+
+    None where it is not taken: with gradients, under vmap, elsewhere than on the CPU. Not for graphs.
+    """
+    if torch.is_grad_enabled() or type(scale) is not float or type(x) is not Tensor or not x.is_cpu:
+        return None
+    if x.dtype not in SINGLE or B.dtype is not x.dtype or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    y = F.linear(x, W, b)
+    if y.dtype is not x.dtype:  # under autocast
+        return plain(y, x, A, B, scale)
+    y.view(-1).addmv_(B, A.mv(x.view(-1)), alpha=scale)
+    return y
 
 
 def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:

@@ -174,11 +174,17 @@ class LoRA(LowRank):
         hot = p.hot
         if hot is not None and inner.last is None and inner.extra is None and x.dim() > 1 and not x.is_nested:
             base, A, B, drop, hooks = hot
-            if torch.compiler.is_compiling() or _unchanged(p, base, A, B, drop, hooks):
+            graph = torch.compiler.is_compiling()
+            if graph or _unchanged(p, base, A, B, drop, hooks):
                 held, a, b = base._parameters, A._parameters["weight"], B._parameters["weight"]
                 W = held["weight"]
                 rate = 0.0 if drop is None or not drop.training or type(drop) is nn.Identity else drop.p
-                if (a.dtype is x.dtype and not rate) or (W.dtype is x.dtype and not W.requires_grad):
+                alike = a.dtype is x.dtype and not rate
+                if alike and not graph and x.numel() == x.shape[-1]:
+                    y = lowrank.row(x, W, held["bias"], a, b, p.scaling)
+                    if y is not None:
+                        return y
+                if alike or (W.dtype is x.dtype and not W.requires_grad):
                     return lowrank.linear(x, W, held["bias"], a, b, p.scaling, rate)
         return self.onto(p, inner, inner(x), x)
 
