@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import choice, masks
 from .modes import is_autocast, transformed
@@ -35,7 +35,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
 
     W is (k, d) of x's dtype, and frozen where A and B have another dtype or there is dropout.
     """
-    if x.device.type in choice.devices and (found := choice.linear(x, W, b, A, B, scale, p)) is not None:
+    if choice.devices and (found := choice.linear(x, W, b, A, B, scale, p)) is not None:
         return found
     if (p or A.dtype is not x.dtype) and torch.is_grad_enabled() and not (is_autocast(x) or transformed()):
         if _needs_x(x, A, B):
@@ -74,14 +74,23 @@ def row(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any
 
 def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
     """y + scale B A dropout(x), choosing the form that keeps least."""
-    if x.device.type in choice.devices and (found := choice.add(y, x, A, B, scale, p)) is not None:
+    if choice.devices and (found := choice.add(y, x, A, B, scale, p)) is not None:
         return found
+    if not p and type(scale) is float and x.dtype is y.dtype is A.dtype is B.dtype and _accumulates(y, x, A, B):
+        h = F.linear(x.reshape(-1, x.shape[-1]), A)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.mT, alpha=scale).view(y.shape)
     simple = (not p and x.dtype is A.dtype) or not torch.is_grad_enabled() or is_autocast(x) or transformed()
     if simple or hasattr(A, "placements"):  # DTensors know torch's operations only
         return plain(y, x, A, B, scale, p)
     if _needs_x(x, A, B):
         return masked(y, x, A, B, scale, p)
     return _Add.apply(y, x, A, B, scale, p)
+
+
+def _accumulates(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether the update can be added in the product that makes it: two passes over y in place of four."""
+    ordinary = all(type(t) in (Tensor, nn.Parameter) for t in (y, x, A, B))
+    return ordinary and not (y.is_nested or x.is_nested or A.dim() > 2 or is_autocast(x) or transformed())
 
 
 def masked(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
