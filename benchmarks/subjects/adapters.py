@@ -12,7 +12,11 @@ from benchmarks.models import ALL_LINEAR, Llama, stack
 from benchmarks.subjects.wrapping import config, wrapped
 
 
-@measure("set_adapter, 2,000 layers, 2 adapters", repeats=5)
+@measure(
+    "set_adapter, 2,000 layers, 2 adapters",
+    repeats=5,
+    limits={"set_adapter": 0.01, "frozen": 0.01, "disable_adapter": 0.01},
+)
 def switch() -> Iterator[Numbers]:
     """There and back, and into and out of disable_adapter."""
     model = wrapped(stack(2000, 8))
@@ -25,17 +29,33 @@ def switch() -> Iterator[Numbers]:
     while True:
         there = seconds(lambda: model.set_adapter("b"))
         back = seconds(lambda: model.set_adapter("default"))
-        yield {"set_adapter": min(there, back), "disable_adapter": seconds(toggle)}
+        frozen = [seconds(lambda name=name: freeze(model, name)) for name in ("b", "default", "b", "default")]
+        yield {"set_adapter": min(there, back), "frozen": min(frozen), "disable_adapter": seconds(toggle)}
+
+
+def freeze(model: nn.Module, name: str) -> None:
+    """A switch after which nothing is trainable."""
+    model.base_model.set_adapter(name, inference_mode=True)  # type: ignore[operator, union-attr]
 
 
 def growth(numbers: Numbers) -> Numbers:
-    """How much dearer the twentieth is than the first."""
-    return {"20th over 2nd|x": numbers["20th"] / numbers["2nd"]}
+    """How much dearer the twentieth is than the first, and all hundred than reading their files."""
+    return {
+        "20th over 2nd|x": numbers["20th"] / numbers["2nd"],
+        "100 over reading|x": numbers["100 adapters"] / numbers["reading the file"] / 100,
+        "from_pretrained over reading|x": numbers["from_pretrained"] / numbers["reading the file"],
+    }
 
 
-@measure("load adapters from disk, 28 targets, r=8", repeats=3, derive=growth, ceilings={"20th over 2nd|x": 1.2})
+LOADS = {"2nd": 0.06, "40th": 0.01}
+GROWTH = {"20th over 2nd|x": 1.2, "100 over reading|x": 5, "from_pretrained over reading|x": 3}
+
+
+@measure("load adapters from disk, 28 targets, r=8", repeats=3, derive=growth, limits=LOADS, ceilings=GROWTH)
 def load() -> Iterator[Numbers]:
-    """save_pretrained, from_pretrained, then load_adapter up to the twentieth."""
+    """save_pretrained, from_pretrained, then load_adapter up to the hundredth; reading is safetensors' own."""
+    from safetensors.torch import load_file
+
     from peft import PeftModel
 
     with tempfile.TemporaryDirectory() as folder:
@@ -46,13 +66,19 @@ def load() -> Iterator[Numbers]:
             base = small()
             first = seconds(lambda keep=keep, base=base: keep.append(PeftModel.from_pretrained(base, folder)))
             times = [
-                seconds(lambda i=i, keep=keep: keep[0].load_adapter(folder, adapter_name=f"a{i}")) for i in range(2, 22)
+                seconds(lambda i=i, keep=keep: keep[0].load_adapter(folder, adapter_name=f"a{i}"))
+                for i in range(2, 102)
             ]
             yield {
                 "save_pretrained": saving,
                 "from_pretrained": first,
                 "2nd": min(times[:2]),
-                "20th": min(times[-2:]),
+                "20th": min(times[18:20]),
+                "40th": min(times[38:40]),
+                "100 adapters": sum(times),
+                "reading the file": min(
+                    seconds(lambda: load_file(f"{folder}/adapter_model.safetensors")) for _ in range(5)
+                ),
             }
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,26 +31,77 @@ def wrapped(model: nn.Module, **kwargs: object) -> nn.Module:
     return get_peft_model(model, config(**kwargs))
 
 
-@measure("get_peft_model, 2,000 Linear(8, 8), r=8", repeats=5, limits={"wrap 2,000": 0.2})
+PAYLOAD = 2 * 8 * 8 * 4  # bytes of the parameters of one layer
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@measure(
+    "get_peft_model, 2,000 Linear(8, 8), r=8",
+    repeats=5,
+    limits={"wrap 2,000": 0.05},
+    ceilings={"tracked objects per layer|": 20, "calls per layer|": 120},
+    derive=lambda numbers: {"second over first|x": numbers["second adapter"] / numbers["wrap 2,000"]},
+)
 def wrap() -> Iterator[Numbers]:
-    """Time, objects that the garbage collector tracks, and function calls, per layer where said."""
+    """Time, and per layer: objects that the garbage collector tracks, function calls (of another 200 layers)."""
     wrapped(stack(10, 8))
     keep: list[nn.Module] = []
     while True:
         keep.clear()
-        model = stack(2000, 8)
-        gc.collect()
-        before = len(gc.get_objects())
+        few = tracked(stack(10, 8))
+        objects = (tracked(stack(210, 8)) - few) / 200
+        model, small, larger = stack(2000, 8), stack(100, 8), stack(300, 8)
         spent = seconds(lambda model=model: keep.append(wrapped(model)))
-        gc.collect()
-        objects = (len(gc.get_objects()) - before) / 2000
-        small = stack(200, 8)
-        entered = calls(lambda small=small: wrapped(small)) / 200
+        second = seconds(lambda keep=keep: keep[0].add_adapter("b", config()))
+        entered = [calls(lambda m=m: wrapped(m)) for m in (small, larger)]
         yield {
             "wrap 2,000": spent,
+            "second adapter": second,
             "tracked objects per layer|": objects,
-            "calls per layer (of 200)|": entered,
+            "calls per layer|": (entered[1] - entered[0]) / 200,
         }
+
+
+def tracked(model: nn.Module) -> int:
+    """Objects that wrapping a model leaves."""
+    gc.collect()
+    before = len(gc.get_objects())
+    kept = wrapped(model)
+    gc.collect()
+    return len(gc.get_objects()) - before + 0 * len(kept._modules)
+
+
+MEMORY = """
+import gc, sys, torch
+from benchmarks.models import stack
+from benchmarks.subjects.wrapping import PAYLOAD, resident, wrapped
+wrapped(stack(10, 8))
+model = stack(8000, 8)
+gc.collect()
+before = resident()
+kept = wrapped(model)
+print((resident() - before) / 8000 / PAYLOAD)
+"""
+
+
+@measure(
+    "resident memory of get_peft_model over the payload, 8,000 Linear(8, 8)",
+    repeats=2,
+    unit="x",
+    ceilings={"memory": 10},
+)
+def wrap_memory() -> Iterator[Numbers]:
+    """In a process of its own, as memory that is freed stays resident."""
+    while True:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", MEMORY], capture_output=True, text=True, check=True
+        )
+        yield {"memory": float(done.stdout.split()[-1])}
 
 
 def exponent(numbers: Numbers) -> Numbers:
@@ -54,7 +109,7 @@ def exponent(numbers: Numbers) -> Numbers:
     return {"exponent|": math.log10(numbers["wrap 20,000"] / numbers["wrap 2,000"])}
 
 
-@measure("get_peft_model, growth to 20,000 layers", repeats=1, derive=exponent, ceilings={"exponent|": 1.1})
+@measure("get_peft_model, growth to 20,000 layers", repeats=1, derive=exponent, ceilings={"exponent|": 1.05})
 def wrap_growth() -> Iterator[Numbers]:
     """The same at ten times the size."""
     wrapped(stack(10, 8))

@@ -23,8 +23,9 @@ from .core.defaults import CONFIG_NAME
 from .core.entries import Entry
 from .core.files import CONFIG_HASH, Saved, config_hash, in_hand
 from .core.fingerprint import difference
+from .core.host import below
 from .core.hub import fetch, hub_arguments
-from .core.layer import tuner_layers
+from .core.layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .core.renames import retargeted
 from .core.shared import late as drawing_late
 from .core.snapshot import snapshot
@@ -68,6 +69,7 @@ class AdapterFile:
     options: Mapping[str, Any]
     base: nn.Module
     _known: Foreseen | None = None
+    _new: bool = False  # the adapter was not there before
 
     @classmethod
     def of(
@@ -95,7 +97,7 @@ class AdapterFile:
             place: adds the adapter, on the meta device if told so.
             keep_empty: leave what the file does not bring on the meta device.
         """
-        outline = self.outline
+        outline, self._new = self.outline, True
         _check_prompt(config, outline, self.name)
         before = copy.deepcopy(config.__dict__)
         with in_hand(list(outline)):
@@ -154,7 +156,7 @@ class AdapterFile:
             undo()
             raise
         if not is_trainable:
-            model.eval()
+            _evaluating(model, self.name, self._new)
         return result
 
     def _check_base(self, model: PeftModel, strict: bool | None) -> None:
@@ -198,6 +200,20 @@ class AdapterFile:
                 "saved. Load it under a new name, or delete_adapter first, to have its settings too."
             )
             report(ChangedConfigWarning, text, self.options.get("strict"), stacklevel=4)
+
+
+def _evaluating(model: PeftModel, name: str, new: bool) -> None:
+    """`model.eval()`; where all but a new adapter is in evaluation already, no other adapter is visited."""
+    found, _ = below(model)
+    layers = [m for m in found if isinstance(m, AdapterHost)]
+    if not new or any(m.training for m in found) or not all(isinstance(m, BaseTunerLayer) for m in layers):
+        model.eval()
+        return
+    for layer in layers:
+        for key, home in layer._modules.items():
+            child = None if key in layer._below or home is None else home._modules.get(name)
+            if child is not None:
+                child.eval()
 
 
 def _settings(config: PeftConfig) -> list[str]:
