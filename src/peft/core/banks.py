@@ -195,7 +195,7 @@ class Banks:
                 self.rest.append(p.name)
             else:
                 A, B, _ = term
-                ragged = A.device.type in choice.devices and choice.banked(A, B)
+                ragged = bool(choice.devices) and choice.banked(A, B)
                 size = "any" if ragged else (A.shape[0] - 1).bit_length()
                 alike.setdefault((A.dtype, A.device, size), []).append((p.name, term))
         self.banks: list[Any] = [

@@ -1,8 +1,9 @@
 """Which form of a kernel runs: torch's, or Triton's where the tensors are on a GPU. The only place that decides it.
 
 Each function here gives what the torch form of the same name gives, or None where that one must run. Callers look
-first whether the device is among `devices`, which costs nothing on a CPU. Triton is imported at the first use on a GPU;
-where it is missing, does not compile, or gives other numbers than torch (`triton.probe`), the torch forms run.
+first whether there are any `devices`, and where torch is built for CPUs alone there are none. Triton is imported at the
+first use on a GPU; where it is missing, does not compile, or gives other numbers than torch (`triton.probe`), the torch
+forms run.
 
 The environment variable PEFT_KERNELS, read at the first import, says `torch` to leave Triton out, or `auto`.
 """
@@ -30,7 +31,8 @@ def _devices() -> frozenset[str]:
     setting = os.environ.get("PEFT_KERNELS") or "auto"
     if setting not in SETTINGS:
         raise ValueError(f"PEFT_KERNELS is {setting!r}, but must be one of {', '.join(SETTINGS)}. Unset it for 'auto'.")
-    return frozenset({"cuda", "xpu"} if setting == "auto" else ())
+    built = {"cuda": torch.backends.cuda.is_built(), "xpu": torch.xpu._is_compiled()}
+    return frozenset(kind for kind in built if built[kind] and setting == "auto")
 
 
 devices = _devices()
@@ -58,7 +60,7 @@ def _plain(t: Tensor | None) -> bool:
 
 def _tried(form: str, x: Tensor, A: Tensor, rank: int | None = None) -> Any:
     rank = A.shape[0] if rank is None else rank
-    if not 0 < rank <= WIDEST or not x.numel():
+    if not 0 < rank <= WIDEST or not x.numel() or x.device.type not in devices:
         return None
     key = (
         form,

@@ -32,7 +32,7 @@ def square(W: Tensor) -> Tensor:
 
 def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
     """|W + s B A| of each row, from W's `square`, without the product: A and B are in float32."""
-    if W.device.type in choice.devices and (found := choice.norms(W, squares, A, B, s)) is not None:
+    if choice.devices and (found := choice.norms(W, squares, A, B, s)) is not None:
         return found
     cross = torch.cat([w.float() @ A.mT for w in tiles(W)], -2)
     return (squares + ((cross * (2 * s) + (B @ (A @ A.mT)) * (s * s)) * B).sum(-1)).clamp_min(0).sqrt()
@@ -56,7 +56,7 @@ def add(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float, m: Tensor, n: Tensor, b: Tensor | None
 ) -> Tensor:
     """m / n (y - b + scale B A dropout(x)) + b, choosing the form that keeps least."""
-    if x.device.type in choice.devices and (found := choice.add_scaled(y, x, A, B, scale, p, m, n, b)) is not None:
+    if choice.devices and (found := choice.add_scaled(y, x, A, B, scale, p, m, n, b)) is not None:
         return found
     if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or transformed():
         return plain(y, x, A, B, scale, p, m / n, b)
@@ -67,7 +67,7 @@ def linear(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any, p: float, m: Tensor, n: Tensor
 ) -> Tensor:
     """m / n (W x + scale B A dropout(x)) + b with a frozen W, all of one dtype, on a layer that nothing else sees."""
-    if x.device.type in choice.devices and (found := choice.linear_scaled(x, W, b, A, B, scale, p, m, n)) is not None:
+    if choice.devices and (found := choice.linear_scaled(x, W, b, A, B, scale, p, m, n)) is not None:
         return found
     if transformed():
         return plain(F.linear(x, W, b), x, A, B, scale, p, m / n, b)
