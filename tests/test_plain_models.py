@@ -227,7 +227,7 @@ def test_a_net_of_convolutions_learns_digits_and_is_merged(config: Any, tmp_path
     model = get_peft_model(copy.deepcopy(base), config).eval()
     before, first = weights(model), accuracy(model, x, wanted)
     fit(model, x[:200], wanted[:200], 25, lr=2e-2)
-    assert accuracy(model, x[200:], wanted[200:]) > first + 0.15
+    assert accuracy(model, x[200:], wanted[200:]) > first + 0.08
     through_a_merge(model, x, before)
     through_files(model, base, x, tmp_path)
 
