@@ -1,11 +1,12 @@
-"""Mixed batches: each row under an adapter of its own."""
+"""Mixed batches, each row under an adapter of its own, and fused experts, each token under a few of many."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from benchmarks.measure import Numbers, added, measure, smallest
 from benchmarks.models import frozen, stack
@@ -48,3 +49,46 @@ def mixed() -> Iterator[Numbers]:
             numbers["bare"] = min(numbers.get("bare", 1.0), smallest(lambda: bare(x), 5, 20))
             numbers[f"{n} adapters"] = smallest(run, 5, 20)
         yield numbers
+
+
+class Experts(nn.Module):
+    """Fused experts, gate and up projections stacked as in transformers 5; each token goes to those it is told."""
+
+    def __init__(self, count: int, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(count, 2 * inner, hidden) / 16)
+        self.down_proj = nn.Parameter(torch.randn(count, hidden, inner) / 16)
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for expert in chosen.unique():
+            token, _ = torch.where(chosen == expert)
+            gate, up = F.linear(x[token], self.gate_up_proj[expert]).chunk(2, -1)
+            y.index_add_(0, token, F.linear(F.silu(gate) * up, self.down_proj[expert]))
+        return y
+
+
+class Routed(nn.Module):
+    """A model of nothing but experts."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.experts = Experts(*sizes)
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        return self.experts(x, chosen)
+
+
+@measure("fused experts, one token, 2 of 32 experts, 512 / 1024, r=8", repeats=3, derive=added, limits={"adapted": 0.1})
+@torch.no_grad()
+def experts() -> Iterator[Numbers]:
+    """Only the experts that are chosen are computed."""
+    x, chosen, sizes = torch.randn(1, 512), torch.tensor([[3, 17]]), (32, 512, 1024)
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    bare = frozen(Routed(*sizes)).eval()
+    model = wrapped(Routed(*sizes), target_modules=[], target_parameters=parameters, init_lora_weights=False).eval()
+    while True:
+        yield {
+            "bare": smallest(lambda: bare(x, chosen), 5, 5),
+            "adapted": smallest(lambda: model(x, chosen), 5, 5),
+        }

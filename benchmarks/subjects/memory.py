@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import Numbers, measure, seconds
-from benchmarks.models import frozen, stack
+from benchmarks.models import ALL_LINEAR, Llama, frozen, stack
 from benchmarks.subjects.wrapping import wrapped
 
 MIB = 2.0**20
@@ -48,6 +48,37 @@ def saved() -> Iterator[Numbers]:
         for name, options in cases.items():
             model = wrapped(frozen(stack(4, 1024, dtype=torch.bfloat16)), **options).train()
             numbers[name] = kept(model, x)
+        yield numbers
+
+
+BEYOND: dict[str, tuple[torch.dtype, dict[str, object], bool]] = {
+    "dropout 0": (torch.float32, {}, False),
+    "dropout 0.1": (torch.float32, {"lora_dropout": 0.1}, False),
+    "bf16 base": (torch.bfloat16, {}, False),
+    "bf16 base, dropout 0.1": (torch.bfloat16, {"lora_dropout": 0.1}, False),
+    "A frozen": (torch.float32, {}, True),
+}
+
+
+@measure(
+    "saved for backward beyond bare, 2 Llama layers of 256, 128 tokens, all-linear r=8, fp32 adapters",
+    repeats=1,
+    unit="MiB",
+    limits={"dropout 0.1": 0.4, "bf16 base": 0.29, "bf16 base, dropout 0.1": 0.29},
+    ceilings={"dropout 0.1": 1.3, "bf16 base": 0.65, "bf16 base, dropout 0.1": 0.71, "A frozen": 0.06},
+)
+def saved_beyond() -> Iterator[Numbers]:
+    """Exact; where A is frozen, the products with it alone, and nothing of the inputs."""
+    while True:
+        numbers = {}
+        for name, (dtype, options, freeze) in BEYOND.items():
+            x = torch.randn(2, 64, 256, dtype=dtype, requires_grad=True)
+            bare = kept(frozen(Llama(2, 256, 688, 4).to(dtype)), x)
+            model = wrapped(Llama(2, 256, 688, 4).to(dtype), target_modules=ALL_LINEAR, **options).train()
+            for key, parameter in model.named_parameters():
+                if freeze and "lora_A" in key:
+                    parameter.requires_grad_(False)
+            numbers[name] = kept(model, x) - bare
         yield numbers
 
 

@@ -86,6 +86,27 @@ def train(dtype: torch.dtype = torch.float32, **options: object) -> Iterator[Num
 SHAPE = "train step, 30M Llama shape, 128 tokens, all-linear r=16"
 
 
+@measure("prefill 4 x 256 tokens, 4 Llama layers of 512, all-linear", repeats=3, derive=added)
+@torch.no_grad()
+def prefill() -> Iterator[Numbers]:
+    """The same input through models of two ranks."""
+    x, shape = torch.randn(4, 256, 512), (4, 512, 1376, 8)
+    bare = frozen(Llama(*shape)).eval()
+    models = {f"r={r}": wrapped(Llama(*shape), r=r, target_modules=ALL_LINEAR).eval() for r in (8, 64)}
+    while True:
+        yield {"bare": smallest(lambda: bare(x), 2)} | {n: smallest(lambda m=m: m(x), 2) for n, m in models.items()}
+
+
+@measure("train step, 15M Llama shape, 128 tokens, all-linear, ranks", repeats=3, derive=added)
+def train_ranks() -> Iterator[Numbers]:
+    """fp32 without dropout, at three ranks."""
+    x, shape = torch.randn(2, 64, 512, requires_grad=True), (4, 512, 1376, 8)
+    bare = step(frozen(Llama(*shape)), x)
+    steps = {r: step(wrapped(Llama(*shape), r=r, target_modules=ALL_LINEAR).train(), x) for r in (8, 16, 64)}
+    while True:
+        yield {"bare": smallest(bare, 2)} | {f"r={r}": smallest(run, 2) for r, run in steps.items()}
+
+
 @measure(f"{SHAPE}, dropout 0", repeats=4, derive=added, limits={"step": 1.0})
 def train_plain() -> Iterator[Numbers]:
     """fp32."""
