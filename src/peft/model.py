@@ -234,7 +234,8 @@ class PeftModel(Persistent, nn.Module):
                 f"adapter_names has {len(names)} entries, but the batch has {first.shape[0]} samples. Pass one name "
                 f"per sample ({BASE!r} for none)."
             )
-        unknown = [n for n in dict.fromkeys(names) if n not in self.peft_config and n != BASE]
+        known = self.peft_config
+        unknown = [n for n in dict.fromkeys(names) if n not in known and n != BASE]
         if unknown:
             raise ValueError(
                 "adapter_names holds unknown names: "
