@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import describe
+from ..core.direct import open_linear
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
 from ..core.shared import Shared, drawn
@@ -98,6 +100,17 @@ class VeRA(LowRank):
         b = p.held(f"{self.word}_lambda_b")
         B = getattr(p, f"{self.word}_B").to(b.device, b.dtype)
         return self.down(p, slice(p.r)), b[..., None] * B[: b.shape[-1], : p.r]
+
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        held = open_linear(inner, x) if type(self).onto is LowRank.onto and torch.is_grad_enabled() else None
+        if held is None:
+            return super().at_once(p, inner, x)
+        b, d = p.held(f"{self.word}_lambda_b"), p.held(f"{self.word}_lambda_d")
+        A, B = (getattr(p, f"{self.word}_{name}").to(b.device, b.dtype) for name in "AB")
+        z, _ = inner.drop(x, self.drop_rate(p), d.dtype)
+        h = F.linear(z, A[: p.r, : x.shape[-1]]) * d  # A and B have no gradients, so that d and b are better apart
+        y = F.linear(x, *held)
+        return (y + F.linear(h, B[: len(b), : p.r]) * b).to(y.dtype)
 
     def down(self, p: Adapter, rows: slice) -> Tensor:
         """These rows of diag(d) A, (..., rows, I)."""
