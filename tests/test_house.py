@@ -271,3 +271,13 @@ def test_the_version_is_the_same_everywhere() -> None:
     declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert declared is not None
     assert declared[1] == peft.__version__
+
+
+def test_importing_draws_no_random_numbers() -> None:
+    everything = "; ".join(
+        f"import {name}" for name in sorted(MODULES) if name.startswith(("peft.core", "peft.methods"))
+    )
+    state = "torch.get_rng_state()"
+    probe = f"import torch; torch.manual_seed(0); a = {state}; {everything}; print(torch.equal(a, {state}))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", probe], capture_output=True, text=True)
+    assert done.stdout.split() == ["True"], done.stderr

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..kernels import choice
 from ..kernels.modes import transformed
 from .stack import Adapter
+from .views import SETTLED
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 KEPT = 128  # adapters in a layer's banks that no longer take part in the batches
@@ -156,7 +157,7 @@ class Watch:
                 self.hooks += [child._forward_pre_hooks, child._forward_hooks]
             else:  # a lean module: it gets tables by its first hook
                 self.places.append((own, "_forward_hooks"))
-            if not isinstance(child, (nn.Linear, nn.Identity)):
+            if type(child) not in SETTLED:
                 self.places += [(own, "training"), (own, "p")]
             for held in (child._parameters, child._buffers):
                 for key, tensor in held.items():

@@ -13,7 +13,7 @@ from .conv import ConvView
 from .embedding import EmbeddingView, embed_scale
 from .engine import EngineView, is_engine, is_fused
 from .linear import Conv1DView, LinearView, main_input
-from .make import PLAIN, Linear, ModuleDict, ParameterDict, Template, linear_module
+from .make import PLAIN, SETTLED, Linear, ModuleDict, ParameterDict, Template, linear_module
 from .module import ModuleView
 from .parallel import ParallelView, is_parallel
 from .parameter import AttentionView, ParameterView
@@ -23,6 +23,7 @@ __all__ = [
     "LABELS",
     "PLAIN",
     "READS",
+    "SETTLED",
     "SUPPORTED",
     "Linear",
     "LinearView",

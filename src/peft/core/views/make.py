@@ -23,6 +23,7 @@ class ParameterDict(Lean, nn.ParameterDict):
 
 
 PLAIN = frozenset({nn.Linear, Linear})  # the classes whose call is W x + b, and nothing else
+SETTLED = PLAIN | {nn.Identity}  # those whose call is the same in training and evaluation
 
 
 class Template:
@@ -70,4 +71,4 @@ def diagonal(M: Tensor, n: int) -> Tensor:
     return (M.unflatten(-2, (n, -1)).unsqueeze(-2) * eye).flatten(-4, -3).flatten(-2)
 
 
-_TEMPLATE = Template(nn.Linear(1, 1, bias=False), Linear)
+_TEMPLATE = Template(nn.Linear(1, 1, bias=False, device="meta"), Linear)  # elsewhere it would draw random numbers
