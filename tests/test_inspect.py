@@ -208,6 +208,13 @@ def test_places_and_tensors_without_each_other_are_told_with_the_nearest_name(tm
     assert not fit.ok
 
 
+def test_numbers_of_another_kind_do_not_fit(tmp_path: Path) -> None:
+    saved(tmp_path, config())
+    changed(tmp_path, lambda s: s.update({k: v.to(torch.int32) for k, v in s.items()}))
+    fit = check_adapter(tmp_path, net())
+    assert not fit.ok and "is torch.int32 in the checkpoint" in fit.refused
+
+
 def test_a_configuration_that_selects_nothing_is_told(tmp_path: Path) -> None:
     saved(tmp_path, config())
     fit = check_adapter(tmp_path, nn.ModuleDict({"querry": nn.Linear(6, 8)}))

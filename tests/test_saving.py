@@ -275,6 +275,19 @@ def test_embeddings_are_saved_if_they_are_no_longer_as_large_as_when_the_model_w
     assert torch.equal(again.get_base_model().embed.weight, model.get_base_model().embed.weight)
 
 
+def test_embeddings_that_take_the_place_of_others_are_told_where_adapters_run_on_those(tmp_path):
+    for name in ("one", "two"):
+        torch.manual_seed(len(list(tmp_path.iterdir())))
+        model = get_peft_model(Words(5), LoraConfig(r=2, target_modules=["fc"]))
+        model.save_pretrained(tmp_path / name, save_embedding_layers=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = PeftModel.from_pretrained(Words(5), tmp_path / "one")
+        model.load_adapter(tmp_path / "one", "same")
+    with pytest.warns(PeftWarning, match=r"other numbers for .*embed\.weight.* 'default', 'same' were loaded on"):
+        model.load_adapter(tmp_path / "two", "other")
+
+
 # Leftovers -----------------------------------------------------------------------------------------------------------
 
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..errors import listing, nearest
+from ..errors import PeftWarning, listing, nearest, report
 from . import sharded
 from .base_state import get_base_model_state_dict, set_base_model_state_dict
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -21,7 +22,7 @@ from .embeddings import embedding_tensors
 from .entries import Entry, entries_of, mapped, plain, walk
 from .experts import fused
 from .files import INDEX_NAME, Saved, open_weights
-from .fill import checked, fill
+from .fill import Found, checked, fill
 from .hub import fetch
 from .layer import tuner_layers
 from .parts import joined, repeated, split, written
@@ -144,11 +145,31 @@ def _written(
     else:
         root, entries, state, write = _arranged(root, state, adapter_name, known and known.places)
         found = checked(root, entries, state, adapter_name, ignore_mismatched_sizes, write is not None)
+    _tell_of_base(root, entries, found[0], adapter_name, strict)
     missing, unexpected = fill(entries, *found, adapter_name, strict)
     written(entries)
     if write is not None:
         write()
     return _IncompatibleKeys([e.live for e in missing], unexpected)
+
+
+def _tell_of_base(root: nn.Module, entries: list[Entry], found: Found, adapter_name: str, strict: bool | None) -> None:
+    """Say that a file changes tensors of the base (embeddings saved beside it) on which other adapters run."""
+    others = [name for name in getattr(root, "peft_config", ()) if name != adapter_name]
+    own = {entry.live for entry in entries} if others else set()
+    base = [pair for live, pair in found.items() if others and live not in own]
+    changed = [e.key for e, v in base if not sharded.is_spread(e.tensor) and not _same(e.tensor, v)]
+    if changed:
+        text = (
+            f"The file of adapter {adapter_name!r} holds other numbers for {listing(changed)} of the base model, which "
+            f"take the place of those that {listing(others)} were loaded on: these answer otherwise from now on. Load "
+            "the adapter on a base of its own, or leave such tensors out of its file (save_embedding_layers=False)."
+        )
+        report(PeftWarning, text, strict, stacklevel=5)
+
+
+def _same(here: Tensor, value: Tensor) -> bool:
+    return here.shape == value.shape and torch.equal(here, value.to(here.device, here.dtype))
 
 
 def foreseen(

@@ -18,7 +18,7 @@ from ..core.checkpoint import open_adapter
 from ..core.entries import Entry, base_tensors, entries_of, plain
 from ..core.experts import fused
 from ..core.files import in_hand
-from ..core.fill import paired
+from ..core.fill import paired, same_kind
 from ..core.fingerprint import difference
 from ..core.parts import joined
 from ..core.renames import found_again, of_now
@@ -128,6 +128,7 @@ def _compare(root: nn.Module, config: Any, outline: Mapping[str, Tensor], fit: F
             fit.matched += 1
         else:
             fit.misshapen[entry.key] = (tuple(value.shape), tuple(entry.tensor.shape))
+    same_kind(found)
 
 
 def _fits(entry: Entry, value: Tensor) -> bool:

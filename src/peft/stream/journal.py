@@ -57,8 +57,9 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         self._handle.close()
-        if kind is not None and issubclass(kind, Exception) and not issubclass(kind, (OSError, MemoryError)):
-            shutil.rmtree(self.stage, ignore_errors=True)  # it would fail again
+        again = kind is not None and issubclass(kind, Exception) and not issubclass(kind, (OSError, MemoryError))
+        if again or (kind is not None and not self.done):  # it would fail again, or has nothing to go on from
+            shutil.rmtree(self.stage, ignore_errors=True)
             self.file.unlink(missing_ok=True)
 
     def _whole(self, line: dict[str, Any]) -> bool:
