@@ -176,7 +176,7 @@ def _magnitude(updates: list[Update]) -> Tensor:
     first = updates[0].p
     W = first.original_weight().float()
     norm = torch.linalg.vector_norm(W, dim=-1)
-    tensors = [u.p.method.magnitude(u.p).float() for u in updates]  # type: ignore[attr-defined]
+    tensors = [u.p.method.magnitude(u.p).float() for u in updates]
     if len(tensors) == 1 and updates[0].weight == 1:
         return tensors[0]
     return norm + task_arithmetic([m - norm for m in tensors], _weights(updates, norm))

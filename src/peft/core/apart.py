@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .entries import PREFIX, plain
 from .pattern import TABLES, pattern_value
-from .search import walk
 from .tie import innermost
 from .views import supported
+from .walking import walk
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

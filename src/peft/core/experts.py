@@ -22,9 +22,9 @@ import torch
 from . import apart, storage
 from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from .pattern import TABLES, Selector
-from .search import model_type, walk
 from .tie import innermost
 from .views import supported
+from .walking import model_type, walk
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .search import walk
 from .tie import innermost
 from .unload import progress
 from .views import is_linear, view_of
+from .walking import walk
 
 Weight = tuple[str, tuple[int, ...], Callable[[], Tensor]]  # name, (out, in), and what reads its numbers
 EPS = 1e-8

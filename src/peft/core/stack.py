@@ -142,7 +142,7 @@ class Stack:
         if last is not None:
             if self.again and torch.is_grad_enabled():
                 return checkpoint(last.method.forward, last, self.inner, x, use_reentrant=False)
-            return last.method.forward(last, self.inner, x)  # type: ignore[arg-type]
+            return last.method.forward(last, self.inner, x)
         if self.packed is not None:
             return self.packed.apply(self._call_base, self.view, self.base, x)
         return self._call_base(self.base, x)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from .defaults import DUMMY_TARGET_MODULES
 from .pattern import pattern_value, settings
 from .plan import Plan, Target
-from .search import Search, in_order, walk
+from .search import Search, in_order
 from .strict import compare, complain, no_match
 from .tie import input_embedding, tied_modules
+from .walking import walk
 
 if TYPE_CHECKING:
     from torch import nn

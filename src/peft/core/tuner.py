@@ -21,10 +21,10 @@ from .host import hosts
 from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
 from .rounding import MergeError
-from .search import model_type
 from .shared import shared_of
 from .switch import Switching, check_once
 from .targets import match
+from .walking import model_type
 from .wrappers import AuxiliaryTrainingWrapper
 
 if TYPE_CHECKING:

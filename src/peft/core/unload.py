@@ -13,9 +13,9 @@ from ..errors import PeftWarning, report
 from . import passing
 from .layer import BaseTunerLayer, tuner_layers
 from .onload import onload_layer
-from .search import walk
 from .tie import Place, input_embedding, places, storage_key, tied_modules
 from .tokens import check_disjoint
+from .walking import walk
 from .wrappers import AuxiliaryTrainingWrapper
 
 Holder = tuple[nn.Module, str]

@@ -130,7 +130,7 @@ class LNTuningLayer(BaseTunerLayer):
         if rest:
             raise ValueError(f"Merging {list(names)} at {self._where()!r} while {rest} runs would do nothing yet.")
 
-    def tiles(self, names: tuple[str, ...]) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self, names: tuple[str, ...], into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         for name in names:
             for t in self._modules["ln_tuning_layers"][name].state_dict().values():  # type: ignore[index]
                 if not torch.isfinite(t).all():

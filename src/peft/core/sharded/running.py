@@ -120,7 +120,7 @@ class Within(Stack):
 
     def __call__(self, x: Tensor) -> Tensor:
         last = self.last
-        return self.run(x) if last is None else last.method.forward(last, self.inner, x)  # type: ignore[arg-type]
+        return self.run(x) if last is None else last.method.forward(last, self.inner, x)
 
     def linear(self, x: Tensor, W: Tensor) -> Tensor:
         """W x without bias. What is a sum of parts is brought together at once where it is narrow (A x, and its

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from ...core.layer import tuner_layers
 from ...core.place import Injection
-from ...core.search import model_type
 from ...core.tie import places
 from ...core.tuner import BaseTuner
+from ...core.walking import model_type
 from ...errors import listing
 from .layer import AdaptedAttention, AdaptedAttentionGPT
 

@@ -65,7 +65,7 @@ class Arrow(LoRA):
         experts, general = self.experts(p)
         if not experts:
             raise ValueError(f"The router {p.name!r} at {p.path!r} has no adapter to route to. Load the experts first.")
-        pairs: dict[str, Any] = {a.name: a.method.factors(a) for a in (*experts, *general)}  # type: ignore[attr-defined]
+        pairs: dict[str, Any] = {a.name: a.method.factors(a) for a in (*experts, *general)}
         options = p.settings.arrow_config
         if torch.compiler.is_compiling():
             with torch.no_grad():

@@ -71,7 +71,7 @@ class Gated(Method):
         experts = self.experts(p)
         c = self.scalings(p, found, x.shape if inner.view.infix else x.shape[:-1])
         for i, a in experts.items():
-            method: LoRA = a.method  # type: ignore[assignment]
+            method: LoRA = a.method
             A, B = method.factors(a)
             thin, factor = inner.drop(x, method.drop_rate(a), A.dtype)
             h = inner.linear(thin, A)
