@@ -99,7 +99,7 @@ class MixedBatch(nn.Module):
         for name in names:
             p, index = self.adapters[name], groups[name]
             rows = x.index_select(0, index)
-            with self.call.rows(index, len(x)):
+            with self.call.rows(index, x.shape[0]):
                 part = (
                     p.method.onto(p, root, y.index_select(0, index), rows)
                     if isinstance(p.method, Delta)
