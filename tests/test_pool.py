@@ -335,6 +335,18 @@ def test_the_active_adapter_is_not_forgotten(eight: dict[str, Any]) -> None:
         pool.activate("a2")
 
 
+def test_an_adapter_in_a_slot_is_forgotten(eight: dict[str, Any]) -> None:
+    pool = pooled(eight)
+    for name in ("a1", "a2", "a3"):
+        pool.activate(name)
+    for name in ("a1", "a2"):
+        pool.unregister(name)
+        assert name not in pool and name not in pool.status().slots
+    for name in ("a4", "a5", "a3"):
+        pool.activate(name)
+        assert torch.allclose(pool.model(X), eight[name](X), atol=1e-6)
+
+
 def test_models_that_cannot_hold_a_pool_are_refused() -> None:
     with pytest.raises(TypeError, match="PeftModel"):
         AdapterPool(Net())

@@ -288,6 +288,14 @@ def test_embeddings_that_take_the_place_of_others_are_told_where_adapters_run_on
         model.load_adapter(tmp_path / "two", "other")
 
 
+@pytest.mark.parametrize("name", [os.path.abspath("elsewhere"), "a\0b"])
+def test_a_name_leads_to_no_other_folder(name):
+    model = adapted()
+    with pytest.raises(ValueError, match="no name of a folder below"):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["fc1"]))
+    assert list(model.peft_config) == ["default"]
+
+
 # Leftovers -----------------------------------------------------------------------------------------------------------
 
 

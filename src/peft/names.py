@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 from torch import nn
@@ -29,6 +30,11 @@ def check_adapter_name(name: str) -> None:
         raise AdapterNameError(
             f"The adapter name {name!r} contains a dot. Names become part of parameter names, where a dot separates "
             f"modules: use {name.replace('.', '_')!r}, for example."
+        )
+    if "\0" in name or os.path.isabs(name):
+        raise AdapterNameError(
+            f"The adapter name {name!r} is no name of a folder below the one that adapters are saved in. Use one "
+            "without a slash at its start, and without null characters."
         )
     if any(hasattr(kind, name) for kind in CONTAINERS) or name == "training":
         raise AdapterNameError(

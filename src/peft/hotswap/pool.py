@@ -141,7 +141,7 @@ class AdapterPool:
             if name == self.active:
                 raise ValueError(f"The adapter {name!r} is active. Activate another one first.")
             self._tiers.remove(name)
-            for slot, held in self._held.items():
+            for slot, held in list(self._held.items()):
                 if held == name:
                     self._held[slot] = None
                     self._held.move_to_end(slot, last=False)
