@@ -36,7 +36,8 @@ class Roster:
     def told(self, name: str, tables: list[dict[str, Any]], layers: Iterable[Any]) -> None:
         """What is known of a new adapter: tables whose only parameter is a `weight`, and the layers beside theirs."""
         free, kept = self._gathered(name, layers)
-        free.setdefault("weight", []).extend(tables)
+        if tables:
+            free.setdefault("weight", []).extend(tables)
         self._places[name] = free, kept
 
     @property
