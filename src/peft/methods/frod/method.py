@@ -76,6 +76,8 @@ class FRoD(Delta):
             self.derive(p, inner)
 
     def written(self, p: Adapter) -> None:
+        if "category" not in p.__dict__:  # a file came first
+            self.prepare(p)
         self.follow_base(p, p.layer.stack(()))
         for what in SHARED:  # equal ones of two adapters are kept once
             held = p.shared[f"frod_{what}.{p.category}"]._buffers
