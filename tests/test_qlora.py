@@ -174,7 +174,8 @@ def test_the_road_from_loading_to_merging(kind, folder, tmp_path):
     merged = again.merge_and_unload(quantized="dequantize")
     assert {type(m) for m in merged.modules() if hasattr(m, "in_features")} == {nn.Linear}
     apart = (logits(merged) - wanted).abs().max() / wanted.abs().max()
-    assert apart < (0.1 if kind in ("int8", "torchao int8 dynamic") else 2e-4)  # these round activations as well
+    rounds = {"int8": 0.1, "torchao int8 dynamic": 0.1, "nf4": 0.02, "fp4": 0.02}  # activations, or scales in evaluation
+    assert apart < rounds.get(kind, 2e-4)
 
 
 @each_kind
@@ -237,7 +238,7 @@ def test_nothing_is_hooked_if_adapting_fails(folder):
 METHODS = {
     "lora": LoraConfig(target_modules=["layer"], r=2),
     "dora": LoraConfig(target_modules=["layer"], r=2, use_dora=True),
-    "oft": OFTConfig(target_modules=["layer"], oft_block_size=8),
+    "oft": OFTConfig(target_modules=["layer"], oft_block_size=16),
     "hira": HiraConfig(target_modules=["layer"], r=2),
     "loha": LoHaConfig(target_modules=["layer"], r=2),
     "delora": DeloraConfig(target_modules=["layer"], r=2),
@@ -313,11 +314,13 @@ def test_evaluation_is_the_librarys_own_and_keeps_what_is_stored(kind):
         model.train()
         model(x).sum().backward()
         model.eval()
-    model.merge_adapter(quantized="requantize")
-    model.unmerge_adapter()
-    assert all(map(torch.equal, payload(layer.get_base_layer()), before))
     with torch.no_grad():
-        model(x)
+        adapted = model(x)
+        model.merge_adapter(quantized="requantize")
+        model(x)  # the merged weight is brought into another order, too
+        model.unmerge_adapter()
+        assert torch.equal(model(x), adapted)
+    assert all(map(torch.equal, payload(layer.get_base_layer()), before))
     plain = model.unload()
     assert all(map(torch.equal, payload(plain.layer), before))
     assert not plain.layer._forward_pre_hooks

@@ -36,6 +36,9 @@ class FourBit(Packed):
         if not getattr(module, FASTER, False) or _in_time in module._forward_pre_hooks.values():
             return
         module.register_forward_pre_hook(_in_time)
+        state = module._parameters["weight"].quant_state  # type: ignore[union-attr]
+        if state is not None and state.shape[-1] % state.blocksize:  # that form cannot hold it, and the call would fail
+            setattr(module, FASTER, False)
         payload = self.take(module, "weight")
         if _is_reordered(payload["state"]):
             data, state = _plain(payload["data"], payload["state"])
@@ -59,7 +62,8 @@ class FourBit(Packed):
         data, kept = held.data, module.__dict__.get(KEPT)
         if kept is not None and _is_reordered(state) and kept[0].device == data.device:
             data, state = kept
-        return {"data": data, "state": state, "settings": _settings(held, state)}
+        # a copy, as the library changes the state of a weight in place when it brings that into another order
+        return {"data": data, "state": copy.copy(state), "settings": _settings(held, state)}
 
     def put(self, module: nn.Module, name: str, payload: Payload) -> None:
         held: Any = getattr(module, name)
@@ -71,7 +75,7 @@ class FourBit(Packed):
         if state.absmax.device != device:
             state = copy.deepcopy(state)
             state.to(device)
-        held.data, held.quant_state = payload["data"], state
+        held.data, held.quant_state = payload["data"], copy.copy(state)
         if getattr(module, "quant_state", None) is not None:
             module.quant_state = held.quant_state
 
@@ -147,7 +151,8 @@ def _in_time(module: nn.Module, args: tuple[Any, ...]) -> None:
     if torch.compiler.is_compiling() or not args or not isinstance(args[0], Tensor):
         return
     held: Any = module.weight
-    state, quick = held.quant_state, not module.training and not args[0].requires_grad
+    state = held.quant_state
+    quick = getattr(module, FASTER, False) and not module.training and not args[0].requires_grad
     if quick and state is not None and not _is_reordered(state):
         module.__dict__[KEPT] = held.data, copy.copy(state)
     elif not quick and KEPT in module.__dict__:
@@ -155,9 +160,9 @@ def _in_time(module: nn.Module, args: tuple[Any, ...]) -> None:
         if _is_reordered(state):
             if data.device != held.device:
                 data, plain = _plain(held.data, state)
-            held.data, held.quant_state = data, plain
+            held.data, held.quant_state = data, copy.copy(plain)
             if getattr(module, "quant_state", None) is not None:
-                module.quant_state = plain
+                module.quant_state = held.quant_state
 
 
 def _is_reordered(state: Any) -> bool:
