@@ -102,7 +102,9 @@ class VeRA(LowRank):
         return self.down(p, slice(p.r)), b[..., None] * B[: b.shape[-1], : p.r]
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
-        held = open_linear(inner, x) if type(self).onto is LowRank.onto and torch.is_grad_enabled() else None
+        # with dropout always, as a checkpointed layer has to draw the same numbers without and with gradients
+        quick = type(self).onto is LowRank.onto and (torch.is_grad_enabled() or self.drop_rate(p))
+        held = open_linear(inner, x) if quick else None
         if held is None:
             return super().at_once(p, inner, x)
         b, d = p.held(f"{self.word}_lambda_b"), p.held(f"{self.word}_lambda_d")
