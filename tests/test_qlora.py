@@ -174,7 +174,8 @@ def test_the_road_from_loading_to_merging(kind, folder, tmp_path):
     merged = again.merge_and_unload(quantized="dequantize")
     assert {type(m) for m in merged.modules() if hasattr(m, "in_features")} == {nn.Linear}
     apart = (logits(merged) - wanted).abs().max() / wanted.abs().max()
-    rounds = {"int8": 0.1, "torchao int8 dynamic": 0.1, "nf4": 0.02, "fp4": 0.02}  # activations, or scales in evaluation
+    # of these activations are rounded, or scales in evaluation
+    rounds = {"int8": 0.1, "torchao int8 dynamic": 0.1, "nf4": 0.02, "fp4": 0.02}
     assert apart < rounds.get(kind, 2e-4)
 
 
