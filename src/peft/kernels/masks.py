@@ -29,8 +29,8 @@ def draw(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Dropout by `draw`; torch's own in graphs, and under vmap, which has rules for its draws."""
-    if not p or p == 1.0 or torch.compiler.is_compiling() or _vectorised():
+    """Dropout by `draw`; torch's own in graphs, and for DTensors and under vmap, which have rules for its draws."""
+    if not p or p == 1.0 or torch.compiler.is_compiling() or hasattr(x, "placements") or _vectorised():
         return F.dropout(x, p) if p else x
     return x * draw(x.shape, p, x.device) * (1.0 / (1.0 - p))
 
