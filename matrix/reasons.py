@@ -29,6 +29,8 @@ REASONS: list[tuple[str, str, str]] = [
     ("lora:loftq", "base output at init", "It starts at the quantised base and a correction of its error."),
     ("lora:loftq", "*(bitsandbytes), *(torchao), hqq",
      "It quantises a dense base itself; replace_lora_weights_loftq starts on one that is quantised already."),
+    ("lora:lora_ga", "*(bitsandbytes), *(torchao), hqq",
+     "It starts from the gradient of the weight, and integers have none; measure on a base in floating point."),
     ("lora:kasa", "base output at init", "It starts without the least directions of the base."),
     ("lora:kasa", "two active together", "Each would take the same part out of the base."),
     ("ln_tuning", "two active together", "Copies of one layer cannot both be used."),

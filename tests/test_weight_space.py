@@ -359,6 +359,7 @@ def test_a_magnitude_stands_over_any_additive_method(method, name):
         over = Over(DoRA(p.method), m)
         layer.adapters["default"] = q = Adapter(layer, "default", over, p.settings, p.path)
         q.__dict__.update({k: v for k, v in p.__dict__.items() if k not in q.__dict__})
+        q.idle = p.idle
         layer._replan()
         V = W + D
         wanted = m[..., None] * V / V.norm(dim=-1, keepdim=True)
