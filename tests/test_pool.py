@@ -430,9 +430,9 @@ def test_the_document_on_serving_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
     names: dict[str, Any] = {"one": {"x": X}, "batch": {"x": X}, "x": X, "torch": torch}
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5  # the last is about adapters without a pool
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for block in blocks:
+        for block in blocks[:4]:
             exec(block, names)
     assert torch.allclose(names["output"], adapters["customer-7"](X), atol=1e-6)
     assert torch.allclose(names["outputs"], adapters["customer-7"](X), atol=1e-6)
