@@ -13,9 +13,16 @@ from torch import nn
 from benchmarks.measure import calls
 from benchmarks.models import stack
 from peft import LoraConfig, get_peft_model
+from peft.core.deferred import Deferred
 from peft.core.layer import BaseTunerLayer
 from peft.core.lean import TABLES, Lean
 from peft.core.mold import Casting
+
+
+@pytest.fixture(autouse=True)
+def nothing_traced_yet(monkeypatch):
+    """As in a process of its own: other tests may have compiled something."""
+    monkeypatch.setattr(Deferred, "at_once", False)
 
 
 def config(**kwargs):

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from ..kernels import choice
 from ..kernels.modes import transformed
+from .direct import is_ordinary
 from .stack import Adapter
 from .views import SETTLED
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 KEPT = 128  # adapters in a layer's banks that no longer take part in the batches
-_FORWARD = nn.Linear.forward
 _version, _address = attrgetter("_version"), methodcaller("data_ptr")
 
 
@@ -255,8 +255,6 @@ def banks_of(layer: Any, names: tuple[str, ...]) -> Banks:
     return fresh
 
 
-def own_product(base: nn.Module, y: Tensor) -> bool:
+def own_product(base: nn.Module) -> bool:
     """Whether nobody else can hold what a base layer gave."""
-    if torch.is_grad_enabled() or type(base) is not nn.Linear or "forward" in base.__dict__ or transformed():
-        return False
-    return not base._forward_hooks and not nn.modules.module._global_forward_hooks and nn.Linear.forward is _FORWARD
+    return not torch.is_grad_enabled() and is_ordinary(base) and not transformed()

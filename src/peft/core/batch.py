@@ -88,7 +88,7 @@ class MixedBatch(nn.Module):
         rest = names if banked is None else [n for n in banked.rest if n in groups]
         out = self._mixed_rest(root, x, y, groups, rest)
         if banked is not None:
-            own = not rest and own_product(root.base, y)
+            own = not rest and own_product(root.base)
             for bank in banked.banks:
                 out = bank.add(out, x, groups, own)
         return self.view.finish(root.base, out)

@@ -12,11 +12,18 @@ from ..kernels.lowrank import is_autocast, transformed
 if TYPE_CHECKING:
     from .stack import Stack
 
-_FORWARD = nn.Linear.forward
-_EVERYWHERE = tuple(  # hooks of all modules
+FORWARD = nn.Linear.forward
+EVERYWHERE = tuple(  # hooks of all modules
     getattr(nn.modules.module, f"_global_{name}_hooks", {})
     for name in ("forward_pre", "forward", "backward_pre", "backward")
 )
+
+
+def is_ordinary(base: nn.Module) -> bool:
+    """Whether calling a module is torch's own product and nothing else: a linear layer, not hooked, not patched."""
+    if type(base) is not nn.Linear or "forward" in base.__dict__ or any(EVERYWHERE) or nn.Linear.forward is not FORWARD:
+        return False
+    return not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
 
 
 def open_linear(inner: Stack, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -28,12 +35,10 @@ def open_linear(inner: Stack, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     if inner.last is not None or inner.extra is not None or inner.packed is not None:
         return None
     base = inner.layer._modules["base_layer"]
-    if type(base) is not nn.Linear or "forward" in base.__dict__ or any(_EVERYWHERE):
-        return None
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+    if not is_ordinary(base):
         return None
     W, b = base._parameters.get("weight"), base._parameters.get("bias")
-    if type(W) is not nn.Parameter or W.dtype is not x.dtype or nn.Linear.forward is not _FORWARD:
+    if type(W) is not nn.Parameter or W.dtype is not x.dtype:
         return None
     if x.dim() < 2 or type(x) not in _KNOWN or x.is_nested or is_autocast(x):
         return None

@@ -86,7 +86,7 @@ def look(model: nn.Module, layers: Sequence[Any], calibration: Calibration | Non
     sketches = [Sketch(layer, generator) for layer in plain]
     handles = [s.layer.register_forward_pre_hook(s, with_kwargs=True) for s in sketches]
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             run(model)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         if calibration is not None:
@@ -105,7 +105,7 @@ def look(model: nn.Module, layers: Sequence[Any], calibration: Calibration | Non
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation, and then as it was."""
     training = [m for m in model.modules() if m.training]
     model.eval()

@@ -39,17 +39,22 @@ class FourBit(Packed):
         state = module._parameters["weight"].quant_state  # type: ignore[union-attr]
         if state is not None and state.shape[-1] % state.blocksize:  # that form cannot hold it, and the call would fail
             setattr(module, FASTER, False)
+        self.restore_order(module)
+
+    def restore_order(self, module: nn.Module) -> None:
+        """Have the module hold the payload as it was stored."""
         payload = self.take(module, "weight")
-        if _is_reordered(payload["state"]):
+        if payload["state"] is not None:
             data, state = _plain(payload["data"], payload["state"])
-            self.put(module, "weight", {**payload, "data": data, "state": state})
+            payload = {**payload, "data": data, "state": state}
+        self.put(module, "weight", payload)
 
     def release(self, module: nn.Module) -> None:
         hooks = module._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is _in_time]:
             del hooks[key]
             setattr(module, FASTER, True)
-            self.put(module, "weight", self.take(module, "weight"))
+            self.restore_order(module)
 
     def differentiable(self, module: nn.Module, name: str) -> bool:
         return not _is_reordered(getattr(module, name).quant_state) or KEPT in module.__dict__
@@ -156,13 +161,7 @@ def _in_time(module: nn.Module, args: tuple[Any, ...]) -> None:
     if quick and state is not None and not _is_reordered(state):
         module.__dict__[KEPT] = held.data, copy.copy(state)
     elif not quick and KEPT in module.__dict__:
-        data, plain = module.__dict__.pop(KEPT)
-        if _is_reordered(state):
-            if data.device != held.device:
-                data, plain = _plain(held.data, state)
-            held.data, held.quant_state = data, copy.copy(plain)
-            if getattr(module, "quant_state", None) is not None:
-                module.quant_state = held.quant_state
+        FourBit().restore_order(module)
 
 
 def _is_reordered(state: Any) -> bool:

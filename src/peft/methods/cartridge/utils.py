@@ -6,16 +6,16 @@ In a prompt (k, 2 layers x heads x size), entry 2 i of a token is its keys in la
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...config import PeftConfig
 from ...core.checkpoint import load_peft_weights
 from ...core.files import staged, write_weights
+from ...core.seen import evaluating
 from ...errors import PeftWarning, listing, nearest, report
 from ...types import PeftType
 
@@ -145,7 +145,7 @@ def initialize_kv_prefix_from_text(
     ids = _ids(tokenizer, text, use_chat_template)[:, :max_length]
     base = model.get_base_model()
     ids = ids.to(base.get_input_embeddings().weight.device)
-    with torch.no_grad(), model.disable_adapter(), _evaluating(base):
+    with torch.no_grad(), model.disable_adapter(), evaluating(base):
         cache = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
     return initialize_kv_prefix_from_past_key_values(
         model, adapter_name=adapter_name, past_key_values=cache, num_virtual_tokens=num_virtual_tokens
@@ -163,18 +163,6 @@ def _ids(tokenizer: Any, text: str, use_chat_template: bool) -> Tensor:
             hint = f"The chat template refuses a lone system message ({error}); the text is taken as it is."
             report(PeftWarning, hint, strict=False, stacklevel=4)
     return torch.as_tensor(tokenizer(text, return_tensors="pt")["input_ids"])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; every module's mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def compose_cartridge_adapters(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.direct import EVERYWHERE, FORWARD
 from ...core.files import keys_in_hand
 from ...core.method import LowRank, Method, Site
 from ...core.stack import Adapter, Stack
@@ -240,18 +241,11 @@ def hooks_of(m: nn.Module) -> tuple[dict[Any, Any], ...]:
     return (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks)
 
 
-_EVERYWHERE = tuple(  # hooks of all modules
-    getattr(nn.modules.module, f"_global_{name}_hooks", {})
-    for name in ("forward_pre", "forward", "backward_pre", "backward")
-)
-_FORWARD = nn.Linear.forward
-
-
 def _hooked(p: Adapter) -> bool:
     """Whether lora_A or lora_B is more than its weight: wrapped, offloaded, hooked or patched."""
     if torch.compiler.is_compiling():
         return False
-    if any(_EVERYWHERE) or nn.Linear.forward is not _FORWARD:
+    if any(EVERYWHERE) or nn.Linear.forward is not FORWARD:
         return True
     for key in ("lora_A", "lora_B"):
         found = p.held(key)
@@ -270,12 +264,12 @@ def _unchanged(p: Adapter, base: Any, A: Any, B: Any, drop: Any, hooks: tuple[di
         and (drop is None if "lora_dropout" not in m else m["lora_dropout"]._modules[name] is drop)
         and type(base) is nn.Linear
         and type(A) is type(B) is Linear
-        and nn.Linear.forward is _FORWARD
+        and nn.Linear.forward is FORWARD
         and "forward" not in base.__dict__
         and "forward" not in A.__dict__
         and "forward" not in B.__dict__
         and "_forward_hooks" not in A.__dict__  # a lean module has tables once there has been a hook
         and "_forward_hooks" not in B.__dict__
         and not any(hooks)
-        and not any(_EVERYWHERE)
+        and not any(EVERYWHERE)
     )
