@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from benchmarks.measure import Numbers, measure, seconds
+from benchmarks.measure import Numbers, measure, seconds, smallest
 from benchmarks.models import ALL_LINEAR, Llama, stack
 from benchmarks.subjects.wrapping import config, wrapped
 
@@ -26,11 +26,14 @@ def switch() -> Iterator[Numbers]:
         with model.disable_adapter():
             pass
 
+    def turn() -> None:
+        model.set_adapter("b")
+        model.set_adapter("default")
+
     while True:
-        there = seconds(lambda: model.set_adapter("b"))
-        back = seconds(lambda: model.set_adapter("default"))
+        both = smallest(turn, 2, 3)
         frozen = [seconds(lambda name=name: freeze(model, name)) for name in ("b", "default", "b", "default")]
-        yield {"set_adapter": min(there, back), "frozen": min(frozen), "disable_adapter": seconds(toggle)}
+        yield {"set_adapter": both / 2, "frozen": min(frozen), "disable_adapter": seconds(toggle)}
 
 
 def freeze(model: nn.Module, name: str) -> None:
