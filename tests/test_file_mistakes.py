@@ -133,8 +133,8 @@ def test_a_folder_that_is_there_but_cannot_be_written_is_told(
 
     saved(tmp_path / "adapter")
     (tmp_path / "out").mkdir()
-    for name in ("mkdtemp", "mkstemp"):
-        monkeypatch.setattr(tempfile, name, refused)
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    monkeypatch.setattr("peft.config.open", lambda *a, **k: (refused if "x" in a else open)(*a, **k), raising=False)
     with pytest.raises(UnwritableError, match="no permission"):
         write(tmp_path, tmp_path / "out")
     assert not tree(tmp_path / "out")

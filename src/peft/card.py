@@ -34,6 +34,8 @@ def update_card(model: PeftModel, output_dir: str) -> None:
     file = Path(output_dir) / "README.md"
     before = file.read_bytes().decode("utf-8", "surrogateescape") if file.is_file() else None
     text = _new_text(model) if before is None else _updated(model, before)
+    if text == before:
+        return
     with staged(output_dir) as stage:
         (stage / "README.md").write_bytes(text.encode("utf-8", "surrogateescape"))
 

@@ -104,7 +104,7 @@ class PeftConfigMixin:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary that shares nothing with `self`; nested configurations too."""
-        values = dataclasses.asdict(self)
+        values = {f.name: _copied(getattr(self, f.name)) for f in dataclasses.fields(self)}
         if not values.get("module_config"):
             values.pop("module_config", None)
         return values
@@ -124,7 +124,7 @@ class PeftConfigMixin:
         values = self.to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
-        text = json.dumps(_plain(values), indent=2, sort_keys=True)
+        text = _json(values)
         with folders(save_directory):
             _replace(os.path.join(save_directory, CONFIG_NAME), text)
 
@@ -303,6 +303,34 @@ def _changes_the_result(name: str, value: Any) -> bool:
     return bool(value) and (name.startswith("use_") or name.endswith(("_config", "_pattern", "_bias", "enable_lora")))
 
 
+_SCALARS = frozenset([type(None), bool, int, float, str])
+
+
+@dataclass
+class _Box:
+    value: Any
+
+
+def _copied(value: Any) -> Any:
+    """A field's value, which shares nothing with it; configurations in it as dictionaries."""
+    return value if type(value) in _SCALARS else dataclasses.asdict(_Box(value))["value"]
+
+
+def _json(values: dict[str, Any]) -> str:
+    """As `json.dumps(values, indent=2, sort_keys=True)`, most of it by the encoder that knows no lines."""
+    plain = {k: v for k, v in values.items() if type(v) in _SCALARS}
+    lines = json.dumps(plain, sort_keys=True, separators=(_LINE, ": "))[1:-1].split(_LINE) if plain else []
+    found = dict(zip(sorted(plain), lines, strict=True))
+    for key, value in values.items():
+        if key not in plain:
+            text = json.dumps(_plain(value), indent=2, sort_keys=True).replace("\n", "\n  ")
+            found[key] = f"{json.dumps(key)}: {text}"
+    return "{\n  " + _LINE.join(found[key] for key in sorted(found)) + "\n}" if found else "{}"
+
+
+_LINE = ",\n  "  # no text holds it: lines are escaped there
+
+
 def _plain(value: Any) -> Any:
     """Sets as sorted lists, deeply; all else is left to JSON."""
     if isinstance(value, dict):
@@ -317,21 +345,15 @@ def _plain(value: Any) -> Any:
 def _replace(path: str, text: str) -> None:
     """Write a file so that at any moment either the old or the new content is there."""
     with writing(path):
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".", suffix=".json.tmp")
+        temporary = os.path.join(os.path.dirname(path), f".{os.urandom(8).hex()}.json.tmp")
+        file = open(temporary, "x", encoding="utf-8")  # noqa: SIM115
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with file:
             file.write(text)
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def check_config(peft_config: PeftConfig) -> None:

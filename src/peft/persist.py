@@ -51,7 +51,8 @@ class Persistent:
         """Save adapters: `default` in the folder itself, each other one in a sub-folder of its name.
 
         Arguments:
-            save_directory: the folder. A crash while saving leaves the old files.
+            save_directory: the folder. A crash while saving leaves the old files; with the environment variable
+                PEFT_DURABLE=1 so does a failure of the power, as each step waits for the disk.
             safe_serialization: safetensors; False writes a pickle.
             selected_adapters: which adapters; None means all.
             save_embedding_layers: see `get_peft_model_state_dict`.

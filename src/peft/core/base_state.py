@@ -93,10 +93,15 @@ def _base(model: nn.Module) -> nn.Module:
 
 def _walk(module: nn.Module, original: str, live: str) -> Iterator[tuple[str, str, nn.Module]]:
     """(original prefix, live prefix, module) of everything that belongs to the base model."""
-    while isinstance(module, AdapterHost):
-        name = module._below[0]
-        module, live = module._modules[name], f"{live}{name}."  # type: ignore[assignment]
-    yield original, live, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _walk(child, original if name in WRAPPERS else f"{original}{name}.", f"{live}{name}.")
+    stack = [(original, live, module)]
+    while stack:
+        original, live, module = stack.pop()
+        while isinstance(module, AdapterHost):
+            name = module._below[0]
+            module, live = module._modules[name], f"{live}{name}."  # type: ignore[assignment]
+        yield original, live, module
+        children = module._modules
+        for name in reversed(children) if children else ():
+            child = children[name]
+            if child is not None:
+                stack.append((original if name in WRAPPERS else f"{original}{name}.", f"{live}{name}.", child))

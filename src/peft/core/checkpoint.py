@@ -85,9 +85,8 @@ def _own_state(
     entries = entries_of(root, config, adapter_name)
     entries += embedding_tensors(root, config, adapter_name, save_embedding_layers, Entry)
     tensors = _gathered(entries, state_dict) if state_dict is not None else [e.tensor for e in entries]
-    empty = [
-        e.key for e, t in zip(entries, tensors, strict=True) if not sharded.shape(t).numel() and not _no_rank(e, t)
-    ]
+    none = [(e, t) for e, t in zip(entries, tensors, strict=True) if not t.numel()]
+    empty = [e.key for e, t in none if not sharded.shape(t).numel() and not _no_rank(e, t)]
     if empty:
         raise ValueError(
             f"Adapter {adapter_name!r} has tensors without elements: {listing(empty)}. They are probably shards: "
@@ -97,7 +96,9 @@ def _own_state(
     beside = root.__dict__.get("prompts")  # what stands beside the model writes its own
     own: dict[str, Tensor] = {} if beside is None else beside.for_file(adapter_name)
     for key, e, value in zip(keys, entries, tensors, strict=True):
-        own.update({**split(e, key, sharded.full(value).detach()), **repeated(e, key, config)})
+        own.update(split(e, key, sharded.full(value).detach()))
+        if e.adapter is None or e.adapter.method.copies:
+            own.update(repeated(e, key, config))
     return own
 
 

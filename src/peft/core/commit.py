@@ -1,9 +1,12 @@
 """Several files that change together, or not at all.
 
-New files are written into a folder beside the old ones and flushed to the disk. Then a list of what will move is put
-there, which makes them valid at one moment: before it a crash leaves the old files, after it `current` finds the new
-ones wherever they are, and the next save finishes the move. Folders for them are made with those above them or not at
-all, and what the system refuses is told with its cause and its cure.
+New files are written into a folder beside the old ones. Then a list of what will move is put there, which makes them
+valid at one moment: before it a crash leaves the old files, after it `current` finds the new ones wherever they are,
+and the next save finishes the move. Folders for them are made with those above them or not at all, and what the system
+refuses is told with its cause and its cure.
+
+A crash is that of a process: what it has written is the system's, which writes it to the disk in its own time. With the
+environment variable PEFT_DURABLE=1 each step waits for the disk, and holds when the power fails too.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,7 +48,7 @@ def _staged(target: Path) -> Iterator[Path]:
     try:
         with _named(target):
             yield stage
-        moving = _flushed(stage)
+        moving = _complete(stage)
         replaced = _replaced(target, moving)
         if len(moving) + len(replaced) > 1:
             _put_list(stage, moving, replaced)
@@ -60,23 +64,33 @@ def _staged(target: Path) -> Iterator[Path]:
         raise
 
 
-def _flushed(stage: Path) -> list[str]:
-    """The names of a folder's files, which are on the disk now and have the usual permissions."""
-    files = sorted((p for p in stage.iterdir() if p.is_file()), key=lambda p: (p.suffix == ".json", p.name))
-    usual = stage / ".usual"
-    usual.touch()
-    for file in files:
-        shutil.copymode(usual, file)  # safetensors makes files that only their owner can read
-        with writing(stage.parent / file.name), open(file, "rb+") as handle:
+def durable() -> bool:
+    """Whether files are to be on the disk, and not only the system's, before they count."""
+    return os.environ.get("PEFT_DURABLE", "") not in ("", "0", "false", "False")
+
+
+def _complete(stage: Path) -> list[str]:
+    """The names of a folder's files, which have the usual permissions now, and are on the disk where that is asked."""
+    with os.scandir(stage) as found:
+        files = [(e.name, stat.S_IMODE(e.stat().st_mode)) for e in found if e.is_file()]
+    names = sorted((name for name, _ in files), key=lambda name: (name.endswith(".json"), name))
+    usual = os.path.join(stage, ".usual")
+    with open(usual, "wb") as handle:
+        mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
+    os.unlink(usual)
+    for name, own in files:
+        if own != mode:  # safetensors makes files that only their owner can read
+            os.chmod(stage / name, mode)
+    for name in names if durable() else ():
+        with writing(stage.parent / name), open(stage / name, "rb+") as handle:
             os.fsync(handle.fileno())
-    usual.unlink()
-    return [file.name for file in files]
+    return names
 
 
 def _replaced(target: Path, moving: list[str]) -> list[str]:
     if not any(WEIGHTS.fullmatch(name) for name in moving):
         return []
-    return [p.name for p in target.iterdir() if WEIGHTS.fullmatch(p.name) and p.name not in moving]
+    return [name for name in os.listdir(target) if WEIGHTS.fullmatch(name) and name not in moving]
 
 
 def _put_list(stage: Path, moving: list[str], replaced: list[str]) -> None:
@@ -84,25 +98,37 @@ def _put_list(stage: Path, moving: list[str], replaced: list[str]) -> None:
     with open(draft, "w", encoding="utf-8") as handle:
         json.dump({"moving": moving, "replaced": replaced}, handle)
         handle.flush()
-        os.fsync(handle.fileno())
+        if durable():
+            os.fsync(handle.fileno())
     os.replace(draft, stage / LIST)
     flush_folder(stage)
 
 
 def _finish(stage: Path, target: Path, moving: list[str], replaced: list[str]) -> None:
     for name in moving:
-        if (stage / name).exists():
-            os.replace(stage / name, target / name)
+        here = os.path.join(stage, name)
+        if os.path.lexists(here):
+            os.replace(here, os.path.join(target, name))
     for name in replaced:
         with suppress(FileNotFoundError):
             (target / name).unlink()
     flush_folder(target)
-    shutil.rmtree(stage, ignore_errors=True)
+    _take_away(stage)
+
+
+def _take_away(stage: Path) -> None:
+    """Remove a folder in which nothing but the list is left, or whatever else a crash has left."""
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(stage, LIST))
+        os.rmdir(stage)
+    except OSError:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def flush_folder(folder: Path) -> None:
-    """Put a folder's list of files on the disk, where the system has such a thing."""
-    if os.name != "posix":
+    """Put a folder's list of files on the disk, where that is asked and the system has such a thing."""
+    if os.name != "posix" or not durable():
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -238,6 +264,8 @@ def make_folders(*places: Place) -> list[Path]:
         for place in places:
             with writing(place):
                 path = Path(place)
+                if path.is_dir():
+                    continue
                 missing = [p for p in (path, *path.parents) if not os.path.lexists(p)]
                 for folder in reversed(missing):
                     folder.mkdir()

@@ -216,18 +216,18 @@ def write_file(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
 def _laid_out(tensors: Mapping[str, Tensor]) -> dict[str, Info]:
     """Where each tensor goes: those with the largest numbers first, so that every one is aligned."""
     infos, here = {}, 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
         if name == META or tensor.dtype not in CODES:
             raise ValueError(f"A safetensors file cannot hold {name!r} of {tensor.dtype}. Convert or rename it.")
-        end = here + tensor.numel() * tensor.element_size()
+        end = here + tensor.nbytes
         infos[name] = Info(tensor.dtype, tuple(tensor.shape), here, end)
         here = end
     return infos
 
 
 def _write_bytes(handle: Any, tensor: Tensor) -> None:
-    here = tensor.detach().cpu().contiguous()
-    size = here.numel() * here.element_size()
+    here = tensor if tensor.is_cpu and tensor.is_contiguous() else tensor.detach().cpu().contiguous()
+    size = here.nbytes
     if size:
         handle.write((ctypes.c_char * size).from_address(here.data_ptr()))
 

@@ -111,11 +111,12 @@ class Homes(AdapterHost):
         key_of = self.adapters[name].method.checkpoint_key
         found = []
         for key, home in self._modules.items():
-            if key == "base_layer" or name not in home or type(home) is BufferDict:  # type: ignore[operator]
+            if key == "base_layer":
                 continue
             child = home._modules.get(name)  # type: ignore[union-attr]
             if child is None:
-                found.append(Slot(key_of(key), f"{key}.{name}", home, name))  # type: ignore[arg-type]
+                if name in home and type(home) is not BufferDict:  # type: ignore[operator]
+                    found.append(Slot(key_of(key), f"{key}.{name}", home, name))  # type: ignore[arg-type]
                 continue
             for owner, leaf, attr in tensors_below(child):
                 found.append(Slot(key_of(f"{key}.{unwrapped(leaf)}"), f"{key}.{name}.{leaf}", owner, attr))

@@ -17,6 +17,8 @@ def split(entry: Entry, key: str, value: Tensor) -> dict[str, Tensor]:
     if p is None:
         return {key: value}
     parts = p.method.split(p, entry.part, value)
+    if len(parts) == 1 and entry.part in parts:
+        return {key: parts[entry.part]}
     before = key.removesuffix(entry.part)
     return {before + part: t for part, t in parts.items()}
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..core.layer import BaseTunerLayer, tuner_layers
-from ..core.pattern import settings
+from ..core.pattern import settings, tables
 
 
 def prepare_model_for_compiled_hotswap(
@@ -91,7 +91,8 @@ def true_ranks(model: nn.Module, name: str, config: Any) -> Any:
         for _, layer in tuner_layers(model)
         if isinstance(layer, BaseTunerLayer) and (p := layer.adapters.get(name)) is not None and "r" in p.__dict__
     }
-    said = {path: settings(config, path) for path in found}
+    alike = not tables(config)
+    said = {path: config if alike else settings(config, path) for path in found}
     if all((said[path].r, said[path].lora_alpha) == pair for path, pair in found.items()):
         return config
     new = copy.copy(config)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ...core.stack import Adapter
 
+_OF_RANK = {"lora_A.weight": 0, "lora_B.weight": 1}  # the axis of a linear layer's factors
+
 
 def padded(p: Adapter, key: str, value: Tensor, shape: Sequence[int]) -> Tensor | None:
     """A factor of a smaller rank with zeros up to `shape`; None where that is not what makes it fit."""
@@ -50,6 +52,9 @@ def fill(p: Adapter, A: Tensor, B: Tensor) -> None:
 
 def cut(p: Adapter, key: str, value: Tensor) -> Tensor:
     """A factor without its padding."""
+    where = _OF_RANK.get(key)
+    if where is not None and value.shape[where] == p.r and p.layer.view.label == "Linear" and "blocks" not in vars(p):
+        return value
     axis, blocks = _axis(p, key)
     if axis is None:
         return value
