@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import describe
 from ..core.defaults import BNB_LAYERS
+from ..core.direct import open_linear
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
 from ..core.stack import Adapter, Stack
@@ -60,8 +61,12 @@ class PVeRA(VeRA):
         state = None if c.generator_seed is None else torch.Generator().manual_seed(c.generator_seed).get_state()
         return {**super().build(site), "sample_at_inference": c.sample_at_inference, "noise": [state]}
 
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        held = open_linear(inner, x) if type(self).onto is PVeRA.onto else None
+        return None if held is None else self.apart(p, inner, x, *held)
+
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
-        if not (p.layer.training or p.sample_at_inference) or inner.view.groups(inner.base) != 1:
+        if not self.draws(p) or inner.view.groups(inner.base) != 1:
             return super().onto(p, inner, y, x)
         A, B = self.factors(p)
         x, factor = inner.drop(x, self.drop_rate(p), A.dtype)
@@ -70,6 +75,19 @@ class PVeRA(VeRA):
             middle, spread = middle * factor, spread * factor
         h = middle + drawn_like(middle, p.noise) * (spread / 2).exp()
         return (y + inner.view.rows(h, B)).to(y.dtype)
+
+    def wanted(self, p: Adapter) -> int:
+        return 2 * p.r if self.draws(p) else p.r
+
+    def middle(self, p: Adapter, h: Tensor) -> Tensor:
+        if not self.draws(p):
+            return h
+        m, v = h.split(p.r, -1)
+        return torch.addcmul(m, drawn_like(m, p.noise), (v / 2).exp())
+
+    def draws(self, p: Adapter) -> bool:
+        """Whether h is drawn."""
+        return p.layer.training or p.sample_at_inference
 
 
 def drawn_like(t: Tensor, held: list[Any]) -> Tensor:

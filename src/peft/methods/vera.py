@@ -24,6 +24,7 @@ from ..core.method import LowRank, Site
 from ..core.shared import Shared, drawn
 from ..core.stack import Adapter, Stack
 from ..errors import PeftWarning
+from ..kernels import lowrank
 from ..target_config import probability
 from .additive import AdditiveConfig, AdditiveModel
 
@@ -102,17 +103,25 @@ class VeRA(LowRank):
         return self.down(p, slice(p.r)), b[..., None] * B[: b.shape[-1], : p.r]
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
-        # with dropout always, as a checkpointed layer has to draw the same numbers without and with gradients
-        quick = type(self).onto is LowRank.onto and (torch.is_grad_enabled() or self.drop_rate(p))
-        held = open_linear(inner, x) if quick else None
-        if held is None:
-            return super().at_once(p, inner, x)
+        held = open_linear(inner, x) if type(self).onto is LowRank.onto else None
+        return super().at_once(p, inner, x) if held is None else self.apart(p, inner, x, *held)
+
+    def apart(self, p: Adapter, inner: Stack, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+        """The same on a linear layer; A and B have no gradients, so that d and b are better apart from them."""
         b, d = p.held(f"{self.word}_lambda_b"), p.held(f"{self.word}_lambda_d")
         A, B = (getattr(p, f"{self.word}_{name}").to(b.device, b.dtype) for name in "AB")
         z, _ = inner.drop(x, self.drop_rate(p), d.dtype)
-        h = F.linear(z, A[: p.r, : x.shape[-1]]) * d  # A and B have no gradients, so that d and b are better apart
-        y = F.linear(x, *held)
-        return (y + F.linear(h, B[: len(b), : p.r]) * b).to(y.dtype)
+        d = d[: self.wanted(p)]
+        h = self.middle(p, F.linear(z, A[: len(d), : x.shape[-1]]) * d)
+        return lowrank.add_features(F.linear(x, W, bias), F.linear(h, B[: len(b), : p.r]), b)
+
+    def wanted(self, p: Adapter) -> int:
+        """How many rows of A this forward takes."""
+        return self.rows * p.r
+
+    def middle(self, p: Adapter, h: Tensor) -> Tensor:
+        """What B is given, of diag(d) A x."""
+        return h
 
     def down(self, p: Adapter, rows: slice) -> Tensor:
         """These rows of diag(d) A, (..., rows, I)."""
