@@ -146,6 +146,27 @@ def test_a_bad_head_is_an_error_that_names_the_file_and_the_cause(tmp_path, name
         PeftModel.from_pretrained(mlp(), tmp_path)
 
 
+def test_a_head_that_is_like_another_but_for_its_data_or_its_remarks_is_checked(tmp_path):
+    file = saved(tmp_path) / WEIGHTS
+    for remarks, size, text in (
+        ({"n": "1"}, 8, ""),
+        ({"n": "22"}, 8, ""),
+        ({"n": "1"}, 7, "holds 7"),
+        ({"n": 1}, 8, "texts"),
+    ):
+        raw = json.dumps({"__metadata__": remarks, "a": ENTRY}, separators=(",", ":")).encode()
+        put(file, raw.ljust(-(-len(raw) // 8) * 8), bytes(size))
+        if text:
+            with pytest.raises(ValueError, match=text):
+                read_header(file)
+        else:
+            head = read_header(file)
+            assert head.metadata == remarks and list(head.tensors) == ["a"] and head.tensors["a"].shape == (2,)
+    put(file, raw[:-1].replace(b'"a":', b'"b":') + b" ", bytes(8))
+    with pytest.raises(ValueError, match="no valid JSON"):
+        read_header(file)
+
+
 def test_what_the_format_allows_is_read(tmp_path):
     tensors = {
         "scalar": torch.tensor(3.0),

@@ -23,7 +23,7 @@ from ..errors import PeftWarning, listing
 from . import hub
 from .commit import staged
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .header import CHECKSUM, Header, data_of, is_sound, read_header, tensors_of, write_file
+from .header import CHECKSUM, Header, data_of, is_sound, numbers_of, read_header, tensors_of, write_file
 
 __all__ = [
     "Saved",
@@ -272,18 +272,17 @@ def _read_safetensors(file: str, header: Header) -> dict[str, Tensor]:
             "it again. (A program that changes tensors and keeps the old metadata must leave the checksum out.)"
         )
     state = tensors_of(data, header)
-    if not _finite_as_one(state, data, header):
+    if not _finite_as_one(data, header):
         _report_infinite(file, _infinite(state))
     return state
 
 
-def _finite_as_one(state: Mapping[str, Tensor], data: Tensor, header: Header) -> bool:
+def _finite_as_one(data: Tensor, header: Header) -> bool:
     """Whether the numbers of a file are finite for sure: one look at all of them, where they are of one dtype."""
-    kinds = {t.dtype for t in state.values()}
-    kind = next(iter(kinds), None)
-    if len(kinds) != 1 or kind not in (torch.float32, torch.bfloat16, torch.float16) or header.start % kind.itemsize:
+    numbers = numbers_of(data, header)
+    if numbers is None or numbers.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    return math.isfinite(data[header.start :].view(kind).sum().item())
+    return math.isfinite(numbers.sum().item())
 
 
 def _read_pickle(file: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ gap or overlap. Nothing here takes more memory than the file has bytes of head, 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -55,10 +56,37 @@ class Info(NamedTuple):
     end: int
 
 
+class Layout(dict[str, Info]):
+    """The tensors of a file by name. Files that say the same of theirs share one, and what is worked out of it."""
+
+    @functools.cached_property
+    def size(self) -> int:
+        """The bytes of their data."""
+        return max((info.end for info in self.values()), default=0)
+
+    @functools.cached_property
+    def names(self) -> str:
+        """The part of the checksum that tells names, dtypes, shapes and places."""
+        told = [[n, str(i.dtype), *i.shape, i.begin, i.end] for n, i in sorted(self.items())]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def kind(self) -> torch.dtype | None:
+        """The dtype of all tensors; None if there are several."""
+        kinds = {info.dtype for info in self.values()}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    @functools.cached_property
+    def order(self) -> tuple[list[str], list[int]]:
+        """The names in the order of the data, and how many numbers each tensor has."""
+        names = sorted(self, key=lambda n: self[n][2:])
+        return names, [(self[n].end - self[n].begin) // self[n].dtype.itemsize for n in names]
+
+
 class Header(NamedTuple):
     """A file's tensors, its own remarks, and where its data starts and the file ends."""
 
-    tensors: dict[str, Info]
+    tensors: Layout
     metadata: dict[str, str]
     start: int
     size: int
@@ -77,8 +105,7 @@ def read_header(file: str | os.PathLike[str]) -> Header:
         size = os.fstat(handle.fileno()).st_size
         try:
             length = _length(handle.read(8), size)
-            tensors, metadata = _parsed(handle.read(length), length)
-            _check_data(tensors, size - 8 - length)
+            tensors, metadata = _parsed(handle.read(length), length, size - 8 - length)
         except _Fault as fault:
             raise ValueError(
                 f"{file} is no complete safetensors file: {fault}. It may be truncated or damaged ({size} bytes): "
@@ -100,11 +127,14 @@ def _length(first: bytes, size: int) -> int:
     return length
 
 
-def _parsed(raw: bytes, length: int) -> tuple[dict[str, Info], dict[str, str]]:
+def _parsed(raw: bytes, length: int, size: int) -> tuple[Layout, dict[str, str]]:
+    """What a head says of `size` bytes of data; what follows the remarks is read once for files that say the same."""
     if len(raw) < length:
         raise _Fault("it became shorter while it was read")
     try:
-        head = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+        text = raw.decode("utf-8")
+        found, rest = _known(text)
+        head = {META: found} if rest in _layouts else json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise _Fault(f"its head is no valid JSON ({error})") from None
     if not isinstance(head, dict):
@@ -112,7 +142,28 @@ def _parsed(raw: bytes, length: int) -> tuple[dict[str, Info], dict[str, str]]:
     metadata = head.pop(META, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _Fault(f"its {META} is no dictionary of texts")
-    return {name: _info(name, entry) for name, entry in head.items()}, metadata
+    known = _layouts.get(rest)
+    layout = Layout((name, _info(name, entry)) for name, entry in head.items()) if known is None else known
+    if known is None or known.size != size:
+        _check_data(layout, size)
+    if rest and known is None:
+        _layouts[rest] = layout
+        while len(_layouts) > _MOST:
+            del _layouts[next(iter(_layouts))]
+    return layout, metadata
+
+
+_MOST = 8
+_layouts: dict[str, Layout] = {}  # by what follows the remarks in a head that was sound
+_START = f'{{"{META}":{{'
+
+
+def _known(text: str) -> tuple[Any, str]:
+    """A head's remarks, and what follows them; "" where they are not in front, or the rest is long."""
+    if not text.startswith(_START) or len(text) > 1_000_000:
+        return None, ""
+    found, end = _remarks.raw_decode(text, len(_START) - 1)
+    return found, text[end:].rstrip(" ")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -122,6 +173,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise _Fault(f"its head has {_short(name)} twice")
         found[name] = value
     return found
+
+
+_remarks = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _short(value: Any) -> str:
@@ -178,12 +232,23 @@ def data_of(file: str | os.PathLike[str], header: Header) -> Tensor:
 def tensors_of(data: Tensor, header: Header) -> dict[str, Tensor]:
     """The tensors in a file's bytes, without a copy where their place in the file allows that."""
     found = {}
+    if (numbers := numbers_of(data, header)) is not None:
+        names, sizes = header.tensors.order
+        for name, part in zip(names, numbers.split(sizes), strict=True):
+            found[name] = part.view(header.tensors[name].shape)
+        return {name: found[name] for name in header.tensors}
     for name, (dtype, shape, begin, end) in header.tensors.items():
         raw = data[header.start + begin : header.start + end]
         if raw.storage_offset() % dtype.itemsize:
             raw = raw.clone()
         found[name] = raw.view(dtype).view(shape)
     return found
+
+
+def numbers_of(data: Tensor, header: Header) -> Tensor | None:
+    """All numbers of a file as one row, if they are of one dtype and lie where it allows that."""
+    kind = header.tensors.kind
+    return None if kind is None or header.start % kind.itemsize else data[header.start :].view(kind)
 
 
 def write_file(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -213,9 +278,9 @@ def write_file(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
         handle.write(checksum(data_of(file, header), header).encode())
 
 
-def _laid_out(tensors: Mapping[str, Tensor]) -> dict[str, Info]:
+def _laid_out(tensors: Mapping[str, Tensor]) -> Layout:
     """Where each tensor goes: those with the largest numbers first, so that every one is aligned."""
-    infos, here = {}, 0
+    infos, here = Layout(), 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
         if name == META or tensor.dtype not in CODES:
             raise ValueError(f"A safetensors file cannot hold {name!r} of {tensor.dtype}. Convert or rename it.")
@@ -244,9 +309,7 @@ def checksum(data: Tensor, header: Header) -> str:
     Two sums of 64 bits: SHA-256 of the head, cut; and of the data's words, each chunk of 4 KiB with an odd factor of
     its own, modulo 2^64. It finds damage, and is no proof against intent.
     """
-    told = [[n, str(i.dtype), *i.shape, i.begin, i.end] for n, i in sorted(header.tensors.items())]
-    names = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-    return f"{names}-{_sum(data[header.start :]) % 2**64:016x}"
+    return f"{header.tensors.names}-{_sum(data[header.start :]) % 2**64:016x}"
 
 
 def _sum(data: Tensor) -> int:
