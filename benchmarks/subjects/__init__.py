@@ -1,3 +1,14 @@
 """The measures, by what they are about. Importing this package registers them."""
 
-from benchmarks.subjects import adapters, algebra, batches, compiled, exchange, imports, memory, steps, wrapping  # noqa: F401
+from benchmarks.subjects import (  # noqa: F401
+    adapters,
+    algebra,
+    batches,
+    compiled,
+    exchange,
+    imports,
+    memory,
+    methods,
+    steps,
+    wrapping,
+)

@@ -87,13 +87,6 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) 
     return _Add.apply(y, x, A, B, scale, p)
 
 
-def add_features(y: Tensor, u: Tensor, gain: Tensor) -> Tensor:
-    """y + u diag(gain), (..., k), in the dtype of y, which is the caller's own and may be changed."""
-    if u.dtype is y.dtype and not transformed():
-        return y.addcmul_(u, gain)
-    return (y + u * gain).to(y.dtype)
-
-
 def _accumulates(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether the update can be added in the product that makes it: two passes over y in place of four."""
     ordinary = all(type(t) in (Tensor, nn.Parameter) for t in (y, x, A, B))

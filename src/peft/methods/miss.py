@@ -13,17 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import describe
 from ..core import draw
+from ..core.direct import open_linear
 from ..core.layer import name_layers
 from ..core.method import Delta, Method, Site
 from ..core.scale import ScaledLayer
 from ..core.stack import Adapter, Stack
+from ..kernels import onto
 from ..target_config import choice, probability
 from .additive import AdditiveConfig, AdditiveModel
+from .bat import Bat, build, refuse
 
 
 @dataclass
@@ -45,28 +47,6 @@ class MissConfig(AdditiveConfig):
         probability("miss_dropout", self.miss_dropout)
 
 
-def build(site: Site, *shape: int) -> dict[str, Any]:
-    """The tensors of a target; `shape` is that of a block."""
-    c = site.settings
-    return {
-        "miss_dropout": nn.Identity() if c.init_weights == "bat" else site.dropout("miss_dropout"),
-        "miss_block": nn.Parameter(torch.empty(*site.view.shape(site.module)[:-2], *shape, **site.kwargs)),
-        "miss_r": c.r,
-        "miss_mini_r": c.mini_r,
-        "scaling": 1.0,
-    }
-
-
-def refuse(site: Site, name: str, value: int, **sizes: int) -> None:
-    """Raise ValueError if a size does not divide the features."""
-    for what, n in sizes.items():
-        if n % value:
-            raise ValueError(
-                f"{name}={value} must divide the {what}-features ({n}) of {site.path!r} with "
-                f"init_weights={site.settings.init_weights!r}. Use one of {[d for d in range(1, n + 1) if n % d == 0]}."
-            )
-
-
 class MiSS(Delta):
     """W'[:, j] = W[:, j] + D[j mod r]'."""
 
@@ -84,52 +64,39 @@ class MiSS(Delta):
         p.miss_block.zero_() if p.settings.init_weights else draw.kaiming(p.miss_block)
 
     def shard(self, p: Adapter) -> Tensor:
-        """D times the scaling, (..., r, O)."""
-        D = p.held("miss_block") * p.scaling
-        times = p.layer.view.shape(p.layer.get_base_layer())[-2] // D.shape[-1]
-        return D if times == 1 else D.repeat(*[1] * (D.dim() - 1), times)
+        """D, (..., r, O)."""
+        D = p.held("miss_block")
+        if p.settings.init_weights != "mini":
+            return D
+        return D.repeat(*[1] * (D.dim() - 1), p.layer.view.shape(p.layer.get_base_layer())[-2] // D.shape[-1])
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        D, inp = self.shard(p).mT[..., rows, :], p.layer.view.shape(p.layer.get_base_layer())[-1]
+        D, inp = self.shard(p).mT[..., rows, :] * p.scaling, p.layer.view.shape(p.layer.get_base_layer())[-1]
         return D[..., torch.arange(inp, device=D.device) % p.miss_r]
 
     def exact_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """A repeats the identity, B is D'."""
-        B, inp = self.shard(p).mT, p.layer.view.shape(p.layer.get_base_layer())[-1]
+        B, inp = self.shard(p).mT * p.scaling, p.layer.view.shape(p.layer.get_base_layer())[-1]
         A = torch.eye(p.miss_r, dtype=B.dtype, device=B.device).repeat(1, -(-inp // p.miss_r))[:, :inp]
         return A.expand(*B.shape[:-2], -1, -1), B
 
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("miss_dropout")
 
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        held = open_linear(inner, x) if type(self).onto is MiSS.onto else None
+        return None if held is None else onto.thin(x, *held, (*self.thin(p, inner, x), p.scaling))
+
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not inner.view.dense:
             return super().onto(p, inner, y, x)
+        h, D = self.thin(p, inner, x)
+        return (y + (h @ D * p.scaling).view(y.shape)).to(y.dtype)
+
+    def thin(self, p: Adapter, inner: Stack, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of x's parts, (N, r), and D."""
         D = self.shard(p)
-        x, _ = inner.drop(x, self.drop_rate(p), D.dtype)
-        parts = F.pad(x, (0, -x.shape[-1] % p.miss_r)).unflatten(-1, (-1, p.miss_r))
-        return (y + parts.sum(-2) @ D).to(y.dtype)
-
-
-class Bat(Method):
-    """W'_uv = W_uv + W_uv D_u + D_u in blocks of r x r."""
-
-    by_rows = False
-
-    def build(self, site: Site) -> dict[str, Any]:
-        *_, out, inp = site.view.shape(site.module)
-        r = site.settings.r
-        refuse(site, "r", r, **{"in": inp, "out": out})
-        return build(site, out // r, r, r)
-
-    def init(self, p: Adapter, inner: Stack) -> None:
-        p.miss_block.zero_()
-
-    def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        D = p.held("miss_block") * p.scaling
-        blocks = W.to(D.dtype).unflatten(-2, (-1, p.miss_r)).unflatten(-1, (-1, p.miss_r))  # (..., u, a, v, b)
-        mixed = blocks + torch.einsum("...uavb,...ubc->...uavc", blocks, D) + D.unsqueeze(-2)
-        return mixed.flatten(-2).flatten(-3, -2).to(W.dtype)
+        return onto.shards(inner.drop(x, self.drop_rate(p), D.dtype)[0], p.miss_r), D
 
 
 class MissLayer(ScaledLayer):

@@ -83,7 +83,7 @@ class PVeRA(VeRA):
         if not self.draws(p):
             return h
         m, v = h.split(p.r, -1)
-        return torch.addcmul(m, drawn_like(m, p.noise), (v / 2).exp())
+        return m + drawn_like(m, p.noise) * (v / 2).exp()
 
     def draws(self, p: Adapter) -> bool:
         """Whether h is drawn."""

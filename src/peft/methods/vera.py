@@ -24,7 +24,7 @@ from ..core.method import LowRank, Site
 from ..core.shared import Shared, drawn
 from ..core.stack import Adapter, Stack
 from ..errors import PeftWarning
-from ..kernels import lowrank
+from ..kernels import onto
 from ..target_config import probability
 from .additive import AdditiveConfig, AdditiveModel
 
@@ -111,9 +111,9 @@ class VeRA(LowRank):
         b, d = p.held(f"{self.word}_lambda_b"), p.held(f"{self.word}_lambda_d")
         A, B = (getattr(p, f"{self.word}_{name}").to(b.device, b.dtype) for name in "AB")
         z, _ = inner.drop(x, self.drop_rate(p), d.dtype)
-        d = d[: self.wanted(p)]
-        h = self.middle(p, F.linear(z, A[: len(d), : x.shape[-1]]) * d)
-        return lowrank.add_features(F.linear(x, W, bias), F.linear(h, B[: len(b), : p.r]), b)
+        rows = self.wanted(p)
+        h = F.linear(z, A[:rows, : x.shape[-1]]) * (d if rows == self.rows * p.r else d[:rows])
+        return onto.features(F.linear(x, W, bias), F.linear(self.middle(p, h), B[: W.shape[0], : p.r]), b)
 
     def wanted(self, p: Adapter) -> int:
         """How many rows of A this forward takes."""
