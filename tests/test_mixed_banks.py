@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conformance.layouts import Around, Layout
 from conformance.rows import METHODS, adapted, close, config, train, tuner_layers
 from peft import LoraConfig, get_peft_model
-from peft.core.banks import Banks, Groups
+from peft.core.banks import Banks
+from peft.core.rows import Groups
 
 LINEAR = Layout("linear", lambda: Around(nn.Linear(12, 16)), (9, 12))
 NAMES = ("default", "one", "two", "three")
@@ -94,6 +95,8 @@ def test_every_method_that_states_factors_runs_together():
 def test_gradients_are_those_of_the_adapters_alone(method, batch):
     model, names = several(method), BATCHES[batch]
     x = LINEAR.x().requires_grad_()
+    with torch.no_grad():
+        model(x, adapter_names=names)  # which keeps what has no gradients
     found = gradients(lambda: model(x, adapter_names=names), [x, *parameters(model)])
     grads = []
     for i, name in enumerate(names):
@@ -207,6 +210,12 @@ def stepped(model):
         optimiser.step()
 
 
+def new_data_at_an_address_of_before(model):
+    weight = layer_of(model).lora_A["one"].weight
+    for _ in range(4):  # memory that is freed is given out again
+        weight.data = weight.data * 2
+
+
 def in_inference_mode(model):
     with torch.inference_mode():
         layer_of(model).lora_A["one"].weight.mul_(2)
@@ -214,7 +223,7 @@ def in_inference_mode(model):
 
 CHANGES = [
     written, new_parameter, new_module, new_data, scaled, rescaled, loaded, deleted, hooked, patched, cast, stepped,
-    in_inference_mode,
+    new_data_at_an_address_of_before, in_inference_mode,
 ]  # fmt: skip
 
 
@@ -226,6 +235,58 @@ def test_a_change_of_an_adapter_is_seen(change):
         change(model)
         found = model(x, adapter_names=names)
         assert not torch.allclose(found, before)
+        close(found, apart(model, x, names), 1e-5)
+
+
+def test_a_layer_that_runs_again_in_a_call_looks_again():
+    model, x, names = several(), LINEAR.x(), BATCHES["equal"]
+    layer = layer_of(model)
+    with torch.no_grad(), layer.call.open(names=tuple(names), beams=1, length=None):
+        first = [layer(x) for _ in range(2)]
+        close(*first)
+        written(model)
+        found = layer(x)
+    assert not torch.allclose(found, first[0])
+    with torch.no_grad():
+        close(found, apart(model, x, names), 1e-5)
+
+
+def test_layers_that_are_told_names_themselves_look_each_time():
+    torch.manual_seed(0)
+    options = {"r": 2, "target_modules": ["0", "1"], "init_lora_weights": False}
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoraConfig(**options)).eval()
+    first, second = (layer for _, layer in tuner_layers(model))
+    x, names = torch.randn(2, 8), ["default", "__base__"]
+    with torch.no_grad():
+        model(x, adapter_names=names)
+        first(x, adapter_names=names)
+        second.lora_B["default"].weight.mul_(2)
+        found = second(x, adapter_names=names)
+        close(found, torch.cat([second(x[:1]), second.base_layer(x[1:])]), 1e-5)
+
+
+def test_gradients_go_to_those_that_took_part_alone():
+    model, x = several(), LINEAR.x()
+    held = parameters(model)
+    for batch in ("one", "few", "equal"):
+        y = model(x, adapter_names=BATCHES[batch])
+        grads = torch.autograd.grad(y.sum(), held, allow_unused=True)
+        got = {n for n, g in zip([n for n in NAMES for _ in range(2)], grads, strict=True) if g is not None}
+        assert got == set(BATCHES[batch]) - {"__base__"}
+
+
+def test_in_training_nothing_is_copied_for_later_but_places():
+    model, x, names = several(), LINEAR.x(), BATCHES["equal"]
+    layer, held = layer_of(model), parameters(model)
+    model(x, adapter_names=names).sum().backward()
+    kept = layer.call.banks[layer]
+    assert all(bank._made is None for bank in kept.banks)
+    for p in held:
+        p.data.add_(1)  # as optimisers may, which nobody counts
+    x.requires_grad_()
+    found = model(x, adapter_names=names)
+    assert layer.call.banks[layer] is kept
+    with torch.no_grad():
         close(found, apart(model, x, names), 1e-5)
 
 
@@ -340,6 +401,25 @@ def test_the_number_of_operations_does_not_depend_on_that_of_adapters(adapters):
             with Counted() as ops:
                 layer(x)
     assert ops.count <= 10, ops.count
+
+
+@pytest.mark.parametrize("adapters", [2, 16])
+def test_training_takes_as_many_operations_for_any_number_of_adapters(adapters):
+    torch.manual_seed(0)
+    options = {"r": 4, "target_modules": ["0", "1"], "init_lora_weights": False}
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoraConfig(**options), "a0")
+    for i in range(1, adapters):
+        model.add_adapter(f"a{i}", LoraConfig(**options))
+    names, x = [f"a{i % adapters}" for i in range(32)], torch.randn(32, 8)
+    for _, layer in tuner_layers(model.eval()):
+        layer.set_requires_grad([f"a{i}" for i in range(adapters)])
+    model(x, adapter_names=names)
+    with Counted() as ops:
+        y = model(x, adapter_names=names)
+    assert ops.count <= 2 * 16, ops.count
+    kinds = [type(node).__name__ for node, _ in y.grad_fn.next_functions if node is not None]
+    assert [type(y.grad_fn).__name__, *kinds].count("_UpdateBackward") == 2
+    assert set(kinds) == {"_UpdateBackward", "AccumulateGrad"}
 
 
 def test_rows_are_told_in_few_groups_of_about_one_size():

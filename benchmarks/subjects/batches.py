@@ -41,11 +41,11 @@ def mixed() -> Iterator[Numbers]:
     """Rows by adapters in turns, so that every segment has to be collected."""
     x = torch.randn(ROWS, 256)
     bare = frozen(stack(8, 256)).eval()
-    models = {n: served(n) for n in COUNTS}
+    models = {n: (served(n), names(n)) for n in COUNTS}
     while True:
         numbers = {}
-        for n, model in models.items():
-            run = lambda model=model, n=n: model(x, adapter_names=names(n))  # noqa: E731
+        for n, (model, turns) in models.items():
+            run = lambda model=model, turns=turns: model(x, adapter_names=turns)  # noqa: E731
             numbers["bare"] = min(numbers.get("bare", 1.0), smallest(lambda: bare(x), 5, 20))
             numbers[f"{n} adapters"] = smallest(run, 5, 20)
         yield numbers

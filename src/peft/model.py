@@ -235,14 +235,14 @@ class PeftModel(Persistent, nn.Module):
                 f"per sample ({BASE!r} for none)."
             )
         known = self.peft_config
-        unknown = [n for n in dict.fromkeys(names) if n not in known and n != BASE]
+        unknown = [n for n in dict.fromkeys(names) if n != BASE and n not in known]
         if unknown:
             raise ValueError(
                 "adapter_names holds unknown names: "
                 f"{listing(map(str, unknown))}.{nearest(str(unknown[0]), self.peft_config)} Existing adapters: "
                 f"{listing(self.peft_config)}, and {BASE!r}."
             )
-        if any(layer.merged_adapters for _, layer in tuner_layers(self.base_model)):
+        if self._tuner.call.merged and any(layer.merged_adapters for _, layer in tuner_layers(self.base_model)):
             raise ValueError("adapter_names cannot be used while adapters are merged. Call `unmerge_adapter()` first.")
 
     def disable_adapter(self) -> AbstractContextManager[None]:

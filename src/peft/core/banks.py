@@ -4,182 +4,100 @@ Letters: S adapters, c rows of each, T positions of a row, d in-features, k out-
 factors of S adapters of about one rank, padded with zeros: A (S, r, d), and B (S, r, k) with their scaling in it. With
 the rows of x sorted by adapter, the update of all rows is x A' B. After Chen et al. 2023 (Punica), arXiv 2310.18547.
 
-Without gradients a bank is kept for the layer's next forward, and made anew when anything that it was made of has
-changed: a tensor was replaced, moved, or written (torch counts that), a plain value set, a module hooked.
+A bank is kept for the layer's next forward, and made anew when anything that it was made of has changed: a tensor was
+replaced, moved, or written (torch counts that), a plain value set, a module hooked (`watch`). In training the numbers
+are collected each time, and what is kept is where they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from operator import attrgetter, is_, methodcaller
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import choice
+from ..kernels import choice, grouped
 from ..kernels.modes import transformed
 from .direct import is_ordinary
-from .stack import Adapter
-from .views import SETTLED
+from .host import changes
+from .rows import Groups, Segments
+from .watch import PLAIN, Watch
 
-PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 KEPT = 128  # adapters in a layer's banks that no longer take part in the batches
-_version, _address = attrgetter("_version"), methodcaller("data_ptr")
+_learns = attrgetter("requires_grad")
+Term = tuple[str, tuple[Tensor, Tensor, Any]]
 
 
-class Segments(NamedTuple):
-    """Rows of a batch by adapter, c of them for each slot of a bank.
-
-    Attributes:
-        slots: which slots of the bank, (S,); None for all in their order.
-        adapters: S.
-        rows: (S c,) of the batch; an adapter that has fewer repeats its first one. None: the batch is in this order.
-        real: which of these are no repetition; None for all.
-        to: the rows that these stand for.
-    """
-
-    slots: Tensor | None
-    adapters: int
-    rows: Tensor | None
-    real: Tensor | None
-    to: Tensor
-
-
-class Groups(dict[str, Tensor]):
-    """Row indices of each adapter of a batch, (rows of that adapter,) int64, and what follows from them.
+class Bank:
+    """The factors of some adapters of a layer.
 
     Arguments:
-        rows: adapter -> its rows.
-        total: rows of the batch.
-        device: of the indices.
+        terms: (name, (A (r, d), B (k, r), scaling)) of each.
+        own: whether A and B are the adapters' own tensors, and no results of them.
     """
 
-    def __init__(self, rows: Mapping[str, list[int]], total: int, device: torch.device):
-        super().__init__({n: torch.tensor(index, device=device) for n, index in rows.items()})
-        self.lists, self.total, self.device, self.names = rows, total, device, tuple(rows)
-        self._known: dict[tuple[str, ...], list[Segments]] = {}
-        self.tables: dict[Any, Any] = {}  # what other kernels read
+    def __init__(self, terms: Sequence[Term], own: bool):
+        self.names, self.own = tuple(name for name, _ in terms), own
+        self.As, self.Bs, self.scales = zip(*(term for _, term in terms), strict=True)
+        alike = len({A.shape for A in self.As}) == len({B.shape for B in self.Bs}) == len(set(self.scales)) == 1
+        leaves = own and alike and all(type(t) is nn.Parameter for t in (*self.As, *self.Bs))
+        self.scale = self.scales[0] if leaves and type(self.scales[0]) is float else None
+        self._made: tuple[Tensor, Tensor] | None = None
+        self._at: tuple[Groups, list[Segments]] | None = None
 
-    def segments(self, order: tuple[str, ...]) -> list[Segments]:
-        """The rows of the adapters that are in a bank's slots in this order; few, so that little is padding."""
-        known = self._known.get(order)
-        if known is None:
-            here = [(slot, self.lists[n]) for slot, n in enumerate(order) if n in self.lists]
-            largest, total = max((len(rows) for _, rows in here), default=0), sum(len(rows) for _, rows in here)
-            tiers: dict[int, list[tuple[int, list[int]]]] = {}
-            for slot, rows in here:
-                alike = 0 if largest * len(here) <= 2 * total else (len(rows) - 1).bit_length()
-                tiers.setdefault(alike, []).append((slot, rows))
-            known = self._known[order] = [self._padded(tier, len(order)) for tier in tiers.values()]
-        return known
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """(A, B); kept where no gradient goes through them."""
+        made = self._made
+        if made is None or (torch.is_grad_enabled() and self.own and self.learns()):
+            made = grouped.stacked(self.As, self.Bs, self.scales)
+            self._made = None if made[0].requires_grad or made[1].requires_grad else made
+        return made
 
-    def _padded(self, tier: list[tuple[int, list[int]]], slots: int) -> Segments:
-        size = max(len(rows) for _, rows in tier)
-        padded = [i for _, rows in tier for i in rows + rows[:1] * (size - len(rows))]
-        real = [j * size + i for j, (_, rows) in enumerate(tier) for i in range(len(rows))]
-        to = [i for _, rows in tier for i in rows]
+    def learns(self) -> bool:
+        """Whether some factor wants a gradient."""
+        return any(map(_learns, self.As)) or any(map(_learns, self.Bs))
 
-        def tensor(numbers: list[int]) -> Tensor:
-            return torch.tensor(numbers, device=self.device)
-
-        return Segments(
-            None if len(tier) == slots else tensor([slot for slot, _ in tier]),
-            len(tier),
-            None if padded == list(range(self.total)) else tensor(padded),
-            None if len(real) == len(padded) else tensor(real),
-            tensor(to),
-        )
-
-
-class Bank(NamedTuple):
-    """The factors of some adapters of a layer, which stand in the order of their names."""
-
-    names: tuple[str, ...]
-    A: Tensor
-    B: Tensor
+    def at(self, groups: Groups) -> list[Segments]:
+        """`Groups.segments` of this bank."""
+        if self._at is None or self._at[0] is not groups:
+            self._at = groups, groups.segments(self.names)
+        return self._at[1]
 
     def add(self, y: Tensor, x: Tensor, groups: Groups, own: bool) -> Tensor:
         """y and the update of each row of x (rows, ..., d) by its adapter; in y itself if that is nobody else's."""
-        for at in groups.segments(self.names):
-            A, B = self.A, self.B
-            if at.slots is not None:
-                A, B = A.index_select(0, at.slots), B.index_select(0, at.slots)
-            rows = x if at.rows is None else x.index_select(0, at.rows)
-            z = rows.to(A.dtype).reshape(at.adapters, -1, x.shape[-1])
-            h = torch.bmm(z, A.mT)
-            if at.rows is None and y.dtype is h.dtype is B.dtype:
-                flat = y.reshape(at.adapters, -1, y.shape[-1])
-                y = (flat.baddbmm_(h, B) if own else torch.baddbmm(flat, h, B)).view(y.shape)
-                continue
-            u = torch.bmm(h, B).view(-1, *y.shape[1:])
-            u = u if at.real is None else u.index_select(0, at.real)
-            if u.dtype is y.dtype:
-                y = y.index_add_(0, at.to, u) if own else y.index_add(0, at.to, u)
+        gradients = torch.is_grad_enabled()
+        if gradients and self.learns() and grouped.learnt(y, x, None, self.As[0]):
+            parts = [(at, self._factors(at)) for at in self.at(groups)]
+            if all(factors is not None for _, factors in parts):
+                for at, factors in parts:
+                    y = grouped.update(y, x, None, None, at, self.scale, *factors)  # type: ignore
+                return y
+        A, B = self._made if self._made is not None and not gradients else self.stacked()
+        for at in self.at(groups):
+            if at.slots is None:
+                y = grouped.add(y, x, A, B, at, own)
             else:
-                y = y.index_copy(0, at.to, (y.index_select(0, at.to) + u).to(y.dtype))
+                y = grouped.add(y, x, A.index_select(0, at.slots), B.index_select(0, at.slots), at, own)
         return y
 
+    def over(self, base: nn.Module, x: Tensor, groups: Groups) -> Tensor | None:
+        """The layer's output in one operation, in training over an ordinary base; None where that is not possible."""
+        found, (W, b) = self.at(groups), (base._parameters["weight"], base._parameters["bias"])
+        if len(found) != 1 or W is None or x.dim() < 2 or not grouped.learnt(None, x, W, self.As[0]):
+            return None
+        factors = self._factors(found[0])
+        return None if factors is None else grouped.update(None, x, W, b, found[0], self.scale, *factors)  # type: ignore
 
-class Watch:
-    """Tells whether what adapters of a layer compute their factors from is what it was."""
-
-    def __init__(self, layer: Any, adapters: Sequence[Adapter]):
-        d, self.layer, self.homes = layer.__dict__, layer._modules, list(layer._modules)
-        self.places: list[tuple[Any, Any]] = [(d, "training"), (d, "cast_input_dtype_enabled"), (d, "view")]
-        self.tensors: list[Tensor] = []
-        self.hooks: list[Any] = []
-        names = {p.name for p in adapters}
-        for key, home in layer._modules.items():
-            for name in names if key != "base_layer" else ():
-                self._look(home._modules, name)
-                for held in (home._parameters, home._buffers):
-                    if name in held:
-                        self._note(held, name)
-        for p in adapters:
-            for home in p.shared.values():
-                self._note(home._parameters if p.name in home._parameters else home._buffers, p.name)
-        self.look = [(place.get, key) for place, key in self.places]
-        self.found = [get(key) for get, key in self.look]
-        self.possible = all(type(t) in PLAIN and not t.is_inference() for t in self.tensors)  # else changes go unseen
-        self.written, self.state = Adapter.written, self._state() if self.possible else ([], [])
-
-    def _look(self, place: dict[str, Any], name: str) -> None:
-        module = place.get(name)
-        if module is None:
-            return
-        self.places.append((place, name))
-        for child in module.modules():
-            own = child.__dict__
-            self.places.append((own, "forward"))
-            if "_forward_hooks" in own:
-                self.hooks += [child._forward_pre_hooks, child._forward_hooks]
-            else:  # a lean module: it gets tables by its first hook
-                self.places.append((own, "_forward_hooks"))
-            if type(child) not in SETTLED:
-                self.places += [(own, "training"), (own, "p")]
-            for held in (child._parameters, child._buffers):
-                for key, tensor in held.items():
-                    if tensor is not None:
-                        self._note(held, key)
-
-    def _note(self, place: Any, key: str) -> None:
-        self.places.append((place, key))
-        self.tensors.append(place[key])
-
-    def _state(self) -> tuple[list[int], list[int]]:
-        return list(map(_version, self.tensors)), list(map(_address, self.tensors))
-
-    def unchanged(self) -> bool:
-        """Whether nothing was replaced, moved, written or hooked."""
-        return (
-            self.written == Adapter.written
-            and list(self.layer) == self.homes
-            and all(map(is_, [get(key) for get, key in self.look], self.found))
-            and not any(self.hooks)
-            and self._state() == self.state
-        )
+    def _factors(self, at: Segments) -> tuple[Tensor, ...] | None:
+        """Those that take part, if all of them are leaves of one form that learn."""
+        if self.scale is None:
+            return None
+        As, Bs = self.As, self.Bs
+        if at.slots is not None:
+            As, Bs = tuple(As[i] for i in at.members), tuple(Bs[i] for i in at.members)
+        return (*As, *Bs) if all(map(_learns, As)) and all(map(_learns, Bs)) else None
 
 
 class Banks:
@@ -187,9 +105,11 @@ class Banks:
 
     def __init__(self, layer: Any, names: Sequence[str]):
         self.adapters = [layer.adapters[n] for n in names if n in layer.adapters]
-        alike: dict[Any, list[tuple[str, tuple[Tensor, Tensor, Any]]]] = {}
+        self.watch = Watch() if transformed() else Watch.on(layer, self.adapters)
+        alike: dict[Any, list[Term]] = {}
         self.rest: list[str] = []
         self.names = frozenset(names)
+        mine = frozenset(map(id, self.watch.tensors))
         for p in self.adapters:
             term = p.method.term(p)
             if term is None or any(type(f) not in PLAIN or f.dim() != 2 for f in term[:2]):
@@ -198,59 +118,61 @@ class Banks:
                 A, B, _ = term
                 ragged = bool(choice.devices) and choice.banked(A, B)
                 size = "any" if ragged else (A.shape[0] - 1).bit_length()
-                alike.setdefault((A.dtype, A.device, size), []).append((p.name, term))
+                own = id(A) in mine and id(B) in mine
+                alike.setdefault((A.dtype, A.device, own, size), []).append((p.name, term))
         self.banks: list[Any] = [
-            choice.bank(terms) if size == "any" else stacked(terms) for (*_, size), terms in alike.items()
+            choice.bank(terms) if size == "any" else Bank(terms, own) for (*_, own, size), terms in alike.items()
         ]
-        self.watch: Watch | None = None
+        self.own = all(getattr(bank, "own", False) for bank in self.banks)
+        self._served: Groups | None = None
+        self._changes = -1
 
     def keep(self, layer: Any) -> None:
         """Stand for the layer's next forward too, where what the banks were made of can be watched."""
-        learns = any(factor.requires_grad for bank in self.banks for factor in (bank.A, bank.B))
-        if learns or any(p.method.reads for p in self.adapters):
+        made = [t for bank in self.banks if not getattr(bank, "own", False) for t in _made(bank)]
+        if any(map(_learns, made)) or any(p.method.reads for p in self.adapters):
             return  # gradients are for one time, and a base weight is not watched
-        self.watch = Watch(layer, self.adapters)
         if self.watch.possible:
             layer.call.banks[layer] = self
 
-    def hold(self) -> bool:
-        """Whether they are still those of the layer, and no gradient of them is asked for."""
-        watch = self.watch
-        learns = torch.is_grad_enabled() and watch is not None and any(t.requires_grad for t in watch.tensors)
-        return watch is not None and not learns and watch.unchanged()
+    def learns(self) -> bool:
+        """Whether a gradient of some tensor is wanted now."""
+        return torch.is_grad_enabled() and any(map(_learns, self.watch.tensors))
+
+    def serve(self, layer: Any, groups: Groups) -> bool:
+        """Whether all adapters of a batch that the layer has are in the banks, and none of them is in none."""
+        if self._served is groups and self._changes == changes():
+            return True
+        here = [n for n in groups.names if n in layer.adapters]
+        if not self.names.issuperset(here) or not {*self.rest}.isdisjoint(here):
+            return False
+        self._served, self._changes = groups, changes()
+        return True
 
 
-def stacked(terms: list[tuple[str, tuple[Tensor, Tensor, Any]]]) -> Bank:
-    """The bank of some adapters' (A, B, scaling)."""
-    rank = max(A.shape[0] for _, (A, _, _) in terms)
-    As, Bs, scales = [], [], []
-    for _, (A, B, scale) in terms:
-        room = rank - A.shape[0]
-        As.append(F.pad(A, (0, 0, 0, room)) if room else A)
-        Bs.append(F.pad(B.mT, (0, 0, 0, room)) if room else B.mT)
-        scales.append(scale)
-    A, B = torch.stack(As), torch.stack(Bs)
-    if len(set(scales)) > 1:  # tensors count for themselves
-        factors = [torch.as_tensor(s, dtype=B.dtype, device=B.device).reshape(1, 1) for s in scales]
-        B = B * torch.stack(factors)
-    else:
-        B = B * scales[0]
-    return Bank(tuple(name for name, _ in terms), A, B)
+def _made(bank: Any) -> tuple[Tensor, ...]:
+    return (*bank.As, *bank.Bs) if isinstance(bank, Bank) else (bank.A, bank.B)
 
 
 def banks_of(layer: Any, names: tuple[str, ...]) -> Banks:
     """The banks with these adapters of a layer, and perhaps with others; the kept ones where they still hold."""
     if transformed():
         return Banks(layer, names)
-    known: Banks | None = layer.call.banks.get(layer)
-    if known is not None and known.hold():
+    ledger, gradients = layer.call.banks, torch.is_grad_enabled()
+    known: Banks | None = ledger.take(layer, not gradients)
+    if known is not None and gradients and not (known.own if known.learns() else known.watch.unwritten()):
+        known = None  # what was computed without gradients has none, and numbers were not looked at
+    if known is not None:
         if known.names.issuperset(names):
             return known
         old = known.names.difference(names)
         if len(old) <= KEPT:
             names = (*names, *(n for n in old if n in layer.adapters))
-    layer.call.banks.pop(layer, None)
+    if layer in ledger:
+        del ledger[layer]
     fresh = Banks(layer, names)
+    if not fresh.learns():
+        fresh.watch.note()
     fresh.keep(layer)
     return fresh
 

@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .banks import Groups, banks_of, own_product
+from ..kernels.modes import transformed
+from .banks import Banks, banks_of, own_product
 from .call import BASE, Call
+from .direct import is_ordinary
 from .method import Delta
+from .rows import Groups
 from .stack import Adapter, Stack
 from .views import READS, LinearView
 
@@ -81,17 +85,51 @@ class MixedBatch(nn.Module):
 
     def _mixed_rows(self, root: Stack, x: Tensor, groups: Groups) -> Tensor:
         """The base once for all rows, then the low-rank updates of all adapters at once, then others on their own."""
-        y = root(x)
         names = tuple([n for n in groups.names if n != BASE and n in self.adapters])
         banked = banks_of(self, names) if names and self.view.dense and x.dim() > 1 else None
-        # those that run the base on their rows themselves, or start from its output, may not find it changed
         rest = names if banked is None else [n for n in banked.rest if n in groups]
+        if banked is not None and not rest and (found := self._learnt(banked, x, groups)) is not None:
+            return found
+        y = root(x)
+        # those that run the base on their rows themselves, or start from its output, may not find it changed
         out = self._mixed_rest(root, x, y, groups, rest)
         if banked is not None:
             own = not rest and own_product(root.base)
             for bank in banked.banks:
                 out = bank.add(out, x, groups, own)
         return self.view.finish(root.base, out)
+
+    def _swift(self, x: Any) -> Tensor | None:
+        """`_mixed` without gradients, over an ordinary layer whose banks hold; None where it may be more than that."""
+        call, base = self.call, self._modules["base_layer"]
+        if torch.is_grad_enabled() or transformed() or type(x) is not Tensor or x.dim() < 2 or self._merged:
+            return None
+        names = call.fact("names")
+        banks: Banks | None = call.banks.take(self, True) if names is not None and self._ordinary(base) else None
+        if banks is None:
+            return None
+        groups = call.known(x) if names is call.names else None
+        if groups is None:  # a layer that has banks is one whose rows can be told apart
+            groups = call.groups(x.shape[0], x.device, "", names)
+        if not banks.serve(self, groups):
+            call.banks.give_back(self, banks)
+            return None
+        held = base._parameters  # type: ignore[union-attr]
+        y = F.linear(x, held["weight"], held["bias"])  # type: ignore[arg-type]
+        for bank in banks.banks:
+            y = bank.add(y, x, groups, True)
+        return y
+
+    def _ordinary(self, base: Any) -> bool:
+        """Whether calling what stands below is a plain product with a plain weight, and nothing follows it."""
+        plain = type(self.view) is LinearView and is_ordinary(base)
+        return plain and type(base._parameters.get("weight")) is nn.Parameter
+
+    def _learnt(self, banks: Banks, x: Tensor, groups: Groups) -> Tensor | None:
+        """The same in training, where one operation is all of it."""
+        base = self._modules["base_layer"]
+        one = torch.is_grad_enabled() and len(banks.banks) == 1 and hasattr(banks.banks[0], "over")
+        return banks.banks[0].over(base, x, groups) if one and self._ordinary(base) else None
 
     def _mixed_rest(self, root: Stack, x: Tensor, y: Tensor, groups: Groups, names: Sequence[str]) -> Tensor:
         """Each adapter on its own rows."""

@@ -7,17 +7,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from .banks import Groups
+from ..kernels.modes import transformed
 from .deferred import Deferred
+from .rows import Groups
 from .tasks import Tasks
+from .watch import Ledger
 
 BASE = "__base__"
 REMEMBERED = 1024  # forward passes that may wait for their backward pass
+BATCHES = 8  # mixed batches whose rows are known again
 
 
 class Call(Deferred):
@@ -68,11 +70,13 @@ class Call(Deferred):
         self._node: int | None = None  # the autograd node in whose evaluation the facts were set; None outside backward
         self._recalled: dict[str, Any] | None = None
         self.gates: Any = None
-        self.banks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # layer -> factors of a mixed batch's adapters
+        self.banks = Ledger()  # layer -> factors of a mixed batch's adapters
+        self._batches: dict[Any, Groups] = {}  # of the latest mixed batches
+        self._latest: tuple[Any, ...] = ()  # the last of them, and what it is of
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        own = ("_past", "_node", "_recalled", "_groups", "gates", "banks")
+        own = ("_past", "_node", "_recalled", "_groups", "_batches", "_latest", "gates", "banks")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -90,6 +94,7 @@ class Call(Deferred):
         for key, value in facts.items():
             setattr(self, key, value)
         self.plain = plain and self.names is None
+        self.banks.begin()
         start = self.begin()
         try:
             yield
@@ -99,6 +104,7 @@ class Call(Deferred):
                 setattr(self, key, value)
             self.plain = plain and not (kept and facts.get("names"))
             self._node, self._groups = node, {}
+            self.banks.begin()
 
     def begin(self) -> int:
         """The facts are being set: the number that `remember` asks for when the forward is over."""
@@ -156,7 +162,8 @@ class Call(Deferred):
         first = first_tensor(args, kwargs)
         length = tokens(first) if beams is None else None
         if names is not None:
-            facts["names"] = tuple(names)
+            mine, latest = tuple(names), self._latest
+            facts["names"] = latest[0] if latest and latest[0] == mine else mine
         if task_ids is not None:
             facts["tasks"] = given = Tasks(task_ids)
             if first is not None and given.ids.shape[0] != first.shape[0]:
@@ -187,12 +194,33 @@ class Call(Deferred):
         repeat = self._repeat(rows, len(names))
         if not repeat:
             raise self._unclear(rows, len(names), where)
-        lists: dict[str, list[int]] = {}
-        for i, name in enumerate(names):
-            lists.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))
-        found = Groups(lists, rows, device)
+        found = self._grouped(names, repeat, rows, device)
         if names is self.names:
             self._groups[key] = found
+        return found
+
+    def known(self, x: Tensor) -> Groups | None:
+        """`groups` for an input, where another layer has asked for them in this call."""
+        return self._groups.get((x.shape[0], x.device))
+
+    def _grouped(self, names: tuple[str, ...], repeat: int, rows: int, device: torch.device) -> Groups:
+        lasting = not transformed() and torch._C._len_torch_dispatch_stack() == 0
+        key = (names, repeat, device, torch.is_inference_mode_enabled()) if lasting else None
+        latest = self._latest
+        if key is not None and latest and latest[0] is names and latest[1:-1] == key[1:]:
+            same: Groups = latest[-1]
+            return same
+        found = None if key is None else self._batches.get(key)
+        if found is None:
+            lists: dict[str, list[int]] = {}
+            for i, name in enumerate(names):
+                lists.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))
+            found = Groups(lists, rows, device)
+        if key is not None:
+            self._batches.pop(key, None)
+            self._batches[key], self._latest = found, (*key, found)
+            if len(self._batches) > BATCHES:
+                del self._batches[next(iter(self._batches))]
         return found
 
     def _repeat(self, rows: int, samples: int) -> int:

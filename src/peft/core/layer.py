@@ -299,7 +299,15 @@ class BaseTunerLayer(Together, MixedBatch, Shown, Homes):
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.call.settle()
-        names = kwargs.pop("adapter_names", None) or self.call.fact("names")
+        if len(args) == 1 and not (kwargs or self._off) and self.call.only is None:
+            swift = self._swift(args[0])
+            if swift is not None:
+                return swift
+        names = kwargs.pop("adapter_names", None)
+        if names is not None:
+            self.call.banks.begin()
+        else:
+            names = self.call.fact("names")
         if self.call.only is not None and not self._disabled:
             return self._alone(args, kwargs)
         if names is not None and not self._disabled:

@@ -1,0 +1,149 @@
+"""Low-rank updates of rows that are sorted by adapter: batched products for all adapters at once.
+
+Letters: S adapters, c rows of each, d in-features, k out-features, r rank. x is (N, d), y is (N, k), A is (S, r, d).
+`at` says which rows of x come in which order (`core.rows.Segments`): S, `rows`, `real` and `to`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .again import differentiable
+from .modes import is_autocast, transformed
+
+EXACT = (torch.float32, torch.float64)
+KNOWN = (Tensor, nn.Parameter)
+FEW = 8  # rows of an adapter, up to which a factor that stands is multiplied with them, not they with it lying
+
+
+def taken(x: Tensor, at: Any) -> Tensor:
+    """The rows of x, (N, ..., d), by adapter: (S, c, d)."""
+    rows = x if at.rows is None else x.index_select(0, at.rows)
+    return rows.reshape(len(at.members), -1, x.shape[-1])
+
+
+def shrunk(z: Tensor, A: Tensor) -> Tensor:
+    """A z of each adapter, (S, c, r), whose memory lies in whichever order is quicker."""
+    return torch.bmm(A, z.mT).mT if z.shape[1] > A.shape[1] else torch.bmm(z, A.mT)
+
+
+def placed(y: Tensor, u: Tensor, at: Any, own: bool) -> Tensor:
+    """y with (S, c, k) added to the rows that they belong to; in y itself if that is nobody else's."""
+    u = u.reshape(-1, *y.shape[1:])
+    if at.real is not None:
+        u = u.index_select(0, at.real)
+    if u.dtype is not y.dtype:
+        return y.index_copy(0, at.to, (y.index_select(0, at.to) + u).to(y.dtype))
+    return y.index_add_(0, at.to, u) if own else y.index_add(0, at.to, u)
+
+
+def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, at: Any, own: bool = False) -> Tensor:
+    """y and B A x of each row, for B (S, r, k) that has the scaling in it. The definition.
+
+    Arguments:
+        y: (N, ..., k).
+        x: (N, ..., d).
+        A, B: the factors.
+        at: which rows are under which.
+        own: whether y may be written.
+    """
+    z = taken(x, at)
+    h = shrunk(z if z.dtype is A.dtype else z.to(A.dtype), A)
+    if at.rows is None and y.dtype is h.dtype is B.dtype:
+        flat = y.reshape(at.adapters, -1, y.shape[-1])
+        return (flat.baddbmm_(h, B) if own else torch.baddbmm(flat, h, B)).view(y.shape)
+    return placed(y, torch.bmm(h, B), at, own)
+
+
+def stacked(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """A (S, r, d) and B (S, r, k) with its scaling, of factors (r, d) and (k, r); zeros fill up ranks."""
+    rank = max(len(A) for A in As)
+    A = torch.stack([F.pad(A, (0, 0, 0, rank - len(A))) if len(A) < rank else A for A in As])
+    B = torch.stack([F.pad(B.mT, (0, 0, 0, rank - B.shape[1])) if B.shape[1] < rank else B.mT for B in Bs])
+    if len(set(scales)) == 1:  # tensors count for themselves
+        return A, B if type(scales[0]) is float and scales[0] == 1.0 else B * scales[0]
+    factors = [torch.as_tensor(s, dtype=B.dtype, device=B.device).reshape(1, 1) for s in scales]
+    return A, B * torch.stack(factors)
+
+
+def learnt(y: Tensor | None, x: Tensor, W: Tensor | None, A: Tensor) -> bool:
+    """Whether `update` may be taken for factors like A, all leaves that learn: of one exact dtype, over a frozen W."""
+    kinds = all(t is None or (type(t) in KNOWN and t.dtype is A.dtype) for t in (y, x, W))
+    frozen = W is None or not W.requires_grad
+    return kinds and frozen and A.dtype in EXACT and not (is_autocast(x) or transformed())
+
+
+def plain(y: Tensor | None, x: Tensor, W: Any, b: Tensor | None, at: Any, scale: float, *factors: Tensor) -> Tensor:
+    """`update` of ordinary operations."""
+    S = at.adapters
+    y = F.linear(x, W, b) if y is None else y
+    return add(y, x, *stacked(factors[:S], factors[S:], [scale] * S), at)
+
+
+def update(y: Tensor | None, x: Tensor, W: Any, b: Tensor | None, at: Any, scale: float, *factors: Tensor) -> Tensor:
+    """y + scale B A x, where y is W x + b if it is None, as one node of the graph for all adapters.
+
+    Arguments:
+        y: (N, ..., k), or None.
+        x: (N, ..., d).
+        W, b: (k, d) and (k,) where y is None.
+        at: which rows are under which.
+        scale: the same for all.
+        factors: A (r, d) of each adapter, then B (k, r) of each. Their gradients are slices of one tensor.
+    """
+    # past what torch does to every argument for torch.func, under which this is never called
+    return super(torch.autograd.Function, _Update).apply(y, x, W, b, at, scale, *factors)
+
+
+class _Update(torch.autograd.Function):
+    """Saves x, A x of the rows in their order, and the factors in one tensor each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Any, x: Tensor, W: Any, b: Tensor | None, at: Any, scale: float, *factors: Tensor
+    ) -> Tensor:
+        S = at.adapters
+        A, B = torch.stack(factors[:S]), torch.stack(factors[S:])
+        h = shrunk(taken(x, at), A)
+        h = h if scale == 1.0 else h * scale
+        ctx.at, ctx.scale, ctx.rest = at, scale, (y, b, factors)
+        ctx.save_for_backward(x, W, h, A, B)
+        u = torch.bmm(h, B.mT) if h.shape[1] > FEW else torch.bmm(B, h.mT).mT
+        return placed(F.linear(x, W, b) if y is None else y, u, at, y is None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, h, A, B = ctx.saved_tensors
+        at, (y, b, factors), needs = ctx.at, ctx.rest, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+
+            def plainly(y: Any, x: Tensor, b: Any, *factors: Tensor) -> Tensor:
+                return plain(y, x, W, b, at, ctx.scale, *factors)
+
+            wanted = (*needs[:2], needs[3], *needs[6:])
+            of_y, of_x, of_b, *rest = differentiable(plainly, (y, x, b, *factors), wanted, grad)
+            return of_y, of_x, None, of_b, None, None, *rest
+        g = _spread(grad, at)
+        of_B = torch.bmm(g.mT, h).unbind(0)
+        g = torch.bmm(g, B)
+        g = g if ctx.scale == 1.0 else g * ctx.scale
+        of_A = torch.bmm(g.mT, taken(x, at)).unbind(0)
+        of_x = None
+        if needs[1]:
+            of_x = torch.zeros_like(x) if W is None else torch.matmul(grad, W)
+            of_x = placed(of_x, torch.bmm(g, A), at, True)
+        of_b = grad.reshape(-1, grad.shape[-1]).sum(0) if needs[3] else None
+        return grad if needs[0] else None, of_x, None, of_b, None, None, *of_A, *of_B
+
+
+def _spread(grad: Tensor, at: Any) -> Tensor:
+    """`taken` of an output's gradient, with zeros for what is a repetition."""
+    if at.real is None:
+        return taken(grad, at)
+    rows = grad.new_zeros(len(at.rows), *grad.shape[1:]).index_copy_(0, at.real, grad.index_select(0, at.to))
+    return rows.reshape(at.adapters, -1, grad.shape[-1])
