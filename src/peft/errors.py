@@ -85,6 +85,14 @@ def set_strict(strict: bool) -> bool:
     return previous
 
 
+_told = 0
+
+
+def told() -> int:
+    """How often something has been reported."""
+    return _told
+
+
 def report(
     category: type[PeftWarning], message: str, strict: bool | None = None, stacklevel: int = 3, follows: str = ""
 ) -> None:
@@ -97,6 +105,8 @@ def report(
         stacklevel: as in `warnings.warn`.
         follows: what follows where it is no more than a warning; an error leaves it out.
     """
+    global _told
+    _told += 1
     if _strict if strict is None else strict:
         raise PeftStrictError(message)
     warnings.warn(message + follows, category, stacklevel=stacklevel)

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -26,11 +27,12 @@ from .core.fingerprint import difference
 from .core.host import below
 from .core.hub import fetch, hub_arguments
 from .core.layer import AdapterHost, BaseTunerLayer, tuner_layers
+from .core.recall import Recipes, base_of, key_of, recipe_of, usual
 from .core.renames import retargeted
 from .core.shared import late as drawing_late
 from .core.snapshot import snapshot
 from .core.tuner import BaseTuner
-from .errors import ChangedConfigWarning, NoMatchingPeftModuleError, OtherBaseWarning, report
+from .errors import ChangedConfigWarning, NoMatchingPeftModuleError, OtherBaseWarning, report, told
 from .registry import tuner_class
 
 if TYPE_CHECKING:
@@ -68,8 +70,10 @@ class AdapterFile:
     renames: dict[str, str] | None
     options: Mapping[str, Any]
     base: nn.Module
+    autocast: bool = True
     _known: Foreseen | None = None
     _new: bool = False  # the adapter was not there before
+    _start: tuple[Any, int] | None = None  # what its recipe is found by, and how much had been reported
 
     @classmethod
     def of(
@@ -100,6 +104,7 @@ class AdapterFile:
         outline, self._new = self.outline, True
         _check_prompt(config, outline, self.name)
         before = copy.deepcopy(config.__dict__)
+        self._start = key_of(before, self.autocast), told()
         with in_hand(list(outline)):
             model, undo, moved = self._outlined(config, place, outline)
             try:
@@ -155,9 +160,60 @@ class AdapterFile:
         except BaseException:
             undo()
             raise
+        self._note(model, result)
         if not is_trainable:
             _evaluating(model, self.name, self._new)
         return result
+
+    def like_another(self, model: PeftModel, config: PeftConfig, is_trainable: bool) -> _IncompatibleKeys | None:
+        """The whole of a load, where an adapter like this one has been loaded before; None otherwise.
+
+        Arguments:
+            model: the model.
+            config: the adapter's configuration.
+            is_trainable: as for `load_adapter`.
+        """
+        tuner: Any = model._modules.get("base_model")
+        recipes = self._recipes(model)
+        if not recipes or not usual(tuner, config):
+            return None
+        (header,), key = self.saved.heads.values(), key_of(config.__dict__, self.autocast)
+        recipe = next((r for r in recipes if r.fits(key, header, self.name)), None)
+        if recipe is None:
+            return None
+        model._admit(self.name, config)
+        tuner.peft_config[self.name], undo = config, list[Callable[[], Any]]()
+        try:
+            if base_of(header) != recipe.base:
+                self._check_base(model, self.options.get("strict"))
+            made = recipe.made(self.saved.read(self.options.get("torch_device")))
+            undo.append(partial(recipe.take_out, self.name))
+            recipe.place(tuner, self.name, config, made, is_trainable)
+            tuner._join(tuner.kind_of(config).companion, self.name, undo)
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            tuner.peft_config.pop(self.name)
+            raise
+        if not is_trainable and (model.training or tuner.training or not recipe.evaluating()):
+            model.eval()
+        return _IncompatibleKeys([], [])
+
+    def _recipes(self, model: PeftModel) -> Recipes | None:
+        """Where recipes for files like this one are, if there may be any."""
+        tuner = model._modules.get("base_model")
+        apart = self.renames or self.options.get("ignore_mismatched_sizes") or len(self.saved.heads) != 1
+        return None if apart or tuner is None or "prompts" in model.__dict__ else Recipes.of(tuner)
+
+    def _note(self, model: PeftModel, result: _IncompatibleKeys) -> None:
+        """Keep what has been worked out, if nothing had to be said and every tensor has found its place."""
+        known, recipes = self._known, self._recipes(model)
+        silent = self._start is not None and told() == self._start[1]
+        if recipes is None or not silent or known is None or not known.keys or any(result) or self._start is None:
+            return
+        (header,), places = self.saved.heads.values(), list(known.keys.values())
+        if len(places) == len(known.places):
+            recipes.note(recipe_of(model._modules["base_model"], self.name, self._start[0], header, places))
 
     def _check_base(self, model: PeftModel, strict: bool | None) -> None:
         replaced = getattr(model.peft_config[self.name], "modules_to_save", None) or ()

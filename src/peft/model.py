@@ -278,15 +278,7 @@ class PeftModel(Persistent, nn.Module):
 
     def _add_adapter(self, adapter_name: str, peft_config: PeftConfig, meta: bool, autocast: bool, undo: list) -> None:
         """`add_adapter`; `undo` receives the steps that take it back."""
-        check_adapter_name(adapter_name)
-        check_config(peft_config)
-        if adapter_name in self.peft_config:
-            raise ValueError(
-                f"Adapter with name {adapter_name!r} already exists. Delete it first, or use another name."
-            )
-        self._check_mix(adapter_name, peft_config)
-        warn_about_name(adapter_name, peft_config)
-        self._add_heads(peft_config)
+        self._admit(adapter_name, peft_config)
         self._tuner.peft_config[adapter_name] = peft_config
         try:
             self._place(adapter_name, peft_config, meta, autocast, undo)
@@ -294,6 +286,16 @@ class PeftModel(Persistent, nn.Module):
             self._tuner.peft_config.pop(adapter_name, None)
             raise
         undo.append(lambda: self._tuner.peft_config.pop(adapter_name))
+
+    def _admit(self, adapter_name: str, peft_config: PeftConfig) -> None:
+        """Check a new adapter's name and method; the task's head becomes a part of its configuration."""
+        check_adapter_name(adapter_name)
+        check_config(peft_config)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name {adapter_name!r} already exists. Delete it first, or take another.")
+        self._check_mix(adapter_name, peft_config)
+        warn_about_name(adapter_name, peft_config)
+        self._add_heads(peft_config)
 
     def _place(self, name: str, config: PeftConfig, meta: bool, autocast: bool, undo: list) -> None:
         """Put an adapter into the tuner, or where it stands in a model with prompts."""
@@ -306,7 +308,7 @@ class PeftModel(Persistent, nn.Module):
 
     def _check_mix(self, adapter_name: str, peft_config: PeftConfig) -> None:
         """Raise ValueError for a method that cannot stand beside the model's others."""
-        there = [c.peft_type for c in self.peft_config.values()]
+        there = list(dict.fromkeys([c.peft_type for c in self.peft_config.values()]))
         kinds = {t: tuner_class(t) for t in (peft_config.peft_type, *there)}  # type: ignore[arg-type]
         alone = next((k for k in kinds.values() if getattr(k, "alone", False)), None) if len(kinds) > 1 else None
         if alone is not None:

@@ -143,6 +143,7 @@ class Persistent:
 
         if from_file:
             file.check_config(model_id)
+        file.autocast = autocast_adapter_dtype
         wrapped, take_out = file.placed(config, place, low_cpu_mem_usage)
         file.fill(wrapped, take_out, is_trainable, low_cpu_mem_usage)
         return wrapped
@@ -184,8 +185,12 @@ class Persistent:
                 return self, lambda: [step() for step in reversed(steps)]
 
             file.check_config(model_id)
-            _, take_out = file.placed(config, place, low_cpu_mem_usage)
-            result = file.fill(self, take_out, is_trainable, low_cpu_mem_usage)
+            file.autocast = autocast_adapter_dtype
+            found = file.like_another(self, config, is_trainable)
+            if found is None:
+                _, take_out = file.placed(config, place, low_cpu_mem_usage)
+                found = file.fill(self, take_out, is_trainable, low_cpu_mem_usage)
+            result = found
         if is_trainable:
             self.set_requires_grad(adapter_name, True)
         return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,16 @@ def form_of(base: nn.Module) -> Hashable:
     if type(base) not in views.PLAIN or type(weight) is not nn.Parameter or "_hf_hook" in d or "compute_dtype" in d:
         return None
     return type(base), d["in_features"], d["out_features"], weight.shape, weight.dtype, weight.device
+
+
+class Filling(NamedTuple):
+    """Another adapter than that of a mold: its name, settings and shared tensors, its own ones, and `training`."""
+
+    name: str
+    settings: Any
+    shared: dict[str, Any]
+    weights: list[Tensor]
+    training: bool
 
 
 class Mold:
@@ -92,13 +102,21 @@ class Mold:
         d["_plain"] = self.plain
         return layer
 
-    def add(self, layer: BaseTunerLayer, path: str, tables: list[dict[str, Any]]) -> None:
-        """The adapter, frozen, in a layer of the form; `tables` receives what holds its parameters."""
+    def add(self, layer: BaseTunerLayer, path: str, tables: list[dict[str, Any]], filling: Any = None) -> None:
+        """The adapter, frozen, in a layer of the form; `tables` receives what holds its parameters.
+
+        With a `Filling` it is another adapter, which has its tensors already.
+        """
         own = layer.__dict__
         training, modules = own["training"], own["_modules"]
+        name, start, given = self.name, self.start, None
+        if filling is not None:
+            name, start, given = filling.name, None, iter(filling.weights)
+            training = training and filling.training
         made: dict[str, Tensor] = {}
         for key, sizes, shape, dtype, device in self.parts:
-            weight = made[key] = _part(nn.Parameter, torch.empty(shape, dtype=dtype, device=device), False)
+            new = torch.empty(shape, dtype=dtype, device=device) if given is None else next(given)
+            weight = made[key] = _part(nn.Parameter, new, False)
             home = modules.get(key)
             if home is None:
                 home = modules[key] = _bare(views.ModuleDict, training)
@@ -116,7 +134,9 @@ class Mold:
         d["layer"], d["path"], d["cache"], d["direct"], d["plan"] = layer, path, {}, _NOTHING, None
         for k, v in self.values:
             d[k] = v
-        own["adapters"][self.name] = p
+        if filling is not None:
+            d["name"], d["settings"], d["shared"] = name, filling.settings, filling.shared
+        own["adapters"][name] = p
         if own["_plain"] is not self.plain:
             own["_plain"] = own["_plain"] | self.plain
 

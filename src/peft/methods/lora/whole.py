@@ -38,6 +38,8 @@ class Whole(Companion):
 
     def _forget(self, name: str, config: Any) -> None:
         """Delete what was measured for the adapter's first values, once all of them are made."""
+        if isinstance(getattr(config, "init_lora_weights", None), bool) and not config.module_config:
+            return  # nothing was measured
         options = getattr(config, "corda_config", None)
         if options is not None and not options.prune_temporary_fields:
             return

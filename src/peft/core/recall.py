@@ -1,0 +1,252 @@
+"""How an adapter was placed and filled from its file, remembered for the next one that is like it.
+
+Servers load many adapters of one configuration into one model. Where an adapter's tensors go, and of which form its
+layers are, is worked out for the first of them by the ordinary way, which says all that there is to say. A recipe is
+kept only of a load that said nothing, went to every place and took every tensor as it was; and it serves only a file
+with the same configuration and the same tensors, while the model is as it was. Anything else goes the ordinary way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import sharded
+from .base_state import WRAPPERS
+from .entries import Entry
+from .fingerprint import HASH, SHAPES
+from .header import Header
+from .host import AdapterHost, below, changed, changes
+from .layer import BaseTunerLayer
+from .mold import Filling, Mold, form_of
+from .pattern import settings, tables
+from .tie import storage_key
+from .tuner import BaseTuner
+
+Key = tuple[dict[str, Any], bool]
+_STEPS = frozenset(
+    ["inject_adapter", "_create_and_replace", "_inject_parameters", "before_layers", "after_layers", "match", "plan_of"]
+)
+# Fields in which the files of like adapters differ.
+_OF_NO_ACCOUNT = frozenset(["auto_mapping", "base_model_name_or_path", "peft_version", "revision", "origin"])
+MOST = 4  # recipes that a tuner keeps
+_PLAIN = frozenset([bool, int, float, str, type(None)])
+_OWN = frozenset(["name", "method", "settings", "shared"])  # of an adapter's values
+# What a configuration must leave out: what adapts more than the layers, or has been written into it on the way.
+_MORE = (
+    *("modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication", "ensure_weight_tying"),
+    *("fan_in_fan_out", "alora_invocation_tokens"),
+)
+
+
+class Standing:
+    """A model's modules and the shapes of its parameters, to see whether it is still the same model.
+
+    Arguments:
+        model: the model with its layers; the modules of adapters do not count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules, again = below(model)
+        self.hosts = [m for m in self.modules if isinstance(m, AdapterHost)]
+        inner = [m for m in self.modules if m._modules and not isinstance(m, AdapterHost)]
+        self._children = [(m, dict(m._modules)) for m in inner]
+        self.layered = all(isinstance(m, BaseTunerLayer) for m in self.hosts)
+        self._below = [(m, {k: m._modules[k] for k in m._below}) for m in self.hosts]
+        self._shapes = [(m, _shapes(m)) for m in self.modules if m._parameters and not isinstance(m, AdapterHost)]
+        self._held = [p for m, _ in self._shapes for p in m._parameters.values() if p is not None]
+        tied = again or len(set(map(storage_key, self._held))) < len(self._held)
+        wrapped = any(k in WRAPPERS for _, kids in self._children for k in kids)
+        self.plain = not (tied or wrapped or any(map(sharded.is_spread, self._held)))
+
+    def named(self, host: AdapterHost) -> Collection[str]:
+        """The adapters of a layer or wrapper."""
+        return host.adapters if isinstance(host, BaseTunerLayer) else host._get_available_adapters()
+
+    def holds(self) -> bool:
+        """Whether all of it is as it was."""
+        return (
+            all(m._modules == kids for m, kids in self._children)
+            and all(m._modules[k] is kid for m, kids in self._below for k, kid in kids.items())
+            and all(_shapes(m) == shapes for m, shapes in self._shapes)
+        )
+
+
+def _shapes(m: nn.Module) -> list[Any]:
+    return [(k, id(p), None if p is None else p.shape) for k, p in m._parameters.items()]
+
+
+class Job(NamedTuple):
+    """What a new adapter is in one layer: the form, and which tensors of the file are its parts, in their order."""
+
+    layer: BaseTunerLayer
+    path: str
+    base: nn.Module
+    form: Any
+    mold: Mold
+    parts: list[tuple[str, torch.dtype]]
+
+
+class Recipe:
+    """How the adapters of one configuration and one layout of their file are made in one model.
+
+    Arguments:
+        key: what they have in common.
+        header: of the first one's file.
+        jobs: what is to be done in each layer.
+        standing: the model.
+        stored: what placing the first has written into its configuration.
+    """
+
+    def __init__(self, key: Key, header: Header, jobs: list[Job], standing: Standing, stored: dict[str, Any]):
+        self.key, self.layout, self.jobs, self.standing = key, header.tensors, jobs, standing
+        self.base, self.stored = base_of(header), stored
+
+    def fits(self, key: Key, header: Header, name: str) -> bool:
+        """Whether the next adapter is like the first, and the model as it was."""
+        return (
+            self.layout is header.tensors
+            and self.key == key
+            and self.standing.holds()
+            and not any(name in self.standing.named(host) for host in self.standing.hosts)
+            and all(form_of(j.base) == j.form and j.mold.fits(j.layer) for j in self.jobs)
+        )
+
+    def made(self, state: Mapping[str, Tensor]) -> list[list[Tensor]]:
+        """The tensors of each layer, in memory of their own, beside its base weight."""
+        found = []
+        for job in self.jobs:
+            device = job.base._parameters["weight"].device  # type: ignore[union-attr]
+            found.append([state[key].to(device=device, dtype=dtype, copy=True) for key, dtype in job.parts])
+        return found
+
+    def evaluating(self) -> bool:
+        """Whether the model is in evaluation, where none but adapters of layers are put into it one by one."""
+        return not any(m.training for m in self.standing.modules) and self.standing.layered
+
+    def take_out(self, name: str) -> None:
+        """Undo `place`."""
+        for job in self.jobs:
+            job.layer._drop(name)
+
+    def place(self, tuner: Any, name: str, config: Any, made: list[list[Tensor]], training: bool) -> None:
+        """Put an adapter's tensors into the layers; the tuner knows its configuration already."""
+        roster = tuner.__dict__.get("_roster")
+        current = roster is not None and roster.current
+        held: list[dict[str, Any]] = []
+        alike, shared = not tables(config), {}  # type: ignore[var-annotated]
+        for job, weights in zip(self.jobs, made, strict=True):
+            own = config if alike else settings(config, job.path)
+            job.mold.add(job.layer, job.path, held, Filling(name, own, shared, weights, training))
+        changed()
+        if current:
+            roster.changes = changes()
+            roster.told(name, held, ())
+        for job in self.jobs:
+            p = job.layer.adapters[name]
+            p.method.written(p)
+        config.__dict__.update((k, copy.copy(v)) for k, v in self.stored.items())
+
+
+def key_of(values: Mapping[str, Any], autocast: bool) -> Key:
+    """What adapters must have in common for one recipe: the settings as they are read from the file, and the call's."""
+    return {k: v for k, v in values.items() if k not in _OF_NO_ACCOUNT}, autocast
+
+
+def base_of(header: Header) -> tuple[str | None, str | None]:
+    """What a file notes of its base model."""
+    return header.metadata.get(HASH), header.metadata.get(SHAPES)
+
+
+def usual(tuner: Any, config: Any) -> bool:
+    """Whether adapters are placed by nothing but the layers' own steps, for which no program stands in."""
+    kind = tuner.kind_of(config) if isinstance(tuner, BaseTuner) else None
+    if kind is None or not issubclass(kind, BaseTuner) or _STEPS & tuner.__dict__.keys():
+        return False
+    classes = (c for cls in {kind, type(tuner)} for c in cls.__mro__[: cls.__mro__.index(BaseTuner)])
+    plain = not any(_STEPS & vars(c).keys() for c in classes) and kind.injection is BaseTuner.injection
+    return plain and BaseTuner._create_and_replace is BaseTuner.own_step
+
+
+def recipe_of(tuner: Any, name: str, key: Key, header: Header, places: list[tuple[Entry, str]]) -> Recipe | None:
+    """The recipe of an adapter that has just been filled, silently; None where something is out of the ordinary.
+
+    Arguments:
+        tuner: the tuner.
+        name: the adapter.
+        key: what the next adapter must have in common with it.
+        header: of its file.
+        places: where its tensors are, each with its key.
+    """
+    config = tuner.peft_config[name]
+    more = any(getattr(config, field, None) for field in _MORE) or getattr(config, "bias", "none") != "none"
+    if more or not usual(tuner, config) or tuner.waiting or len(places) != len(header.tensors):
+        return None
+    stored = {k: v for k, v in config.__dict__.items() if k in key[0] and v != key[0][k]}
+    standing = Standing(tuner.model)
+    jobs = _jobs(name, places, not tables(config)) if standing.plain and stored.keys() <= {"target_modules"} else None
+    if jobs is None or sum(len(j.parts) for j in jobs) != len(header.tensors):
+        return None
+    return Recipe(key, header, jobs, standing, stored)
+
+
+def _jobs(name: str, places: list[tuple[Entry, str]], alike: bool) -> list[Job] | None:
+    """What is to be done in each layer; None if one of them is out of the ordinary."""
+    keys = {(id(entry.owner), entry.attr): (key, entry.tensor.dtype) for entry, key in places}
+    layers = {id(entry.layer): entry.layer for entry, _ in places}
+    molds: dict[Any, Mold | None] = {}
+    jobs = []
+    for layer in layers.values():
+        p = layer.adapters.get(name) if isinstance(layer, BaseTunerLayer) else None
+        base = layer._modules.get("base_layer")
+        form = None if base is None else form_of(base)
+        if not isinstance(layer, BaseTunerLayer) or p is None or base is None or form is None:
+            return None
+        like = form, 0 if alike else id(p.settings)
+        if like not in molds:
+            molds[like] = Mold.of(layer, name, meta=True)
+        mold = molds[like]
+        if mold is None or not mold.fits(layer) or not _ordinary(mold) or base._parameters["weight"].is_meta:  # type: ignore[union-attr]
+            return None
+        homes = [layer._modules[key] for key, *_ in mold.parts]
+        owners = [home._modules[name] for home in homes if home is not None]
+        parts = [keys[id(owner), "weight"] for owner in owners if (id(owner), "weight") in keys]
+        if len(parts) != len(mold.parts):
+            return None
+        jobs.append(Job(layer, p.path, base, form, mold, parts))
+    return jobs
+
+
+def _ordinary(mold: Mold) -> bool:
+    """Whether an adapter's values are numbers and words, which the next may have too."""
+    return all(
+        k in _OWN or type(v) in _PLAIN or (type(v) is tuple and {*map(type, v)} <= _PLAIN) for k, v in mold.values
+    )
+
+
+class Recipes(list[Recipe]):
+    """The recipes of a tuner; a copy of it has other modules, and none of these."""
+
+    @classmethod
+    def of(cls, tuner: nn.Module) -> Recipes:
+        """Those of a tuner."""
+        found = tuner.__dict__.get("_recipes")
+        if found is None:
+            found = tuner.__dict__["_recipes"] = cls()
+        return found
+
+    def note(self, recipe: Recipe | None) -> None:
+        """Keep one more, and the last few of all."""
+        if recipe is not None:
+            self.append(recipe)
+            del self[:-MOST]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
