@@ -120,15 +120,15 @@ class Mold:
             home = modules.get(key)
             if home is None:
                 home = modules[key] = _bare(views.ModuleDict, training)
-            part = home.__dict__["_modules"][self.name] = _bare(views.Linear, training)
+            part = home.__dict__["_modules"][name] = _bare(views.Linear, training)
             d = part.__dict__
             for k, v in sizes:
                 d[k] = v
             table = d["_parameters"]
             table["weight"], table["bias"] = weight, None
             tables.append(table)
-        if self.start is not None:
-            self.start(made)
+        if start is not None:
+            start(made)
         p: Adapter = _new(Adapter)
         d = p.__dict__
         d["layer"], d["path"], d["cache"], d["direct"], d["plan"] = layer, path, {}, _NOTHING, None
