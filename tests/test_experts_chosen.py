@@ -205,12 +205,58 @@ def test_nothing_of_the_size_of_all_experts_is_made(implementation):
     model = routed(implementation, Routed(implementation, count=32))
     bare, x = Routed(implementation, count=32), torch.randn(1, 8)
     sizes = []
-    for run in (bare, model):
+    for run in (bare, model, model):
         with torch.no_grad(), Largest() as seen:
             run(x)
         sizes.append(seen.most)
-    assert sizes[1] <= max(sizes[0], 2 * 32 * 8)
-    assert sizes[1] < 32 * 8 * 16 / 4
+    assert sizes[1] <= max(p.numel() for n, p in model.named_parameters() if "lora_B" in n)  # once, in another order
+    assert sizes[2] <= max(sizes[0], 2 * 32 * 8)
+    assert sizes[2] < 32 * 8 * 16 / 4
+
+
+def written(model):
+    tuner_layers(model)[0][1].lora_B["default"].weight.mul_(2)
+
+
+def new_data(model):
+    weight = tuner_layers(model)[1][1].lora_A["default"].weight
+    weight.data = torch.randn_like(weight)
+
+
+def scaled(model):
+    tuner_layers(model)[0][1].set_scale("default", 7.0)
+
+
+def base_written(model):
+    with torch.no_grad():
+        tuner_layers(model)[0][1].get_base_layer().gate_up_proj.add_(0.1)
+
+
+def trained_past_counting(model):
+    model.train()
+    for _, layer in tuner_layers(model):
+        layer.lora_B["default"].weight.data.add_(1)
+    model.eval()
+
+
+@pytest.mark.parametrize("change", [written, new_data, scaled, base_written, trained_past_counting])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_is_laid_out_anew_follows_the_adapter(implementation, change):
+    model, x = routed(implementation), torch.randn(3, 8)
+    with torch.no_grad():
+        before = model(x)
+        torch.testing.assert_close(model(x), before)
+        change(model)
+        found = model(x)
+        assert not torch.allclose(found, before)
+        wanted = copy.deepcopy(model).merge_and_unload()(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_training_lays_nothing_out():
+    model, x = routed("eager"), torch.randn(3, 8)
+    model.train()(x).sum().backward()
+    assert not any(layer.adapters["default"].cache.get("kept") for _, layer in tuner_layers(model))
 
 
 def test_two_active_adapters():

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.lowrank import transformed
 from .cells import Cell
+from .kept import kept, lasting, still
 from .method import Delta, LowRank, Method
 from .views.chosen import NUMBERS, Chosen, Term
 
@@ -187,10 +188,12 @@ class Stack:
             kind = type(a.method)
             stated = issubclass(kind, LowRank) and kind.live_weight is Delta.live_weight and kind.weight is Delta.weight
             stated = stated and kind.live_delta is Delta.live_delta and kind.delta is LowRank.delta
-            term = a.method.term(a) if stated else None
+            found = still(a) if stated else None
+            term = found or (a.method.term(a) if stated else None)
             if term is None or any(type(factor) not in NUMBERS or factor.dim() != 3 for factor in (W, *term[:2])):
                 return None
-            terms.append(Term(*term))
+            short = Term(*term)
+            terms.append(found or (kept(a, short.laid) if lasting(a) else short))
         return Chosen.of(W, terms)
 
     def bias(self) -> Tensor | None:

@@ -27,6 +27,10 @@ class Term(NamedTuple):
     B: Tensor
     s: Any
 
+    def laid(self) -> Term:
+        """The same with each expert's numbers beside one another, which files hold apart."""
+        return Term(self.A.contiguous(), self.B.mT.contiguous().mT, self.s)
+
 
 class Chosen(Tensor):
     """(W + sum of s B A), or its transpose; shape, dtype and device are those of W."""
@@ -119,10 +123,12 @@ def _flat(func: Any, m: Any) -> Any:
     return _turn(func, m) if m.W.dim() == 2 else NotImplemented
 
 
-def _by_weight(y: Tensor, x: Tensor, m: Chosen, times: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """y = times(x, W or its transpose), which is nobody else's, with the updates of it."""
-    for A, B, s in m.terms:
-        first, second = (A.mT, B.mT) if m.turned else (B, A)
+def _by_weight(
+    y: Tensor, x: Tensor, terms: Sequence[Term], turned: bool, times: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """y = times(x, W, or its transpose if `turned`), which is nobody else's, with the updates of it."""
+    for A, B, s in terms:
+        first, second = (A.mT, B.mT) if turned else (B, A)
         h = times(x if x.dtype is A.dtype else x.to(A.dtype), first)
         if times is torch.matmul and y.dim() == second.dim() == 2 and y.dtype is h.dtype and type(s) is float:
             y = y.addmm_(h, second, alpha=s)
@@ -134,16 +140,15 @@ def _by_weight(y: Tensor, x: Tensor, m: Chosen, times: Callable[[Tensor, Tensor]
 def _linear(func: Any, input: Tensor, weight: Any, bias: Any = None) -> Any:
     if not _rest(weight) or weight.W.dim() != 2 or isinstance(input, Chosen) or isinstance(bias, Chosen):
         return NotImplemented
-    turned = Chosen.of(weight.W, weight.terms, not weight.turned)
     y = F.linear(input, weight.W.mT if weight.turned else weight.W, bias)
-    return _by_weight(y, input, turned, torch.matmul)
+    return _by_weight(y, input, weight.terms, not weight.turned, torch.matmul)
 
 
 def _product(func: Any, a: Any, b: Any = None, *, mat2: Any = None, other: Any = None) -> Any:
     """a @ b, in whichever place the weight is."""
     b = next(v for v in (b, mat2, other) if v is not None)
     if _rest(b) and not isinstance(a, Chosen) and a.dim() > 1:
-        return _by_weight(torch.matmul(a, b.W.mT if b.turned else b.W), a, b, torch.matmul)
+        return _by_weight(torch.matmul(a, b.W.mT if b.turned else b.W), a, b.terms, b.turned, torch.matmul)
     if _rest(a) and not isinstance(b, Chosen) and b.dim() > 1:
         return _left(a, b)
     return NotImplemented
@@ -179,7 +184,7 @@ def _grouped(func: Any, input: Tensor, weight: Any, offs: Any = None, **rest: An
         left = x.shape[0] - start  # rows of no expert here
         return torch.cat([*parts, x.new_zeros(left, M.shape[-1])]) if left or not parts else torch.cat(parts)
 
-    return _by_weight(y, input, weight, times)
+    return _by_weight(y, input, weight.terms, weight.turned, times)
 
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8)  # uint8 chooses as a mask does
