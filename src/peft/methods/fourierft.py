@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from ..config import describe
 from ..core import draw
 from ..core.layer import BaseTunerLayer, name_layers
-from ..core.method import Delta, Site
+from ..core.method import Site
+from ..core.sparse import Sparse
 from ..core.stack import Adapter, Stack
+from ..kernels.sparse import Places
 from ..target_config import number
 from .additive import AdditiveConfig, AdditiveModel
 
@@ -46,11 +48,13 @@ class FourierFTConfig(AdditiveConfig):
         number("scaling", self.scaling)
 
 
-class FourierFT(Delta):
+class FourierFT(Sparse):
     """W' = W + s Re(IDFT(S))."""
 
     linear: ClassVar[dict[str, float]] = {"fourierft_spectrum": 0.0}
     by_rows = False
+    numbers_key = "fourierft_spectrum"
+    places_key = "indices"
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
@@ -75,8 +79,40 @@ class FourierFT(Delta):
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         c = p.held("fourierft_spectrum")
         *lead, out, inp = p.layer.view.shape(p.layer.get_base_layer())
-        S = draw.scatter(c if c.dtype is torch.float64 else c.float(), p.held_buffer("indices"), (*lead, out, inp))
+        S = draw.scatter(wide(c), p.held_buffer("indices"), (*lead, out, inp))
         return (torch.fft.ifft2(S).real * p.fourierft_scaling)[..., rows, :].to(c.dtype)
+
+    def numbers(self, p: Adapter) -> Tensor:
+        return wide(p.held("fourierft_spectrum")) * p.fourierft_scaling
+
+    def placed(self, p: Adapter, at: Tensor, shape: tuple[int, int]) -> Places:
+        """S acts on the real parts of half a spectrum and on the imaginary ones below; the other half is conjugate."""
+        (u, v), (out, inp) = at.long(), shape
+        (k, up), (d, down) = half(u, out), half(v, inp)
+        twice = (k > 0) & (2 * k != out)  # what stands for two frequencies
+        real = torch.where(twice, 0.5, 1.0).to(wide(p.held("fourierft_spectrum")).dtype) / inp
+        gains = torch.stack([real, torch.where(twice, -real * up * down, 0.0)])
+        rows, columns = torch.cat([k, k + out // 2 + 1]), torch.cat([d, d + inp // 2 + 1])
+        return Places(at, rows, columns, (2 * (out // 2 + 1), 2 * (inp // 2 + 1)), gains)
+
+    def taken(self, p: Adapter, x: Tensor) -> Tensor:
+        X = torch.fft.rfft(x)
+        return torch.cat([X.real.mT, X.imag.mT])
+
+    def given(self, p: Adapter, t: Tensor, out: int) -> Tensor:
+        real, imaginary = t.mT.chunk(2, -1)
+        return torch.fft.irfft(torch.complex(real.contiguous(), imaginary.contiguous()), out)
+
+
+def wide(c: Tensor) -> Tensor:
+    """In single precision at least."""
+    return c if c.dtype is torch.float64 else c.float()
+
+
+def half(at: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Frequencies of n as those of half a spectrum, and -1 where they are conjugate to these, else 1."""
+    other = at > n // 2
+    return torch.where(other, n - at, at), torch.where(other, -1.0, 1.0)
 
 
 class FourierFTLayer(BaseTunerLayer):

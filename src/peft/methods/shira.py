@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..config import describe
 from ..core import draw
 from ..core.layer import name_layers
-from ..core.method import Delta, Site
+from ..core.method import Site
 from ..core.scale import ScaledLayer
+from ..core.sparse import Sparse
 from ..core.stack import Adapter, Stack
 from ..errors import PeftWarning
 from .additive import AdditiveConfig, AdditiveModel
@@ -51,11 +52,12 @@ class ShiraConfig(AdditiveConfig):
             warnings.warn(text, PeftWarning, stacklevel=4)
 
 
-class SHiRA(Delta):
+class SHiRA(Sparse):
     """W' = W + s V."""
 
     linear: ClassVar[dict[str, float]] = {"shira_weight": 0.0}
     by_rows = False
+    numbers_key, places_key = "shira_weight", "shira_indices"
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
@@ -86,10 +88,12 @@ class SHiRA(Delta):
             )
         p.held_buffer("shira_indices").copy_(torch.stack([chosen // inp, chosen % inp]))
 
+    def numbers(self, p: Adapter) -> Tensor:
+        return super().numbers(p) * p.scaling
+
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        v = p.held("shira_weight") * p.scaling
         shape = p.layer.view.shape(p.layer.get_base_layer())
-        return draw.scatter(v, p.held_buffer("shira_indices"), shape)[..., rows, :]
+        return draw.scatter(self.numbers(p), p.held_buffer("shira_indices"), shape)[..., rows, :]
 
 
 class ShiraLayer(ScaledLayer):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..config import describe
 from ..core import draw
 from ..core.layer import BaseTunerLayer, name_layers
-from ..core.method import Delta, LowRank, Site
+from ..core.method import LowRank, Site
+from ..core.sparse import Sparse
 from ..core.stack import Adapter, Stack
 from ..errors import PeftWarning, report
 from ..target_config import number, probability, rank
@@ -56,21 +57,21 @@ class SupertuningConfig(AdditiveConfig):
             report(PeftWarning, "lora_dropout has no effect without a LoRA. Set r, or leave it out.", None, 5)
 
 
-class SuperTuning(Delta):
+class SuperTuning(Sparse):
     """W' = W + V."""
 
     linear: ClassVar[dict[str, float]] = {"supertuning_values": 0.0}
     by_rows = False
+    numbers_key, places_key = "supertuning_values", "supertuning_indices"
 
     def build(self, site: Site) -> dict[str, Any]:
         c, (*lead, out, inp) = site.settings, site.view.shape(site.module)
-        n = int(out * inp * (1 - c.sparsity))
-        if n < 1:
+        if (n := int(out * inp * (1 - c.sparsity))) < 1:
             raise ValueError(f"sparsity={c.sparsity} leaves none of {site.path!r}'s {out * inp} weights. Lower it.")
         places = nn.Buffer(torch.zeros(*lead, n, dtype=torch.int32, device=site.device))
         return {
-            "supertuning_values": nn.Parameter(torch.empty(*lead, n, **site.kwargs)),
-            **({"supertuning_indices": places} if c.save_precomputed_indices else {}),
+            self.numbers_key: nn.Parameter(torch.empty(*lead, n, **site.kwargs)),
+            **({self.places_key: places} if c.save_precomputed_indices else {}),
             **{"supertuning_rank": c.r, "supertuning_lora_alpha": c.lora_alpha, "largest": c.select_top, "count": n},
         }
 
@@ -91,8 +92,8 @@ class SuperTuning(Delta):
 
     def sparse(self, p: Adapter) -> Tensor:
         """V, (..., O, I)."""
-        shape = p.layer.view.shape(p.layer.get_base_layer())
-        return draw.spread(p.held("supertuning_values"), p.held_buffer("supertuning_indices").long(), shape)
+        values, at = p.held(self.numbers_key), p.held_buffer(self.places_key)
+        return draw.spread(values, at.long(), p.layer.view.shape(p.layer.get_base_layer()))
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         return self.sparse(p)[..., rows, :]
@@ -121,14 +122,13 @@ class Supra(SuperTuning):
         *lead, out, inp = site.view.shape(site.module)
         shapes = ((site.settings.r, inp), (out, site.settings.r))
         made = (nn.ParameterDict({"weight": torch.empty(*lead, *s, **site.kwargs)}) for s in shapes)
-        dropout = site.dropout("lora_dropout")
-        return {**super().build(site), **dict(zip(FACTORS, made, strict=True)), "supertuning_lora_dropout": dropout}
+        both = {**dict(zip(FACTORS, made, strict=True)), "supertuning_lora_dropout": site.dropout("lora_dropout")}
+        return {**super().build(site), **both}
 
     def init(self, p: Adapter, inner: Stack) -> None:
         super().init(p, inner)
-        A, B = self.beside.factors(p)
-        draw.kaiming(A)
-        B.zero_() if p.settings.init_weights else draw.kaiming(B)
+        for t, zero in zip(self.beside.factors(p), (False, p.settings.init_weights), strict=True):
+            t.zero_() if zero else draw.kaiming(t)
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         return self.sparse(p)[..., rows, :] + self.beside.delta(p, W, rows)

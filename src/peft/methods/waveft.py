@@ -15,15 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import describe
 from ..core import draw
 from ..core.layer import BaseTunerLayer, name_layers
-from ..core.method import Delta, Site
+from ..core.method import Site
 from ..core.shared import Shared
+from ..core.sparse import Sparse
 from ..core.stack import Adapter, Stack
+from ..kernels import wavelet
+from ..kernels.sparse import Places
 from ..target_config import choice, number
 from .additive import AdditiveConfig, AdditiveModel
 from .wavelets import LOW, filters
@@ -56,11 +58,13 @@ class WaveFTConfig(AdditiveConfig):
         choice("wavelet_family", self.wavelet_family, tuple(LOW))
 
 
-class WaveFT(Delta):
+class WaveFT(Sparse):
     """W' = W + s IDWT2(S)."""
 
     linear: ClassVar[dict[str, float]] = {"waveft_spectrum": 0.0}
     by_rows = False
+    numbers_key = "waveft_spectrum"
+    places_key = "waveft_indices"
 
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
         """Nothing but a note on the configuration: how many coefficients each element of a weight gets."""
@@ -95,35 +99,32 @@ class WaveFT(Delta):
         pair = torch.tensor(filters(p.waveft_wavelet_family), dtype=dtype, device=device)
         p.layer.keep(p, "waveft_filters", pair)
 
-    def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        c, at = p.held("waveft_spectrum"), p.held_buffer("waveft_indices")
-        *lead, out, inp = p.layer.view.shape(p.layer.get_base_layer())
-        values = c * p.waveft_scaling
+    def numbers(self, p: Adapter) -> Tensor:
+        c = p.held("waveft_spectrum") * p.waveft_scaling
+        return c.to(p.held_buffer("waveft_filters").dtype) if p.waveft_use_idwt else c
+
+    def placed(self, p: Adapter, held: Tensor, shape: tuple[int, int]) -> Places:
         if not p.waveft_use_idwt:
-            return draw.scatter(values, at, (*lead, out, inp))[..., rows, :]
+            return super().placed(p, held, shape)
+        at, sizes = wavelet.placed(held, *shape, p.held_buffer("waveft_filters").shape[-1])
+        return Places(held, *wavelet.separate(at, sizes), sizes)
+
+    def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        at, (*lead, out, inp) = p.held_buffer("waveft_indices"), p.layer.view.shape(p.layer.get_base_layer())
+        if not p.waveft_use_idwt:
+            return draw.scatter(self.numbers(p), at, (*lead, out, inp))[..., rows, :]
         pair = p.held_buffer("waveft_filters")
-        height, width = (n + pair.shape[-1] - 2 + (n + pair.shape[-1]) % 2 for n in (out, inp))
-        at = torch.stack([at[0] + (height - out) // 2, at[1] + (width - inp) // 2])
-        S = draw.scatter(values.to(pair.dtype), at, (*lead, height, width))
-        return inverse(S, pair)[..., :out, :inp][..., rows, :].to(c.dtype)
+        at, sizes = wavelet.placed(at, out, inp, pair.shape[-1])
+        S = draw.scatter(self.numbers(p), at, (*lead, *sizes))
+        return wavelet.inverse(S, pair)[..., :out, :inp][..., rows, :].to(p.held("waveft_spectrum").dtype)
 
+    def taken(self, p: Adapter, x: Tensor) -> Tensor:
+        return wavelet.analysis(x, p.held_buffer("waveft_filters")) if p.waveft_use_idwt else super().taken(p, x)
 
-def inverse(S: Tensor, pair: Tensor) -> Tensor:
-    """One level of the inverse transform of (..., H, W), both even: approximation, and details of rows, columns, both.
-
-    In the four quarters of S the details of rows stand on the right and those of columns below.
-    """
-    (a, rows), (columns, both) = (half.chunk(2, -1) for half in S.chunk(2, -2))
-    left, right = synthesis(a, rows, pair), synthesis(columns, both, pair)
-    return synthesis(left.mT, right.mT, pair).mT
-
-
-def synthesis(low: Tensor, high: Tensor, pair: Tensor) -> Tensor:
-    """Reconstruct (..., 2 n - L + 2, m) along the next to last axis from two halves (..., n, m)."""
-    both = torch.stack([low, high], -3).reshape(-1, 2, *low.shape[-2:])
-    length = pair.shape[-1]
-    found = F.conv_transpose2d(both, pair.view(2, 1, length, 1), stride=(2, 1), padding=(length - 2, 0))
-    return found.view(*low.shape[:-2], *found.shape[-2:])
+    def given(self, p: Adapter, t: Tensor, out: int) -> Tensor:
+        if not p.waveft_use_idwt:
+            return super().given(p, t, out)
+        return wavelet.synthesis(t, p.held_buffer("waveft_filters"))[:, :out]
 
 
 class WaveFTLayer(BaseTunerLayer):

@@ -1,0 +1,124 @@
+"""Products with a matrix that is zero but for numbers at fixed places, without a dense one.
+
+Letters: n numbers at places of a (k, d) matrix; z is (d, N), features first, so that those of one place lie together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .again import differentiable
+
+
+class Bags(NamedTuple):
+    """The numbers by the rows of what they make: which are summed there."""
+
+    order: Tensor | None  # of the numbers, (n); None where they stand in order
+    rows: Tensor  # of each, in order
+    taken: Tensor  # which row of the table each one takes
+    offsets: Tensor  # where each row begins, (rows + 1)
+
+    def sorted(self, values: Tensor) -> Tensor:
+        """The numbers in order."""
+        return values if self.order is None else values[self.order]
+
+
+class Places:
+    """Places of a matrix, in the orders in which products read them; a copy of this holds nothing.
+
+    Arguments:
+        source: the tensor that the places follow from.
+        rows: (n).
+        columns: (n).
+        shape: (k, d).
+        gains: factors of the numbers, (m, n / m), each of which stands at m places; None for one place and no factor.
+    """
+
+    def __init__(
+        self,
+        source: Tensor | None = None,
+        rows: Any = None,
+        columns: Any = None,
+        shape: tuple[int, int] = (0, 0),
+        gains: Tensor | None = None,
+    ) -> None:
+        self.source, self.version = source, None if source is None else state(source)
+        self.rows, self.columns, self.shape, self.gains = rows, columns, shape, gains
+        self._made: dict[bool, Bags] = {}
+
+    def of(self, source: Tensor) -> bool:
+        """Whether they follow from this tensor, as it is now."""
+        return self.source is source and self.version == state(source)
+
+    def bags(self, back: bool) -> Bags:
+        """By rows, or by columns for the matrix transposed."""
+        if back not in self._made:
+            keys, others = (self.columns, self.rows) if back else (self.rows, self.columns)
+            ordered = bool((keys[1:] >= keys[:-1]).all())
+            order = None if ordered else keys.argsort()
+            if order is not None:
+                keys, others = keys[order], others[order]
+            counts = torch.bincount(keys, minlength=self.shape[back])
+            offsets = F.pad(counts.cumsum(0), (1, 0))
+            self._made[back] = Bags(order, *(t.to(torch.int32) for t in (keys, others, offsets)))
+        return self._made[back]
+
+    def __reduce__(self) -> Any:
+        return Places, ()
+
+
+def state(t: Tensor) -> tuple[int, int]:
+    """What changes with a tensor's numbers or memory."""
+    return (-1 if t.is_inference() else t._version), t.data_ptr()
+
+
+def plain(values: Tensor, z: Tensor, places: Places) -> Tensor:
+    """The definition: the matrix times z, (k, N)."""
+    taken = z[places.columns] * values[:, None]
+    return z.new_zeros(places.shape[0], z.shape[1]).index_add(0, places.rows, taken)
+
+
+def product(values: Tensor, z: Tensor, places: Places) -> Tensor:
+    """`plain` of values (n) and z (d, N) of one dtype, which keeps values and z only; not for transforms and graphs."""
+    return _Product.apply(values, z, places) if torch.is_grad_enabled() else _sums(values, z, places.bags(False))
+
+
+def _sums(values: Tensor, table: Tensor, bags: Bags) -> Tensor:
+    return F.embedding_bag(
+        bags.taken,
+        table.contiguous(),
+        bags.offsets,
+        mode="sum",
+        per_sample_weights=bags.sorted(values).contiguous(),
+        include_last_offset=True,
+    )
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, z: Tensor, places: Places) -> Tensor:
+        ctx.save_for_backward(values, z)
+        ctx.places = places
+        return _sums(values, z, places.bags(False))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (values, z), places, needs = ctx.saved_tensors, ctx.places, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            found = differentiable(lambda v, t: plain(v, t, places), (values, z), needs[:2], grad)
+            return *found, None
+        of_values = of_z = None
+        if needs[0]:
+            bags = places.bags(False)
+            of_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                grad.contiguous(), z.contiguous(), bags.taken, bags.offsets, bags.rows, 0
+            )
+            if bags.order is not None:
+                of_values = torch.empty_like(of_values).index_copy_(0, bags.order, of_values)
+        if needs[1]:
+            of_z = _sums(values, grad, places.bags(True))
+        return of_values, of_z, None
