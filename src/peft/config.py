@@ -160,13 +160,21 @@ class PeftConfigMixin:
 
         Raises ValueError if there is no file, or no valid one; TypeError if it does not name its method.
         """
-        path = hub.fetch(pretrained_model_name_or_path, CONFIG_NAME, subfolder, **kwargs)
-        values = {"peft_version": "0", **cls.from_json_file(path)}  # releases before 0.18 did not say
+        return cls._read(pretrained_model_name_or_path, subfolder, kwargs)[0]
+
+    @classmethod
+    def _read(
+        cls: type[Config], model_id: str | os.PathLike[str], subfolder: str | None, kwargs: dict[str, Any]
+    ) -> tuple[Config, str, dict[str, Any]]:
+        """`from_pretrained`, with the path and the content of the file."""
+        path = hub.fetch(model_id, CONFIG_NAME, subfolder, **kwargs)
+        content = cls.from_json_file(path)
+        values = {"peft_version": "0", **content}  # releases before 0.18 did not say
         target = cls._class_of(values.get("peft_type"), f" in '{path}'")
         own = {k: v for k, v in kwargs.items() if k in target._known()}
         config = target._build({**own, **values}, f"'{path}'")
         config.__dict__["origin"] = os.path.dirname(path)  # what the configuration names may lie beside it
-        return config
+        return config, path, content
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:

@@ -20,12 +20,11 @@ from .core import late
 from .core.base_state import original_modules
 from .core.checkpoint import Foreseen, foreseen, open_adapter, renamed, set_peft_model_state_dict
 from .core.collector import no_collection
-from .core.defaults import CONFIG_NAME
 from .core.entries import Entry
 from .core.files import CONFIG_HASH, Saved, config_hash, in_hand
 from .core.fingerprint import difference
 from .core.host import below
-from .core.hub import fetch, hub_arguments
+from .core.hub import hub_arguments
 from .core.layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .core.recall import Recipes, base_of, key_of, recipe_of, usual
 from .core.renames import retargeted
@@ -174,7 +173,7 @@ class AdapterFile:
             is_trainable: as for `load_adapter`.
         """
         tuner: Any = model._modules.get("base_model")
-        recipes = self._recipes(model)
+        recipes = self._kept_by(model) and tuner.__dict__.get("_recipes")
         if not recipes or not usual(tuner, config):
             return None
         (header,), key = self.saved.heads.values(), key_of(config.__dict__, self.autocast)
@@ -199,21 +198,21 @@ class AdapterFile:
             model.eval()
         return _IncompatibleKeys([], [])
 
-    def _recipes(self, model: PeftModel) -> Recipes | None:
-        """Where recipes for files like this one are, if there may be any."""
-        tuner = model._modules.get("base_model")
+    def _kept_by(self, model: PeftModel) -> bool:
+        """Whether the model's tuner may keep recipes for files like this one."""
         apart = self.renames or self.options.get("ignore_mismatched_sizes") or len(self.saved.heads) != 1
-        return None if apart or tuner is None or "prompts" in model.__dict__ else Recipes.of(tuner)
+        return not apart and "base_model" in model._modules and "prompts" not in model.__dict__
 
     def _note(self, model: PeftModel, result: _IncompatibleKeys) -> None:
         """Keep what has been worked out, if nothing had to be said and every tensor has found its place."""
-        known, recipes = self._known, self._recipes(model)
-        silent = self._start is not None and told() == self._start[1]
-        if recipes is None or not silent or known is None or not known.keys or any(result) or self._start is None:
+        known, tuner = self._known, model._modules.get("base_model")
+        if tuner is None or known is None or not known.keys or any(result) or not self._kept_by(model):
             return
         (header,), places = self.saved.heads.values(), list(known.keys.values())
-        if len(places) == len(known.places):
-            recipes.note(recipe_of(model._modules["base_model"], self.name, self._start[0], header, places))
+        if self._start is not None and told() == self._start[1] and len(places) == len(known.places):
+            recipe = recipe_of(tuner, self.name, self._start[0], header, places)
+            if recipe is not None:
+                Recipes.of(tuner).note(recipe)
 
     def _check_base(self, model: PeftModel, strict: bool | None) -> None:
         replaced = getattr(model.peft_config[self.name], "modules_to_save", None) or ()
@@ -227,13 +226,10 @@ class AdapterFile:
             )
             report(OtherBaseWarning, text, strict, stacklevel=5)
 
-    def check_config(self, model_id: str | os.PathLike[str]) -> None:
+    def check_config(self, path: str, content: Mapping[str, Any]) -> None:
         """Warn if the configuration beside the weights is not the one that they were saved with."""
         noted = self.saved.metadata.get(CONFIG_HASH)
-        if noted is None:
-            return
-        path = fetch(model_id, CONFIG_NAME, **hub_arguments(self.options))
-        if config_hash(PeftConfig.from_json_file(path)) != noted:
+        if noted is not None and config_hash(content) != noted:
             text = (
                 f"{path} is not the configuration that was saved with the weights beside it: it has been edited since, "
                 "damaged, or comes from another save. The adapter may compute something else than it did."

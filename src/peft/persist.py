@@ -122,8 +122,9 @@ class Persistent:
         from .loading import AdapterFile, taken_back
 
         check_spelling(kwargs, Persistent.from_pretrained.__func__, FOR_LOADING)  # type: ignore[attr-defined]
-        from_file = config is None
-        config = read_config(model_id, is_trainable, kwargs) if config is None else config
+        content: tuple[str, dict[str, Any]] | None = None
+        if config is None:
+            config, content = read_config(model_id, is_trainable, kwargs)
         if not isinstance(config, PeftConfig):
             raise ValueError(f"config must be a PeftConfig, but is {type(config).__name__}.")
         file = AdapterFile.of(model, model_id, adapter_name, key_mapping, kwargs)
@@ -141,8 +142,8 @@ class Persistent:
                 raise
             return wrapped, lambda: undo(wrapped, adapter_name)
 
-        if from_file:
-            file.check_config(model_id)
+        if content is not None:
+            file.check_config(*content)
         file.autocast = autocast_adapter_dtype
         wrapped, take_out = file.placed(config, place, low_cpu_mem_usage)
         file.fill(wrapped, take_out, is_trainable, low_cpu_mem_usage)
@@ -176,7 +177,7 @@ class Persistent:
             file.check_settings(model_id, self.peft_config[adapter_name])
             result = file.fill(self, lambda: None, is_trainable, low_cpu_mem_usage)
         else:
-            config = read_config(model_id, is_trainable, kwargs)
+            config, content = read_config(model_id, is_trainable, kwargs)
             set_runtime(config, ephemeral_gpu_offload)
 
             def place(meta: bool) -> tuple[Any, Callable[[], Any]]:
@@ -184,7 +185,7 @@ class Persistent:
                 self._add_adapter(adapter_name, config, meta, autocast_adapter_dtype, steps)
                 return self, lambda: [step() for step in reversed(steps)]
 
-            file.check_config(model_id)
+            file.check_config(*content)
             file.autocast = autocast_adapter_dtype
             found = file.like_another(self, config, is_trainable)
             if found is None:
@@ -320,14 +321,16 @@ def prepare_folder(save_directory: str | os.PathLike[str], sweep: bool) -> Path:
 # Loading --------------------------------------------------------------------------------------------------
 
 
-def read_config(model_id: str | os.PathLike[str], is_trainable: bool, kwargs: Mapping[str, Any]) -> PeftConfig:
-    """The configuration of a saved adapter, set for training or for inference."""
+def read_config(
+    model_id: str | os.PathLike[str], is_trainable: bool, kwargs: Mapping[str, Any]
+) -> tuple[PeftConfig, tuple[str, dict[str, Any]]]:
+    """The configuration of a saved adapter, set for training or for inference; path and content of its file."""
     arguments = hub_arguments(kwargs)
-    config = PeftConfig.from_pretrained(model_id, subfolder=arguments.pop("subfolder", None), **arguments)
+    config, path, content = PeftConfig._read(model_id, arguments.pop("subfolder", None), arguments)
     if config.is_prompt_learning and is_trainable:
         raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
     config.inference_mode = not is_trainable
-    return config
+    return config, (path, content)
 
 
 def set_runtime(config: PeftConfig, ephemeral_gpu_offload: bool) -> None:

@@ -77,10 +77,11 @@ class Layout(dict[str, Info]):
         return kinds.pop() if len(kinds) == 1 else None
 
     @functools.cached_property
-    def order(self) -> tuple[list[str], list[int]]:
-        """The names in the order of the data, and how many numbers each tensor has."""
+    def order(self) -> tuple[list[tuple[str, tuple[int, ...]]], list[int]]:
+        """Names and shapes in the order of the data, and how many numbers each tensor has."""
         names = sorted(self, key=lambda n: self[n][2:])
-        return names, [(self[n].end - self[n].begin) // self[n].dtype.itemsize for n in names]
+        sizes = [(self[n].end - self[n].begin) // self[n].dtype.itemsize for n in names]
+        return [(n, self[n].shape) for n in names], sizes
 
 
 class Header(NamedTuple):
@@ -233,10 +234,8 @@ def tensors_of(data: Tensor, header: Header) -> dict[str, Tensor]:
     """The tensors in a file's bytes, without a copy where their place in the file allows that."""
     found = {}
     if (numbers := numbers_of(data, header)) is not None:
-        names, sizes = header.tensors.order
-        for name, part in zip(names, numbers.split(sizes), strict=True):
-            found[name] = part.view(header.tensors[name].shape)
-        return {name: found[name] for name in header.tensors}
+        order, sizes = header.tensors.order
+        return {name: part.view(shape) for (name, shape), part in zip(order, numbers.split(sizes), strict=True)}
     for name, (dtype, shape, begin, end) in header.tensors.items():
         raw = data[header.start + begin : header.start + end]
         if raw.storage_offset() % dtype.itemsize:
@@ -315,12 +314,12 @@ def checksum(data: Tensor, header: Header) -> str:
 def _sum(data: Tensor) -> int:
     if data.storage_offset() % 8:
         data = data.clone()
-    whole = data.numel() // CHUNK * CHUNK
-    tail = torch.zeros(CHUNK, dtype=torch.uint8)
-    tail[: data.numel() - whole] = data[whole:]
-    sums = [part.view(torch.int64).view(-1, CHUNK // 8).sum(1) for part in (data[:whole], tail)]
-    total = torch.cat(sums)
-    return int((total * torch.arange(1, 2 * len(total), 2)).sum())
+    count = data.numel() // CHUNK
+    sums = data[: count * CHUNK].view(torch.int64).view(count, CHUNK // 8).sum(1)
+    tail = bytes(data[count * CHUNK :].tolist()) if data.numel() % 8 else data[count * CHUNK :].view(torch.int64)
+    if isinstance(tail, bytes):
+        tail = torch.frombuffer(bytearray(tail.ljust(CHUNK, b"\0")), dtype=torch.int64)
+    return int(sums.dot(torch.arange(1, 2 * count + 1, 2))) + (2 * count + 1) * int(tail.sum())
 
 
 def is_sound(data: Tensor, header: Header) -> bool:

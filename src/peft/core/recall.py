@@ -121,7 +121,7 @@ class Recipe:
         found = []
         for job in self.jobs:
             device = job.base._parameters["weight"].device  # type: ignore[union-attr]
-            found.append([state[key].to(device=device, dtype=dtype, copy=True) for key, dtype in job.parts])
+            found.append([_own(state[key], dtype, device) for key, dtype in job.parts])
         return found
 
     def evaluating(self) -> bool:
@@ -170,6 +170,11 @@ def usual(tuner: Any, config: Any) -> bool:
     classes = (c for cls in {kind, type(tuner)} for c in cls.__mro__[: cls.__mro__.index(BaseTuner)])
     plain = not any(_STEPS & vars(c).keys() for c in classes) and kind.injection is BaseTuner.injection
     return plain and BaseTuner._create_and_replace is BaseTuner.own_step
+
+
+def _own(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    like = value.dtype is dtype and value.device == device
+    return value.clone() if like else value.to(device=device, dtype=dtype, copy=True)
 
 
 def recipe_of(tuner: Any, name: str, key: Key, header: Header, places: list[tuple[Entry, str]]) -> Recipe | None:
@@ -239,11 +244,10 @@ class Recipes(list[Recipe]):
             found = tuner.__dict__["_recipes"] = cls()
         return found
 
-    def note(self, recipe: Recipe | None) -> None:
+    def note(self, recipe: Recipe) -> None:
         """Keep one more, and the last few of all."""
-        if recipe is not None:
-            self.append(recipe)
-            del self[:-MOST]
+        self.append(recipe)
+        del self[:-MOST]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
