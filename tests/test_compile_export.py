@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, ExportedProgram, export
 from torch.func import functional_call
 
 from conformance.layouts import Layout
-from conformance.rows import METHODS, adapted, close, given
+from conformance.rows import METHODS, adapted, close, given, tuner_layers
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.helpers import update_forward_signature
 
@@ -98,9 +99,18 @@ def right(made: ExportedProgram, model: nn.Module, x: Tensor, *more: Tensor) -> 
 @pytest.mark.parametrize("method", REST)
 def test_every_other_method_compiles_to_one_graph(method: str) -> None:
     model, x, told = net(method), NET.x(), given(method)
+    counter = CompileCounterWithBackend("eager")
+    fast = torch.compile(model, fullgraph=True, backend=counter)
     with torch.no_grad():
-        wanted = model(x, **told)
-        close(torch.compile(model, fullgraph=True, backend="eager")(x, **told), wanted)
+        close(fast(x, **told), model(x, **told))
+        for _ in range(2):
+            with model.disable_adapter():
+                assert torch.equal(fast(x, **told), model(x, **told))
+        for _, layer in tuner_layers(model):
+            if hasattr(layer, "set_scale"):
+                layer.set_scale("default", 0.5)
+        close(fast(x, **told), model(x, **told))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("method", FIVE)

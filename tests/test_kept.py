@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft import BOFTConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model, set_peft_model_state_dict
+from peft import AdaLoraConfig, BOFTConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model, set_peft_model_state_dict
 from peft import get_peft_model_state_dict as state_of
 from test_base_square import put
 
@@ -202,3 +202,18 @@ def test_copies_keep_nothing(kind):
             t.mul_(2)
     check(model)
     check(twin)
+
+
+@pytest.mark.parametrize("alpha", [8, 8.0])
+def test_a_scaling_that_changes_is_noticed(alpha):
+    """It may be a whole number at first."""
+    torch.manual_seed(0)
+    config = AdaLoraConfig(target_modules=["0"], init_r=4, total_step=9, lora_alpha=alpha, use_dora=True)
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 48)), config).eval()
+    with torch.no_grad():
+        for p in tensors(model):
+            p.add_(torch.randn_like(p) / 4)
+    for scale in (None, 0.5, 2.0):
+        if scale is not None:
+            model.base_model.model[0].set_scale("default", scale)
+        check(model)

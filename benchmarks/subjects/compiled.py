@@ -1,8 +1,9 @@
-"""`torch.compile(fullgraph=True)`: how many graphs, and whether a switch of adapters compiles again."""
+"""`torch.compile(fullgraph=True)`: how many graphs, and whether switching, disabling or rescaling compiles again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +29,15 @@ class Counting:
     "torch.compile(fullgraph=True), 2 layers, two adapters of one shape",
     repeats=1,
     unit="",
-    ceilings={"graphs": 1, "recompiled after set_adapter": 0, "recompiled after switching back": 0},
+    ceilings={
+        "graphs": 1,
+        "recompiled after set_adapter": 0,
+        "recompiled after switching back": 0,
+        "recompiled when disabled": 0,
+        "recompiled when enabled again": 0,
+        "recompiled after set_scale": 0,
+        "recompiled after another set_scale": 0,
+    },
 )
 def compiled() -> Iterator[Numbers]:
     """Captured graphs, counted in a backend of our own; training mode, so gradients are wanted."""
@@ -38,19 +47,32 @@ def compiled() -> Iterator[Numbers]:
 
 
 def captured() -> Numbers:
-    """Graphs after the first call, and how many more a switch there and back brings."""
+    """Graphs after the first call, and how many more each change brings; the model runs uncompiled beside it."""
     backend, tokens = Counting(), torch.randint(0, 64, (2, 8))
     model = wrapped(Llama(2, 64, 128, 4, 64), target_modules=ALL_LINEAR, init_lora_weights=False)
     model.add_adapter("b", config(target_modules=ALL_LINEAR, init_lora_weights=False))
     fast: nn.Module = torch.compile(model, backend=backend, fullgraph=True)  # type: ignore[assignment]
-    gaps, counts = [], []
-    for name in ("default", "b", "default"):
-        model.set_adapter(name)
-        gaps.append((fast(tokens) - model(tokens)).abs().max().item())
-        counts.append(backend.graphs)
-    return {
-        "graphs": counts[0],
-        "recompiled after set_adapter": counts[1] - counts[0],
-        "recompiled after switching back": counts[2] - counts[1],
-        "largest gap to eager": max(gaps),
+    changes: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "graphs": nullcontext,
+        "recompiled after set_adapter": lambda: nullcontext(model.set_adapter("b")),
+        "recompiled after switching back": lambda: nullcontext(model.set_adapter("default")),
+        "recompiled when disabled": model.disable_adapter,
+        "recompiled when enabled again": nullcontext,
+        "recompiled after set_scale": lambda: nullcontext(rescale(model, 0.5)),
+        "recompiled after another set_scale": lambda: nullcontext(rescale(model, 2.0)),
     }
+    numbers: Numbers = {}
+    gap = 0.0
+    for label, change in changes.items():
+        before = backend.graphs
+        with change():
+            gap = max(gap, (fast(tokens) - model(tokens)).abs().max().item())
+        numbers[label] = backend.graphs - before
+    return {**numbers, "largest gap to eager": gap}
+
+
+def rescale(model: nn.Module, scale: float) -> None:
+    """Give the first adapter this multiple of its own scaling, in every layer."""
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", scale)

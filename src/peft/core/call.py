@@ -76,7 +76,7 @@ class Call(Deferred):
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        own = ("_past", "_node", "_recalled", "_groups", "_batches", "_latest", "gates", "banks")
+        own = ("_past", "_node", "_recalled", "_groups", "_batches", "_latest", "gates", "banks", "_flags")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

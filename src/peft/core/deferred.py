@@ -11,6 +11,9 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 _lock = threading.RLock()
 _waiting: weakref.WeakSet[Deferred] = weakref.WeakSet()
 
@@ -30,6 +33,7 @@ class Deferred:
     frozen = False
     merged = False
     at_once: ClassVar[bool] = False  # a program has been traced
+    _flags: dict[Any, tuple[Tensor, Tensor]] | None = None  # by device, once a program has been traced
     _wanted: tuple[Sequence[Any], tuple[str, ...] | None, bool | None] | None = None
     _after = True  # `plain`, once the layers have followed
 
@@ -45,6 +49,15 @@ class Deferred:
             _waiting.add(self)
         if Deferred.at_once:
             self.settle()
+
+    def flag(self, device: torch.device, on: bool) -> Tensor:
+        """The tensor that says to traced layers whether they are in force; two that are never written to."""
+        found = self.__dict__.setdefault("_flags", {})
+        if device not in found:
+            with torch.inference_mode(False):
+                found[device] = (torch.tensor(False, device=device), torch.tensor(True, device=device))
+        tensor: Tensor = found[device][on]
+        return tensor
 
     def settle(self) -> None:
         """Let the layers follow now."""

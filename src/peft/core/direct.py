@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .stack import Stack
 
 FORWARD = nn.Linear.forward
+CONVS: dict[type[nn.Module], object] = {kind: kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 EVERYWHERE = tuple(  # hooks of all modules
     getattr(nn.modules.module, f"_global_{name}_hooks", {})
     for name in ("forward_pre", "forward", "backward_pre", "backward")
@@ -21,18 +22,28 @@ EVERYWHERE = tuple(  # hooks of all modules
 
 def is_ordinary(base: nn.Module) -> bool:
     """Whether calling a module is torch's own product and nothing else: a linear layer, not hooked, not patched."""
-    if type(base) is not nn.Linear or "forward" in base.__dict__ or any(EVERYWHERE) or nn.Linear.forward is not FORWARD:
+    return type(base) is nn.Linear and nn.Linear.forward is FORWARD and _untouched(base)
+
+
+def is_conv(base: nn.Module) -> bool:
+    """The same of a convolution."""
+    return type(base) in CONVS and CONVS[type(base)] is type(base).forward and _untouched(base)
+
+
+def _untouched(base: nn.Module) -> bool:
+    if "forward" in base.__dict__ or any(EVERYWHERE):
         return False
     return not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
 
 
-def open_linear(inner: Stack, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+def open_linear(inner: Stack, x: Tensor, gated: bool = False) -> tuple[Tensor, Tensor | None] | None:
     """(W, b) if calling the stack with x is F.linear(x, W, b) and nothing else; None where it may be more.
 
     It is more where the layer is a subclass, is hooked, patched, offloaded or quantised, where other adapters stand on
     it, where the dtypes differ or autocast chooses them, and under torch.func and forward-mode differentiation.
+    `gated`: whether the shortcut lets the stack `gate` its weight.
     """
-    if inner.last is not None or inner.extra is not None or inner.packed is not None:
+    if inner.last is not None or inner.extra is not None or inner.packed is not None or inner.gated is not gated:
         return None
     base = inner.layer._modules["base_layer"]
     if not is_ordinary(base):

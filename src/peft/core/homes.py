@@ -90,6 +90,9 @@ class Homes(AdapterHost):
         changed()
         for p in self.adapters.values():
             p.plan = None
+        if "_flag" in self.__dict__:
+            for p in self.adapters.values():
+                p.twin = None
 
     def places(self, name: str) -> Iterator[tuple[dict[str, Any], str]]:
         """Where the parameters of adapter `name` are held: tables of modules, and their names there."""

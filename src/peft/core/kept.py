@@ -103,7 +103,8 @@ def places_of(p: Adapter) -> list[tuple[dict[str, Any], str]]:
             found += [(d, k) for d in (m._modules, m._parameters, m._buffers) for k in d if d[k] is not None]
     for home in p.shared.values():
         found += [(held, p.name) for held in (home._parameters, home._buffers) if held.get(p.name) is not None]
-    return [*found, *((p.__dict__, k) for k, v in p.__dict__.items() if isinstance(v, (float, Tensor)))]
+    numbers = (k for k, v in p.__dict__.items() if type(v) is int or isinstance(v, (float, Tensor)))
+    return [*found, *((p.__dict__, k) for k in numbers)]
 
 
 def base_places(p: Adapter) -> list[tuple[dict[str, Any], str]]:

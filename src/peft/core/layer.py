@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .batch import MixedBatch, is_mixed
 from .call import Call
 from .cells import reference, references
-from .deferred import traced
+from .gated import Switched
 from .homes import Homes
 from .host import AdapterHost, tuner_layers
 from .lean import NO_BUFFERS
@@ -28,7 +28,7 @@ from .stack import Adapter, Finish, InPlace, Stack, Values
 from .views import LABELS, ModuleDict, ParameterDict, view_of
 
 
-class BaseTunerLayer(Together, MixedBatch, Shown, Homes):
+class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
     """Stands where the target stood; holds it as `base_layer` and every adapter's tensors under the peer's names.
 
     Attributes:
@@ -66,7 +66,7 @@ class BaseTunerLayer(Together, MixedBatch, Shown, Homes):
         if parameter is not None:
             d["parameter_name"] = parameter
         if read:
-            d["_read"] = read
+            d["_read"], d["_off"] = read, False  # what the class says of it is guarded in graphs
         if (kind := self.packed) is not None:
             kind.adopt(innermost)
 
@@ -90,6 +90,8 @@ class BaseTunerLayer(Together, MixedBatch, Shown, Homes):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight; W' where the parent reads weights instead of calling its children."""
+        if self._read and (graph := self._read_in_graph()) is not None:
+            return self.view.raw(graph.base, graph.live_weight())
         apart = self._apart() if self._read and not self._disabled else None
         if apart is not None:
             return apart
@@ -102,6 +104,8 @@ class BaseTunerLayer(Together, MixedBatch, Shown, Homes):
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias; b' where the parent reads it."""
+        if self._read and (graph := self._read_in_graph()) is not None:
+            return graph.bias()
         if self._read and not self._disabled and (self.planned() is not None or self.call.only is not None):
             return self._shown().bias()
         return self.get_base_layer().bias  # type: ignore[return-value]
@@ -249,6 +253,8 @@ class BaseTunerLayer(Together, MixedBatch, Shown, Homes):
             self._decide()
         else:
             d["_by_task"], d["_by_input"], d["_run"] = plan
+            if "_flag" in d:
+                self._regraph()
 
     def planned(self) -> Any:
         """What a forward calls; None is the base layer."""
@@ -281,6 +287,8 @@ class BaseTunerLayer(Together, MixedBatch, Shown, Homes):
         lasts = len(names) == 1 and p.method.lasting and not p.shared and not self._merged
         if lasts and all(isinstance(held, nn.Module) for held in p.direct.values()):
             p.plan = (by_task, by_input, run)
+        if "_flag" in self.__dict__:
+            self._regraph()
 
     def _runner(self, stack: Stack) -> Any:
         if not self.view.activations:
@@ -290,14 +298,17 @@ class BaseTunerLayer(Together, MixedBatch, Shown, Homes):
     # ---- forward -----------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            traced()
+        if torch.compiler.is_compiling() and (run := self._compiled()) is not None:
+            if len(args) == 1 and not kwargs and self.call.plain:
+                return run(*args)
+            if not self.view.activations or (len(args) == 1 and not kwargs):
+                return self._forward(args, kwargs, run)
         if kwargs or len(args) != 1 or not self.call.plain:
             return self._forward(args, kwargs)
         run = self._run
         return self._modules["base_layer"](*args) if run is None else run(*args)  # type: ignore[misc]
 
-    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], graph: Any = None) -> Any:
         self.call.settle()
         if len(args) == 1 and not (kwargs or self._off) and self.call.only is None:
             swift = self._swift(args[0])
@@ -312,7 +323,7 @@ class BaseTunerLayer(Together, MixedBatch, Shown, Homes):
             return self._alone(args, kwargs)
         if names is not None and not self._disabled:
             return self._mixed(tuple(names), args, kwargs)
-        return self._general(self._run, args, kwargs)
+        return self._general(self._run if graph is None else graph, args, kwargs)
 
     def _general(self, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if run is None:

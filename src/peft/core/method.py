@@ -275,8 +275,8 @@ class Delta(Method):
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         """`forward` over a plain linear layer with the update inside its product, where that is quicker; else None."""
-        held = open_linear(inner, x) if type(self).onto is Delta.onto else None
-        if held is None or self.drop_rate(p):
+        held = open_linear(inner, x, inner.gated) if type(self).onto is Delta.onto else None
+        if held is None or self.drop_rate(p) or (inner.gated and (self.short(p) or x.dtype not in lowrank.SINGLE)):
             return None
         W, b = held
         low = self.short(p)
@@ -286,7 +286,7 @@ class Delta(Method):
             return None
         D = self.live_delta(p, W)
         if D.dtype is W.dtype and D.dtype in (torch.float32, torch.float64):
-            return F.linear(x, W + D, b)
+            return F.linear(x, inner.gate(W + D, W), b)
         return (F.linear(x, W, b) + F.linear(x.to(D.dtype), D)).to(W.dtype)  # in halves W + D forgets small updates
 
     def short(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import views
+from .gated import GRAPH
 from .host import changed
 from .layer import BaseTunerLayer
 from .lean import NO_BUFFERS
@@ -26,7 +27,15 @@ from .tie import inside
 
 _NOTHING: dict[str, Any] = {}  # what a new adapter has under compile; replaced when the layer first runs
 _LAYER = {"training", "_parameters", "_buffers", "_modules", "view", "call", "adapters", "_plain"}
-_STATE = {"_names", "_off", "_run", "_by_task", "_by_input"}  # that decides nothing of what an adapter is made of
+_STATE = {
+    "_names",
+    "_off",
+    "_run",
+    "_by_task",
+    "_by_input",
+    *GRAPH,
+}  # that decides nothing of what adapters are made of
+OWN = {"layer", "path", "cache", "direct", "plan", "twin"}  # what no other adapter has
 _SHAPES = ("in_features", "out_features")
 _part = torch.Tensor._make_subclass
 _new = object.__new__
@@ -64,7 +73,7 @@ class Mold:
         p = layer.adapters[name]
         self.kind, self.name, self.start = type(layer), name, start
         self.view, self.call, self.plain = layer.view, layer.call, layer._plain
-        self.values = [(k, v) for k, v in p.__dict__.items() if k not in ("layer", "path", "cache", "direct", "plan")]
+        self.values = [(k, v) for k, v in p.__dict__.items() if k not in OWN]
         self.idle = p.idle
         self.parts = []
         for key, home in layer._modules.items():

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from .gated import GRAPH
 from .stack import Adapter, BufferDict, Late
 from .views import LinearView
 
@@ -24,7 +25,7 @@ class Shown(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.call.settle()
-        return self.__dict__
+        return {k: v for k, v in self.__dict__.items() if k not in GRAPH}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -41,6 +42,8 @@ class Shown(nn.Module):
         self.call.settle()
         replica = super()._replicate_for_data_parallel()
         replica.__dict__["adapters"] = {n: p.bound_to(replica) for n, p in self.adapters.items()}
+        for key in GRAPH:
+            replica.__dict__.pop(key, None)
         if self._run is not None:
             replica.__dict__["_run"] = Late(replica)
         return replica

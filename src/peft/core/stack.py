@@ -17,7 +17,7 @@ from .method import Delta, LowRank, Method
 from .views.chosen import NUMBERS, Chosen, Term
 
 _state = threading.local()
-NOTED = frozenset({"hot", "direct", "plan"})  # what an adapter notes of its layer's state, and is no part of it
+NOTED = frozenset({"hot", "direct", "plan", "twin", "gates"})  # of the layer's state, and no part of the adapter
 
 
 class Slot(NamedTuple):
@@ -39,6 +39,8 @@ class Adapter:
     """`p`: one adapter's share of one layer. `p.lora_A` is `layer.lora_A[name]`, `p.scaling` a plain value."""
 
     written: ClassVar[int] = 0  # how often a plain value of any adapter was set
+    twin: Any = None  # what compiled code runs in its place, once it does
+    gates = True  # and whether a tensor can switch that off
 
     def __init__(self, layer: Any, name: str, method: Method, settings: Any, path: str):
         self.__dict__.update(layer=layer, name=name, method=method, settings=settings, path=path)
@@ -53,6 +55,8 @@ class Adapter:
         self.__dict__[key] = value
         if key not in NOTED:
             Adapter.written += 1
+            if self.twin is not None:
+                self.twin.follow(key, value)
 
     def __getattr__(self, key: str) -> Any:
         if key.startswith("__") or "layer" not in self.__dict__:
@@ -73,12 +77,15 @@ class Adapter:
         found = self.direct[key]
         return found.tensor if type(found) is Cell else found
 
-    def bound_to(self, layer: Any) -> Adapter:
-        """The same adapter in a copy of its layer."""
-        twin = Adapter(layer, self.name, self.method, self.settings, self.path)
-        twin.__dict__.update({k: v for k, v in self.__dict__.items() if k not in twin.__dict__})
-        twin.idle = self.idle
-        return twin
+    def bound_to(self, layer: Any, kind: Any = None) -> Any:
+        """The same adapter in a copy of its layer, or as an adapter of another class."""
+        other = (kind or Adapter)(layer, self.name, self.method, self.settings, self.path)
+        other.__dict__.update({k: v for k, v in self.__getstate__().items() if k not in other.__dict__})
+        other.idle = self.idle
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "twin"}
 
     def everywhere(self) -> Adapter:
         """The adapter of a method for some positions, acting on all of them."""
@@ -88,6 +95,8 @@ class Adapter:
 
     def has(self, key: str) -> bool:
         """Whether the adapter owns a tensor or module `key`."""
+        if torch.compiler.is_dynamo_compiling():
+            return key in self.direct
         home = self.layer._modules.get(key)
         return home is not None and self.name in home
 
@@ -121,6 +130,8 @@ class Adapter:
 
 class Stack:
     """The base layer under its first adapters, still an affine map: call it, or ask its weight and bias."""
+
+    gated: ClassVar[bool] = False  # a tensor chooses between what is made with it and what the base gives
 
     def __init__(self, layer: Any, adapters: tuple[Adapter, ...], extra: Any = None, outer: bool = True):
         self.layer, self.view, self.adapters, self.extra = layer, layer.view, adapters, extra
@@ -219,6 +230,10 @@ class Stack:
         """Dropout of an input: (x to use, factor for W x or None)."""
         x = x.to(dtype) if x.is_floating_point() else x
         return self.view.drop(x, rate) if rate else (x, None)
+
+    def gate(self, changed: Tensor, W: Tensor) -> Tensor:
+        """The weight that a shortcut makes its output with, in place of the base's."""
+        return changed
 
     def each_token(self, x: Tensor, run: Callable[[Stack], Tensor]) -> Tensor:
         """What `run` makes of x with this stack, where it asks for its weight.
