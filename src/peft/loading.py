@@ -102,7 +102,7 @@ class AdapterFile:
         """
         outline, self._new = self.outline, True
         _check_prompt(config, outline, self.name)
-        before = copy.deepcopy(config.__dict__)
+        before = _copied(config.__dict__)
         self._start = key_of(before, self.autocast), told()
         with in_hand(list(outline)):
             model, undo, moved = self._outlined(config, place, outline)
@@ -132,13 +132,14 @@ class AdapterFile:
             moved = retargeted(self.base, config, outline)
             if not moved:
                 raise
-            config.__dict__.update(copy.deepcopy(moved))
+            config.__dict__.update(_copied(moved))
             return *_outlined(place), moved
 
     def foresee(self, model: PeftModel, outline: Mapping[str, Tensor] | None = None) -> list[Entry]:
         """The places that the file does not fill; raises what loading would raise of shapes and dtypes."""
         ignore = bool(self.options.get("ignore_mismatched_sizes", False))
-        self._known = foreseen(model, self.outline if outline is None else outline, self.name, ignore)
+        known = foreseen(model, self.outline if outline is None else outline, self.name, ignore)
+        self._known = known._replace(fresh=self._new)
         return self._known.lacking
 
     @no_collection()
@@ -226,10 +227,10 @@ class AdapterFile:
             )
             report(OtherBaseWarning, text, strict, stacklevel=5)
 
-    def check_config(self, path: str, content: Mapping[str, Any]) -> None:
-        """Warn if the configuration beside the weights is not the one that they were saved with."""
-        noted = self.saved.metadata.get(CONFIG_HASH)
-        if noted is not None and config_hash(content) != noted:
+    def check_config(self, read: tuple[str, Mapping[str, Any]] | None) -> None:
+        """Warn if the configuration beside the weights, its path and content, is not the one of their save."""
+        noted, (path, content) = self.saved.metadata.get(CONFIG_HASH), read or ("", {})
+        if read is not None and noted is not None and config_hash(content) != noted:
             text = (
                 f"{path} is not the configuration that was saved with the weights beside it: it has been edited since, "
                 "damaged, or comes from another save. The adapter may compute something else than it did."
@@ -258,14 +259,26 @@ def _evaluating(model: PeftModel, name: str, new: bool) -> None:
     """`model.eval()`; where all but a new adapter is in evaluation already, no other adapter is visited."""
     found, _ = below(model)
     layers = [m for m in found if isinstance(m, AdapterHost)]
-    if not new or any(m.training for m in found) or not all(isinstance(m, BaseTunerLayer) for m in layers):
+    plain = all(type(m).train is nn.Module.train for m in found if not isinstance(m, AdapterHost))
+    if not new or not plain or not all(isinstance(m, BaseTunerLayer) for m in layers):
         model.eval()
         return
-    for layer in layers:
+    still = [layer for layer in layers if not layer.training]
+    for m in [m for m in found if m.training]:
+        if isinstance(m, AdapterHost):
+            m.eval()
+        else:
+            m.__dict__["training"] = False
+    for layer in still:
         for key, home in layer._modules.items():
             child = None if key in layer._below or home is None else home._modules.get(name)
             if child is not None:
                 child.eval()
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy of a configuration's fields, most of which are plain."""
+    return {k: v if v is None or type(v) in (bool, int, float, str) else copy.deepcopy(v) for k, v in values.items()}
 
 
 def _settings(config: PeftConfig) -> list[str]:
@@ -340,7 +353,7 @@ def _check_prompt(config: PeftConfig, outline: Mapping[str, Tensor], name: str) 
 
 def taken_back(model: nn.Module, config: PeftConfig) -> Callable[[nn.Module | None, str], None]:
     """What takes a new PeftModel off a model again, which is then as it is now."""
-    restore, before = snapshot(model), copy.deepcopy(config.__dict__)
+    restore, before = snapshot(model), _copied(config.__dict__)
     adapted = next(iter(tuner_layers(model)), None) is not None
 
     def undo(wrapped: Any, name: str) -> None:

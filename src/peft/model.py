@@ -146,9 +146,7 @@ class PeftModel(Persistent, nn.Module):
         return self._tuner.model
 
     def adapter_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """The parameters of one adapter by their names in this model; an optimizer for it takes their
-        values.
-        """
+        """The parameters of one adapter by their names in this model; an optimizer for it takes their values."""
         self._known(adapter_name)
         return adapter_parameters(self, adapter_name)
 

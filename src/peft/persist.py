@@ -122,9 +122,7 @@ class Persistent:
         from .loading import AdapterFile, taken_back
 
         check_spelling(kwargs, Persistent.from_pretrained.__func__, FOR_LOADING)  # type: ignore[attr-defined]
-        content: tuple[str, dict[str, Any]] | None = None
-        if config is None:
-            config, content = read_config(model_id, is_trainable, kwargs)
+        config, content = read_config(model_id, is_trainable, kwargs, config)
         if not isinstance(config, PeftConfig):
             raise ValueError(f"config must be a PeftConfig, but is {type(config).__name__}.")
         file = AdapterFile.of(model, model_id, adapter_name, key_mapping, kwargs)
@@ -142,8 +140,7 @@ class Persistent:
                 raise
             return wrapped, lambda: undo(wrapped, adapter_name)
 
-        if content is not None:
-            file.check_config(*content)
+        file.check_config(content)
         file.autocast = autocast_adapter_dtype
         wrapped, take_out = file.placed(config, place, low_cpu_mem_usage)
         file.fill(wrapped, take_out, is_trainable, low_cpu_mem_usage)
@@ -185,7 +182,7 @@ class Persistent:
                 self._add_adapter(adapter_name, config, meta, autocast_adapter_dtype, steps)
                 return self, lambda: [step() for step in reversed(steps)]
 
-            file.check_config(*content)
+            file.check_config(content)
             file.autocast = autocast_adapter_dtype
             found = file.like_another(self, config, is_trainable)
             if found is None:
@@ -322,9 +319,14 @@ def prepare_folder(save_directory: str | os.PathLike[str], sweep: bool) -> Path:
 
 
 def read_config(
-    model_id: str | os.PathLike[str], is_trainable: bool, kwargs: Mapping[str, Any]
-) -> tuple[PeftConfig, tuple[str, dict[str, Any]]]:
-    """The configuration of a saved adapter, set for training or for inference; path and content of its file."""
+    model_id: str | os.PathLike[str], is_trainable: bool, kwargs: Mapping[str, Any], given: PeftConfig | None = None
+) -> tuple[PeftConfig, tuple[str, dict[str, Any]] | None]:
+    """The configuration of a saved adapter, set for training or for inference; path and content of its file.
+
+    One that is `given` is handed back as it is, without a file.
+    """
+    if given is not None:
+        return given, None
     arguments = hub_arguments(kwargs)
     config, path, content = PeftConfig._read(model_id, arguments.pop("subfolder", None), arguments)
     if config.is_prompt_learning and is_trainable:

@@ -43,13 +43,15 @@ class Foreseen(NamedTuple):
     """What a checkpoint would fill.
 
     `places` are the adapter's, `lacking` those without numbers (meta device) that it has no tensor for. `keys` has the
-    place and the checkpoint's key by live name if every tensor goes as it is, with the keys that go nowhere.
+    place and the checkpoint's key by live name if every tensor goes as it is, with the keys that go nowhere. `fresh`:
+    the adapter has just been made.
     """
 
     places: list[Entry]
     lacking: list[Entry]
     keys: dict[str, tuple[Entry, str]] | None = None
     unexpected: list[str] = []  # noqa: RUF012
+    fresh: bool = False
 
 
 def get_peft_model_state_dict(
@@ -147,7 +149,7 @@ def _written(
         root, entries, state, write = _arranged(root, state, adapter_name, known and known.places)
         found = checked(root, entries, state, adapter_name, ignore_mismatched_sizes, write is not None)
     _tell_of_base(root, entries, found[0], adapter_name, strict)
-    missing, unexpected = fill(entries, *found, adapter_name, strict)
+    missing, unexpected = fill(entries, *found, adapter_name, strict, known is not None and known.fresh)
     written(entries)
     if write is not None:
         write()

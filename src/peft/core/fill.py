@@ -13,12 +13,18 @@ from . import sharded
 from .entries import PREFIX, Entry, base_tensors, plain
 from .layer import AdapterHost, BaseTunerLayer
 from .tie import storage_key
+from .views import PLAIN
 
 Found = dict[str, tuple[Entry, Tensor]]
 
 
 def fill(
-    entries: list[Entry], found: Found, unexpected: list[str], adapter_name: str, strict: bool | None
+    entries: list[Entry],
+    found: Found,
+    unexpected: list[str],
+    adapter_name: str,
+    strict: bool | None,
+    fresh: bool = False,
 ) -> tuple[list[Entry], list[str]]:
     """Write a checkpoint into the tensors of an adapter; nothing is written before all is said.
 
@@ -27,6 +33,7 @@ def fill(
         found, unexpected: what goes where, and the keys without a place, as `checked` has them.
         adapter_name: for messages.
         strict: turn missing and unexpected tensors into errors; None follows the process-wide setting.
+        fresh: the adapter has just been made, so that nobody else holds its tensors.
 
     Returns the places without a tensor and the keys without a place.
     """
@@ -38,7 +45,7 @@ def fill(
         report(MissingTensorsWarning, text, strict, stacklevel=4, follows=follows)
     if unexpected:
         report(UnexpectedTensorsWarning, _unexpected_text(unexpected, entries, adapter_name), strict, stacklevel=4)
-    if torn := _torn(found):
+    if torn := [] if fresh and _alone(entries) else _torn(found):
         text = (
             f"The checkpoint has different values for tensors that are tied in adapter {adapter_name!r}: "
             f"{listing(torn)}. The last of them counts, so the adapter is not the one that was saved. To load that, "
@@ -46,9 +53,12 @@ def fill(
         )
         report(PeftWarning, text, strict, stacklevel=4)
     with torch.no_grad():
+        homes: dict[int, torch.device] = {}
+        alone = fresh and _alone(entries)
         ready = [(e, v if _assigned(e) else as_held(v, e.tensor)) for e, v in found.values()]
         for entry, value in ready:
-            _write(entry, value)
+            if not (alone and _put(entry, value, homes)):
+                _write(entry, value)
     return missing, unexpected
 
 
@@ -118,7 +128,7 @@ def _torn(found: Found) -> list[str]:
 
 
 def _take(places: Mapping[str, Entry], found: Found, key: str, value: Tensor) -> bool:
-    entry = next((places[k] for k in _spellings(key) if k in places), None)
+    entry = places.get(key) or next((places[k] for k in _spellings(key) if k in places), None)
     if entry is None or entry.live in found:
         return False
     found[entry.live] = (entry, value)
@@ -136,6 +146,8 @@ def _spellings(key: str) -> Iterator[str]:
 def same_kind(found: Found) -> None:
     """Raise TypeError if a tensor and its place hold numbers of different kinds."""
     for entry, value in found.values():
+        if value.dtype is entry.tensor.dtype:
+            continue
         if value.is_complex() or value.is_floating_point() != entry.tensor.is_floating_point():
             raise TypeError(
                 f"{entry.key} is {value.dtype} in the checkpoint and {entry.tensor.dtype} in the model; numbers of "
@@ -144,7 +156,8 @@ def same_kind(found: Found) -> None:
 
 
 def _same_shape(found: Found, ignore: bool) -> Found:
-    wrong = [n for n, (e, v) in found.items() if sharded.shape(e.tensor) != v.shape and not _taken(e, v)]
+    other = [n for n, (e, v) in found.items() if e.tensor.shape != v.shape]
+    wrong = [n for n in other for e, v in [found[n]] if sharded.shape(e.tensor) != v.shape and not _taken(e, v)]
     if not wrong:
         return found
     lines = [
@@ -204,6 +217,36 @@ def _hints(keys: list[str], choices: Iterable[str]) -> list[str]:
 
 def _assigned(entry: Entry) -> bool:
     return entry.tensor.device.type == "meta"
+
+
+def _alone(entries: list[Entry]) -> bool:
+    """Whether no two places are one tensor."""
+    return len({id(e.tensor) for e in entries}) == len(entries)
+
+
+def _put(entry: Entry, value: Tensor, homes: dict[int, torch.device]) -> bool:
+    """A new parameter in place of one without memory that nobody but a plain module holds; False if it is another.
+
+    Arguments:
+        entry: the place; no other place has its tensor.
+        value: the tensor.
+        homes: where the adapters' tensors of layers belong, by layer; filled.
+    """
+    here = entry.owner._parameters.get(entry.attr)
+    if (
+        type(entry.owner) not in PLAIN
+        or type(here) is not nn.Parameter
+        or not here.is_meta
+        or here.shape != value.shape
+    ):
+        return False
+    key = id(entry.layer)
+    if key not in homes:
+        homes[key] = _home(entry)
+    like = value.dtype is here.dtype and value.device == homes[key] and type(value) is Tensor
+    new = value.clone() if like else value.detach().to(device=homes[key], dtype=here.dtype, copy=True)
+    entry.owner._parameters[entry.attr] = torch.Tensor._make_subclass(nn.Parameter, new, here.requires_grad)
+    return True
 
 
 def _write(entry: Entry, value: Tensor) -> None:

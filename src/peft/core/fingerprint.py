@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -31,7 +31,7 @@ def fingerprint(model: nn.Module, replaced: Collection[str] = ()) -> dict[str, s
         model: a PeftModel, a model with injected layers, or a plain model.
         replaced: endings of the names of modules that the adapter replaces (`modules_to_save`).
     """
-    shapes = dict(_shapes(model, replaced))
+    shapes = _shapes(model, replaced)
     noted = {HASH: _hash(shapes)}
     text = json.dumps(_grouped(shapes), separators=(",", ":"), sort_keys=True)
     return {**noted, SHAPES: text} if len(text) <= LONGEST else noted
@@ -49,7 +49,7 @@ def difference(noted: Mapping[str, str], model: nn.Module, replaced: Collection[
     """
     if HASH not in noted or SHAPES not in noted:
         return []
-    shapes = dict(_shapes(model, replaced))
+    shapes = _shapes(model, replaced)
     if _hash(shapes) == noted[HASH]:
         return []
     before, now = _read(noted[SHAPES]), _grouped(shapes)
@@ -64,8 +64,8 @@ def _hash(shapes: Mapping[str, str]) -> str:
     return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _shapes(model: nn.Module, replaced: Collection[str]) -> Iterator[tuple[str, str]]:
-    endings = tuple(replaced)
+def _shapes(model: nn.Module, replaced: Collection[str]) -> dict[str, str]:
+    endings, found = tuple(replaced), dict[str, str]()
     outside: str | None = None
     for prefix, module in original_modules(model):
         path = prefix[:-1]
@@ -74,12 +74,20 @@ def _shapes(model: nn.Module, replaced: Collection[str]) -> Iterator[tuple[str, 
         if path and endings and path.endswith(endings):
             outside = prefix
             continue
-        for name, shape in _own(module):
-            yield prefix + name, "x".join(map(str, shape)) or "1"
+        if module._parameters or not module._modules:
+            found.update([(prefix + name, "x".join(map(str, shape)) or "1") for name, shape in _own(module)])
+    return found
 
 
-def _own(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _own(module: nn.Module) -> Iterable[tuple[str, tuple[int, ...]]]:
     """The parameters of one module; of a linear layer those that it stands for, however they are stored."""
+    if type(module) is nn.Linear:
+        sizes = module.out_features, module.in_features
+        return [("weight", sizes), ("bias", sizes[:1])][: 2 if module._parameters.get("bias") is not None else 1]
+    return _stated(module)
+
+
+def _stated(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     sizes = _plain(module, "out_features"), _plain(module, "in_features")
     linear = type(sizes[0]) is int and type(sizes[1]) is int and not module._modules
     if linear:

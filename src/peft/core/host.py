@@ -60,7 +60,7 @@ class AdapterHost(Lean):
 
     def train(self, mode: bool = True) -> AdapterHost:
         """As torch's, at a cost that many loaded adapters hardly raise: their own modules are plain ones."""
-        self.training = mode
+        self.__dict__["training"] = mode
         mine = []
         for name, child in self._modules.items():
             if name in self._below and child is not None:

@@ -17,14 +17,14 @@ Spot = tuple[int, str]  # the identity of a holder, and the name of one of its t
 
 
 class Once:
-    """What an iterator gives, looked for when it is first asked for."""
+    """What an iterator gives, looked for when it is first gone through."""
 
     def __init__(self, items: Iterator[Sight]):
         self.items, self.seen = items, []  # type: tuple[Iterator[Sight], list[Sight]]
 
     def __iter__(self) -> Iterator[Sight]:
         self.seen.extend(self.items)
-        return iter(self.seen)
+        yield from self.seen
 
 
 class Waiting(NamedTuple):

@@ -24,7 +24,6 @@ from .host import AdapterHost, below, changed, changes
 from .layer import BaseTunerLayer
 from .mold import Filling, Mold, form_of
 from .pattern import settings, tables
-from .tie import storage_key
 from .tuner import BaseTuner
 
 Key = tuple[dict[str, Any], bool]
@@ -59,9 +58,10 @@ class Standing:
         self._below = [(m, {k: m._modules[k] for k in m._below}) for m in self.hosts]
         self._shapes = [(m, _shapes(m)) for m in self.modules if m._parameters and not isinstance(m, AdapterHost)]
         self._held = [p for m, _ in self._shapes for p in m._parameters.values() if p is not None]
-        tied = again or len(set(map(storage_key, self._held))) < len(self._held)
-        wrapped = any(k in WRAPPERS for _, kids in self._children for k in kids)
-        self.plain = not (tied or wrapped or any(map(sharded.is_spread, self._held)))
+        tied = again or len({p.data_ptr() for p in self._held}) < len(self._held)
+        wrapped = any(not WRAPPERS.isdisjoint(kids) for _, kids in self._children)
+        told = [p for p in self._held if type(p) is not nn.Parameter or p.__dict__]
+        self.plain = not (tied or wrapped or any(map(sharded.is_spread, told)))
 
     def named(self, host: AdapterHost) -> Collection[str]:
         """The adapters of a layer or wrapper."""
@@ -213,9 +213,10 @@ def _jobs(name: str, places: list[tuple[Entry, str]], alike: bool) -> list[Job] 
             return None
         like = form, 0 if alike else id(p.settings)
         if like not in molds:
-            molds[like] = Mold.of(layer, name, meta=True)
+            mold = Mold.of(layer, name, meta=True)
+            molds[like] = mold if mold is not None and _ordinary(mold) else None
         mold = molds[like]
-        if mold is None or not mold.fits(layer) or not _ordinary(mold) or base._parameters["weight"].is_meta:  # type: ignore[union-attr]
+        if mold is None or base._parameters["weight"].is_meta:  # type: ignore[union-attr]
             return None
         homes = [layer._modules[key] for key, *_ in mold.parts]
         owners = [home._modules[name] for home in homes if home is not None]

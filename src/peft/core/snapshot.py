@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from .host import AdapterHost, below
+
 _TABLES = (
     "_modules",
     "_parameters",
@@ -28,8 +30,10 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
     Arguments:
         model: any model; its children are looked at too.
     """
-    modules = [(m, _state(m)) for m in model.modules()]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    found = below(model)[0]
+    found = list(model.modules()) if any(isinstance(m, AdapterHost) for m in found) else found
+    modules = [(m, _state(m)) for m in found]
+    flags = [(p, p.requires_grad) for m in found for p in m._parameters.values() if p is not None]
     config = getattr(model, "config", None)
     settings = dict(config.__dict__) if hasattr(config, "__dict__") else None
 
