@@ -238,6 +238,42 @@ def test_a_change_of_an_adapter_is_seen(change):
         close(found, apart(model, x, names), 1e-5)
 
 
+@pytest.mark.parametrize("change", [written, scaled, "base", "replaced", "magnitude"])
+def test_a_magnitude_follows_its_base(change):
+    model, x, names = several("dora"), LINEAR.x(), BATCHES["equal"]
+    assert len(banked(model)) == len(NAMES)
+    layer = layer_of(model)
+    with torch.no_grad():
+        before = model(x, adapter_names=names)
+        if change == "base":
+            layer.base_layer.weight.add_(0.1)
+        elif change == "replaced":
+            layer.base_layer.weight = nn.Parameter(torch.randn(16, 12))
+        elif change == "magnitude":
+            layer.lora_magnitude_vector["two"].weight.mul_(2)
+        else:
+            change(model)
+        found = model(x, adapter_names=names)
+        assert not torch.allclose(found, before)
+        close(found, apart(model, x, names), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(9, 12), (9, 5, 12)])
+@pytest.mark.parametrize(("method", "options"), [("loha", {"r": 2}), ("dora", {}), ("loha-dora", {"r": 2})])
+def test_products_of_matrices_and_magnitudes_run_together_where_that_pays(method, options, shape, dtype):
+    layout = Layout("linear", lambda: Around(nn.Linear(12, 16)), shape)
+    model = adapted(method, layout, dtype, **options)
+    for i, name in enumerate(NAMES[1:]):
+        model.add_adapter(name, config(method, layout, **options))
+        train(model, name, seed=i + 1)
+    model, x = model.eval(), layout.x(dtype)
+    assert len(banked(model)) == (0 if method == "loha-dora" else len(NAMES))
+    for batch in BATCHES.values():
+        with torch.no_grad():
+            close(model(x, adapter_names=batch), apart(model, x, batch))
+
+
 def test_a_layer_that_runs_again_in_a_call_looks_again():
     model, x, names = several(), LINEAR.x(), BATCHES["equal"]
     layer = layer_of(model)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import Numbers, added, measure, smallest
-from benchmarks.models import frozen, stack
+from benchmarks.models import ALL_LINEAR, Llama, frozen, stack
+from benchmarks.subjects.steps import step
 from benchmarks.subjects.wrapping import config, wrapped
 
 ROWS = 128
@@ -18,7 +19,12 @@ COUNTS = (2, 8, 32, 128)
 
 def served(adapters: int, layers: int = 8, width: int = 256, **options: object) -> nn.Module:
     """A stack of adapted linear layers with so many adapters."""
-    model = wrapped(stack(layers, width), init_lora_weights=False, **options)
+    return under(stack(layers, width), adapters, **options)
+
+
+def under(model: nn.Module, adapters: int, **options: object) -> nn.Module:
+    """A model with so many adapters."""
+    model = wrapped(model, init_lora_weights=False, **options)
     for i in range(1, adapters):
         model.add_adapter(f"a{i}", config(init_lora_weights=False, **options))
     return model.eval()
@@ -48,6 +54,49 @@ def mixed() -> Iterator[Numbers]:
             run = lambda model=model, turns=turns: model(x, adapter_names=turns)  # noqa: E731
             numbers["bare"] = min(numbers.get("bare", 1.0), smallest(lambda: bare(x), 5, 20))
             numbers[f"{n} adapters"] = smallest(run, 5, 20)
+        yield numbers
+
+
+@measure("mixed batch in training, 128 rows of one token, 8 x Linear(256, 256), r=8", repeats=3, derive=added)
+def mixed_train() -> Iterator[Numbers]:
+    """Gradients of the input and of every adapter, thrown away."""
+    x = torch.randn(ROWS, 256, requires_grad=True)
+    bare = step(frozen(stack(8, 256)).eval(), x)
+    steps = {n: learning(served(n), x, names(n)) for n in COUNTS}
+    while True:
+        numbers = {}
+        for n, run in steps.items():
+            numbers["bare"] = min(numbers.get("bare", 1.0), smallest(bare, 5, 5))
+            numbers[f"{n} adapters"] = smallest(run, 5, 5)
+        yield numbers
+
+
+def learning(model: nn.Module, x: Tensor, turns: list[str]) -> Callable[[], None]:
+    """A step in which all adapters learn."""
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in key)
+    run = step(lambda z: model(z, adapter_names=turns), x)
+
+    def whole() -> None:
+        run()
+        model.zero_grad(set_to_none=True)
+
+    return whole
+
+
+@measure("mixed batch, 128 rows of one token, 2 Llama blocks of 256, all-linear r=8", repeats=3, derive=added)
+@torch.no_grad()
+def mixed_block() -> Iterator[Numbers]:
+    """Attention, norms and the head beside the adapted layers, which share their inputs in part."""
+    x, shape = torch.randn(ROWS, 1, 256), (2, 256, 688, 4, 256)
+    bare = frozen(Llama(*shape)).eval()
+    models = {n: (under(Llama(*shape), n, target_modules=ALL_LINEAR), names(n)) for n in COUNTS}
+    while True:
+        numbers = {}
+        for n, (model, turns) in models.items():
+            run = lambda model=model, turns=turns: model(x, adapter_names=turns)  # noqa: E731
+            numbers["bare"] = min(numbers.get("bare", 1.0), smallest(lambda: bare(x), 5, 10))
+            numbers[f"{n} adapters"] = smallest(run, 5, 10)
         yield numbers
 
 

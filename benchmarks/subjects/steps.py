@@ -61,13 +61,14 @@ def layer_calls(x: Tensor, two: bool = False, **options: object) -> int:
     return calls(lambda: layer(x))
 
 
-def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+def step(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
     """Forward and backward, gradients thrown away; x wants one, so that both models go down to the bottom."""
 
     def run() -> None:
         x.grad = None
         model(x).float().logsumexp(-1).mean().backward()
-        model.zero_grad(set_to_none=True)
+        if isinstance(model, nn.Module):
+            model.zero_grad(set_to_none=True)
 
     return run
 

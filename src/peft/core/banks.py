@@ -11,7 +11,8 @@ are collected each time, and what is kept is where they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -27,20 +28,22 @@ from .watch import PLAIN, Watch
 
 KEPT = 128  # adapters in a layer's banks that no longer take part in the batches
 _learns = attrgetter("requires_grad")
-Term = tuple[str, tuple[Tensor, Tensor, Any]]
+Term = tuple[str, tuple[Any, ...]]
 
 
 class Bank:
     """The factors of some adapters of a layer.
 
     Arguments:
-        terms: (name, (A (r, d), B (k, r), scaling)) of each.
+        terms: (name, (A (r, d), B (k, r), scaling)) of each, or with a gain (k,) besides (`Method.term`).
         own: whether A and B are the adapters' own tensors, and no results of them.
+        bias: finds that of the base, which gains leave out.
     """
 
-    def __init__(self, terms: Sequence[Term], own: bool):
-        self.names, self.own = tuple(name for name, _ in terms), own
-        self.As, self.Bs, self.scales = zip(*(term for _, term in terms), strict=True)
+    def __init__(self, terms: Sequence[Term], own: bool, bias: Callable[[], Tensor | None]):
+        self.names, self.own, self.bias = tuple(name for name, _ in terms), own, bias
+        self.As, self.Bs, self.scales, *gains = zip(*(term for _, term in terms), strict=True)
+        self.G = torch.stack(gains[0]) if gains else None
         alike = len({A.shape for A in self.As}) == len({B.shape for B in self.Bs}) == len(set(self.scales)) == 1
         leaves = own and alike and all(type(t) is nn.Parameter for t in (*self.As, *self.Bs))
         self.scale = self.scales[0] if leaves and type(self.scales[0]) is float else None
@@ -74,12 +77,11 @@ class Bank:
                 for at, factors in parts:
                     y = grouped.update(y, x, None, None, at, self.scale, *factors)  # type: ignore
                 return y
-        A, B = self._made if self._made is not None and not gradients else self.stacked()
+        made = self._made if self._made is not None and not gradients else self.stacked()
+        held = made if self.G is None else (*made, self.G)
         for at in self.at(groups):
-            if at.slots is None:
-                y = grouped.add(y, x, A, B, at, own)
-            else:
-                y = grouped.add(y, x, A.index_select(0, at.slots), B.index_select(0, at.slots), at, own)
+            a, b, *g = held if at.slots is None else [t.index_select(0, at.slots) for t in held]
+            y = grouped.gained(y, x, a, b, g[0], self.bias(), at, own) if g else grouped.add(y, x, a, b, at, own)
         return y
 
     def over(self, base: nn.Module, x: Tensor, groups: Groups) -> Tensor | None:
@@ -112,16 +114,19 @@ class Banks:
         mine = frozenset(map(id, self.watch.tensors))
         for p in self.adapters:
             term = p.method.term(p)
-            if term is None or any(type(f) not in PLAIN or f.dim() != 2 for f in term[:2]):
+            if term is None or not _usable(layer, *term):
                 self.rest.append(p.name)
             else:
-                A, B, _ = term
-                ragged = bool(choice.devices) and choice.banked(A, B)
+                A, B, _, *gain = term
+                ragged = bool(choice.devices) and not gain and choice.banked(A, B)
                 size = "any" if ragged else (A.shape[0] - 1).bit_length()
                 own = id(A) in mine and id(B) in mine
-                alike.setdefault((A.dtype, A.device, own, size), []).append((p.name, term))
+                alike.setdefault((A.dtype, A.device, bool(gain), own, size), []).append((p.name, term))
+        if any(gained for _, _, gained, *_ in alike) and not transformed():
+            self.watch.add(layer._modules, "base_layer", layer.get_base_layer()._parameters, layer.view.name)
+        bias = partial(layer.view.bias, layer.get_base_layer())
         self.banks: list[Any] = [
-            choice.bank(terms) if size == "any" else Bank(terms, own) for (*_, own, size), terms in alike.items()
+            choice.bank(terms) if size == "any" else Bank(terms, own, bias) for (*_, own, size), terms in alike.items()
         ]
         self.own = all(getattr(bank, "own", False) for bank in self.banks)
         self._served: Groups | None = None
@@ -130,7 +135,7 @@ class Banks:
     def keep(self, layer: Any) -> None:
         """Stand for the layer's next forward too, where what the banks were made of can be watched."""
         made = [t for bank in self.banks if not getattr(bank, "own", False) for t in _made(bank)]
-        if any(map(_learns, made)) or any(p.method.reads for p in self.adapters):
+        if (torch.is_grad_enabled() and any(map(_learns, made))) or any(p.method.reads for p in self.adapters):
             return  # gradients are for one time, and a base weight is not watched
         if self.watch.possible:
             layer.call.banks[layer] = self
@@ -150,8 +155,16 @@ class Banks:
         return True
 
 
+def _usable(layer: Any, A: Tensor, B: Tensor, scale: Any, gain: Tensor | None = None) -> bool:
+    """Whether such factors can stand in a bank; a gain depends on the base weight, which must be one to watch."""
+    plain = all(type(f) in PLAIN and f.dim() == 2 for f in (A, B))
+    return plain and (gain is None or type(layer.get_base_layer()._parameters.get(layer.view.name)) is nn.Parameter)
+
+
 def _made(bank: Any) -> tuple[Tensor, ...]:
-    return (*bank.As, *bank.Bs) if isinstance(bank, Bank) else (bank.A, bank.B)
+    if not isinstance(bank, Bank):
+        return bank.A, bank.B
+    return (*bank.As, *bank.Bs) if bank.G is None else (*bank.As, *bank.Bs, bank.G)
 
 
 def banks_of(layer: Any, names: tuple[str, ...]) -> Banks:

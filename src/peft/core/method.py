@@ -180,8 +180,8 @@ class Method:
         """Whether `weight` can be asked for some rows only, in this layer."""
         return self.by_rows
 
-    def term(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
-        """(A, B, s) where all that this forward does over a linear layer is to add s B A x; None where it does more."""
+    def term(self, p: Adapter) -> tuple[Any, ...] | None:
+        """(A, B, s) where y = W x + b becomes y + s B A x; (A, B, s, g): g (y - b) + b + s B A x; None elsewhere."""
         return None
 
     def refuse_merge(self, p: Adapter) -> None:
@@ -348,7 +348,7 @@ class LowRank(Delta):
         if self.whole:
             p.layer.view.refuse_low_rank(p.layer.get_base_layer())
 
-    def term(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
+    def term(self, p: Adapter) -> tuple[Any, ...] | None:
         stated = type(self).forward is Delta.forward and type(self).onto is LowRank.onto
         if not stated or self.up_bias(p) is not None or self.drop_rate(p):
             return None

@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .lean import Lean
 from .stack import Adapter
 from .views import SETTLED
 
@@ -85,19 +84,24 @@ class Watch:
         self.versions = None if None in versions else [v for each in versions for v in each or ()]
         return self
 
+    def add(self, place: dict[str, Any], key: str, table: dict[str, Any], name: str) -> None:
+        """Watch a module that stands at `place[key]`, and a tensor of its `table`."""
+        self._place(place, key)
+        self._note(table, name)
+
     def _look(self, module: Any) -> None:
         for child in module.modules():
             own = child.__dict__
-            if isinstance(child, Lean) and "_forward_hooks" not in own and "forward" not in own:
-                self.own.append(own)  # it gets tables by its first hook
-                self.sizes.append(len(own))
-            else:
+            self.own.append(own)
+            self.sizes.append(len(own))
+            if "forward" in own:
                 self._place(own, "forward")
-                self._place(own, "_forward_hooks")
+            if "_forward_hooks" in own:  # a lean module gets tables by its first hook
                 self.hooks += [child._forward_pre_hooks, child._forward_hooks]
             if type(child) not in SETTLED:
                 self._place(own, "training")
-                self._place(own, "p")
+                if "p" in own:
+                    self._place(own, "p")
             for held in (child._parameters, child._buffers):
                 for key, tensor in held.items():
                     if tensor is not None:

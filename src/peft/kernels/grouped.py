@@ -60,6 +60,16 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, at: Any, own: bool = False) 
     return placed(y, torch.bmm(h, B), at, own)
 
 
+def gained(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, G: Tensor, b: Tensor | None, at: Any, own: bool = False
+) -> Tensor:
+    """g (y - b) + b + B A x of each row, for g (S, k) and B that has g and the scaling in it; the rest as for `add`."""
+    u = torch.bmm(shrunk(taken(x, at).to(A.dtype), A), B)
+    z = taken(y, at)
+    z = (z if b is None else z - b).to(u.dtype)
+    return placed(y, torch.addcmul(u, z, (G - 1)[:, None]), at, own)
+
+
 def stacked(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """A (S, r, d) and B (S, r, k) with its scaling, of factors (r, d) and (k, r); zeros fill up ranks."""
     rank = max(len(A) for A in As)

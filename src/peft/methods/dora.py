@@ -25,10 +25,10 @@ from ..core.method import Delta, LowRank, Site
 from ..core.stack import Adapter, Stack
 from ..kernels import scaled
 from ..kernels.scaled import square, tiles
-from .magnitude import Magnitude
+from .magnitude import Gaining, Magnitude
 
 
-class DoRA(Delta):
+class DoRA(Gaining):
     """W' = m V / |V| around the additive method `of`."""
 
     additive = False

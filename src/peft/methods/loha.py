@@ -117,6 +117,9 @@ class LoHa(Thinned):
             return None
         return (*product.khatri_rao(a, b, p.held("hada_w2_a"), p.held("hada_w2_b")), p.scaling)
 
+    def term(self, p: Adapter) -> tuple[Any, ...] | None:
+        return self.short(p)
+
     def half(self, p: Adapter, which: str, rows: slice) -> Tensor:
         """One of the two low-rank matrices, (..., rows, I)."""
         a, b = p.held(f"hada_w{which}_a"), p.held(f"hada_w{which}_b")

@@ -1,13 +1,32 @@
-"""DoRA's magnitude m, as a module of its own."""
+"""DoRA's magnitude m, as a module of its own, and as a gain in mixed batches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core import views
+from ..core.method import Delta, LowRank
+from ..core.stack import Adapter
+
+
+class Gaining(Delta):
+    """The part of DoRA that tells how it may run beside other adapters in a mixed batch."""
+
+    _thin: Callable[[Adapter], LowRank | None]
+    gain: Callable[[Adapter], Tensor]
+
+    def term(self, p: Adapter) -> tuple[Any, ...] | None:
+        of = self._thin(p)
+        term = None if of is None else of.term(p)
+        if term is None:
+            return None
+        A, B, s = term
+        g = self.gain(p).to(B.dtype)
+        return A, B * g[..., None], s, g
 
 
 class Magnitude(nn.Module):

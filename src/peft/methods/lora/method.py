@@ -153,7 +153,7 @@ class LoRA(LowRank):
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("lora_dropout")
 
-    def term(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
+    def term(self, p: Adapter) -> tuple[Any, ...] | None:
         stated = type(self).forward in (LoRA.forward, InTraining.forward) and not self.some_positions
         stated = stated and (type(self).onto is LoRA.onto if self.direct else not p.layer.training)
         if not stated or p.lora_bias or self.drop_rate(p) or _hooked(p) or not p.layer.cast_input_dtype_enabled:
