@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import sparse
+from ..kernels.lowrank import SINGLE
 from .direct import open_linear
 from .method import Delta
 
 if TYPE_CHECKING:
     from .stack import Adapter, Stack
 
-SHARE = 10  # of all places, up to which the numbers are fewer than a dense product is worth
+SHARE = (25, 4)  # places for each number, from which on a sparse product is quicker: without transforms, with them
 
 
 class Sparse(Delta):
@@ -31,10 +32,9 @@ class Sparse(Delta):
         """The numbers of S, (n), in the dtype of the computation."""
         return p.held(self.numbers_key)
 
-    def placed(self, p: Adapter, held: Tensor, shape: tuple[int, int]) -> sparse.Places:
-        """Where they stand in S, for a W of this shape; what is held are rows and columns, (2, n), or both in one."""
-        rows, columns = held.long() if held.dim() == 2 else (held.long() // shape[1], held.long() % shape[1])
-        return sparse.Places(held, rows, columns, shape)
+    def placed(self, p: Adapter, held: Tensor, shape: tuple[int, int]) -> sparse.Places | None:
+        """Where they stand in S, for a W of this shape; None where `places_key` holds just that."""
+        return None
 
     def taken(self, p: Adapter, x: Tensor) -> Tensor:
         """U' x, (d, N), of x (N, I)."""
@@ -42,7 +42,7 @@ class Sparse(Delta):
 
     def given(self, p: Adapter, t: Tensor, out: int) -> Tensor:
         """T t, (N, O), of t (k, N)."""
-        return t.mT.contiguous()
+        return t.mT
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held = open_linear(inner, x) if x.is_cpu and type(self).onto is Delta.onto and x.numel() else None
@@ -50,13 +50,19 @@ class Sparse(Delta):
             return super().at_once(p, inner, x)
         W, b = held
         values, at = self.numbers(p), p.held_buffer(self.places_key)
-        if len(values) * SHARE > W.numel():
-            return super().at_once(p, inner, x)
-        found = p.cache.get("places")
+        found, shape = p.cache.get("places"), (W.shape[0], W.shape[1])
         if found is None or not found.of(at):
-            p.cache["places"] = found = self.placed(p, at, (W.shape[0], W.shape[1]))
+            found = self.placed(p, at, shape) or sparse.places(p.cache, at, shape)
+            p.cache["places"] = found
+        alike, itself = values.dtype is x.dtype, type(self).taken is Sparse.taken
+        flat, form = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], len(W))
+        if itself and alike and len(flat) == 1 and not torch.is_grad_enabled():
+            return sparse.row(F.linear(flat, W, b), flat, values, found).view(form)
+        if len(values) * SHARE[not itself] > W.numel():
+            dense = itself and alike and x.dtype in SINGLE
+            return F.linear(x, sparse.scattered(W, values, found), b) if dense else super().at_once(p, inner, x)
         values = values if found.gains is None else (values * found.gains).flatten()
-        flat = x.reshape(-1, x.shape[-1])
-        y = F.linear(flat, W, b)
         u = self.given(p, sparse.product(values, self.taken(p, flat.to(values.dtype)), found), len(W))
-        return (y.add_(u) if u.dtype is y.dtype else (y + u).to(y.dtype)).view(*x.shape[:-1], len(W))
+        if alike:
+            return torch.addmm(u if b is None else u + b, flat, W.mT).view(form)
+        return (F.linear(flat, W, b) + u).to(x.dtype).view(form)

@@ -49,10 +49,17 @@ class Places:
         self.source, self.version = source, None if source is None else state(source)
         self.rows, self.columns, self.shape, self.gains = rows, columns, shape, gains
         self._made: dict[bool, Bags] = {}
+        self._flat: Tensor | None = None
 
     def of(self, source: Tensor) -> bool:
         """Whether they follow from this tensor, as it is now."""
         return self.source is source and self.version == state(source)
+
+    def flat(self) -> Tensor:
+        """Rows and columns in one number."""
+        if self._flat is None:
+            self._flat = self.rows * self.shape[1] + self.columns
+        return self._flat
 
     def bags(self, back: bool) -> Bags:
         """By rows, or by columns for the matrix transposed."""
@@ -71,6 +78,15 @@ class Places:
         return Places, ()
 
 
+def places(cache: dict[str, Any], at: Tensor, shape: tuple[int, int]) -> Places:
+    """Places given as rows and columns, (2, n), or both in one number, (n), kept in a cache while they stay."""
+    found = cache.get("places")
+    if found is None or not found.of(at):
+        rows, columns = at.long() if at.dim() == 2 else (at.long() // shape[1], at.long() % shape[1])
+        cache["places"] = found = Places(at, rows, columns, shape)
+    return found
+
+
 def state(t: Tensor) -> tuple[int, int]:
     """What changes with a tensor's numbers or memory."""
     return (-1 if t.is_inference() else t._version), t.data_ptr()
@@ -87,15 +103,21 @@ def product(values: Tensor, z: Tensor, places: Places) -> Tensor:
     return _Product.apply(values, z, places) if torch.is_grad_enabled() else _sums(values, z, places.bags(False))
 
 
+def scattered(W: Tensor, values: Tensor, places: Places) -> Tensor:
+    """W (k, d) and the matrix, in one pass over it beside the copy."""
+    return W.reshape(-1).scatter_add(0, places.flat(), values).view_as(W)
+
+
+def row(y: Tensor, x: Tensor, values: Tensor, places: Places) -> Tensor:
+    """y (1, k), which is the caller's own, and the product with x (1, d); no gradients."""
+    taken = x.view(-1).index_select(0, places.columns).mul_(values)
+    y.view(-1).index_add_(0, places.rows, taken)
+    return y
+
+
 def _sums(values: Tensor, table: Tensor, bags: Bags) -> Tensor:
-    return F.embedding_bag(
-        bags.taken,
-        table.contiguous(),
-        bags.offsets,
-        mode="sum",
-        per_sample_weights=bags.sorted(values).contiguous(),
-        include_last_offset=True,
-    )
+    weights = bags.sorted(values).contiguous()
+    return torch.embedding_bag(table.contiguous(), bags.taken, bags.offsets, False, 0, False, weights, True)[0]
 
 
 class _Product(torch.autograd.Function):
@@ -112,10 +134,11 @@ class _Product(torch.autograd.Function):
             found = differentiable(lambda v, t: plain(v, t, places), (values, z), needs[:2], grad)
             return *found, None
         of_values = of_z = None
+        grad = grad.contiguous()
         if needs[0]:
             bags = places.bags(False)
             of_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                grad.contiguous(), z.contiguous(), bags.taken, bags.offsets, bags.rows, 0
+                grad, z.contiguous(), bags.taken, bags.offsets, bags.rows, 0
             )
             if bags.order is not None:
                 of_values = torch.empty_like(of_values).index_copy_(0, bags.order, of_values)

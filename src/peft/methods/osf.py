@@ -21,6 +21,7 @@ from ..core.defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND, targets_by_model_ty
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
 from ..core.stack import Adapter, Stack
+from ..core.terms import Term, summed
 from ..errors import PeftWarning, report
 from ..kernels.projected import projected
 from ..target_config import number
@@ -98,14 +99,23 @@ class OSF(LowRank):
         for t in () if p.cache["fresh"] else p.osf_svd_params.values():
             t.normal_()
 
-    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        found = summed(inner, x, self.terms(p)) if type(self).onto is LowRank.onto else None
+        return super().at_once(p, inner, x) if found is None else found
+
+    def terms(self, p: Adapter) -> tuple[Term, Term]:
+        """U diag(S) V and - U0 diag(S0) V0."""
         held, (U0, S0, V0) = p.held("osf_svd_params"), (p.held_buffer(name) for name in FIRST)
         U, S, V = (getattr(held, name) for name in LOW)
         least = S.shape[-1] + p.effective_rank
         tall, wide = U.shape[-2] > least, V.shape[-1] > least
         U = projected(U, p.held_buffer("osf_U_high") if tall else U0, not tall)
         V = projected(V.mT, (p.held_buffer("osf_V_high") if wide else V0).mT, not wide).mT
-        return torch.cat((V, V0), -2), torch.cat((U * S[..., None, :], -U0 * S0[..., None, :]), -1)
+        return (V, U, S), (V0, U0, -S0)
+
+    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        (V, U, S), (V0, U0, S0) = self.terms(p)
+        return torch.cat((V, V0), -2), torch.cat((U * S[..., None, :], U0 * S0[..., None, :]), -1)
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         A, B = self.factors(p)

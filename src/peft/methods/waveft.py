@@ -103,9 +103,9 @@ class WaveFT(Sparse):
         c = p.held("waveft_spectrum") * p.waveft_scaling
         return c.to(p.held_buffer("waveft_filters").dtype) if p.waveft_use_idwt else c
 
-    def placed(self, p: Adapter, held: Tensor, shape: tuple[int, int]) -> Places:
+    def placed(self, p: Adapter, held: Tensor, shape: tuple[int, int]) -> Places | None:
         if not p.waveft_use_idwt:
-            return super().placed(p, held, shape)
+            return None
         at, sizes = wavelet.placed(held, *shape, p.held_buffer("waveft_filters").shape[-1])
         return Places(held, *wavelet.separate(at, sizes), sizes)
 

@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.cells import reference
+from ...core.direct import open_linear
 from ...core.draw import scatter
 from ...core.method import Delta, Site
 from ...core.shared import Shared, Sight
 from ...core.stack import Adapter, Stack
+from ...kernels import onto, sparse
 from .basis import PART, Kind, bases, kind_of, left, off_diagonal, places, same, table
 
 SHARED = ("s_indices", "V")
@@ -97,13 +99,16 @@ class FRoD(Delta):
         compiling = torch.compiler.is_dynamo_compiling()  # which finds no names with a dot in them
         return p.referred(f"frod_{what}") if compiling else p.shared[f"frod_{what}.{p.category}"].tensor(p.name)
 
+    def moved(self, p: Adapter) -> Tensor:
+        """l - l0."""
+        return p.held("frod_lambda_l") - p.held_buffer("frod_lambda_0")
+
     def pieces(self, p: Adapter) -> tuple[Tensor, Tensor, Tensor]:
         """U (..., out, in), S + diag(l - l0) (..., in, in), and V."""
         U, values = p.held_buffer("frod_U"), p.held("frod_lambda_s_values")
         at, V = (self.of_kind(p, what).to(U.device) for what in SHARED)
-        moved = p.held("frod_lambda_l") - p.held_buffer("frod_lambda_0")
         size = V.shape[-1]
-        return U, scatter(values, at, (*values.shape[:-1], size, size)) + moved.diag_embed(), V
+        return U, scatter(values, at, (*values.shape[:-1], size, size)) + self.moved(p).diag_embed(), V
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         U, middle, V = self.pieces(p)
@@ -114,6 +119,17 @@ class FRoD(Delta):
 
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("frod_dropout")
+
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        held = open_linear(inner, x) if type(self).onto is FRoD.onto and x.is_cpu and x.numel() else None
+        values, U = p.held("frod_lambda_s_values"), p.held_buffer("frod_U")
+        if held is None or torch.compiler.is_compiling() or not (values.dtype is x.dtype is U.dtype):
+            return None
+        at, V = (self.of_kind(p, what).to(U.device) for what in SHARED)
+        thin = inner.drop(x, self.drop_rate(p), V.dtype)[0].reshape(-1, x.shape[-1])
+        z = V.mT @ thin.mT  # features first, for the sparse product
+        t = sparse.product(values, z, sparse.places(p.cache, at, (len(V), len(V)))) + self.moved(p)[:, None] * z
+        return onto.thin(x, *held, (t.mT, U.mT, 1.0))
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not inner.view.dense:

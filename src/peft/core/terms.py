@@ -1,0 +1,31 @@
+"""Updates that are a sum of low-rank terms: each acts on activations, so that no factors are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import onto
+from .direct import open_linear
+
+if TYPE_CHECKING:
+    from .stack import Stack
+
+Term = tuple[Tensor, Tensor, Any]  # (A, B, g): B diag(g) A, or g B A for a number g
+
+
+def summed(inner: Stack, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
+    """W x + b + the sum of the terms, over a plain linear layer whose dtype the factors have; None elsewhere."""
+    held = open_linear(inner, x)
+    if held is None or any(A.dtype is not x.dtype or B.dtype is not x.dtype for A, B, _ in terms):
+        return None
+    flat, made = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])), []
+    for A, B, gain in terms:
+        h = F.linear(flat, A)
+        if isinstance(gain, Tensor) and gain.dim():
+            h, gain = h * gain, 1.0
+        made.append((h, B.mT, gain))
+    return onto.thin(x, *held, *made)
