@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 
@@ -82,6 +83,47 @@ def load() -> Iterator[Numbers]:
                 "reading the file": min(
                     seconds(lambda: load_file(f"{folder}/adapter_model.safetensors")) for _ in range(5)
                 ),
+            }
+
+
+def over_files(numbers: Numbers) -> Numbers:
+    """How much dearer an adapter is than its files."""
+    return {
+        "from_pretrained over reading|x": numbers["from_pretrained"] / numbers["reading the files"],
+        "save_pretrained over writing|x": numbers["save_pretrained"] / numbers["writing the file"],
+    }
+
+
+FILES = {"from_pretrained over reading|x": 3, "save_pretrained over writing|x": 1.1}
+
+
+@measure("files of an adapter, 28 targets, r=64", repeats=5, derive=over_files, limits={"2nd": 0.06}, ceilings=FILES)
+def files() -> Iterator[Numbers]:
+    """Saving and loading beside safetensors' own reading and writing of the same tensors, on the same disk."""
+    from safetensors.torch import load_file, save_file
+
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = wrapped(small(), r=64, target_modules=ALL_LINEAR, init_lora_weights=False)
+        source.save_pretrained(folder)
+        file = f"{folder}/adapter_model.safetensors"
+        tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+
+        def read() -> None:
+            load_file(file)
+            with open(f"{folder}/adapter_config.json") as handle:
+                json.load(handle)
+
+        while True:
+            keep: list[nn.Module] = []
+            base = small()
+            yield {
+                "save_pretrained": smallest(lambda: source.save_pretrained(folder), 3),
+                "from_pretrained": seconds(lambda k=keep, b=base: k.append(PeftModel.from_pretrained(b, folder))),
+                "2nd": seconds(lambda k=keep: k[0].load_adapter(folder, adapter_name="a")),
+                "reading the files": smallest(read, 3),
+                "writing the file": smallest(lambda: save_file(tensors, f"{folder}/tensors.safetensors"), 3),
             }
 
 
