@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import calls
 from conformance.layouts import Around, Layout
 from conformance.rows import METHODS, adapted, close, config, train, tuner_layers
 from peft import LoraConfig, get_peft_model
@@ -437,6 +438,36 @@ def test_the_number_of_operations_does_not_depend_on_that_of_adapters(adapters):
             with Counted() as ops:
                 layer(x)
     assert ops.count <= 10, ops.count
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "dora"])
+def test_what_inference_mode_has_kept_is_not_in_the_way_of_gradients(method):
+    model, x, names = several(method), LINEAR.x(), BATCHES["few"]
+    model.requires_grad_(False)
+    with torch.inference_mode():
+        wanted = model(x, adapter_names=names).clone()
+    x.requires_grad_()
+    y = model(x, adapter_names=names)
+    close(y, wanted.clone(), 1e-5)
+    assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("adapters", [2, 16])
+def test_a_layer_in_a_mixed_batch_takes_few_calls_for_any_number_of_adapters(adapters):
+    torch.manual_seed(0)
+    options = {"r": 4, "target_modules": ["0", "1"], "init_lora_weights": False}
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoraConfig(**options), "a0")
+    for i in range(1, adapters):
+        model.add_adapter(f"a{i}", LoraConfig(**options))
+    names, x = [f"a{i % adapters}" for i in range(32)], torch.randn(32, 8)
+    model.eval()
+    first, second = model.base_model.model
+    with torch.no_grad(), first.call.open(names=tuple(names), beams=1, length=None):
+        for _ in range(2):
+            first(x), second(x)
+        first(x)  # looks at both
+        entered = calls(lambda: second(x))
+    assert entered <= 50, entered
 
 
 @pytest.mark.parametrize("adapters", [2, 16])

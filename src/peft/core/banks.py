@@ -29,6 +29,7 @@ from .watch import PLAIN, Watch
 KEPT = 128  # adapters in a layer's banks that no longer take part in the batches
 _learns = attrgetter("requires_grad")
 Term = tuple[str, tuple[Any, ...]]
+Steps = list[tuple[Callable[..., Tensor], tuple[Any, ...]]]  # each called with y, x and these
 
 
 class Bank:
@@ -131,6 +132,7 @@ class Banks:
         self.own = all(getattr(bank, "own", False) for bank in self.banks)
         self._served: Groups | None = None
         self._changes = -1
+        self._steps: Steps | None = None
 
     def keep(self, layer: Any) -> None:
         """Stand for the layer's next forward too, where what the banks were made of can be watched."""
@@ -144,15 +146,23 @@ class Banks:
         """Whether a gradient of some tensor is wanted now."""
         return torch.is_grad_enabled() and any(map(_learns, self.watch.tensors))
 
-    def serve(self, layer: Any, groups: Groups) -> bool:
-        """Whether all adapters of a batch that the layer has are in the banks, and none of them is in none."""
-        if self._served is groups and self._changes == changes():
-            return True
-        here = [n for n in groups.names if n in layer.adapters]
-        if not self.names.issuperset(here) or not {*self.rest}.isdisjoint(here):
-            return False
-        self._served, self._changes = groups, changes()
-        return True
+    def steps(self, layer: Any, groups: Groups) -> Steps | None:
+        """What adds the updates of a batch to y without gradients; None where some adapter of it is in no bank."""
+        if self._served is not groups or self._changes != changes():
+            here = [n for n in groups.names if n in layer.adapters]
+            known = self.names.issuperset(here) and {*self.rest}.isdisjoint(here)
+            self._steps = [step for bank in self.banks for step in _steps(bank, groups)] if known else None
+            self._served, self._changes = groups, changes()
+        return self._steps
+
+
+def _steps(bank: Any, groups: Groups) -> Steps:
+    """Those of one bank; of the factors of adapters that take part, once for all forwards of such a batch."""
+    if not isinstance(bank, Bank) or bank.G is not None:
+        return [(bank.add, (groups, True))]
+    held = bank.stacked()
+    chosen = [(held if at.slots is None else [t.index_select(0, at.slots) for t in held], at) for at in bank.at(groups)]
+    return [(grouped.add, (A, B, at, True)) for (A, B), at in chosen]
 
 
 def _usable(layer: Any, A: Tensor, B: Tensor, scale: Any, gain: Tensor | None = None) -> bool:
@@ -183,9 +193,19 @@ def banks_of(layer: Any, names: tuple[str, ...]) -> Banks:
             names = (*names, *(n for n in old if n in layer.adapters))
     if layer in ledger:
         del ledger[layer]
+    if torch.is_inference_mode_enabled():  # whose tensors are of no use to a later forward with gradients
+        with torch.inference_mode(False), torch.no_grad():
+            return _fresh(layer, names)
+    return _fresh(layer, names)
+
+
+def _fresh(layer: Any, names: tuple[str, ...]) -> Banks:
     fresh = Banks(layer, names)
     if not fresh.learns():
         fresh.watch.note()
+        for bank in fresh.banks:
+            if isinstance(bank, Bank):
+                bank.stacked()
     fresh.keep(layer)
     return fresh
 

@@ -104,20 +104,21 @@ class MixedBatch(nn.Module):
         call, base = self.call, self._modules["base_layer"]
         if torch.is_grad_enabled() or transformed() or type(x) is not Tensor or x.dim() < 2 or self._merged:
             return None
-        names = call.fact("names")
+        names: Any = call.names if torch._C._current_autograd_node() is None else call.fact("names")
         banks: Banks | None = call.banks.take(self, True) if names is not None and self._ordinary(base) else None
         if banks is None:
             return None
         groups = call.known(x) if names is call.names else None
         if groups is None:  # a layer that has banks is one whose rows can be told apart
             groups = call.groups(x.shape[0], x.device, "", names)
-        if not banks.serve(self, groups):
+        steps = banks.steps(self, groups)
+        if steps is None:
             call.banks.give_back(self, banks)
             return None
         held = base._parameters  # type: ignore[union-attr]
         y = F.linear(x, held["weight"], held["bias"])  # type: ignore[arg-type]
-        for bank in banks.banks:
-            y = bank.add(y, x, groups, True)
+        for add, given in steps:
+            y = add(y, x, *given)
         return y
 
     def _ordinary(self, base: Any) -> bool:
