@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import choice, masks
-from .modes import is_autocast, transformed
+from . import choice, masks, thin
+from .modes import eager, is_autocast, transformed
 
 SINGLE = (torch.float32, torch.float64)  # dtypes whose products of a matrix and a vector are as exact as others
 
@@ -35,17 +35,21 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
 
     W is (k, d) of x's dtype, and frozen where A and B have another dtype or there is dropout.
     """
+    alike = not p and A.dtype is x.dtype
+    learns = alike and torch.is_grad_enabled() and A.requires_grad and not W.requires_grad
+    if learns and thin.ordinary(x, A, B, scale) and eager():
+        return thin.Linear.apply(x, W, b, A, B, scale)
     if choice.devices and (found := choice.linear(x, W, b, A, B, scale, p)) is not None:
         return found
-    if (p or A.dtype is not x.dtype) and torch.is_grad_enabled() and not (is_autocast(x) or transformed()):
-        if _needs_x(x, A, B):
-            return masked(F.linear(x, W, b), x, A, B, scale, p)
-        return _Linear.apply(x, W, b, A, B, scale, p)
-    if p or A.dtype is not x.dtype:
+    if not alike:
+        if torch.is_grad_enabled() and not (is_autocast(x) or transformed()):
+            if _needs_x(x, A, B):
+                return masked(F.linear(x, W, b), x, A, B, scale, p)
+            return _Linear.apply(x, W, b, A, B, scale, p)
         y = F.linear(x, W, b)
         if p or torch.is_grad_enabled() or is_autocast(x) or transformed():
             return plain(y, x, A, B, scale, p)
-        return _raised(y.flatten(0, -2), F.linear(x.to(A.dtype), A).flatten(0, -2), B, scale, True).view(y.shape)
+        return _raised(y.flatten(0, -2), _down(x, A, B, scale, 0.0)[0], B, scale, True).view(y.shape)
     # the update is accumulated into the product: two operations more than the base, nothing saved beyond x and A x
     flat = x.reshape(-1, x.shape[-1])
     y, h = F.linear(flat, W, b), F.linear(flat, A)
@@ -121,8 +125,18 @@ def _rows(shape: Sequence[int]) -> tuple[int, int]:
     return prod(shape[:-1]), shape[-1]
 
 
+def _down(x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> tuple[Tensor, Tensor | None]:
+    """(h, (N, r), the packed mask) of an input (..., d); h is not yet divided by the share that is kept."""
+    if thin.takes(x, A, B, scale):
+        return thin.down(x.reshape(-1, x.shape[-1]), A, p)
+    mask = _mask(x, p)
+    return F.linear(_shrink(x, mask, A), A), masks.packed(mask)
+
+
 def _raised(y: Tensor, h: Tensor, B: Tensor, scale: Any, own: bool) -> Tensor:
     """y + scale h B', (N, k) in the dtype of y, which may be changed if it is the caller's own; rounded once."""
+    if thin.takes(y, h, B, scale):
+        return thin.onto(y, h, B, scale, own)
     if isinstance(scale, Tensor):
         return (y + F.linear(h, B) * scale).to(y.dtype)
     if y.dtype is h.dtype:
@@ -168,6 +182,15 @@ def _low_rank_grads(
     return grad_x, grad_A, grad_B
 
 
+def _in_blocks(ctx: Any, g: Tensor, x: Tensor | None, A: Tensor, B: Tensor) -> bool:
+    """Whether `thin` may compute the gradients: they are not differentiated again."""
+    return not torch.is_grad_enabled() and all(thin.takes(t, A, B, ctx.scale) for t in (g, x) if t is not None)
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
 class _Linear(torch.autograd.Function):
     """W x + b + scale B A dropout(x) with a frozen W; saves x, the mask and h = A dropout(x).
 
@@ -176,24 +199,30 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
-        mask = _mask(x, p)
         ctx.scale, ctx.shape = scale / (1.0 - p), x.shape
         flat = x.reshape(-1, x.shape[-1])
-        y, h = F.linear(flat, W, b), F.linear(_shrink(x, mask, A), A)
+        y = F.linear(flat, W, b)
+        h, bits = _down(flat, A, B, ctx.scale, p)
+        y = _raised(y, h, B, ctx.scale, True)
         needs_A, needs_B = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-        ctx.save_for_backward(x if needs_A else None, masks.packed(mask), W, A, B, h if needs_B else None)
-        return _raised(y, h, B, ctx.scale, True).view(*x.shape[:-1], y.shape[-1])
+        ctx.save_for_backward(x if needs_A else None, bits, W, A, B, h if needs_B else None)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bits, W, A, B, h = ctx.saved_tensors
-        needs, mask = ctx.needs_input_grad, masks.unpacked(bits, _rows(ctx.shape))
-        g = grad.reshape(-1, grad.shape[-1])
+        needs, g = ctx.needs_input_grad, grad.reshape(-1, grad.shape[-1])
+        grad_b = g.sum(0) if needs[2] else None
+        if _in_blocks(ctx, g, x, A, B):
+            back, of_B = thin.of_h(g, B, h, ctx.scale)
+            of_x, of_A = thin.of_x(back, _flat(x), bits, A, g.dtype if needs[0] else None)
+            of_x = None if of_x is None else of_x.addmm_(g, W).view(ctx.shape)
+            return of_x, None, grad_b, of_A, of_B, None, None
+        mask = masks.unpacked(bits, _rows(ctx.shape))
         beside = (g @ W).to(A.dtype) if needs[0] and g.dtype is not A.dtype else None
         part, *grads = _low_rank_grads(ctx, (needs[0], *needs[3:5]), g.to(A.dtype), x, mask, A, B, h, beside)
         if part is not None:
             part = (part.addmm_(g, W) if beside is None else part.to(g.dtype)).view(ctx.shape)
-        grad_b = g.sum(0) if needs[2] else None
         return part, None, grad_b, *grads, None, None
 
 
@@ -202,23 +231,26 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
-        mask = _mask(x, p)
         ctx.scale = scale / (1.0 - p)
-        h = _shrink(x, mask, A) @ A.mT
+        h, bits = _down(x, A, B, ctx.scale, p)
         # where only B learns, x is not needed; where only A learns, h is not
         needs_A, needs_B = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
         ctx.shape, ctx.x_dtype = x.shape, x.dtype
-        ctx.save_for_backward(x if needs_A else None, masks.packed(mask), A, B, h if needs_B else None)
+        ctx.save_for_backward(x if needs_A else None, bits, A, B, h if needs_B else None)
         return _raised(y.reshape(-1, y.shape[-1]), h, B, ctx.scale, False).view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bits, A, B, h = ctx.saved_tensors
+        g, to_y = grad.reshape(-1, grad.shape[-1]), grad if ctx.needs_input_grad[0] else None
+        if _in_blocks(ctx, g, x, A, B):
+            back, of_B = thin.of_h(g, B, h, ctx.scale)
+            of_x, of_A = thin.of_x(back, _flat(x), bits, A, ctx.x_dtype if ctx.needs_input_grad[1] else None)
+            return to_y, None if of_x is None else of_x.view(ctx.shape), of_A, of_B, None, None
         mask = masks.unpacked(bits, _rows(ctx.shape))
-        g = grad.reshape(-1, grad.shape[-1]).to(A.dtype)
-        part, *grads = _low_rank_grads(ctx, ctx.needs_input_grad[1:4], g, x, mask, A, B, h)
+        part, *grads = _low_rank_grads(ctx, ctx.needs_input_grad[1:4], g.to(A.dtype), x, mask, A, B, h)
         grad_x = None if part is None else part.to(ctx.x_dtype).view(ctx.shape)
-        return grad if ctx.needs_input_grad[0] else None, grad_x, *grads, None, None
+        return to_y, grad_x, *grads, None, None
 
 
 def compressed(x: Tensor, A: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -19,3 +19,14 @@ def transformed() -> bool:
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast chooses the dtypes of products with x; torch knows of none on the meta device."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def eager() -> bool:
+    """Whether operations run as they are written: not `transformed`, not traced, and under no autocast."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )

@@ -1,0 +1,117 @@
+"""The products of an update on a CPU, one by one and in blocks: what the plain form gives, in few operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.subjects.algebra import counted
+from peft import LoraConfig, get_peft_model
+from peft.kernels import lowrank, masks, thin
+
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "float64": (torch.float64, torch.float64),
+    "bfloat16": (torch.bfloat16, torch.float32),
+    "float16": (torch.float16, torch.float32),
+    "wide": (torch.float32, torch.float64),
+}
+CLOSE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+FORMS = {
+    "linear": lambda x, W, b, A, B, p: lowrank.linear(x, W, b, A, B, 0.7, p),
+    "add": lambda x, W, b, A, B, p: lowrank.add(F.linear(x, W, b), x, A, B, 0.7, p),
+}
+
+
+def tensors(dtype, wide, shape=(3, 13), d=24, k=40, r=4):
+    """x, W, b, A, B; the rows of x are no multiple of a block's."""
+    torch.manual_seed(0)
+    x, W, b = (torch.randn(*s).to(dtype) for s in ((*shape, d), (k, d), (k,)))
+    A, B = torch.randn(r, d, dtype=wide) / 5, torch.randn(k, r, dtype=wide) / 2
+    return x.requires_grad_(), W / 5, b, A.requires_grad_(), B.requires_grad_()
+
+
+def run(form, held, p, wanted):
+    """The output and the gradients of those that want one."""
+    torch.manual_seed(1)
+    y = form(*held, p)
+    return [y, *torch.autograd.grad(y.double().tanh().sum(), wanted)]
+
+
+@pytest.mark.parametrize("block", [None, 24 * 16])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("kinds", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("frozen", ["", "x", "A", "B", "xA", "xB"])
+def test_values_and_gradients_are_those_of_the_plain_form(form, kinds, p, block, frozen, monkeypatch):
+    dtype, wide = DTYPES[kinds]
+    held = tensors(dtype, wide)
+    if block:
+        monkeypatch.setattr(thin, "BLOCK", block)
+    named = dict(zip("xWbAB", held, strict=True))
+    for name in frozen:
+        named[name].requires_grad_(False)
+    wanted = [t for t in held if t.requires_grad]
+    found = run(FORMS[form], held, p, wanted)
+    plain = run(lambda x, W, b, A, B, p: lowrank.plain(F.linear(x, W, b), x, A, B, 0.7, p), held, p, wanted)
+    for one, other in zip(found, plain, strict=True):
+        assert one.dtype is other.dtype
+        assert (one - other).abs().max() <= CLOSE[dtype] * other.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 1, 3)])
+def test_any_number_of_dimensions_and_a_learning_bias(shape):
+    x, W, b, A, B = tensors(torch.float64, torch.float64, shape)
+    b.requires_grad_()
+    found = run(FORMS["linear"], (x, W, b, A, B), 0.0, [x, b, A, B])
+    plain = run(
+        lambda x, W, b, A, B, p: lowrank.plain(F.linear(x, W, b), x, A, B, 0.7), (x, W, b, A, B), 0.0, [x, b, A, B]
+    )
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [0, 7])
+def test_derivatives_of_any_order(rows, p):
+    x, W, b, A, B = tensors(torch.float64, torch.float64, (rows,), 6, 5, 2)
+
+    def form(x, A, B):
+        torch.manual_seed(2)
+        return lowrank.linear(x, W, b, A, B, 0.7, p)
+
+    assert not rows or torch.autograd.gradcheck(form, (x, A, B))
+    assert not rows or torch.autograd.gradgradcheck(form, (x, A, B))
+    assert form(x, A, B).shape == (rows, 5)
+
+
+def test_masks_are_drawn_in_blocks_as_at_once(monkeypatch):
+    x, _, _, A, _ = tensors(torch.float32, torch.float32, (50,))
+    torch.manual_seed(4)
+    mask = masks.draw(x.shape, 0.4, x.device)
+    for block in (24 * 8, 2**17):
+        monkeypatch.setattr(thin, "BLOCK", block)
+        torch.manual_seed(4)
+        h, bits = thin.down(x.detach(), A.detach(), 0.4)
+        assert torch.equal(masks.unpacked(bits, x.shape), mask)
+        torch.testing.assert_close(h, F.linear(x * mask, A))
+
+
+def test_a_training_step_has_six_operations_more_than_the_base():
+    def layer():
+        return nn.Linear(512, 512, bias=False).requires_grad_(False)
+
+    model = get_peft_model(nn.Sequential(layer()), LoraConfig(target_modules=["0"], r=8, init_lora_weights=False))
+    more = {key: value - counted(layer())[key] for key, value in counted(model.base_model.model[0]).items()}
+    assert more == {"evaluation": 2, "forward": 2, "backward": 4}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_holds_operations_alone():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(3, 8)
+    traced = torch.jit.trace(model, (x,))
+    assert "PythonOp" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), model(x))
