@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.core.mold import Mold
 from peft.core.place import Injection
 from peft.core.recall import Recipes
 from peft.core.stack import NOTED
@@ -76,12 +77,13 @@ def facts(model):
             own = {k: v for k, v in vars(p).items() if k not in NOTED and type(v) in (int, float, str, bool, tuple)}
             like = p.settings is model.peft_config[p.name], p.settings.to_dict()
             plain[n, p.name] = own, p.layer is m, p.shared, p.cache, like
-    return kinds, state, configs, plain, list(model.state_dict()), model.get_model_status()
+    return kinds, list(kinds), state, configs, plain, list(model.state_dict()), model.get_model_status()
 
 
 def answers(model, name):
     model.set_adapter(name)
     model.zero_grad()
+    torch.manual_seed(0)
     y = model(X.to(next(model.parameters()).dtype))
     y.float().pow(2).sum().backward()
     return [y.detach(), *(p.grad.clone() for p in model.adapter_parameters(name).values())]
@@ -91,6 +93,8 @@ CASES = {
     "plain": ({}, {}),
     "ranks": ({"rank_pattern": {"0.up": 3}, "alpha_pattern": {"down": 5}}, {}),
     "rsLoRA": ({"use_rslora": True}, {}),
+    "dropout": ({"lora_dropout": 0.5}, {}),
+    "trained with dropout": ({"lora_dropout": 0.5}, {"is_trainable": True}),
     "trainable": ({}, {"is_trainable": True}),
     "without memory first": ({}, {"low_cpu_mem_usage": True}),
     "a device": ({}, {"torch_device": "cpu"}),
@@ -297,3 +301,22 @@ def test_a_copy_of_the_model_has_layers_of_its_own(tmp_path, copied):
     other.load_adapter(tmp_path / "b", "c")
     assert "c" not in model.peft_config and not any(".c." in name for name in model.state_dict())
     assert all(map(torch.equal, answers(other, "c"), answers(model, "b")))
+
+
+def test_a_cast_with_dropout_is_like_a_layer_made_in_full(monkeypatch):
+    models = []
+    for cast in (True, False):
+        if not cast:
+            monkeypatch.setattr(Mold, "of", classmethod(lambda cls, *args: None))
+        model = get_peft_model(
+            base(), LoraConfig(r=2, lora_dropout=0.3, target_modules=["up"], init_lora_weights=False)
+        )
+        model.add_adapter("b", LoraConfig(r=2, lora_dropout=0.1, target_modules=["up"]))
+        models.append(model)
+    one, two = models
+    two.load_state_dict(one.state_dict())
+    for training in (True, False):
+        one.train(training), two.train(training)
+        dropouts = [[(n, m.p, m.training) for n, m in x.named_modules() if type(m) is nn.Dropout] for x in models]
+        assert len(dropouts[0]) == 4 and dropouts[0] == dropouts[1] and facts(one) == facts(two)
+        assert all(map(torch.equal, answers(one, "default"), answers(two, "default")))

@@ -18,7 +18,7 @@ from . import views
 from .gated import GRAPH
 from .host import changed
 from .layer import BaseTunerLayer
-from .lean import NO_BUFFERS
+from .lean import NO_BUFFERS, TABLES
 from .pattern import settings, tables
 from .plan import Target
 from .sharded import is_mesh
@@ -75,10 +75,13 @@ class Mold:
         self.view, self.call, self.plain = layer.view, layer.call, layer._plain
         self.values = [(k, v) for k, v in p.__dict__.items() if k not in OWN]
         self.idle = p.idle
-        self.parts = []
+        self.parts: list[Any] = []  # the modules: of a dropout its arguments, of a matrix its sizes too
         for key, home in layer._modules.items():
             if key != "base_layer" and name in home:  # type: ignore[operator]
                 module: Any = home._modules[name]  # type: ignore[union-attr]
+                if type(module) is nn.Dropout:
+                    self.parts.append((key, [("p", module.p), ("inplace", module.inplace)], None, None, None))
+                    continue
                 weight: Any = module._parameters["weight"]
                 sizes = [(k, module.__dict__[k]) for k in _SHAPES]
                 self.parts.append((key, sizes, weight.shape, weight.dtype, weight.device))
@@ -124,11 +127,14 @@ class Mold:
             training = training and filling.training
         made: dict[str, Tensor] = {}
         for key, sizes, shape, dtype, device in self.parts:
-            new = torch.empty(shape, dtype=dtype, device=device) if given is None else next(given)
-            weight = made[key] = _part(nn.Parameter, new, False)
             home = modules.get(key)
             if home is None:
                 home = modules[key] = _bare(views.ModuleDict, training)
+            if shape is None:
+                home.__dict__["_modules"][name] = nn.Dropout(**dict(sizes)).train(training)
+                continue
+            new = torch.empty(shape, dtype=dtype, device=device) if given is None else next(given)
+            weight = made[key] = _part(nn.Parameter, new, False)
             part = home.__dict__["_modules"][name] = _bare(views.Linear, training)
             d = part.__dict__
             for k, v in sizes:
@@ -239,5 +245,7 @@ def _bare(kind: type[nn.Module], training: bool) -> Any:
 
 
 def _simple(m: Any) -> bool:
-    """Whether a module is a matrix and nothing else."""
+    """Whether a module is a matrix and nothing else, or dropout."""
+    if type(m) is nn.Dropout:
+        return all(not m.__dict__[table] for table in TABLES)
     return type(m) is views.Linear and m._parameters.keys() == {"weight", "bias"} and m._parameters["bias"] is None

@@ -218,10 +218,11 @@ def _jobs(name: str, places: list[tuple[Entry, str]], alike: bool) -> list[Job] 
         mold = molds[like]
         if mold is None or base._parameters["weight"].is_meta:  # type: ignore[union-attr]
             return None
-        homes = [layer._modules[key] for key, *_ in mold.parts]
+        made = [key for key, _, shape, *_ in mold.parts if shape is not None]
+        homes = [layer._modules[key] for key in made]
         owners = [home._modules[name] for home in homes if home is not None]
         parts = [keys[id(owner), "weight"] for owner in owners if (id(owner), "weight") in keys]
-        if len(parts) != len(mold.parts):
+        if len(parts) != len(made):
             return None
         jobs.append(Job(layer, p.path, base, form, mold, parts))
     return jobs
