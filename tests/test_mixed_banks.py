@@ -363,6 +363,18 @@ def test_a_copy_of_the_model_has_banks_of_its_own(again):
         close(model(x, adapter_names=names), before)
 
 
+def test_what_a_layer_keeps_is_given_to_no_other_of_its_number():
+    model, x, names = several(), LINEAR.x(), BATCHES["equal"]
+    layer = layer_of(model)
+    other, ledger = layer_of(copy.deepcopy(model)), layer.call.banks
+    with torch.no_grad():
+        model(x, adapter_names=names)
+    kept = ledger.take(layer, True)
+    assert kept is ledger[layer]
+    ledger.give_back(other, kept)
+    assert ledger.take(other, True) is None
+
+
 def test_a_row_without_number_spoils_no_other():
     model, names = several(), BATCHES["uneven"]
     x = LINEAR.x()

@@ -191,7 +191,8 @@ class Ledger(WeakKeyDictionary[Any, Any]):
         if found is None and layer in self:
             self._look(numbers)
             found = self._ready.pop(id(layer), None)
-        return found
+        # a layer that is gone may have had the same number, as copies for data parallelism are
+        return found if found is None or found.watch.keys[0][0] is layer._modules else None
 
     def give_back(self, layer: Any, kept: Any) -> None:
         """It was not used."""
