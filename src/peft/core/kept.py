@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .stack import Adapter
 
 
+KEPT = ("kept", "factors")  # what an adapter may hold
+
+
 class Kept:
     """A value, and what it was made of, as that was; a copy of this holds nothing.
 
@@ -49,37 +52,38 @@ class Kept:
         return Kept, ()
 
 
-def kept(p: Adapter, make: Callable[[], Any], base: bool = False) -> Any:
+def kept(p: Adapter, make: Callable[[], Any], base: bool = False, what: str = "kept") -> Any:
     """What `make` gives, made again only when a tensor of the adapter, or a number such as its scaling, has changed.
 
     Arguments:
         p: the adapter.
         make: makes it.
         base: whether it depends on the base weight, too, which is that of a dense layer.
+        what: of `KEPT`; a method's factors are kept apart from what another method makes of them.
 
     Training makes it each time, and forgets it: optimisers may write numbers in ways that torch does not count.
     """
-    found = still(p)
+    found = still(p, what)
     if found is not None:
         return found
     value = make()
     if lasting(p):
         places = [*places_of(p), *(base_places(p) if base else ())]
         if not any(isinstance(t := where.get(key), Tensor) and t.is_inference() for where, key in places):
-            p.cache["kept"] = Kept(value, p.layer, places)
+            p.cache[what] = Kept(value, p.layer, places)
     return value
 
 
-def still(p: Adapter) -> Any:
+def still(p: Adapter, what: str = "kept") -> Any:
     """What is kept, if it holds; else None."""
     if torch.compiler.is_compiling():
         return None
-    found = p.cache.get("kept")
+    found = p.cache.get(what)
     if found is None:
         return None
     if lasting(p) and found.holds(p.layer):
         return found.value
-    p.cache.pop("kept", None)
+    p.cache.pop(what, None)
     return None
 
 
@@ -121,5 +125,6 @@ class Forgetful(nn.Module):
     def train(self, mode: bool = True) -> Any:
         """As torch's; what evaluation has kept is made anew afterwards."""
         for p in self.adapters.values():
-            p.cache.pop("kept", None)
+            for what in KEPT:
+                p.cache.pop(what, None)
         return super().train(mode)

@@ -22,10 +22,15 @@ def summed(inner: Stack, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
     held = open_linear(inner, x)
     if held is None or any(A.dtype is not x.dtype or B.dtype is not x.dtype for A, B, _ in terms):
         return None
+    return over(x, *held, terms)
+
+
+def over(x: Tensor, W: Tensor, b: Tensor | None, terms: Sequence[Term]) -> Tensor:
+    """The same where that is known."""
     flat, made = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])), []
     for A, B, gain in terms:
         h = F.linear(flat, A)
         if isinstance(gain, Tensor) and gain.dim():
             h, gain = h * gain, 1.0
         made.append((h, B.mT, gain))
-    return onto.thin(x, *held, *made)
+    return onto.thin(x, W, b, *made)

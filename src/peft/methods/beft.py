@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import describe
+from ..core.direct import open_linear
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Method, Site
 from ..core.stack import Adapter, Stack
@@ -57,8 +59,12 @@ class BEFT(Method):
         return extra.to(weight.dtype) if weight is not None and weight.is_floating_point() else extra
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
-        y = inner(x)
-        return (y + inner.spread(p.held("beft_bias").flatten())).to(y.dtype)
+        held, extra = open_linear(inner, x), p.held("beft_bias")
+        if held is None or extra.dtype is not x.dtype:
+            y = inner(x)
+            return (y + inner.spread(extra.flatten())).to(y.dtype)
+        W, b = held
+        return F.linear(x, W, extra[0] if b is None else b + extra[0])
 
 
 class BeftLayer(BaseTunerLayer):

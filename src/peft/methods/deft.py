@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import describe
+from ..core.kept import kept
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site, low_rank
 from ..core.stack import Adapter, Stack
@@ -87,6 +88,12 @@ class DEFT(LowRank):
         return Q, project.mT @ p.original_weight().to(wide.dtype)
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        if not p.layer.view.dense or p.layer.packed is not None:
+            return self.computed(p)
+        return kept(p, lambda: self.computed(p), base=True, what="factors")
+
+    def computed(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """`factors`, made now."""
         Q, taken = self.removed(p)
         return (-taken if p.deft_para else p.held("deft_R") * p.deft_scaling - taken), Q
 

@@ -6,8 +6,7 @@ A (r, in) is shared by `stride_A` layers that follow each other; the experts B_e
 (the same target's name and shapes); the router G (experts, r) is a layer's own. The mean is over all positions of the
 samples that run the adapter together. B starts at zero, so training starts at the base model. The update depends on
 the input, so nothing is merged, and modules that read their weights (attention, parameters) cannot have one. Source:
-Zhong et al. 2024, arXiv 2407.09946. Different from the peer: an adapter that is added later shares, too; Conv1D,
-convolutions and embeddings.
+Zhong et al. 2024, arXiv 2407.09946. Different from the peer: adapters added later share; more layouts.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import describe
+from ..core.direct import open_linear
 from ..core.draw import kaiming
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
@@ -27,6 +28,7 @@ from ..core.scale import ScaledLayer
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
 from ..core.views import READS, linear_module
+from ..kernels import onto
 from ..target_config import TargetConfig, number
 
 HOMES = ("lily_A", "lily_B", "lily_router")
@@ -91,6 +93,14 @@ class Lily(Delta):
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         self.refuse_merge(p)
+
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        held, (A, experts, G) = open_linear(inner, x), (p.held(name).weight for name in HOMES)
+        if held is None or type(self).onto is not Lily.onto or A.dtype is not x.dtype:
+            return None
+        h = F.linear(x.reshape(-1, x.shape[-1]), A)
+        B = F.linear(h, G).softmax(-1).mean(0) @ experts.view(p.num_B, -1)
+        return onto.thin(x, *held, (h, B.view(p.r, -1), p.scaling))
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         A, experts, G = (p.held(name).weight for name in HOMES)

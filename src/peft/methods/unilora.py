@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import describe
+from ..core.kept import kept
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
 from ..core.shared import Shared, is_late
@@ -101,6 +102,10 @@ class UniLoRA(LowRank):
         return {key: found[key] for key in keys}
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        return kept(p, lambda: self.read(p), what="factors")
+
+    def read(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """`factors`, read from the vector now."""
         weight = p.layer.view.sample(p.layer.get_base_layer())
         theta = p.unilora_theta_d.to(p.held_buffer("unilora_indices_A").device)
         if weight is not None and weight.dtype is torch.float64:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import describe
+from ..core.kept import kept
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
 from ..core.shared import Shared
@@ -67,8 +68,7 @@ class VBLoRA(LowRank):
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
-        *lead, out, inp = site.view.shape(site.module)
-        v, h = c.vector_length, c.num_vectors
+        (*lead, out, inp), v, h = site.view.shape(site.module), c.vector_length, c.num_vectors
         if out % v or inp % v:
             raise ValueError(
                 f"vector_length={v} does not divide the in- and out-features of {site.path!r}, {inp} and {out}. "
@@ -78,8 +78,7 @@ class VBLoRA(LowRank):
             "vblora_dropout": site.dropout("vblora_dropout"),
             "vblora_logits_A": nn.Parameter(torch.empty(*lead, c.r, inp // v, h, **site.kwargs)),
             "vblora_logits_B": nn.Parameter(torch.empty(*lead, out // v, c.r, h, **site.kwargs)),
-            "r": c.r,
-            **{"topk": c.topk, "only_topk": False},
+            **{"r": c.r, "topk": c.topk, "only_topk": False},
         }
 
     def init(self, p: Adapter, inner: Stack) -> None:
@@ -92,7 +91,8 @@ class VBLoRA(LowRank):
                 f"The adapter {p.name!r} cannot be trained: it was saved with save_only_topk_weights=True, so other "
                 "logits are lost. Call `model.eval()`, or load a file with all logits."
             )
-        return self.pieces(p, "vblora_logits_A").flatten(-2), self.pieces(p, "vblora_logits_B").mT.flatten(-3, -2)
+        a, b = LOGITS
+        return kept(p, lambda: (self.pieces(p, a).flatten(-2), self.pieces(p, b).mT.flatten(-3, -2)), what="factors")
 
     def pieces(self, p: Adapter, key: str) -> Tensor:
         """The mixed vectors, (..., v), of logits (..., h)."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ...core.method import Site, low_rank
 from ...core.stack import Adapter, Stack
-from .method import LoRA
+from ...core.terms import Term, summed
+from .method import LoRA, hooked
 
 
 class KaSA(LoRA):
@@ -61,8 +62,17 @@ class KaSA(LoRA):
         up = B * (p.held("lora_diag") * p.scaling)[..., None, :]
         return torch.cat([A, Q], -2), torch.cat([up, -P], -1)
 
+    def terms(self, p: Adapter) -> tuple[Term, Term]:
+        (A, B), (Q, P) = self.own_factors(p), self.first_factors(p)
+        return (A, B, p.held("lora_diag") * p.scaling), (Q, P, -1.0)
+
     def scaling(self, p: Adapter) -> Any:
         return 1.0
+
+    def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
+        more = self.drop_rate(p) or p.lora_bias or hooked(p) or not p.layer.cast_input_dtype_enabled
+        found = None if more or type(self).onto is not KaSA.onto else summed(inner, x, self.terms(p))
+        return self.onto(p, inner, inner(x), x) if found is None else found
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         """The update of the dropped input, but W without its least directions of the whole one."""

@@ -21,8 +21,10 @@ from ...core.direct import EVERYWHERE, FORWARD
 from ...core.files import keys_in_hand
 from ...core.method import LowRank, Method, Site
 from ...core.stack import Adapter, Stack
+from ...core.terms import Term, over
 from ...core.views import PLAIN, Linear
 from ...kernels import lowrank
+from ...kernels.modes import is_autocast, transformed
 from . import init as starts
 from . import room
 
@@ -156,7 +158,7 @@ class LoRA(LowRank):
     def term(self, p: Adapter) -> tuple[Any, ...] | None:
         stated = type(self).forward in (LoRA.forward, InTraining.forward) and not self.some_positions
         stated = stated and (type(self).onto is LoRA.onto if self.direct else not p.layer.training)
-        if not stated or p.lora_bias or self.drop_rate(p) or _hooked(p) or not p.layer.cast_input_dtype_enabled:
+        if not stated or p.lora_bias or self.drop_rate(p) or hooked(p) or not p.layer.cast_input_dtype_enabled:
             return None
         return (*self.factors(p), self.scaling(p))
 
@@ -164,7 +166,7 @@ class LoRA(LowRank):
         """Note what the shortest way needs: the modules, if all of them are plain linear layers."""
         layer = p.layer
         base = layer._modules["base_layer"]
-        plain = type(base) is nn.Linear and layer.packed is None and not (p.lora_bias or p.subtracts)
+        plain = type(base) is nn.Linear and layer.packed is None and not p.lora_bias
         if plain and type(p.lora_A) is type(p.lora_B) is Linear:
             drop = None if "lora_dropout" in p.idle else p.lora_dropout
             p.hot = (base, p.lora_A, p.lora_B, drop, hooks_of(base))
@@ -181,6 +183,9 @@ class LoRA(LowRank):
                 W = held["weight"]
                 rate = 0.0 if drop is None or not drop.training or type(drop) is nn.Identity else drop.p
                 alike = a.dtype is x.dtype and not rate
+                if p.__dict__["subtracts"]:
+                    simple = alike and W.dtype is x.dtype and not (is_autocast(x) or transformed())
+                    return over(x, W, held["bias"], self.terms(p)) if simple else self.onto(p, inner, inner(x), x)
                 if alike and not graph and x.numel() == x.shape[-1]:
                     y = lowrank.row(x, W, held["bias"], a, b, p.scaling)
                     if y is not None:
@@ -189,8 +194,13 @@ class LoRA(LowRank):
                     return lowrank.linear(x, W, held["bias"], a, b, p.scaling, rate)
         return self.onto(p, inner, inner(x), x)
 
+    def terms(self, p: Adapter) -> tuple[Term, Term]:
+        """What is added, and what an initialisation takes out."""
+        (A, B), (A0, B0), s = self.own_factors(p), self.first_factors(p), self.scaling(p)
+        return (A, B, s), (A0.to(A.dtype), B0.to(B.dtype), -s)
+
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
-        if inner.view.dense and (_hooked(p) or not p.layer.cast_input_dtype_enabled):
+        if inner.view.dense and (hooked(p) or not p.layer.cast_input_dtype_enabled):
             return self.through_modules(p, y, x)
         return super().onto(p, inner, y, x)
 
@@ -241,7 +251,7 @@ def hooks_of(m: nn.Module) -> tuple[dict[Any, Any], ...]:
     return (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks)
 
 
-def _hooked(p: Adapter) -> bool:
+def hooked(p: Adapter) -> bool:
     """Whether lora_A or lora_B is more than its weight: wrapped, offloaded, hooked or patched."""
     if torch.compiler.is_compiling():
         return False
