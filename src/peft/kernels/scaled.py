@@ -34,7 +34,11 @@ def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
     """|W + s B A| of each row, from W's `square`, without the product: A and B are in float32."""
     if choice.devices and (found := choice.norms(W, squares, A, B, s)) is not None:
         return found
-    cross = torch.cat([w.float() @ A.mT for w in tiles(W)], -2)
+    parts = [w.float() @ A.mT for w in tiles(W)]
+    cross = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+    if W.dim() == 2 and type(s) is float:
+        inner = torch.addmm(cross, B, A @ A.mT, beta=2 * s, alpha=s * s)
+        return (inner * B).sum(-1).add_(squares).clamp_min_(0).sqrt_()
     return (squares + ((cross * (2 * s) + (B @ (A @ A.mT)) * (s * s)) * B).sum(-1)).clamp_min(0).sqrt()
 
 
@@ -99,7 +103,8 @@ def _rows(t: Tensor) -> Tensor:
 
 def _dropped(x: Tensor, mask: Tensor | None, p: float, A: Tensor) -> Tensor:
     """dropout(x) of a mask that was drawn, in A's dtype."""
-    return x.to(A.dtype) if mask is None else (x * mask).to(A.dtype) * (1 / (1.0 - p))
+    x = x.to(A.dtype)  # a product of two dtypes costs torch a copy more
+    return x if mask is None else mask.to(A.dtype).mul_(x).mul_(1 / (1.0 - p))
 
 
 class _Add(torch.autograd.Function):
@@ -138,7 +143,7 @@ class _Add(torch.autograd.Function):
             of_m = _rows(g * (z if b is None else z.sub_(b))).sum(0) / n
         of_x, of_A, of_B = _thin(inner, kept, mask, A, B, h, s, p, needs[1:4])
         of_b = (_rows(g).sum(0) - _rows(inner).sum(0)).to(grad.dtype) if needs[8] else None
-        of_x = None if of_x is None else of_x.to(x.dtype)
+        of_x = None if of_x is None else of_x.to(x.dtype).view(x.shape)
         return inner.to(grad.dtype) if needs[0] else None, of_x, of_A, of_B, None, None, of_m, None, of_b
 
 
@@ -154,14 +159,14 @@ class _Linear(torch.autograd.Function):
         z = F.linear(flat, W)
         z = z.addmm_(h, B.mT, alpha=scale) if type(scale) is float else z.addmm_(h * scale, B.mT)
         ctx.scale, ctx.p = scale, p
-        ctx.save_for_backward(x, W, b, A, B, m, n, mask, h, z)
         gain = m / n
+        ctx.save_for_backward(x, W, b, A, B, m, n, gain, mask, h, z)
         out = z * gain if b is None else torch.addcmul(b, z, gain)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, b, A, B, m, n, mask, h, z = ctx.saved_tensors
+        x, W, b, A, B, m, n, gain, mask, h, z = ctx.saved_tensors
         needs, s, p = ctx.needs_input_grad, ctx.scale, ctx.p
         if torch.is_grad_enabled():
 
@@ -173,7 +178,7 @@ class _Linear(torch.autograd.Function):
             of_x, of_b, of_A, of_B, of_m = differentiable(plainly, (x, b, A, B, m), wanted, grad)
             return of_x, None, of_b, of_A, of_B, None, None, of_m, None
         g, kept = grad.reshape(-1, grad.shape[-1]), _dropped(x.reshape(-1, x.shape[-1]), mask, p, A)
-        inner = g * (m / n)
+        inner = g * gain
         of_x, of_A, of_B = _thin(inner, kept, mask, A, B, h, s, p, (needs[0], *needs[3:5]))
         of_x = None if of_x is None else of_x.addmm_(inner, W).view(x.shape)
         of_m = (g * z).sum(0) / n if needs[7] else None
@@ -184,10 +189,13 @@ def _thin(
     g: Tensor, kept: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, h: Tensor, s: Any, p: float, needs: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of s B A kept with respect to x, A and B for an incoming g; `kept` is x where the mask is, scaled."""
-    back = (g @ B) * s
-    of_x = back @ A if needs[0] else None
-    if of_x is not None and mask is not None:
-        of_x = of_x.mul_(mask).mul_(1 / (1.0 - p))
-    of_A = _rows(back).mT @ _rows(kept) if needs[1] else None
-    of_B = _rows(g).mT @ _rows(h * s) if needs[2] else None
+    g, h, kept = _rows(g), _rows(h), _rows(kept)
+    back = torch.addmm(h, g, B, beta=0, alpha=s) if type(s) is float else (g @ B) * s
+    of_B = of_x = None
+    if needs[2]:
+        of_B = torch.addmm(B, g.mT, h, beta=0, alpha=s) if type(s) is float else g.mT @ (h * s)
+    of_A = back.mT @ kept if needs[1] else None
+    if needs[0]:
+        of_x = back @ A
+        of_x = of_x if mask is None else of_x.mul_(mask.view(of_x.shape).to(of_x.dtype)).mul_(1 / (1.0 - p))
     return of_x, of_A, of_B
