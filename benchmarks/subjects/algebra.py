@@ -22,7 +22,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 KEYS = ("evaluation", "forward", "backward")
-MOST = {"DoRA": (3, 18, 11), "LoHa": (4, 4, 13), "LoKr": (5, 7, 9), "BOFT": (4, 10, 18), "OFT": (2, 16, 16)}
+MOST = {"DoRA": (3, 14, 8), "LoHa": (4, 4, 13), "LoKr": (5, 7, 9), "BOFT": (4, 10, 18), "OFT": (2, 16, 16)}
 
 
 def adapted(model: nn.Module, name: str, targets: list[str]) -> nn.Module:
