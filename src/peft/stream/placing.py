@@ -68,7 +68,7 @@ def read(adapters: Sequence[str | os.PathLike[str]], weights: Sequence[float]) -
     """The adapters' files; raises CheckpointError for a method that changes no weights."""
     sources: list[Source] = []
     for place, weight in zip([os.fspath(a) for a in adapters], weights, strict=True):
-        config = read_config(place, False, {})
+        config, _ = read_config(place, False, {})
         method = getattr(config.peft_type, "value", config.peft_type)
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise CheckpointError(
