@@ -9,6 +9,7 @@ from benchmarks.subjects import (  # noqa: F401
     imports,
     memory,
     methods,
+    quantised,
     steps,
     wrapping,
 )

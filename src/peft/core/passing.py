@@ -59,4 +59,4 @@ def _pass(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return None
     view = views.view_of(module)
     kind = storage.of(module, view.name)
-    return Applied.apply(x, None, lambda *_: output.detach(), view, module, kind.read) if kind.packed else None
+    return Applied.apply(x, None, lambda *_: output.detach(), view, module, kind) if kind.packed else None

@@ -204,34 +204,46 @@ class Packed(Storage):
         learns = b is not None and b.requires_grad
         if not torch.is_grad_enabled() or not (x.requires_grad or learns) or self.differentiable(module, view.name):
             return base(module, x)
-        return cast(Tensor, Applied.apply(x, b if learns else None, base, view, module, self.read))
+        return cast(Tensor, Applied.apply(x, b if learns else None, base, view, module, self))
+
+    def pull(self, module: nn.Module, name: str, grad: Tensor) -> Tensor | None:
+        """grad W, (..., I), from (..., O) without making W, in the wider dtype; None where W has to be made."""
+        return None
 
 
 class Applied(torch.autograd.Function):
     """The library's forward, with the gradient of W x + b for the dense W; nothing but shapes is kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, base: Any, view: Any, module: nn.Module, read: Any) -> Tensor:
-        ctx.parts = view, module, read, x.shape, x.dtype
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, base: Any, view: Any, module: nn.Module, kind: Any) -> Tensor:
+        ctx.parts = view, module, kind, x.shape, x.dtype
         y: Tensor = base(module, x)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        view, module, read, shape, dtype = ctx.parts
+        view, module, kind, shape, dtype = ctx.parts
         from_x = from_b = None
         if ctx.needs_input_grad[0]:
-            W = view.matrix(module, read(module, view.name))
-            # the wider of the two; bfloat16's small numbers would vanish in float16
-            compute = grad.dtype if grad.dtype.itemsize >= W.dtype.itemsize else W.dtype
-            from_x = pulled(view, module, grad.to(compute), W.to(compute), shape).to(dtype)
+            plain = view.label == "Linear" and view.dense
+            from_x = kind.pull(module, view.name, grad) if plain else None
+            if from_x is None:
+                W = view.matrix(module, kind.read(module, view.name))
+                compute = wider(grad.dtype, W.dtype)
+                from_x = pulled(view, module, grad.to(compute), W.to(compute), shape)
+            from_x = from_x.to(dtype)
         if ctx.needs_input_grad[1]:
             b = view.bias(module)
             with torch.enable_grad():
                 b = b.detach().requires_grad_()
                 (from_b,) = torch.autograd.grad(view.spread(module, b).expand_as(grad), b, grad.to(b.dtype))
         return from_x, from_b, None, None, None, None
+
+
+def wider(one: torch.dtype, two: torch.dtype) -> torch.dtype:
+    """The one of two dtypes with more bytes, the first of equals; bfloat16's small numbers would vanish in float16."""
+    return one if one.itemsize >= two.itemsize else two
 
 
 def pulled(view: Any, module: nn.Module, grad: Tensor, W: Tensor, shape: torch.Size) -> Tensor:
@@ -287,7 +299,7 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-_DENSE, _FOREIGN = Storage(), Foreign()
+DENSE, _FOREIGN = Storage(), Foreign()
 _PLAIN = (nn.Parameter, Tensor, nn.Buffer)
 _OWN = ("torch.nn.modules.", "torch.nn.parameter.", "peft.", "transformers.models.", "transformers.pytorch_utils.")
 _by_class: dict[type, Storage | None] = dict.fromkeys(_PLAIN)
@@ -301,6 +313,9 @@ def named(module: nn.Module, name: str) -> Storage | None:
 
 def of(module: nn.Module, name: str) -> Storage:
     """The storage of `module.<name>`."""
+    value = module._parameters.get(name)
+    if type(value) is nn.Parameter and _by_class.get(type(module), DENSE) is None and value.is_floating_point():
+        return DENSE  # most are ordinary parameters of a class that is known to hold such
     found = named(module, name)
     if found is not None:
         return found
@@ -310,7 +325,7 @@ def of(module: nn.Module, name: str) -> Storage:
     if found is not None:
         return found
     packed = not (value.is_floating_point() or value.is_complex()) or hasattr(value, "__tensor_flatten__")
-    return _FOREIGN if packed and kind.__name__ != "DTensor" else _DENSE
+    return _FOREIGN if packed and kind.__name__ != "DTensor" else DENSE
 
 
 def sample(module: nn.Module, name: str) -> Any:

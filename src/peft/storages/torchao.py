@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.storage import Packed, Payload
+from ..core.storage import Packed, Payload, wider
 from .borrowed import borrow
 from .codes import split, spread
 
@@ -50,6 +50,17 @@ class TorchAO(Packed):
 
     def unpack(self, payload: Payload) -> Tensor:
         return _numbers(_whole(payload))
+
+    def pull(self, module: nn.Module, name: str, grad: Tensor) -> Tensor | None:
+        held = getattr(module, name)
+        if not _by_rows(held):
+            return None
+        compute = wider(grad.dtype, held.dtype)
+        scaled, zero = grad.to(compute) * held.scale.view(-1).to(compute), held.zero_point
+        made = scaled @ held.qdata.to(compute)
+        if zero is None or not (zero.is_cuda or zero.any()):  # looking at it would wait for a GPU
+            return made
+        return made - (scaled @ zero.view(-1, 1).to(compute))
 
     def pack(self, value: Tensor, payload: Payload) -> Payload:
         old = _whole(payload)
@@ -102,6 +113,14 @@ def _numbers(tensor: Any) -> Tensor:
 def _without_factor(value: Tensor, tensor: Any) -> Tensor:
     pre = getattr(tensor, "act_pre_scale", None)
     return value if pre is None else value / pre
+
+
+def _by_rows(tensor: Any) -> bool:
+    """Whether W is integers, with one scale for each row and perhaps a zero, and nothing else."""
+    plain = (
+        type(tensor).__name__ == "Int8Tensor" and tensor.dim() == 2 and getattr(tensor, "act_pre_scale", None) is None
+    )
+    return plain and list(tensor.block_size) == [1, tensor.shape[1]]
 
 
 def _block(payload: Payload) -> Any:
