@@ -151,9 +151,13 @@ def changed(model: nn.Module, before: dict[str, Tensor]) -> float:
     return 100.0 * differ / sum(a.numel() for a, _ in pairs)
 
 
+MERGES = ("float32", "bfloat16", "float16", "bfloat16 DoRA")
+
+
 @measure(
     "merge, then unmerge, 8 x Linear(512, 512), r=16",
     repeats=3,
+    limits={f"{kind}: merge": 0.6 for kind in MERGES} | {f"{kind}: unmerge": 0.2 for kind in MERGES},
     ceilings={f"{d}: weights changed|%": 0 for d in ("float32", "bfloat16", "float16", "bfloat16 DoRA")},
 )
 def merge() -> Iterator[Numbers]:
@@ -172,4 +176,23 @@ def merge() -> Iterator[Numbers]:
             numbers[f"{name}: merge"] = seconds(model.merge_adapter)
             numbers[f"{name}: unmerge"] = seconds(model.unmerge_adapter)
             numbers[f"{name}: weights changed|%"] = changed(model, before)
+        yield numbers
+
+
+@measure(
+    "merge, unmerge, merge_and_unload, 2 x Linear(4096, 4096), r=16",
+    repeats=3,
+    limits={f"{kind}: {what}": most for kind in MERGES for what, most in (("merge", 0.6), ("merge for good", 0.5))},
+)
+def merge_large() -> Iterator[Numbers]:
+    """Weights of the size that they have in models of a few billion parameters."""
+    while True:
+        numbers = {}
+        for kind in MERGES:
+            dtype = getattr(torch, kind.split()[0])
+            options = {"r": 16, "init_lora_weights": False, "use_dora": "DoRA" in kind}
+            model = wrapped(stack(2, 4096, dtype=dtype), **options).eval()
+            numbers[f"{kind}: merge"] = seconds(model.merge_adapter)
+            numbers[f"{kind}: unmerge"] = seconds(model.unmerge_adapter)
+            numbers[f"{kind}: merge for good"] = seconds(model.merge_and_unload)
         yield numbers

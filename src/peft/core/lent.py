@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
 from torch import Tensor, nn
 
 from . import storage
 from .storage import Storage
-
-if TYPE_CHECKING:
-    from .stack import Stack
 
 
 def own(base: nn.Module, name: str, like: Tensor | None = None) -> bool:
@@ -25,29 +19,14 @@ def own(base: nn.Module, name: str, like: Tensor | None = None) -> bool:
     held = base._parameters.get(name)
     if type(held) is not nn.Parameter or not held.is_floating_point() or type(held.data) is not Tensor:
         return False
-    if held.is_meta or (held.device.type == "cpu" and held.is_shared()) or type(storage.of(base, name)) is not Storage:
+    if held.is_meta or type(storage.of(base, name)) is not Storage:
         return False
     if like is not None and (like.shape, like.dtype, like.device) != (held.shape, held.dtype, held.device):
         return False
-    return held.untyped_storage().nbytes() == held.numel() * held.element_size()
-
-
-def finite(W: Tensor) -> bool:
-    """Whether all numbers are finite. If their sum is, they are; if not, it may have left its range."""
-    wide = W.dtype if W.dtype is torch.float64 else torch.float32
-    return bool(torch.isfinite(W.sum(dtype=wide))) or bool(torch.isfinite(W).all())
-
-
-def made(stack: Stack, rows: slice, out: Tensor | None) -> Tensor:
-    """W' of a stack, (..., rows, I), in `out` if that is given and of use."""
-    if len(stack.adapters) != 1 or stack.packed is not None:
-        return stack.weight(rows)
-    p = stack.adapters[0]
-    W = p.layer.base_weight()[..., rows, :]
-    found = p.method.summed(p, W, rows, out) if type(W) in (Tensor, nn.Parameter) else None
-    if found is None or found.dtype is W.dtype:
-        return stack.weight(rows) if found is None else found
-    return found.to(W.dtype) if out is None else out.copy_(found)
+    memory = held.untyped_storage()
+    if held.device.type == "cpu" and memory.is_shared():
+        return False
+    return memory.nbytes() == held.numel() * held.element_size()
 
 
 def put(base: nn.Module, name: str, value: Tensor) -> None:

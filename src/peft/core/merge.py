@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import storage
+from . import onestep, storage
+from .blocks import Blocks
 from .kept import Forgetful
-from .lent import alike, finite, made, own, put, same_memory
+from .lent import own
 from .memory import identity
 from .method import Delta
 from .onload import onload_layer, used_at
-from .rounding import MergeError, check_mode, dense_twin, measured, store
-from .stack import Adapter, Stack
-from .views import LinearView
-
-TILE_BYTES = 16 * 2**20  # what a merge may allocate beyond the weights themselves; more would leave the caches
-MOST_BYTES = 64 * 2**20  # of a weight of which there may be two for a moment, where no copy is kept
+from .rounding import MergeError, check_mode
+from .stack import Adapter
 
 
-class Mergeable(Forgetful):
+class Mergeable(Blocks, Forgetful):
     """The part of a tuner layer that merges; `stack`, `get_base_layer` and `_replan` are the layer's."""
 
-    view: LinearView
     adapters: dict[str, Adapter]
     call: Any
-    tied: nn.Parameter | None = None
     _active: tuple[str, ...]
     _merged: Sequence[str] = ()
-    _saved: dict[str, Any] | None = None
     _disabled: bool
     _suspended: list[str] | None = None  # what enabling will merge again
-    _rounding: str = "requantize"  # how a quantised weight takes a merge
-    _dense_dtype: torch.dtype | None = None
-    _packed_base: nn.Module | None = None  # what a dense twin stands for while merged
     merge_error: MergeError | None = None  # what the last merge into a quantised weight changed
     seen: Tensor | None = None  # directions that its inputs lie along, for a compensated merge
 
@@ -57,10 +48,7 @@ class Mergeable(Forgetful):
         """Whether any adapter is merged."""
         return bool(self.merged_adapters)
 
-    get_base_layer: Callable[[], nn.Module]
-    stack: Callable[..., Stack]
     _replan: Callable[[], None]
-    _where: Callable[[], str]
 
     def original_weight(self) -> Tensor:
         """The base weight without any merged adapter, (..., O, I)."""
@@ -122,7 +110,7 @@ class Mergeable(Forgetful):
                 update's effect stays) or "dequantize" (a dense weight); None is the way of the last merge.
 
         Raises TypeError for a string, ValueError if the result is not finite or if the answer would change.
-        Extra memory: one copy of the weight while merged, and at most 16 MiB during the call.
+        Extra memory: one copy of the weight while merged, and one tile during the call, see `blocks`.
         """
         if quantized is not None:
             self.round_by(quantized)
@@ -143,7 +131,7 @@ class Mergeable(Forgetful):
         self.__dict__.update(_rounding=mode, _dense_dtype=dtype, seen=seen)
 
     def _merge(self, names: tuple[str, ...], keep: bool = True) -> None:
-        if names:
+        if names and not (keep and len(names) == 1 and onestep.merged(self, names[0])):
             with onload_layer(self):
                 self._merge_here(names, keep)
 
@@ -152,8 +140,7 @@ class Mergeable(Forgetful):
         self.check_merge(names)
         if self._disabled and keep:  # the base stays the base until the layer is enabled
             wanted = [*self.merged_adapters, *names]
-            for _ in self.tiles(tuple(wanted)):
-                pass
+            self.check_finite(tuple(wanted))
             self._suspended = wanted
             self.call.merged = True
             return
@@ -174,7 +161,7 @@ class Mergeable(Forgetful):
                 else:
                     self.__dict__["_saved"] = None
             raise
-        self._merged = before + list(names)
+        self.__dict__["_merged"] = before + list(names)
         self._replan()
 
     def check_merge(self, names: tuple[str, ...]) -> None:
@@ -204,8 +191,11 @@ class Mergeable(Forgetful):
     def _payload(self) -> dict[str, Any]:
         base = self.get_base_layer()
         names = [self.view.name] + ([self.view.bias_name] if self.view.bias(base) is not None else [])
-        kinds = {n: storage.of(base, n) for n in names}
-        return {n: (kind, getattr(base, n).data if own(base, n) else kind.save(base, n)) for n, kind in kinds.items()}
+        saved = {}
+        for n in names:
+            kind = storage.of(base, n)
+            saved[n] = (kind, base._parameters[n].data if own(base, n) else kind.save(base, n))  # type: ignore[union-attr]
+        return saved
 
     def _rewrites(self) -> bool:
         return self._saved is not None and bool(self.view.name) and self._saved[self.view.name][0].packed
@@ -227,92 +217,6 @@ class Mergeable(Forgetful):
         while isinstance(holder._modules["base_layer"], Mergeable):
             holder = holder._modules["base_layer"]
         holder._modules["base_layer"] = module
-
-    @torch.no_grad()
-    def tiles(self, names: tuple[str, ...], into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
-        """W' in blocks of rows, (start, (..., rows, I)), each checked to be finite; before them b' is checked.
-
-        Arguments:
-            names: the adapters.
-            into: memory in the stored form, in which blocks may be made.
-
-        Raises ValueError naming the layer if a block holds a value that is not finite.
-        """
-        stack, base = self.stack(names), self.get_base_layer()
-        b = stack.bias()
-        if b is not None and not torch.isfinite(b).all():
-            raise ValueError(f"Merging {list(names)} into {self._where()!r} gives a bias that is not finite.")
-        *lead, out, inp = self.view.shape(base)
-        step = max(1, TILE_BYTES // (12 * inp * (lead[0] if lead else 1)))
-        dense = type(storage.of(base, self.view.name)) is storage.Storage
-        by_rows = dense and all(a.method.rowwise(a) for a in stack.adapters)
-        for start in range(0, out, step if by_rows else out):
-            rows = slice(start, start + step) if by_rows and step < out else slice(None)
-            W = made(stack, rows, None if into is None else self.view.matrix(base, into)[..., rows, :])
-            W = self.view.absorb(base, W, b[rows]) if self.view.one_hot and b is not None else W
-            if not finite(W):
-                raise ValueError(
-                    f"Merging {list(names)} into {self._where()!r} gives weights that are not finite. The adapter or "
-                    "the base weight holds NaN or infinity, or the sum leaves the range of the dtype. Nothing was "
-                    "merged."
-                )
-            yield start, W
-
-    @torch.no_grad()
-    def _write(self, names: tuple[str, ...]) -> None:
-        base = self.get_base_layer()
-        kind = storage.of(base, self.view.name)
-        b = self.stack(names).bias()
-        fresh = self._fresh(base)
-        for start, W in self.tiles(names, fresh):
-            if fresh is not None:
-                fresh = self._put(base, fresh, start, W)
-            elif not kind.packed:
-                self.view.write_rows(base, start, W)
-            elif self._rounding == "dequantize":
-                base = self._make_dense(base, W)
-            else:
-                self.__dict__["merge_error"] = store(self, kind, self._rounding, W, self.original_weight())
-        if fresh is not None:
-            getattr(base, self.view.name).data = fresh
-        if b is not None and b is not self.view.bias(base) and not self.view.one_hot:
-            put(base, self.view.bias_name, b)
-
-    def _fresh(self, base: nn.Module) -> Tensor | None:
-        """Where W' is put together before it takes the place of W, which stays as it was; None: into W itself.
-
-        For good a large weight is changed in its own place, so that there is never a second one.
-        """
-        if not own(base, self.view.name):
-            return None
-        held: Tensor = getattr(base, self.view.name).data
-        large = self._saved is None and held.numel() * held.element_size() > MOST_BYTES
-        return None if large else torch.empty_like(held)
-
-    def _put(self, base: nn.Module, fresh: Tensor, start: int, W: Tensor) -> Tensor:
-        """Rows of W' in their place; what is all of it, and nobody else's, is taken as it is."""
-        raw = self.view.raw(base, W)
-        if same_memory(raw, fresh):
-            return fresh
-        if alike(raw, fresh) and not same_memory(raw, getattr(base, self.view.name)):
-            return raw
-        fresh.narrow(self.view.out_axis(base), start, W.shape[-2]).copy_(raw)
-        return fresh
-
-    def _make_dense(self, base: nn.Module, W: Tensor) -> nn.Module:
-        before = self.view.read(base)
-        wanted = W.to(before.dtype if self._dense_dtype is None else self._dense_dtype)
-        if storage.of(base, self.view.name).keep_dense(base, self.view.name, self.view.raw(base, wanted).contiguous()):
-            self.__dict__["merge_error"] = measured("dequantize", wanted, W, before)
-            return base
-        bias = self.view.bias(base)
-        bias = bias if bias is None or self._dense_dtype is None else bias.to(self._dense_dtype)
-        twin = dense_twin(self.view.label, base, self.view.raw(base, wanted), bias)
-        self.__dict__["merge_error"] = measured("dequantize", wanted, W, before)
-        if self._saved is not None:
-            self.__dict__["_packed_base"] = base
-        self._stand_in(twin)
-        return twin
 
     def unmerge(self) -> None:
         """Give back the base layer's payload as it was before the first merge, bit for bit."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels import lowrank
 from .direct import open_linear
+from .folding import Fold, Product
 from .views import LinearView
 
 if TYPE_CHECKING:
@@ -142,12 +143,12 @@ class Method:
         """THE DEFINITION: W -> W'. With `rows`, W holds only these out-features."""
         return W
 
-    def summed(self, p: Adapter, W: Tensor, rows: slice, out: Tensor | None) -> Tensor | None:
-        """`weight` in the dtype of its sums, made for a merge in fewer passes over memory; None where there is no way.
+    def fold(self, p: Adapter, wide: torch.dtype, original: bool) -> Fold | None:
+        """`weight` made in the place of W, for merges; None where there is no way.
 
         Arguments:
-            p, W, rows: as for `weight`; W is an ordinary tensor, and stays as it is.
-            out: memory of W's shape and dtype, to be used where sums have that dtype.
+            wide: the dtype in which sums are made.
+            original: whether W is the base weight without any other adapter.
         """
         return None
 
@@ -332,17 +333,11 @@ class LowRank(Delta):
             A, B = A.float(), B.float()  # half products on the CPU lose accuracy, and time
         return (B[..., rows, :] @ A) * self.scaling(p)
 
-    def summed(self, p: Adapter, W: Tensor, rows: slice, out: Tensor | None) -> Tensor | None:
-        kind = type(self)
-        if W.dim() != 2 or kind.weight is not Delta.weight or kind.delta is not LowRank.delta:
+    def fold(self, p: Adapter, wide: torch.dtype, original: bool) -> Fold | None:
+        if type(self).weight is not Delta.weight or type(self).delta is not LowRank.delta:
             return None
         self.refuse_merge(p)
-        (A, B), s = self.factors(p), self.scaling(p)
-        wide = torch.promote_types(W.dtype, torch.float32)
-        A, B, V = A.to(wide), B[rows].to(wide), W.to(wide)
-        if V.data_ptr() == W.data_ptr():
-            V = V.clone() if out is None else out.copy_(V)
-        return V.addmm_(B * s, A) if isinstance(s, Tensor) else V.addmm_(B, A, alpha=s)
+        return Product(*self.factors(p), self.scaling(p), wide)
 
     def refuse_merge(self, p: Adapter) -> None:
         if self.whole:

@@ -19,7 +19,7 @@ def onload_layer(layer: nn.Module, write: bool = True) -> Iterator[None]:
         layer: a module, with all that is below it. What is here already is left alone, so blocks may nest.
         write: False where nothing is changed.
     """
-    hooked = [(m, hook) for m in layer.modules() for hook in _hooks(m)]
+    hooked = [(m, hook) for m in _below(layer) if "_hf_hook" in m.__dict__ for hook in _hooks(m)]
     found = [(m, hook) for m, hook in hooked if any(p.is_meta for p in m.parameters(hook.place_submodules))]
     for module, hook in found:
         hook.pre_forward(module)
@@ -33,6 +33,18 @@ def onload_layer(layer: nn.Module, write: bool = True) -> Iterator[None]:
             if write:
                 _take_back(module, hook)
             hook.post_forward(module, None)
+
+
+def _below(module: nn.Module) -> list[nn.Module]:
+    """A module and all below it, each once; `modules`, without names."""
+    found = [module]
+    known = {id(module)}
+    for m in found:
+        for child in m._modules.values():
+            if child is not None and id(child) not in known:
+                known.add(id(child))
+                found.append(child)
+    return found
 
 
 def brought(module: nn.Module, name: str, tensor: Tensor) -> Tensor:

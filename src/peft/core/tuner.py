@@ -14,6 +14,7 @@ from ..errors import nearest
 from ..registry import tuner_class
 from . import rounding
 from . import unload as unloading
+from .blocks import one_scratch
 from .call import Call
 from .collector import no_collection
 from .combined import Combined
@@ -272,7 +273,7 @@ class BaseTuner(Switching, Combined, nn.Module):
         chosen = self.active_adapters if adapter_names is None else adapter_names
         unloading.untie(layers, chosen, unloading.shared(self.model))
         try:
-            with _one_warning_each():
+            with _one_warning_each(), one_scratch():
                 for layer in layers:
                     layer.merge(safe_merge, adapter_names)
         except BaseException:

@@ -11,7 +11,9 @@ from torch import nn
 
 from ..errors import PeftWarning, report
 from . import passing
+from .blocks import one_scratch
 from .layer import BaseTunerLayer, tuner_layers
+from .lent import own
 from .onload import onload_layer
 from .tie import Place, input_embedding, places, storage_key, tied_modules
 from .tokens import check_disjoint
@@ -61,7 +63,8 @@ def untie(layers: list[BaseTunerLayer], names: Sequence[str], groups: dict[Any, 
             continue
         if storage_key(weight) in groups:
             layer.__dict__["tied"] = weight  # not a child of the layer
-            base._parameters[attr] = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            alone = weight.detach() if own(base, attr) else weight.detach().clone()  # W' will take other memory
+            base._parameters[attr] = nn.Parameter(alone, requires_grad=weight.requires_grad)
 
 
 def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
@@ -75,7 +78,8 @@ def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
             layer.unmerge()
     tied = tied_to_embedding(tuner.model)
     if names is not None:
-        _merge_for_good(tuner.model, layers, names, progressbar)
+        with one_scratch():
+            _merge_for_good(tuner.model, layers, names, progressbar)
     several = places(tuner.model)
     for path, layer in reversed(found):
         take_out(tuner, path, layer, names, several)
@@ -98,8 +102,7 @@ def _merge_for_good(model: nn.Module, layers: list[BaseTunerLayer], names: list[
         if own:
             with onload_layer(layer, write=False):
                 layer.check_merge(own)
-                for _ in layer.tiles(own):
-                    pass
+                layer.check_finite(own)
         work.append((layer, own))
     groups = shared(model)
     untie(layers, names, groups)

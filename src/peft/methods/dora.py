@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.direct import open_linear
+from ..core.folding import Fold, directed
 from ..core.kept import kept, still
 from ..core.method import Delta, LowRank, Site
 from ..core.stack import Adapter, Stack
@@ -116,9 +117,8 @@ class DoRA(Gaining):
         gain = self.gain(p, rows)[..., None]
         return ((W + self.of.delta(p, W, rows)) * gain).to(W.dtype)
 
-    def summed(self, p: Adapter, W: Tensor, rows: slice, out: Tensor | None) -> Tensor | None:
-        V = self.of.summed(p, W, rows, out)
-        return V if V is None else V.mul_(self.gain(p, rows)[:, None])
+    def fold(self, p: Adapter, wide: torch.dtype, original: bool) -> Fold | None:
+        return directed(self.of.fold(p, wide, original) if original else None, p.layer.view, self.magnitude(p), wide)
 
     def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
         return ((W + self.of.live_delta(p, W)) * self.gain(p)[..., None]).to(W.dtype)

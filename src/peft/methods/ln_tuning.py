@@ -137,6 +137,9 @@ class LNTuningLayer(BaseTunerLayer):
                     raise ValueError(f"The copy of {name!r} at {self._where()!r} is not finite. Nothing was merged.")
         return iter(())
 
+    def check_finite(self, names: tuple[str, ...]) -> None:
+        self.tiles(names)
+
     def _payload(self) -> dict[str, Any]:
         return {"module": self._modules["base_layer"]}
 

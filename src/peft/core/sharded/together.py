@@ -20,8 +20,25 @@ class Together(Mergeable):
     """A layer that merges, whatever spreads its tensors; the payload that unmerging gives back stays spread."""
 
     _modules: dict[str, nn.Module | None]
+    _compact = False  # nothing is spread, as a merge that is under way has found
 
-    def _opened(self, write: bool = False, mesh: bool = True) -> AbstractContextManager[None]:
+    def _merge_here(self, names: tuple[str, ...], keep: bool) -> None:
+        self.__dict__["_compact"] = not self._is_spread()
+        try:
+            super()._merge_here(names, keep)
+        finally:
+            self.__dict__.pop("_compact", None)
+
+    def _is_spread(self) -> bool:
+        return any(
+            t is not None and is_spread(t)
+            for m in self._holders()
+            for d in (m._parameters, m._buffers)
+            for t in d.values()
+        )
+
+    def _holders(self) -> list[nn.Module]:
+        """The modules that hold the layer's tensors."""
         base = self.get_base_layer()
         shared = {id(home): home for p in self.adapters.values() for home in p.shared.values()}
         modules = [base, *shared.values()]
@@ -30,11 +47,17 @@ class Together(Mergeable):
                 modules += (
                     home.modules() if any(m._modules for m in home._modules.values() if m) else (home, *_of(home))
                 )
-        if not any(
-            t is not None and is_spread(t) for m in modules for d in (m._parameters, m._buffers) for t in d.values()
-        ):
+        return modules
+
+    def _opened(self, write: bool = False, mesh: bool = True) -> AbstractContextManager[None]:
+        if self._compact or not self._is_spread():
             return nullcontext()
-        return whole(modules, (self.view.name, self.view.bias_name) if write else (), mesh)
+        return whole(self._holders(), (self.view.name, self.view.bias_name) if write else (), mesh)
+
+    def check_finite(self, names: tuple[str, ...]) -> None:
+        """As `Mergeable.check_finite`."""
+        with self._opened():
+            super().check_finite(names)
 
     @torch.no_grad()
     def tiles(self, names: tuple[str, ...], into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
