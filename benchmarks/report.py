@@ -31,7 +31,8 @@ class Result:
         runs = self.runs.get(side) or []
         if not runs:
             return {}
-        numbers = {key: choose([run[key] for run in runs]) for key in runs[0]}
+        keys = dict.fromkeys(key for run in runs for key in run)  # a repetition may be of some numbers only
+        numbers = {key: choose([run[key] for run in runs if key in run]) for key in keys}
         return numbers | (self.subject.derive(numbers) if self.subject.derive else {})
 
     def as_json(self) -> dict[str, Any]:

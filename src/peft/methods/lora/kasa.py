@@ -70,7 +70,8 @@ class KaSA(LoRA):
         return 1.0
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
-        more = self.drop_rate(p) or p.lora_bias or hooked(p) or not p.layer.cast_input_dtype_enabled
+        more = not inner.view.dense or self.drop_rate(p) or p.lora_bias
+        more = more or hooked(p) or not p.layer.cast_input_dtype_enabled
         found = None if more or type(self).onto is not KaSA.onto else summed(inner, x, self.terms(p))
         return self.onto(p, inner, inner(x), x) if found is None else found
 
