@@ -15,7 +15,8 @@ from benchmarks.measure import Numbers, measure
 from benchmarks.models import ALL_LINEAR, Llama, frozen
 from benchmarks.subjects.steps import step
 
-TURNS = 3  # repetitions of a method in a row, for which its model is made once
+TURNS = 2  # repetitions of a method in a row, for which its model is made once
+ENOUGH = 0.15  # seconds for the calls of one repetition
 TOKENS = 256
 WIDE, NARROW = (512, 1376), (256, 704)  # hidden and inner sizes for a step, and for a token
 TEXT = {"task_type": "CAUSAL_LM"}
@@ -147,12 +148,13 @@ def runs(name: str) -> Iterator[Numbers]:
 
 
 def quickest(work: Callable[[], object], times: int) -> float:
-    """The process time of the quickest of several calls; garbage is collected before, as there are many methods."""
-    found = float("inf")
-    for _ in range(times):
+    """The process time of the quickest of several calls, fewer where `ENOUGH` is spent; garbage is collected before."""
+    found, spent = float("inf"), 0.0
+    while times and spent < ENOUGH:
         start = time.process_time()
         work()
-        found = min(found, time.process_time() - start)
+        last = time.process_time() - start
+        found, spent, times = min(found, last), spent + last, times - 1
     return found
 
 
