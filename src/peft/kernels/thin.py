@@ -32,10 +32,10 @@ def ordinary(x: Tensor, A: Tensor, B: Tensor, scale: Any) -> bool:
 
 
 def takes(x: Tensor, A: Tensor, B: Tensor, scale: Any) -> bool:
-    """Whether an input may be taken in blocks: `ordinary`, not empty, and x no wider than the factors."""
+    """Whether an input may be taken in blocks: `ordinary`, not empty, and x of the factors' dtype or large."""
     if not ordinary(x, A, B, scale) or not x.numel() or not B.numel():
         return False
-    return x.dtype is A.dtype or x.dtype in NARROW
+    return x.dtype is A.dtype or (x.dtype in NARROW and x.numel() > BLOCK)  # of one block a cast is as quick at once
 
 
 def _blocks(count: int, width: int) -> Iterator[slice]:
