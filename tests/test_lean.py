@@ -180,3 +180,14 @@ def test_tracked_objects_and_calls_per_layer():
     one, two = stack(100, 8), stack(300, 8)
     entered = [calls(lambda m=m: get_peft_model(m, config())) for m in (one, two)]
     assert (entered[1] - entered[0]) / 200 <= 120
+
+
+def test_a_second_adapter_asks_no_layer_to_follow_a_switch_first():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoraConfig(target_modules=["0", "1"]))
+    assert model.base_model.call._wanted is not None
+    model.add_adapter("second", LoraConfig(target_modules=["0", "1"]))
+    assert model.base_model.call._wanted is not None
+    with model.disable_adapter():
+        model.add_adapter("third", LoraConfig(target_modules=["0", "1"]))
+        assert all(model.base_model.model[i].disable_adapters for i in (0, 1))
+    assert not any(model.base_model.model[i].disable_adapters for i in (0, 1))

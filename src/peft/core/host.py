@@ -145,6 +145,12 @@ def below(model: nn.Module) -> tuple[list[nn.Module], bool]:
     return list(seen.values()), places > len(seen)
 
 
+def standing(modules: Iterable[nn.Module]) -> list[Any]:
+    """Those of the modules that `below` gives which hold adapters."""
+    kinds = {kind for kind in set(map(type, modules)) if issubclass(kind, AdapterHost)}
+    return [m for m in modules if type(m) in kinds] if kinds else []
+
+
 def hosts(model: nn.Module) -> list[tuple[str, Any]]:
     """All of `tuner_layers`; found quickly where there are none."""
     kinds = set(map(type, below(model)[0]))

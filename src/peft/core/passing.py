@@ -18,9 +18,9 @@ from .host import below
 from .storage import Applied, Packed
 
 
-def let_through(model: nn.Module) -> None:
-    """Prepare every quantised layer of a model, adapted or not."""
-    for module, kind in packed_layers(model):
+def let_through(modules: list[nn.Module]) -> None:
+    """Prepare every quantised layer among the modules of a model, adapted or not."""
+    for module, kind in packed_layers(modules):
         kind.adopt(module)
         if not kind.trains and _pass not in module._forward_hooks.values():
             module.register_forward_hook(_pass)
@@ -28,17 +28,17 @@ def let_through(model: nn.Module) -> None:
 
 def let_go(model: nn.Module) -> None:
     """Take back what `let_through` did."""
-    for module, kind in packed_layers(model):
+    for module, kind in packed_layers(below(model)[0]):
         kind.release(module)
         for key, hook in list(module._forward_hooks.items()):
             if hook is _pass:
                 del module._forward_hooks[key]
 
 
-def packed_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Packed]]:
+def packed_layers(modules: list[nn.Module]) -> Iterator[tuple[nn.Module, Packed]]:
     """The layers whose weight is quantised, and its storage."""
     plain: set[tuple[type, type]] = set()  # of modules and their weights
-    for module in below(model)[0]:
+    for module in modules:
         weight = module._parameters.get("weight")
         if (type(module), type(weight)) in plain:
             continue

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import PeftWarning, nearest, report
 from . import experts, passing, storage, views
-from .host import hosts
+from .host import below, standing
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
 from .mold import Casting
@@ -68,21 +68,23 @@ class Injection(Casting, Placing):
     def run(self, state_dict: Any = None) -> None:
         """Everything, in order; `state_dict`'s keys, if given, decide which modules are adapted."""
         config = self.config
-        disabled = [layer.disable_adapters for _, layer in hosts(self.model)]
-        first = not disabled
+        seen = below(self.model)
+        held = standing(seen[0])
+        first, off = not held, self._are_off(held)
         ranges = getattr(config, "layer_replication", None)
         if ranges and first:
             self.undo.append(replicate(self.model, ranges))
+            seen = below(self.model)
         elif ranges:
             check_repeated(ranges, [c for n, c in self.tuner.peft_config.items() if n != self.name])
-        self.places = places(self.model)
+        self.places = places(self.model, seen)
         if state_dict is None:
             self.undo.append(experts.rewrite(config, self.model))
         plan = self.tuner.match(self.model, config, self.name, state_dict)
         if first:
-            self._freeze()
+            self._freeze(seen[0])
             self.undo.append(partial(passing.let_go, self.model))
-            passing.let_through(self.model)
+            passing.let_through(seen[0])
         self._share(plan)
         self._targets(plan)
         self._tied_adapters(plan)
@@ -92,7 +94,7 @@ class Injection(Casting, Placing):
         self._tokens(plan)
         for layer in self.full:
             layer.set_requires_grad(self.name, False)
-        if disabled and all(disabled):  # new layers of a disabled model are so too
+        if off:  # new layers of a disabled model are so too
             for _, layer in tuner_layers(self.model):
                 layer._set_disabled(True)
         self._biases()
@@ -103,6 +105,13 @@ class Injection(Casting, Placing):
             known = Roster(self.tuner, self.placed)
             known.told(self.name, self.tables, self.full)
             self.tuner.__dict__["_roster"] = known
+
+    def _are_off(self, held: list[Any]) -> bool:
+        """Whether all that holds adapters runs without them; layers that have yet to follow a switch are not asked."""
+        call = self.tuner.call
+        if call.disabled is not None and all(isinstance(m, BaseTunerLayer) and m.call is call for m in held):
+            return bool(held) and call.disabled
+        return bool(held) and all(m.disable_adapters for m in held)
 
     def _share(self, plan: Any) -> None:
         """Make what all layers of the adapter share, and file it in the tuner."""

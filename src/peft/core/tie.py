@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 Place = tuple["nn.Module", str]
 
 
-def places(model: nn.Module) -> dict[int, list[Place]]:
+def places(model: nn.Module, walked: tuple[list[nn.Module], bool] | None = None) -> dict[int, list[Place]]:
     """The modules that stand at several places: id -> (parent, name of the child) of each place.
 
-    Like every walk, it does not enter the modules of adapters.
+    Like every walk, it does not enter the modules of adapters. `walked` is what `below` says of the model, where known.
     """
-    if not below(model)[1]:
+    if not (below(model) if walked is None else walked)[1]:
         return {}
     found: dict[int, list[Place]] = {}
     stack, seen = [model], {id(model)}

@@ -18,7 +18,7 @@ from .blocks import one_scratch
 from .call import Call
 from .collector import no_collection
 from .combined import Combined
-from .host import hosts
+from .host import below, hosts, standing
 from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
 from .rounding import MergeError
@@ -219,8 +219,9 @@ class BaseTuner(Switching, Combined, nn.Module):
                 f"The adapter {name!r} runs the whole model in its own way ({config.peft_type}), so it must be the "
                 "model's first. Wrap the model with it, then add the others."
             )
-        layers = hosts(model)
-        if any(name in layer._get_available_adapters() for _, layer in layers):
+        for m in standing(below(model)[0]):
+            if name not in (m.adapters if isinstance(m, BaseTunerLayer) else m._get_available_adapters()):
+                continue
             raise ValueError(f"The model has an adapter {name!r} already. Delete it first, or choose another name.")
         bias = getattr(config, "bias", "none")
         own = f"{str(getattr(config.peft_type, 'value', config.peft_type)).lower()}_only"

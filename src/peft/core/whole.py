@@ -54,8 +54,8 @@ class Placing:
         swap(module)
         self.undo.append(lambda: swap(instead_of))
 
-    def _freeze(self) -> None:
-        tables = [m._parameters for m in below(self.model)[0] if m._parameters]
+    def _freeze(self, modules: list[nn.Module] | None = None) -> None:
+        tables = [m._parameters for m in (below(self.model)[0] if modules is None else modules) if m._parameters]
         trainable = [p for table in tables for p in table.values() if p is not None and p.requires_grad]
 
         def put(flag: bool) -> None:
