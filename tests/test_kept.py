@@ -9,8 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from peft import AdaLoraConfig, BOFTConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model, set_peft_model_state_dict
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    KasaConfig,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from peft import get_peft_model_state_dict as state_of
+from peft.core.kept import KEPT
 from test_base_square import put
 
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
@@ -19,9 +29,13 @@ KINDS = {
     "dora-vera": lambda: VeraConfig(target_modules=["0"], r=4, use_dora=True),
     "oft": lambda: OFTConfig(target_modules=["0"], oft_block_size=8, use_cayley_neumann=False),
     "oft-series": lambda: OFTConfig(target_modules=["0"], oft_block_size=8),
+    "pissa": lambda: LoraConfig(target_modules=["0"], r=4, init_lora_weights="pissa"),
+    "olora": lambda: LoraConfig(target_modules=["0"], r=4, init_lora_weights="olora"),
+    "kasa": lambda: LoraConfig(target_modules=["0"], r=4, kasa_config=KasaConfig()),
     "boft": lambda: BOFTConfig(target_modules=["0"], boft_block_size=8),
 }
 each = pytest.mark.parametrize("kind", KINDS)
+each_beside_others = pytest.mark.parametrize("kind", [k for k in KINDS if k != "kasa"])  # of which one can be active
 
 
 def adapted(kind):
@@ -43,9 +57,14 @@ def tensors(model):
 def fresh(model):
     """What the model gives where nothing is kept."""
     twin = copy.deepcopy(model)
-    assert not any("kept" in p.cache and p.cache["kept"].value for p in adapters(twin))
+    assert not any(held(p) is not None and held(p).value for p in adapters(twin))
     with torch.no_grad():
         return twin(X)
+
+
+def held(p):
+    """What an adapter keeps."""
+    return next((p.cache[what] for what in KEPT if what in p.cache), None)
 
 
 def adapters(model):
@@ -77,10 +96,10 @@ def test_something_is_kept(kind):
     model, layer = adapted(kind)
     with torch.no_grad():
         model(X)
-    held = layer.adapters["default"].cache["kept"]
+    first = held(layer.adapters["default"])
     with torch.no_grad():
         model(X)
-    assert layer.adapters["default"].cache["kept"] is held
+    assert first is not None and held(layer.adapters["default"]) is first
 
 
 @each
@@ -159,7 +178,7 @@ def test_loading_and_switching_are_noticed(kind):
         check(model)
 
 
-@each
+@each_beside_others
 def test_merging_others_and_for_good_is_noticed(kind):
     model, layer = adapted(kind)
     model.add_adapter("other", KINDS[kind]())

@@ -26,7 +26,7 @@ from peft import (
     create_arrow_model,
     get_peft_model,
 )
-from peft.methods.lora.alora import last_offsets
+from peft.methods.lora.offsets import last_offsets
 
 HERE = Path(__file__).parent
 

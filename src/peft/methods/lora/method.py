@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...core.direct import EVERYWHERE, FORWARD
 from ...core.files import keys_in_hand
+from ...core.kept import kept, lasting
 from ...core.method import LowRank, Method, Site
 from ...core.stack import Adapter, Stack
 from ...core.terms import Term, over
@@ -194,8 +195,10 @@ class LoRA(LowRank):
                     return lowrank.linear(x, W, held["bias"], a, b, p.scaling, rate)
         return self.onto(p, inner, inner(x), x)
 
-    def terms(self, p: Adapter) -> tuple[Term, Term]:
-        """What is added, and what an initialisation takes out."""
+    def terms(self, p: Adapter) -> tuple[Term, ...]:
+        """What is added, and what an initialisation takes out; in evaluation both together, which is kept."""
+        if lasting(p):
+            return ((*kept(p, lambda: self.factors(p), what="factors"), self.scaling(p)),)
         (A, B), (A0, B0), s = self.own_factors(p), self.first_factors(p), self.scaling(p)
         return (A, B, s), (A0.to(A.dtype), B0.to(B.dtype), -s)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from ...core.companion import Companion
 from ...core.layer import tuner_layers
 from . import corda, kasa, loraga, monteclora
-from .alora import Offsets
 from .calibration import at
 from .init import DERIVED, FIRST
+from .offsets import Offsets
 
 
 class Whole(Companion):
