@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 
+from peft import LoraConfig, get_peft_model
 from peft.core.pattern import Selector, Table, suffixes
 from peft.core.plan import compact
 from peft.core.replicate import replicate
@@ -299,6 +301,35 @@ def test_all_linear_leaves_out_what_it_cannot_adapt_and_says_so():
     assert "mamba" in skipped["out_proj"]
     with pytest.raises(ValueError, match="mamba"):
         match(model, Config(["out_proj"]))
+
+
+def grouped(rows):
+    """A model with a block diagonal layer, as transformers' DeepSeek-V4 has it: an nn.Linear by name alone."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.blocks = nn.Linear(12, 12), DeepseekV4GroupedLinear(6, 8, 2)
+
+        def forward(self, x):
+            return self.blocks(self.first(x).unflatten(-1, (2, 6))).flatten(-2)
+
+    return Model(), torch.randn(rows, 12)
+
+
+def test_block_diagonal_layers_are_no_linear_ones_and_their_weights_are_adapted():
+    model, x = grouped(2)  # as many rows as groups
+    with pytest.raises(ValueError, match=r"DeepseekV4GroupedLinear multiplies groups .*\['blocks.weight'\]"):
+        match(model, Config(["blocks"]))
+    assert match(model, Config("all-linear")).module_names == ["first"]
+    fields = {"target_modules": [], "target_parameters": ["blocks.weight"], "init_lora_weights": False}
+    model = get_peft_model(model, LoraConfig(r=2, **fields)).eval()
+    with torch.no_grad():
+        wanted = model(x)
+        with model.disable_adapter():
+            assert not torch.allclose(model(x), wanted)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), wanted)
 
 
 def test_the_callback_decides_what_is_supported():

@@ -31,6 +31,7 @@ __all__ = [
     "ParameterDict",
     "Template",
     "embed_scale",
+    "is_grouped",
     "is_linear",
     "linear_module",
     "main_input",
@@ -77,6 +78,11 @@ def _find(m: nn.Module) -> LinearView:
         return _PARALLEL
     if is_engine(type(m)):
         return _ENGINE
+    if is_grouped(type(m)):
+        raise ValueError(
+            f"{type(m).__name__} multiplies groups of its input by parts of its weight, which is no W x. Adapt the "
+            "weight itself: name it in target_parameters."
+        )
     sized = hasattr(m, "in_features") and hasattr(m, "out_features") and not is_fused(type(m))
     held = storage.by_class(type(m))
     sized = sized and (held is None or bool(held.weights))
@@ -96,8 +102,15 @@ def supported(m: nn.Module) -> bool:
 
 def is_linear(kind: type) -> bool:
     """Whether layers of this class are what `target_modules="all-linear"` means."""
+    if is_grouped(kind):
+        return False
     conv1d = any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in kind.__mro__)
     return conv1d or issubclass(kind, nn.Linear) or is_parallel(kind) or is_engine(kind) or _is_packed_linear(kind)
+
+
+def is_grouped(kind: type) -> bool:
+    """Whether a class that calls itself a linear layer is a block diagonal one, as in transformers' DeepSeek-V4."""
+    return any(c.__name__.endswith("GroupedLinear") for c in kind.__mro__)
 
 
 def _is_packed_linear(kind: type) -> bool:

@@ -37,6 +37,9 @@ class ParameterView(LinearView):
 
     why = "a parameter: the product that a bias would be added to is its module's own, out of reach"
 
+    def own_forward(self, m: Layer) -> bool:
+        return False  # whatever the module does with its weight, it does with a new one
+
     def check_dropout(self, path: str, argument: str) -> None:
         raise ValueError(
             f"{argument} has no meaning for {path!r}, a parameter that its module reads: the adapter has no input of "
