@@ -211,7 +211,8 @@ def live_bytes() -> int:
     gc.collect()
     found: dict[int, int] = {}
     for t in gc.get_objects():
-        if type(t) in (Tensor, nn.Parameter) and t.device.type != "meta":
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t) if isinstance(t, Tensor) else False
+        if type(t) in (Tensor, nn.Parameter) and t.device.type != "meta" and not wrapped:  # that holds no bytes itself
             storage = t.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import pickle
 import sys
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.core.deferred import Deferred
 from peft.core.mold import Mold
 from peft.core.place import Injection
 from peft.core.recall import Recipes
@@ -103,8 +105,24 @@ CASES = {
 }
 
 
+@pytest.fixture
+def no_garbage():
+    """What other tests have left is not collected, and finalised, meanwhile."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture(params=["waiting", "at once"])
+def follow(request, monkeypatch):
+    """Layers follow a switch when they run, or at once, as they do when a program has been traced."""
+    monkeypatch.setattr(Deferred, "at_once", request.param == "at once")
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("follow")
 def test_it_is_as_if_it_had_been_placed_anew(tmp_path, injections, case, training):
     settings, options = CASES[case]
     dtype = settings.get("dtype", torch.float32)
@@ -133,7 +151,8 @@ def loaded(tmp_path, **settings):
     return PeftModel.from_pretrained(base(**{k: v for k, v in settings.items() if k == "dtype"}), tmp_path / "a")
 
 
-def test_a_load_costs_the_same_however_many_there_are(tmp_path):
+@pytest.mark.usefixtures("follow")
+def test_a_load_costs_the_same_however_many_there_are(tmp_path, no_garbage):
     model, calls = loaded(tmp_path), []
 
     def count(frame, event, arg):
@@ -207,6 +226,7 @@ def test_other_settings_and_other_shapes_are_placed_anew(tmp_path, injections):
     assert injections == ["alpha", "rank", "layer"]
 
 
+@pytest.mark.usefixtures("follow")
 def test_settings_that_are_changed_later_are_the_adapters_own(tmp_path, injections):
     model = loaded(tmp_path)
     injections.clear()

@@ -73,7 +73,8 @@ class Mold:
         p = layer.adapters[name]
         self.kind, self.name, self.start = type(layer), name, start
         self.view, self.call, self.plain = layer.view, layer.call, layer._plain
-        self.values = [(k, v) for k, v in p.__dict__.items() if k not in OWN]
+        # what an active adapter notes of its own layer is no part of others
+        self.values = [(k, None if k == "hot" else v) for k, v in p.__dict__.items() if k not in OWN]
         self.idle = p.idle
         self.parts: list[Any] = []  # the modules: of a dropout its arguments, of a matrix its sizes too
         for key, home in layer._modules.items():
