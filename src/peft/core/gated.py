@@ -141,8 +141,8 @@ class Switched(nn.Module):
     def _traced(self) -> bool:
         """A program is traced that runs this layer."""
         traced()
+        self._noted()
         d, like = self.__dict__, self._scalars()
-        d.update(_names=self._names, _off=self._off)  # as what a layer's class says of them is guarded, too
         graph = d.get("_graph")
         stack = _stack(graph)
         if stack is None or d["_flag"].device != like[1] or not all(twin.fits(like) for twin in stack.adapters):
@@ -150,6 +150,11 @@ class Switched(nn.Module):
                 p.twin = None
             d["_flag"] = self.call.flag(like[1], not self._off)
             self._regraph()
+        return True
+
+    def _noted(self) -> bool:
+        """The layer holds its state itself, as what its class says of it is guarded, too: before a graph reads it."""
+        self.__dict__.update(_names=self._names, _off=self._off)
         return True
 
     def _compiled(self) -> Any:
@@ -172,7 +177,9 @@ class Switched(nn.Module):
             self.adapters[twin.name].gates = False
         return True
 
-    _traced._dynamo_marked_constant = _without_gate._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    for _hidden in (_traced, _noted, _without_gate):
+        _hidden._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    del _hidden
 
     def _regraph(self) -> None:
         """The state of a layer that has been traced has changed."""

@@ -217,6 +217,8 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
     @property
     def _active(self) -> tuple[str, ...]:
         self.call.settle()
+        if torch.compiler.is_dynamo_compiling():
+            self._noted()
         return self._names
 
     @_active.setter
@@ -227,6 +229,8 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
     @property
     def _disabled(self) -> bool:  # type: ignore[override]
         self.call.settle()
+        if torch.compiler.is_dynamo_compiling():
+            self._noted()
         return self._off
 
     def _set_disabled(self, disabled: bool) -> None:
