@@ -247,6 +247,8 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
     def follow(self, names: tuple[str, ...] | None, off: bool | None) -> None:
         """Be as a switch of all layers says; see `Deferred`."""
         d = self.__dict__
+        if torch.compiler.is_dynamo_compiling():
+            self._noted()
         if names is not None:
             d["_names"] = names
         if off is not None:
