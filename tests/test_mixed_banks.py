@@ -424,6 +424,16 @@ def test_a_compiled_graph_holds_all_adapters():
         close(compiled(x), apart(model, x, names), 1e-5)
 
 
+def in_turns(adapters):
+    """Two layers under so many adapters, and a batch whose rows are under one after the other."""
+    torch.manual_seed(0)
+    options = {"r": 4, "target_modules": ["0", "1"], "init_lora_weights": False}
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoraConfig(**options), "a0")
+    for i in range(1, adapters):
+        model.add_adapter(f"a{i}", LoraConfig(**options))
+    return model, [f"a{i % adapters}" for i in range(32)], torch.randn(32, 8)
+
+
 class Counted(TorchDispatchMode):
     """Counts operations."""
 
@@ -436,12 +446,7 @@ class Counted(TorchDispatchMode):
 
 @pytest.mark.parametrize("adapters", [2, 16])
 def test_the_number_of_operations_does_not_depend_on_that_of_adapters(adapters):
-    torch.manual_seed(0)
-    options = {"r": 4, "target_modules": ["0", "1"], "init_lora_weights": False}
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoraConfig(**options), "a0")
-    for i in range(1, adapters):
-        model.add_adapter(f"a{i}", LoraConfig(**options))
-    names, x = [f"a{i % adapters}" for i in range(32)], torch.randn(32, 8)
+    model, names, x = in_turns(adapters)
     with torch.no_grad():
         model.eval()(x, adapter_names=names)
         layer = model.base_model.model[0]
@@ -466,12 +471,7 @@ def test_what_inference_mode_has_kept_is_not_in_the_way_of_gradients(method):
 
 @pytest.mark.parametrize("adapters", [2, 16])
 def test_a_layer_in_a_mixed_batch_takes_few_calls_for_any_number_of_adapters(adapters):
-    torch.manual_seed(0)
-    options = {"r": 4, "target_modules": ["0", "1"], "init_lora_weights": False}
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoraConfig(**options), "a0")
-    for i in range(1, adapters):
-        model.add_adapter(f"a{i}", LoraConfig(**options))
-    names, x = [f"a{i % adapters}" for i in range(32)], torch.randn(32, 8)
+    model, names, x = in_turns(adapters)
     model.eval()
     first, second = model.base_model.model
     with torch.no_grad(), first.call.open(names=tuple(names), beams=1, length=None):
@@ -484,12 +484,7 @@ def test_a_layer_in_a_mixed_batch_takes_few_calls_for_any_number_of_adapters(ada
 
 @pytest.mark.parametrize("adapters", [2, 16])
 def test_training_takes_as_many_operations_for_any_number_of_adapters(adapters):
-    torch.manual_seed(0)
-    options = {"r": 4, "target_modules": ["0", "1"], "init_lora_weights": False}
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), LoraConfig(**options), "a0")
-    for i in range(1, adapters):
-        model.add_adapter(f"a{i}", LoraConfig(**options))
-    names, x = [f"a{i % adapters}" for i in range(32)], torch.randn(32, 8)
+    model, names, x = in_turns(adapters)
     for _, layer in tuner_layers(model.eval()):
         layer.set_requires_grad([f"a{i}" for i in range(adapters)])
     model(x, adapter_names=names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,16 @@ def names(adapters: int) -> list[str]:
     return [known[i % adapters] for i in range(ROWS)]
 
 
+def beside(bare: Callable[[], object], runs: dict[int, Callable[[], object]], times: int) -> Iterator[Numbers]:
+    """Repetitions of what runs for each number of adapters, with the bare model's before every one."""
+    while True:
+        numbers: Numbers = {}
+        for n, run in runs.items():
+            numbers["bare"] = min(numbers.get("bare", 1.0), smallest(bare, 5, times))
+            numbers[f"{n} adapters"] = smallest(run, 5, times)
+        yield numbers
+
+
 @measure(
     "mixed batch, 128 rows of one token, 8 x Linear(256, 256), r=8",
     repeats=3,
@@ -48,13 +59,8 @@ def mixed() -> Iterator[Numbers]:
     x = torch.randn(ROWS, 256)
     bare = frozen(stack(8, 256)).eval()
     models = {n: (served(n), names(n)) for n in COUNTS}
-    while True:
-        numbers = {}
-        for n, (model, turns) in models.items():
-            run = lambda model=model, turns=turns: model(x, adapter_names=turns)  # noqa: E731
-            numbers["bare"] = min(numbers.get("bare", 1.0), smallest(lambda: bare(x), 5, 20))
-            numbers[f"{n} adapters"] = smallest(run, 5, 20)
-        yield numbers
+    runs = {n: partial(m, x, adapter_names=turns) for n, (m, turns) in models.items()}
+    yield from beside(partial(bare, x), runs, 20)
 
 
 @measure("mixed batch in training, 128 rows of one token, 8 x Linear(256, 256), r=8", repeats=3, derive=added)
@@ -63,12 +69,7 @@ def mixed_train() -> Iterator[Numbers]:
     x = torch.randn(ROWS, 256, requires_grad=True)
     bare = step(frozen(stack(8, 256)).eval(), x)
     steps = {n: learning(served(n), x, names(n)) for n in COUNTS}
-    while True:
-        numbers = {}
-        for n, run in steps.items():
-            numbers["bare"] = min(numbers.get("bare", 1.0), smallest(bare, 5, 5))
-            numbers[f"{n} adapters"] = smallest(run, 5, 5)
-        yield numbers
+    yield from beside(bare, steps, 5)
 
 
 def learning(model: nn.Module, x: Tensor, turns: list[str]) -> Callable[[], None]:
@@ -91,13 +92,8 @@ def mixed_block() -> Iterator[Numbers]:
     x, shape = torch.randn(ROWS, 1, 256), (2, 256, 688, 4, 256)
     bare = frozen(Llama(*shape)).eval()
     models = {n: (under(Llama(*shape), n, target_modules=ALL_LINEAR), names(n)) for n in COUNTS}
-    while True:
-        numbers = {}
-        for n, (model, turns) in models.items():
-            run = lambda model=model, turns=turns: model(x, adapter_names=turns)  # noqa: E731
-            numbers["bare"] = min(numbers.get("bare", 1.0), smallest(lambda: bare(x), 5, 10))
-            numbers[f"{n} adapters"] = smallest(run, 5, 10)
-        yield numbers
+    runs = {n: partial(m, x, adapter_names=turns) for n, (m, turns) in models.items()}
+    yield from beside(partial(bare, x), runs, 10)
 
 
 class Experts(nn.Module):

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LIMIT = 100_000_000  # bytes of a head, as the format has it
@@ -316,9 +317,7 @@ def _sum(data: Tensor) -> int:
         data = data.clone()
     count = data.numel() // CHUNK
     sums = data[: count * CHUNK].view(torch.int64).view(count, CHUNK // 8).sum(1)
-    tail = bytes(data[count * CHUNK :].tolist()) if data.numel() % 8 else data[count * CHUNK :].view(torch.int64)
-    if isinstance(tail, bytes):
-        tail = torch.frombuffer(bytearray(tail.ljust(CHUNK, b"\0")), dtype=torch.int64)
+    tail = F.pad(data[count * CHUNK :], (0, -data.numel() % 8)).view(torch.int64)
     return int(sums.dot(torch.arange(1, 2 * count + 1, 2))) + (2 * count + 1) * int(tail.sum())
 
 

@@ -27,14 +27,8 @@ from .tie import inside
 
 _NOTHING: dict[str, Any] = {}  # what a new adapter has under compile; replaced when the layer first runs
 _LAYER = {"training", "_parameters", "_buffers", "_modules", "view", "call", "adapters", "_plain"}
-_STATE = {
-    "_names",
-    "_off",
-    "_run",
-    "_by_task",
-    "_by_input",
-    *GRAPH,
-}  # that decides nothing of what adapters are made of
+# what decides nothing of what an adapter is made of
+_STATE = {"_names", "_off", "_run", "_by_task", "_by_input", *GRAPH}
 OWN = {"layer", "path", "cache", "direct", "plan", "twin"}  # what no other adapter has
 _SHAPES = ("in_features", "out_features")
 _part = torch.Tensor._make_subclass

@@ -232,8 +232,8 @@ class Search:
         base = innermost(module) if kind == "tuner" else module
         if views.is_grouped(type(base)):
             return (
-                f"{type(base).__name__} multiplies groups of its input by parts of its weight, which is no W x; adapt "
-                f"the weight itself, with target_parameters=['{path}.weight']"
+                f"{type(base).__name__} {views.GROUPED}; adapt the weight itself, with "
+                f"target_parameters=['{path}.weight']"
             )
         if not self._can_adapt(base):
             return (

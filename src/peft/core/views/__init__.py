@@ -20,6 +20,7 @@ from .parameter import AttentionView, ParameterView
 
 __all__ = [
     "FUSES",
+    "GROUPED",
     "LABELS",
     "PLAIN",
     "READS",
@@ -42,6 +43,7 @@ __all__ = [
 
 _LINEAR, _CONV1D, _EMBEDDING, _ATTENTION = LinearView(), Conv1DView(), EmbeddingView(), AttentionView()
 _WHOLE, _PARALLEL, _ENGINE = ModuleView(), ParallelView(), EngineView()
+GROUPED = "multiplies groups of its input by parts of its weight, which is no W x"
 READS, FUSES = "always", "where it can"
 _CONVS = {nn.Conv1d: ConvView(1), nn.Conv2d: ConvView(2), nn.Conv3d: ConvView(3)}
 LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper")
@@ -79,10 +81,7 @@ def _find(m: nn.Module) -> LinearView:
     if is_engine(type(m)):
         return _ENGINE
     if is_grouped(type(m)):
-        raise ValueError(
-            f"{type(m).__name__} multiplies groups of its input by parts of its weight, which is no W x. Adapt the "
-            "weight itself: name it in target_parameters."
-        )
+        raise ValueError(f"{type(m).__name__} {GROUPED}. Adapt the weight itself: name it in target_parameters.")
     sized = hasattr(m, "in_features") and hasattr(m, "out_features") and not is_fused(type(m))
     held = storage.by_class(type(m))
     sized = sized and (held is None or bool(held.weights))

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...core.method import Site
 from ...core.stack import Adapter, Stack
 from .method import LoRA
-from .offsets import Found, positions
+from .offsets import positions
 
 
 class ALoRA(LoRA):
@@ -78,6 +78,6 @@ class ALoRA(LoRA):
                 f"aLoRA: the layer {p.path!r} got {len(x)} rows, but there are {len(offsets)} offsets, one for each "
                 "row of the batch. Leave layers that regroup rows out (`exclude_modules`)."
             )
-        if names is None and isinstance(found, Found) and not torch.compiler.is_compiling():
+        if names is None and not torch.compiler.is_compiling():
             return found.mask(p.name, x)
         return positions(offsets, x)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.kept import kept, lasting
 from ...core.method import Site, low_rank
 from ...core.stack import Adapter, Stack
 from ...core.terms import Term, summed
@@ -63,10 +62,7 @@ class KaSA(LoRA):
         up = B * (p.held("lora_diag") * p.scaling)[..., None, :]
         return torch.cat([A, Q], -2), torch.cat([up, -P], -1)
 
-    def terms(self, p: Adapter) -> tuple[Term, ...]:
-        """In evaluation the factors of both together, which are kept."""
-        if lasting(p):
-            return ((*kept(p, lambda: self.factors(p), what="factors"), 1.0),)
+    def apart(self, p: Adapter) -> tuple[Term, ...]:
         (A, B), (Q, P) = self.own_factors(p), self.first_factors(p)
         return (A, B, p.held("lora_diag") * p.scaling), (Q, P, -1.0)
 

@@ -199,6 +199,10 @@ class LoRA(LowRank):
         """What is added, and what an initialisation takes out; in evaluation both together, which is kept."""
         if lasting(p):
             return ((*kept(p, lambda: self.factors(p), what="factors"), self.scaling(p)),)
+        return self.apart(p)
+
+    def apart(self, p: Adapter) -> tuple[Term, ...]:
+        """Each by itself."""
         (A, B), (A0, B0), s = self.own_factors(p), self.first_factors(p), self.scaling(p)
         return (A, B, s), (A0.to(A.dtype), B0.to(B.dtype), -s)
 
