@@ -109,7 +109,7 @@ def is_linear(kind: type) -> bool:
 
 def is_grouped(kind: type) -> bool:
     """Whether a class that calls itself a linear layer is a block diagonal one, as in transformers' DeepSeek-V4."""
-    return any(c.__name__.endswith("GroupedLinear") for c in kind.__mro__)
+    return any(c.__name__.endswith("GroupedLinear") for c in kind.__mro__) and not is_fused(kind)
 
 
 def _is_packed_linear(kind: type) -> bool:
