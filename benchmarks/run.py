@@ -130,9 +130,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     sides, results = opened(options, log), []
     start = time.monotonic()
     for subject in (MEASURES[name] for name in options.only or MEASURES):
+        begun = time.monotonic()
         result = compare(subject, sides, max(1, round(subject.repeats * options.repeats)))
         results.append(result)
-        print("\n" + text(result), flush=True)
+        print(f"\n{text(result)}\n({subject.name}: {time.monotonic() - begun:.0f} s)", flush=True)
     for side in sides:
         side.close()
     print(f"\n{time.monotonic() - start:.0f} s; messages of the processes: {log}")
