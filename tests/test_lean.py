@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from peft.core.deferred import Deferred
 from peft.core.layer import BaseTunerLayer
 from peft.core.lean import TABLES, Lean
-from peft.core.mold import Casting
+from peft.core.mold import Casting, Mold
+from peft.core.walking import walk
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +102,42 @@ def test_casts_are_what_making_in_full_gives(monkeypatch, start, more, name):
         assert {k: v for k, v in vars(p).items() if k not in apart} == {
             k: v for k, v in vars(q).items() if k not in apart
         }
+
+
+@pytest.mark.parametrize("when", [1, 2, 4])
+@pytest.mark.parametrize("further", [False, True])
+def test_a_cast_that_fails_leaves_the_model_as_it_was(monkeypatch, further, when):
+    torch.manual_seed(0)
+    base = stack(6, 8)
+    model = get_peft_model(base, config(init_lora_weights=False)) if further else base
+    x, before = torch.randn(2, 8), list(model.named_modules())
+    y, count, cast = model(x), iter(range(99)), Mold.add
+
+    def add(self, layer, *args):
+        if next(count) == when:
+            raise MemoryError("none left")
+        cast(self, layer, *args)
+
+    monkeypatch.setattr(Mold, "add", add)
+    with pytest.raises(MemoryError, match="none left"):
+        model.add_adapter("b", config()) if further else get_peft_model(base, config())
+    assert list(model.named_modules()) == before and torch.equal(model(x), y)
+    monkeypatch.undo()
+    again = model if further else get_peft_model(base, config())
+    again.add_adapter("b" if further else "c", config())
+    assert len(layers(again)) == 6
+
+
+def test_the_walk_over_a_model_leaves_nothing_behind():
+    model = stack(50, 8)
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(gc.get_objects())
+        assert len(list(walk(model))) == 101
+        assert len(gc.get_objects()) - before < 5
+    finally:
+        gc.enable()
 
 
 def test_dropout_that_does_nothing_is_made_when_asked_for():

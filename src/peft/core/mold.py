@@ -175,9 +175,9 @@ class Casting:
             yield from targets
             return
         parents: dict[str, nn.Module] = {}
-        fresh: list[tuple[dict[str, Any], str, nn.Module]] = []
+        fresh: list[BaseTunerLayer] = []
         added: list[BaseTunerLayer] = []
-        self.undo.append(partial(_taken_out, self.name, fresh, added))
+        self.undo.append(partial(self._taken_out, fresh, added))
         patterns = bool(tables(config))
         with torch.no_grad():
             for target in targets:
@@ -204,15 +204,15 @@ class Casting:
                 parent = parents[up] = self._at(up)
             if views.reads_weights(parent):
                 return False
-            children = parent.__dict__["_modules"]
             layer = mold.layer(target.module)
-            fresh.append((children, leaf, target.module))
-            children[leaf] = layer
+            mold.add(layer, target.path, self.tables)
+            fresh.append(layer)
+            parent.__dict__["_modules"][leaf] = layer
         elif mold.fits(layer):
             added.append(layer)
+            mold.add(layer, target.path, self.tables)
         else:
             return False
-        mold.add(layer, target.path, self.tables)
         self.placed.append(layer)
         return True
 
@@ -222,14 +222,14 @@ class Casting:
             module = inside(module._modules[name])
         return module
 
-
-def _taken_out(name: str, fresh: list[tuple[dict[str, Any], str, nn.Module]], added: list[BaseTunerLayer]) -> None:
-    for children, leaf, module in fresh:
-        children[leaf] = module
-    for layer in added:
-        layer._drop(name)
-        layer._replan()
-    changed()
+    def _taken_out(self, fresh: list[BaseTunerLayer], added: list[BaseTunerLayer]) -> None:
+        for layer in fresh:
+            up, _, leaf = layer.adapters[self.name].path.rpartition(".")
+            self._at(up)._modules[leaf] = layer._modules["base_layer"]
+        for layer in added:
+            layer._drop(self.name)
+            layer._replan()
+        changed()
 
 
 def _bare(kind: type[nn.Module], training: bool) -> Any:

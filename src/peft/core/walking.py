@@ -37,7 +37,7 @@ def walk(model: nn.Module, again: list[tuple[str, nn.Module]] | None = None) -> 
     `again` receives path and module of every further place.
     """
     found: list[tuple[str, nn.Module]] = []
-    seen: dict[int, nn.Module] = {}
+    seen: set[int] = set()
     kinds: dict[type, str] = {}  # a function for each module would cost more than all else here
 
     def visit(path: str, module: nn.Module) -> None:
@@ -46,7 +46,7 @@ def walk(model: nn.Module, again: list[tuple[str, nn.Module]] | None = None) -> 
             if again is not None:
                 again.append((path, module))
             return
-        seen[key] = module
+        seen.add(key)
         found.append((path, module))
         inner = module if type(module) in kinds else inside(module)
         kind = type(inner)
@@ -59,6 +59,7 @@ def walk(model: nn.Module, again: list[tuple[str, nn.Module]] | None = None) -> 
                     visit(prefix + name, child)
 
     visit("", model)
+    del visit  # it refers to itself, and would keep all of this until the collector comes
     return iter(found)
 
 
