@@ -39,27 +39,24 @@ def walk(model: nn.Module, again: list[tuple[str, nn.Module]] | None = None) -> 
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
     kinds: dict[type, str] = {}  # a function for each module would cost more than all else here
-
-    def visit(path: str, module: nn.Module) -> None:
+    stack = [("", model)]
+    while stack:
+        place = stack.pop()
+        path, module = place
         key = id(module)
         if key in seen:
             if again is not None:
-                again.append((path, module))
-            return
+                again.append(place)
+            continue
         seen.add(key)
-        found.append((path, module))
+        found.append(place)
         inner = module if type(module) in kinds else inside(module)
         kind = type(inner)
         if kind not in kinds:
             kinds[kind] = kind_of(kind)
         if inner._modules and kinds[kind] not in ("aux", "tuner"):
             prefix = path + "." if path else ""
-            for name, child in inner._modules.items():
-                if child is not None:
-                    visit(prefix + name, child)
-
-    visit("", model)
-    del visit  # it refers to itself, and would keep all of this until the collector comes
+            stack += [(prefix + name, m) for name, m in reversed(inner._modules.items()) if m is not None]
     return iter(found)
 
 
