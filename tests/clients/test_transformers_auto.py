@@ -111,12 +111,22 @@ def test_heads_of_tasks_come_with_the_adapter(task, tmp_path):
 
 
 @pytest.fixture
-def said(caplog):
+def said():
     """What transformers warns of: a pipeline over a class that it does not know says so."""
-    logging.getLogger("transformers").propagate = True
-    transformers.logging.enable_propagation()
-    yield lambda: [r.getMessage() for r in caplog.records if "is not supported" in r.getMessage()]
-    transformers.logging.disable_propagation()
+    records, logger = [], logging.getLogger("transformers")
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger.addHandler(handler)
+    yield lambda: [r.getMessage() for r in records if "is not supported" in r.getMessage()]
+    logger.removeHandler(handler)
+
+
+def test_a_class_that_a_pipeline_does_not_know_is_warned_of(said):
+    class Unknown(transformers.BertModel):
+        pass
+
+    transformers.pipeline("text-classification", model=seeded(Unknown, bert_config()), tokenizer=tokenizer())
+    assert len(said()) == 1
 
 
 def test_a_pipeline_generates_text(llama_folder, tmp_path, said):
