@@ -21,7 +21,7 @@ FILES = sorted((SRC / "peft").rglob("*.py"))
 # it, unless a more exact entry does.
 FLOORS = (
     "errors types lazy later version fields",
-    "core.defaults core.files core.hub core.header core.commit",
+    "core.defaults core.files core.hub core.header core.payload core.commit",
     "registry config import_utils target_config",
     "kernels",
     "core",

@@ -17,7 +17,8 @@ from torch import nn
 from peft import LoraConfig, PeftModel, PeftWarning, get_peft_model, get_peft_model_state_dict
 from peft.core import files
 from peft.core.files import write_weights
-from peft.core.header import data_of, is_sound, read_header
+from peft.core.header import read_header
+from peft.core.payload import data_of, is_sound
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 INDEX = f"{WEIGHTS}.index.json"

@@ -150,7 +150,7 @@ class AdapterFile:
             self._check_base(model, strict)
             result = set_peft_model_state_dict(
                 model,
-                renamed(self.saved.read(self.options.get("torch_device")), self.renames),
+                renamed(self.saved.read(self.options.get("torch_device"), own=self._new), self.renames),
                 adapter_name=self.name,
                 ignore_mismatched_sizes=self.options.get("ignore_mismatched_sizes", False),
                 low_cpu_mem_usage=meta,
@@ -186,7 +186,7 @@ class AdapterFile:
         try:
             if base_of(header) != recipe.base:
                 self._check_base(model, self.options.get("strict"))
-            made = recipe.made(self.saved.read(self.options.get("torch_device")))
+            made = recipe.made(self.saved.read(self.options.get("torch_device"), own=True))
             undo.append(partial(recipe.take_out, self.name))
             recipe.place(tuner, self.name, config, made, is_trainable)
             tuner._join(tuner.kind_of(config).companion, self.name, undo)

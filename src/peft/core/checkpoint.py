@@ -44,7 +44,7 @@ class Foreseen(NamedTuple):
 
     `places` are the adapter's, `lacking` those without numbers (meta device) that it has no tensor for. `keys` has the
     place and the checkpoint's key by live name if every tensor goes as it is, with the keys that go nowhere. `fresh`:
-    the adapter has just been made.
+    the adapter has just been made, for tensors that are read for it alone.
     """
 
     places: list[Entry]
@@ -149,7 +149,8 @@ def _written(
         root, entries, state, write = _arranged(root, state, adapter_name, known and known.places)
         found = checked(root, entries, state, adapter_name, ignore_mismatched_sizes, write is not None)
     _tell_of_base(root, entries, found[0], adapter_name, strict)
-    missing, unexpected = fill(entries, *found, adapter_name, strict, known is not None and known.fresh)
+    fresh, own = (False, False) if known is None else (known.fresh, known.fresh and known.keys is not None)
+    missing, unexpected = fill(entries, *found, adapter_name, strict, fresh, own)
     written(entries)
     if write is not None:
         write()

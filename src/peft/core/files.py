@@ -23,7 +23,8 @@ from ..errors import PeftWarning, listing
 from . import hub
 from .commit import staged
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from .header import CHECKSUM, Header, data_of, is_sound, numbers_of, read_header, tensors_of, write_file
+from .header import CHECKSUM, Header, read_header
+from .payload import at_hand, data_of, is_sound, numbers_of, tensors_of, write_file
 
 __all__ = [
     "Saved",
@@ -185,23 +186,24 @@ class Saved:
         """The tensors without their numbers, on the meta device."""
         if self.state is not None:
             return {k: v.to("meta") for k, v in self.state.items()}
-        infos = ((k, i) for head in self.heads.values() for k, i in head.tensors.items())
-        return {k: torch.empty(i.shape, dtype=i.dtype, device="meta") for k, i in infos}
+        return {k: form for head in self.heads.values() for k, form in head.tensors.outline.items()}
 
-    def read(self, device: str | torch.device | None = None) -> dict[str, Tensor]:
+    def read(self, device: str | torch.device | None = None, own: bool = False) -> dict[str, Tensor]:
         """The tensors; warns of numbers that are not finite.
 
         Arguments:
             device: where to put them; None is the CPU, and loading copies them to each parameter's device.
+            own: each in memory of its own, which belongs to the caller.
 
         Raises ValueError for a file whose data is not what its checksum was taken of.
         """
         if self.state is not None:
             _report_infinite(next(iter(self.heads), WEIGHTS_NAME), _infinite(self.state))
-            return {k: v if device is None else v.to(device) for k, v in self.state.items()}
-        state: dict[str, Tensor] = {}
-        for file, head in self.heads.items():
-            state.update(_read_safetensors(file, head))
+            state = {k: v.clone() for k, v in self.state.items()} if own else dict(self.state)
+        else:
+            state = {}
+            for file, head in self.heads.items():
+                state.update(_read_safetensors(file, head, own))
         return state if device is None else {k: v.to(device) for k, v in state.items()}
 
 
@@ -264,17 +266,18 @@ def _is_name(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) is not None
 
 
-def _read_safetensors(file: str, header: Header) -> dict[str, Tensor]:
-    data = data_of(file, header)
-    if not is_sound(data, header):
-        raise ValueError(
-            f"{file} is damaged: its tensors are not those that its checksum was taken of when it was saved. Download "
-            "it again. (A program that changes tensors and keeps the old metadata must leave the checksum out.)"
-        )
-    state = tensors_of(data, header)
-    if not _finite_as_one(data, header):
-        _report_infinite(file, _infinite(state))
-    return state
+def _read_safetensors(file: str, header: Header, own: bool) -> dict[str, Tensor]:
+    with at_hand(file, header) as (data, lent):
+        if not is_sound(data, header):
+            raise ValueError(
+                f"{file} is damaged: its tensors are not those that its checksum was taken of when it was saved. "
+                "Download it again. (A program that changes tensors and keeps the old metadata must leave the checksum "
+                "out.)"
+            )
+        state = tensors_of(data, header, own or lent)
+        if not _finite_as_one(data, header):
+            _report_infinite(file, _infinite(state))
+        return state
 
 
 def _finite_as_one(data: Tensor, header: Header) -> bool:

@@ -25,6 +25,7 @@ def fill(
     adapter_name: str,
     strict: bool | None,
     fresh: bool = False,
+    own: bool = False,
 ) -> tuple[list[Entry], list[str]]:
     """Write a checkpoint into the tensors of an adapter; nothing is written before all is said.
 
@@ -34,6 +35,7 @@ def fill(
         adapter_name: for messages.
         strict: turn missing and unexpected tensors into errors; None follows the process-wide setting.
         fresh: the adapter has just been made, so that nobody else holds its tensors.
+        own: nor does anybody hold those of the checkpoint, each of which has memory of its own.
 
     Returns the places without a tensor and the keys without a place.
     """
@@ -57,7 +59,7 @@ def fill(
         alone = fresh and _alone(entries)
         ready = [(e, v if _assigned(e) else as_held(v, e.tensor)) for e, v in found.values()]
         for entry, value in ready:
-            if not (alone and _put(entry, value, homes)):
+            if not (alone and _put(entry, value, homes, own)):
                 _write(entry, value)
     return missing, unexpected
 
@@ -224,13 +226,14 @@ def _alone(entries: list[Entry]) -> bool:
     return len({id(e.tensor) for e in entries}) == len(entries)
 
 
-def _put(entry: Entry, value: Tensor, homes: dict[int, torch.device]) -> bool:
+def _put(entry: Entry, value: Tensor, homes: dict[int, torch.device], own: bool) -> bool:
     """A new parameter in place of one without memory that nobody but a plain module holds; False if it is another.
 
     Arguments:
         entry: the place; no other place has its tensor.
         value: the tensor.
         homes: where the adapters' tensors of layers belong, by layer; filled.
+        own: whether nobody else has the tensor and its memory.
     """
     here = entry.owner._parameters.get(entry.attr)
     if (
@@ -244,7 +247,7 @@ def _put(entry: Entry, value: Tensor, homes: dict[int, torch.device]) -> bool:
     if key not in homes:
         homes[key] = _home(entry)
     like = value.dtype is here.dtype and value.device == homes[key] and type(value) is Tensor
-    new = value.clone() if like else value.detach().to(device=homes[key], dtype=here.dtype, copy=True)
+    new = value if like and own else value.detach().to(device=homes[key], dtype=here.dtype, copy=not own)
     entry.owner._parameters[entry.attr] = torch.Tensor._make_subclass(nn.Parameter, new, here.requires_grad)
     return True
 

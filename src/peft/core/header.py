@@ -6,7 +6,6 @@ gap or overlap. Nothing here takes more memory than the file has bytes of head, 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import json
@@ -15,13 +14,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 LIMIT = 100_000_000  # bytes of a head, as the format has it
 AXES = 64  # more than torch takes
 META = "__metadata__"
 CHECKSUM = "checksum"
+CHUNK = 4096  # bytes that one factor of a checksum counts for
 
 _NAMES = {
     "F64": "float64",
@@ -78,11 +76,24 @@ class Layout(dict[str, Info]):
         return kinds.pop() if len(kinds) == 1 else None
 
     @functools.cached_property
-    def order(self) -> tuple[list[tuple[str, tuple[int, ...]]], list[int]]:
-        """Names and shapes in the order of the data, and how many numbers each tensor has."""
-        names = sorted(self, key=lambda n: self[n][2:])
-        sizes = [(self[n].end - self[n].begin) // self[n].dtype.itemsize for n in names]
-        return [(n, self[n].shape) for n in names], sizes
+    def order(self) -> list[str]:
+        """The names in the order of the data."""
+        return sorted(self, key=lambda name: self[name][2:])
+
+    @functools.cached_property
+    def outline(self) -> dict[str, torch.Tensor]:
+        """The tensors without their numbers, on the meta device."""
+        return {name: torch.empty(i.shape, dtype=i.dtype, device="meta") for name, i in self.items()}
+
+    @functools.cached_property
+    def forms(self) -> list[torch.Tensor]:
+        """Those of the outline in the order of the data."""
+        return [self.outline[name] for name in self.order]
+
+    @functools.cached_property
+    def factors(self) -> torch.Tensor:
+        """What each chunk of the data counts in the checksum, (chunks,) int64: the odd numbers."""
+        return torch.arange(1, 2 * -(-self.size // CHUNK) + 1, 2, device="cpu")
 
 
 class Header(NamedTuple):
@@ -221,107 +232,3 @@ def _check_data(tensors: Mapping[str, Info], size: int) -> None:
         here = info.end
     if here != size:
         raise _Fault(f"its tensors need {here} bytes, and it holds {size} of them")
-
-
-# The data -----------------------------------------------------------------------------------------------------------
-
-
-def data_of(file: str | os.PathLike[str], header: Header) -> Tensor:
-    """The whole file as bytes, (size,): pages of it are read when they are looked at."""
-    return torch.from_file(os.fspath(file), shared=False, size=header.size, dtype=torch.uint8)
-
-
-def tensors_of(data: Tensor, header: Header) -> dict[str, Tensor]:
-    """The tensors in a file's bytes, without a copy where their place in the file allows that."""
-    found = {}
-    if (numbers := numbers_of(data, header)) is not None:
-        order, sizes = header.tensors.order
-        return {name: part.view(shape) for (name, shape), part in zip(order, numbers.split(sizes), strict=True)}
-    for name, (dtype, shape, begin, end) in header.tensors.items():
-        raw = data[header.start + begin : header.start + end]
-        if raw.storage_offset() % dtype.itemsize:
-            raw = raw.clone()
-        found[name] = raw.view(dtype).view(shape)
-    return found
-
-
-def numbers_of(data: Tensor, header: Header) -> Tensor | None:
-    """All numbers of a file as one row, if they are of one dtype and lie where it allows that."""
-    kind = header.tensors.kind
-    return None if kind is None or header.start % kind.itemsize else data[header.start :].view(kind)
-
-
-def write_file(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with its checksum; the same tensors and remarks always give the same bytes.
-
-    Arguments:
-        file: the path.
-        tensors: name -> tensor on any device; memory for one of them is needed beyond those on the CPU.
-        metadata: remarks.
-
-    Raises ValueError for a dtype or a name that the format does not have.
-    """
-    infos, end = _laid_out(tensors), 0
-    head: dict[str, Any] = {META: dict(sorted({**metadata, CHECKSUM: BLANK}.items()))}
-    for name, info in infos.items():
-        end = info.end
-        head[name] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": [info.begin, end]}
-    raw = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
-    raw = raw.ljust(-(-len(raw) // 8) * 8)
-    with open(file, "wb+") as handle:
-        handle.write(len(raw).to_bytes(8, "little") + raw)
-        for name in infos:
-            _write_bytes(handle, tensors[name])
-        handle.flush()
-        header = Header(infos, {}, 8 + len(raw), 8 + len(raw) + end)
-        handle.seek(8 + raw.index(f'"{CHECKSUM}":"{BLANK}"'.encode()) + len(CHECKSUM) + 4)
-        handle.write(checksum(data_of(file, header), header).encode())
-
-
-def _laid_out(tensors: Mapping[str, Tensor]) -> Layout:
-    """Where each tensor goes: those with the largest numbers first, so that every one is aligned."""
-    infos, here = Layout(), 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
-        if name == META or tensor.dtype not in CODES:
-            raise ValueError(f"A safetensors file cannot hold {name!r} of {tensor.dtype}. Convert or rename it.")
-        end = here + tensor.nbytes
-        infos[name] = Info(tensor.dtype, tuple(tensor.shape), here, end)
-        here = end
-    return infos
-
-
-def _write_bytes(handle: Any, tensor: Tensor) -> None:
-    here = tensor if tensor.is_cpu and tensor.is_contiguous() else tensor.detach().cpu().contiguous()
-    size = here.nbytes
-    if size:
-        handle.write((ctypes.c_char * size).from_address(here.data_ptr()))
-
-
-# The checksum -------------------------------------------------------------------------------------------------------
-
-CHUNK = 4096  # bytes
-BLANK = "0" * 33
-
-
-def checksum(data: Tensor, header: Header) -> str:
-    """Of a file's names, dtypes, shapes and data: any flipped bit, and any pages that changed places, change it.
-
-    Two sums of 64 bits: SHA-256 of the head, cut; and of the data's words, each chunk of 4 KiB with an odd factor of
-    its own, modulo 2^64. It finds damage, and is no proof against intent.
-    """
-    return f"{header.tensors.names}-{_sum(data[header.start :]) % 2**64:016x}"
-
-
-def _sum(data: Tensor) -> int:
-    if data.storage_offset() % 8:
-        data = data.clone()
-    count = data.numel() // CHUNK
-    sums = data[: count * CHUNK].view(torch.int64).view(count, CHUNK // 8).sum(1)
-    tail = F.pad(data[count * CHUNK :], (0, -data.numel() % 8)).view(torch.int64)
-    return int(sums.dot(torch.arange(1, 2 * count + 1, 2))) + (2 * count + 1) * int(tail.sum())
-
-
-def is_sound(data: Tensor, header: Header) -> bool:
-    """Whether a file's tensors are those that its checksum was taken of; True for a file without one."""
-    told = header.metadata.get(CHECKSUM)
-    return told is None or told == checksum(data, header)

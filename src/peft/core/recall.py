@@ -117,7 +117,7 @@ class Recipe:
         )
 
     def made(self, state: Mapping[str, Tensor]) -> list[list[Tensor]]:
-        """The tensors of each layer, in memory of their own, beside its base weight."""
+        """The tensors of each layer, beside its base weight, of tensors that nobody else has."""
         found = []
         for job in self.jobs:
             device = job.base._parameters["weight"].device  # type: ignore[union-attr]
@@ -174,7 +174,7 @@ def usual(tuner: Any, config: Any) -> bool:
 
 def _own(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     like = value.dtype is dtype and value.device == device
-    return value.clone() if like else value.to(device=device, dtype=dtype, copy=True)
+    return value if like else value.to(device=device, dtype=dtype)
 
 
 def recipe_of(tuner: Any, name: str, key: Key, header: Header, places: list[tuple[Entry, str]]) -> Recipe | None:

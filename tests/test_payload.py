@@ -1,0 +1,130 @@
+"""The numbers of a file: read through memory that is used again, written in blocks, and told by one checksum."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from peft.core import files, payload
+from peft.core.header import read_header
+
+KINDS = {
+    "one kind": {"a": torch.arange(3000.0), "b": torch.ones(2, 5), "c": torch.tensor(2.0), "none": torch.zeros(0, 4)},
+    "several": {"a": torch.arange(1001, dtype=torch.uint8), "b": torch.ones(7).double(), "c": torch.ones(3).half()},
+    "whole chunks": {"a": torch.arange(1024.0), "b": -torch.arange(1024.0)},
+    "nothing": {"none": torch.zeros(0, 4)},
+}
+
+
+def written(path, state, **remarks):
+    payload.write_file(path, state, remarks)
+    return read_header(path)
+
+
+def sum_of(raw: bytes) -> int:
+    """The second half of a checksum, from its definition."""
+    words = [int.from_bytes(raw[i : i + 8].ljust(8, b"\0"), "little") for i in range(0, len(raw), 8)]
+    return sum((2 * (i // 512) + 1) * word for i, word in enumerate(words)) % 2**64
+
+
+@pytest.fixture(params=[2**20, 4096, 0], ids=["one block", "many blocks", "where it is"])
+def block(request, monkeypatch):
+    """How much is read or written at once; nothing waits from another test. Files larger than it are not copied."""
+    monkeypatch.setattr(payload, "BLOCK", request.param or 2**20)
+    monkeypatch.setattr(payload, "_waiting", [])
+    yield request.param
+    payload._waiting.clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_read_again_each_tensor_in_its_own_memory(tmp_path, monkeypatch, block, kind):
+    state, file = KINDS[kind], tmp_path / "a.safetensors"
+    header = written(file, state)
+    raw = file.read_bytes()[header.start :]
+    assert header.metadata["checksum"] == f"{header.tensors.names}-{sum_of(raw):016x}"
+    if not block:
+        monkeypatch.setattr(payload, "BLOCK", -1)
+    got = files.Saved({str(file): header}).read(own=True)
+    for found in (got, load_file(file), files.read_weights(file)):
+        assert found.keys() == state.keys() and all(torch.equal(found[k], v) for k, v in state.items())
+        assert all(found[k].dtype is v.dtype and found[k].shape == v.shape for k, v in state.items())
+    assert all(t.untyped_storage().nbytes() == t.nbytes and t.storage_offset() == 0 for t in got.values())
+    places = [t.data_ptr() for t in got.values() if t.nbytes]
+    assert len(set(places)) == len(places)
+
+
+def test_a_file_leaves_no_numbers_in_the_next(tmp_path, block):
+    large, small = KINDS["one kind"], {"a": torch.arange(5.0)}
+    headers = {n: written(tmp_path / n, s) for n, s in (("large", large), ("small", small))}
+    first = files.Saved({str(tmp_path / "large"): headers["large"]}).read()
+    kept = {k: v.clone() for k, v in first.items()}
+    assert torch.equal(files.Saved({str(tmp_path / "small"): headers["small"]}).read()["a"], small["a"])
+    assert all(torch.equal(first[k], v) for k, v in kept.items())
+
+
+@pytest.mark.parametrize("place", [0, 4095, 4096, -1])
+def test_each_bit_counts(tmp_path, block, place):
+    file = tmp_path / "a.safetensors"
+    header = written(file, KINDS["one kind"])
+    raw = bytearray(file.read_bytes())
+    raw[header.start + place if place >= 0 else -1] ^= 8
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match="damaged"):
+        files.read_weights(file)
+
+
+def test_chunks_that_change_places_count(tmp_path, block):
+    file = tmp_path / "a.safetensors"
+    start = written(file, KINDS["whole chunks"]).start
+    raw = file.read_bytes()
+    file.write_bytes(raw[:start] + raw[start + 4096 :] + raw[start : start + 4096])
+    with pytest.raises(ValueError, match="damaged"):
+        files.read_weights(file)
+
+
+def test_a_file_that_becomes_shorter_says_so(tmp_path):
+    file = tmp_path / "a.safetensors"
+    saved = files.Saved({str(file): written(file, KINDS["one kind"])})
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="became shorter"):
+        saved.read()
+
+
+def test_a_start_at_any_place_is_read(tmp_path):
+    """Other programs do not align the data."""
+    save_file({"a": torch.arange(6.0)}, tmp_path / "whole.safetensors")
+    raw = (tmp_path / "whole.safetensors").read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    head = raw[8:end].rstrip() + b" "
+    head += b" " * (len(head) % 2 == 0)
+    (tmp_path / "odd.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + raw[end:])
+    assert torch.equal(
+        files.read_weights(tmp_path / "whole.safetensors")["a"], files.read_weights(tmp_path / "odd.safetensors")["a"]
+    )
+
+
+def test_memory_is_lent_to_one_reader_at_a_time(tmp_path):
+    states = [{"a": torch.full((5000,), float(i)), "b": torch.full((7,), -float(i))} for i in range(4)]
+    heads = [{str(tmp_path / f"{i}"): written(tmp_path / f"{i}", s)} for i, s in enumerate(states)]
+    wrong: list[int] = []
+
+    def read(i):
+        for _ in range(50):
+            got = files.Saved(heads[i]).read()
+            wrong.extend(i for k, v in states[i].items() if not torch.equal(got[k], v))
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(4)]
+    for step, thread in itertools.product(("start", "join"), threads):
+        getattr(thread, step)()
+    assert not wrong and len(payload._waiting) <= 1
+
+
+def test_a_default_device_does_not_matter(tmp_path):
+    with torch.device("meta"):
+        written(tmp_path / "a.safetensors", {"a": torch.arange(9.0, device="cpu")})
+        got = files.read_weights(tmp_path / "a.safetensors")["a"]
+    assert torch.equal(got, torch.arange(9.0))
