@@ -22,7 +22,7 @@ FILES = sorted((SRC / "peft").rglob("*.py"))
 FLOORS = (
     "errors types lazy later version fields",
     "core.defaults core.files core.hub core.header core.payload core.commit",
-    "registry config import_utils target_config",
+    "registry config known import_utils target_config",
     "kernels",
     "core",
     "storages",

@@ -18,6 +18,7 @@ from .core import hub
 from .core.commit import folders, writing
 from .core.defaults import CONFIG_NAME
 from .errors import UnknownFieldWarning, nearest, report
+from .known import Content, known, note
 from .types import PeftType, TaskType
 from .version import __version__
 
@@ -165,14 +166,22 @@ class PeftConfigMixin:
     @classmethod
     def _read(
         cls: type[Config], model_id: str | os.PathLike[str], subfolder: str | None, kwargs: dict[str, Any]
-    ) -> tuple[Config, str, dict[str, Any]]:
+    ) -> tuple[Config, str, Content]:
         """`from_pretrained`, with the path and the content of the file."""
         path = hub.fetch(model_id, CONFIG_NAME, subfolder, **kwargs)
-        content = cls.from_json_file(path)
-        values = {"peft_version": "0", **content}  # releases before 0.18 did not say
-        target = cls._class_of(values.get("peft_type"), f" in '{path}'")
-        own = {k: v for k, v in kwargs.items() if k in target._known()}
-        config = target._build({**own, **values}, f"'{path}'")
+        with open(path, "rb", buffering=0) as file:
+            raw: bytes = file.read()
+        found = known(cls, raw, kwargs)
+        if found is not None and cls._class_of(found.content.get("peft_type"), "") is found.kind:
+            config, content = found.config(), found.content
+        else:
+            content = Content(_parsed(raw, path))
+            values = {"peft_version": "0", **content}  # releases before 0.18 did not say
+            target = cls._class_of(values.get("peft_type"), f" in '{path}'")
+            own = {k: v for k, v in kwargs.items() if k in target._known() and k not in values}
+            config = target._build({**own, **values}, f"'{path}'")
+            if not own:
+                note(cls, raw, content, lambda fields: target._build({**values, **fields}, f"'{path}'"))
         config.__dict__["origin"] = os.path.dirname(path)  # what the configuration names may lie beside it
         return config, path, content
 
@@ -182,19 +191,8 @@ class PeftConfigMixin:
 
         Raises ValueError, with the position, if the file is not the JSON of one object.
         """
-        with open(path_json_file, encoding="utf-8-sig") as file:  # some editors put a mark in front
-            try:
-                values = json.load(file)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"'{path_json_file}' is not valid JSON: {error}. Restore the file, or save the adapter again."
-                ) from error
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"'{path_json_file}' holds a {type(values).__name__} where the fields of a configuration (a JSON "
-                "object) are expected."
-            )
-        return values
+        with open(path_json_file, "rb") as file:
+            return _parsed(file.read(), path_json_file)
 
     @classmethod
     def from_peft_type(cls: type[Config], **kwargs: Any) -> Config:
@@ -348,6 +346,22 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value
+
+
+def _parsed(raw: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a configuration file."""
+    try:
+        values = json.loads(raw.decode("utf-8-sig"))  # some editors put a mark in front
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"'{path}' is not valid JSON: {error}. Restore the file, or save the adapter again."
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"'{path}' holds a {type(values).__name__} where the fields of a configuration (a JSON object) are "
+            "expected."
+        )
+    return values
 
 
 def _replace(path: str, text: str) -> None:

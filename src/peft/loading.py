@@ -21,7 +21,7 @@ from .core.base_state import original_modules
 from .core.checkpoint import Foreseen, foreseen, open_adapter, renamed, set_peft_model_state_dict
 from .core.collector import no_collection
 from .core.entries import Entry
-from .core.files import CONFIG_HASH, Saved, config_hash, in_hand
+from .core.files import CONFIG_HASH, Saved, in_hand
 from .core.fingerprint import difference
 from .core.host import below
 from .core.hub import hub_arguments
@@ -32,6 +32,7 @@ from .core.shared import late as drawing_late
 from .core.snapshot import snapshot
 from .core.tuner import BaseTuner
 from .errors import ChangedConfigWarning, NoMatchingPeftModuleError, OtherBaseWarning, report, told
+from .known import Content
 from .registry import tuner_class
 
 if TYPE_CHECKING:
@@ -227,10 +228,10 @@ class AdapterFile:
             )
             report(OtherBaseWarning, text, strict, stacklevel=5)
 
-    def check_config(self, read: tuple[str, Mapping[str, Any]] | None) -> None:
+    def check_config(self, read: tuple[str, Content] | None) -> None:
         """Warn if the configuration beside the weights, its path and content, is not the one of their save."""
-        noted, (path, content) = self.saved.metadata.get(CONFIG_HASH), read or ("", {})
-        if read is not None and noted is not None and config_hash(content) != noted:
+        noted, (path, content) = self.saved.metadata.get(CONFIG_HASH), read or ("", Content())
+        if read is not None and noted is not None and content.hash != noted:
             text = (
                 f"{path} is not the configuration that was saved with the weights beside it: it has been edited since, "
                 "damaged, or comes from another save. The adapter may compute something else than it did."

@@ -20,6 +20,7 @@ from .core.files import CONFIG_HASH, SHARD_SIZE, check_written, config_hash, wri
 from .core.fingerprint import fingerprint
 from .core.hub import DOWNLOAD_ARGUMENTS, hub_arguments
 from .errors import PeftWarning, check_spelling, listing, nearest, report
+from .known import Content
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 # Names among the further arguments that mean something, here or to the programs that hand them on.
@@ -320,7 +321,7 @@ def prepare_folder(save_directory: str | os.PathLike[str], sweep: bool) -> Path:
 
 def read_config(
     model_id: str | os.PathLike[str], is_trainable: bool, kwargs: Mapping[str, Any], given: PeftConfig | None = None
-) -> tuple[PeftConfig, tuple[str, dict[str, Any]] | None]:
+) -> tuple[PeftConfig, tuple[str, Content] | None]:
     """The configuration of a saved adapter, set for training or for inference; path and content of its file.
 
     One that is `given` is handed back as it is, without a file.

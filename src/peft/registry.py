@@ -6,6 +6,7 @@ added by one line in `METHODS`, or from outside by `register_peft_method`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -170,7 +171,8 @@ def load(entry: str | type) -> Any:
     if not isinstance(entry, str):
         return entry
     module, _, name = entry.partition(":")
-    return getattr(import_module(module), name)
+    found = getattr(sys.modules.get(module), name, None)  # quicker than to ask for the import again
+    return getattr(import_module(module), name) if found is None else found
 
 
 def config_class(peft_type: str | PeftType) -> Any:
