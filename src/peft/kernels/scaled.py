@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import choice, masks
+from . import choice, masks, thin, whole
 from .again import differentiable
 from .modes import transformed
 
@@ -86,6 +86,8 @@ def folded(A: Tensor, B: Tensor, scale: Any, gain: Tensor) -> tuple[Tensor, Tens
 def evaluated(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, gain: Tensor, gained: Tensor) -> Tensor:
     """The same where no gradient is wanted, of what stays between forwards."""
     flat = x.reshape(-1, x.shape[-1])
+    if whole.pays(len(flat), sum(W.shape), W, A.shape[0]) and thin.ordinary(x, A, gained, 1.0) and whole.takes(W, A):
+        return F.linear(x, (W * gain[:, None]).addmm_(gained, A), b)
     y = F.linear(flat, W)
     y = y.mul_(gain) if b is None else torch.addcmul(b, y, gain)
     return y.addmm_(F.linear(flat, A), gained.mT).view(*x.shape[:-1], W.shape[0])
@@ -156,8 +158,12 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         mask = _mask(flat, p)
         h = F.linear(_dropped(flat, mask, p, A), A)
-        z = F.linear(flat, W)
-        z = z.addmm_(h, B.mT, alpha=scale) if type(scale) is float else z.addmm_(h * scale, B.mT)
+        dense = not p and thin.ordinary(x, A, B, scale) and whole.takes(W, A)
+        summed = dense and whole.pays(len(flat), W.shape[0], W, A.shape[0])
+        ctx.summed = dense and whole.pays(len(flat), W.shape[1], W, A.shape[0])
+        z = F.linear(flat, whole.weight(W, A, B, scale) if summed else W)
+        if not summed:
+            z = z.addmm_(h, B.mT, alpha=scale) if type(scale) is float else z.addmm_(h * scale, B.mT)
         ctx.scale, ctx.p = scale, p
         gain = m / n
         ctx.save_for_backward(x, W, b, A, B, m, n, gain, mask, h, z)
@@ -179,8 +185,10 @@ class _Linear(torch.autograd.Function):
             return of_x, None, of_b, of_A, of_B, None, None, of_m, None
         g, kept = grad.reshape(-1, grad.shape[-1]), _dropped(x.reshape(-1, x.shape[-1]), mask, p, A)
         inner = g * gain
-        of_x, of_A, of_B = _thin(inner, kept, mask, A, B, h, s, p, (needs[0], *needs[3:5]))
-        of_x = None if of_x is None else of_x.addmm_(inner, W).view(x.shape)
+        of_x, of_A, of_B = _thin(inner, kept, mask, A, B, h, s, p, (needs[0] and not ctx.summed, *needs[3:5]))
+        if needs[0]:
+            of_x = inner @ whole.weight(W, A, B, s) if of_x is None else of_x.addmm_(inner, W)
+            of_x = of_x.view(x.shape)
         of_m = (g * z).sum(0) / n if needs[7] else None
         return of_x, None, g.sum(0) if needs[2] else None, of_A, of_B, None, None, of_m, None
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import masks
+from . import masks, whole
 from .again import differentiable
 
 BLOCK = 2**17  # elements: half a megabyte in float32
@@ -115,11 +115,14 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        y, h = F.linear(flat, W, b), F.linear(flat, A)
+        flat, r = x.reshape(-1, x.shape[-1]), A.shape[0]
+        dense = whole.takes(W, A)
+        summed = dense and whole.pays(len(flat), W.shape[0], W, r)
+        ctx.summed = dense and whole.pays(len(flat), W.shape[1], W, r)
+        y, h = F.linear(flat, whole.weight(W, A, B, scale) if summed else W, b), F.linear(flat, A)
         ctx.scale = scale
         ctx.save_for_backward(x, W, b, A, B, h)
-        y = y.addmm_(h, B.t(), alpha=scale)
+        y = y if summed else y.addmm_(h, B.t(), alpha=scale)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -137,5 +140,6 @@ class Linear(torch.autograd.Function):
         back = torch.addmm(h, g, B, beta=0, alpha=scale)
         of_B = torch.addmm(B, g.t(), h, beta=0, alpha=scale) if needs[4] else None
         of_A = torch.mm(back.t(), x.reshape(-1, x.shape[-1])) if needs[3] else None
-        of_x = torch.mm(back, A).addmm_(g, W).view(x.shape) if needs[0] else None
-        return of_x, None, g.sum(0) if needs[2] else None, of_A, of_B, None
+        if needs[0]:
+            of_x = g @ whole.weight(W, A, B, scale) if ctx.summed else torch.mm(back, A).addmm_(g, W)
+        return of_x.view(x.shape) if needs[0] else None, None, g.sum(0) if needs[2] else None, of_A, of_B, None

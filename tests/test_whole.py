@@ -1,0 +1,121 @@
+"""Many rows: the update is summed into the weight for the product, with the numbers of the sum into each row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft import LoraConfig, get_peft_model
+from peft.kernels import whole
+
+D, K = 8, 12
+
+
+class Operations(TorchDispatchMode):
+    """Counts sums of a matrix and a product of the weight's shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.summed = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        # with 64 rows nothing else has the weight's shape
+        self.summed += func in (torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default) and out.shape == (K, D)
+        return out
+
+
+def adapted(bias, dtype=torch.float64, r=4, **options):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(D, K, bias=bias), nn.Tanh())
+    model = get_peft_model(base, LoraConfig(r=r, target_modules=["0"], init_lora_weights=False, **options))
+    return model.to(dtype)
+
+
+def answers(model, x, train):
+    """The output, and with training the gradient of everything that has one."""
+    model.train(train)
+    with torch.set_grad_enabled(train):
+        y = model(x)
+    if not train:
+        return [y]
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return [y, *torch.autograd.grad(y.square().sum(), wanted)]
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"r": 40}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize("shape", [(64, D), (4, 16, D)])
+def test_both_forms_give_the_same(monkeypatch, shape, options, bias, train):
+    model = adapted(bias, **options)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    with Operations() as seen:
+        found = answers(model, x, train)
+    # DoRA's own norm has a product of the weight's number of rows and the rank, not of its shape
+    assert seen.summed == (2 if train else 1)
+    monkeypatch.setattr(whole, "pays", lambda *args: False)
+    with Operations() as seen:
+        wanted = answers(model, x, train)
+    assert seen.summed == 0
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+def test_gradients_are_differentiated_again(monkeypatch, options):
+    model = adapted(True, **options).train()
+    x = torch.randn(64, D, dtype=torch.float64, requires_grad=True)
+
+    def second():
+        (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [p for p in model.parameters() if p.requires_grad])
+
+    found = second()
+    monkeypatch.setattr(whole, "pays", lambda *args: False)
+    for one, two in zip(found, second(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+        assert one.abs().max() > 0
+
+
+@pytest.mark.parametrize("case", ["few rows", "16-bit weight", "dropout", "autocast", "a graph", "vmap"])
+def test_elsewhere_each_row_is_summed(monkeypatch, case):
+    model = adapted(True, torch.float32, **({"lora_dropout": 0.5} if case == "dropout" else {}))
+    if case == "16-bit weight":
+        model.base_model.model[0].base_layer.to(torch.bfloat16)
+    x = torch.randn(2 if case == "few rows" else 64, D)
+    x = x.bfloat16() if case == "16-bit weight" else x
+    model.train(case == "dropout")
+    monkeypatch.setattr(whole, "weight", None)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        if case == "a graph":
+            y = torch.compile(model, backend="eager", fullgraph=True)(x)
+        else:
+            y = torch.vmap(model)(x[None])[0] if case == "vmap" else model(x)
+    assert y.shape == (len(x), K)
+
+
+def test_a_small_update_is_not_lost():
+    """Where it is smaller than half of a unit in the last place of a 16-bit weight."""
+    model = adapted(False, torch.float32)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.base_layer.weight.fill_(1.0)
+        layer.lora_A["default"].weight.copy_(torch.eye(4, D)[[0, 0, 0, 0]])
+        layer.lora_B["default"].weight.fill_(2e-4)
+        layer.base_layer.to(torch.bfloat16)
+        x = torch.zeros(64, D, dtype=torch.bfloat16)
+        x[:, 0], x[:, 1] = 1.0, -1.0  # of which the base makes 0
+        y = layer(x)
+    assert whole.pays(64, D + K, layer.base_layer.weight, 4)
+    assert torch.equal(y, torch.full((64, K), 4 * 2e-4 * 2, dtype=torch.bfloat16))
+
+
+def test_the_sum_is_smaller_than_half_of_input_and_output():
+    for d, k in ((D, K), (512, 2048), (4096, 4096)):
+        W = torch.empty(k, d, device="meta")
+        for r in (4, 64):
+            rows = next(n for n in range(1, 10**5) if whole.pays(n, d + k, W, r))
+            assert rows * (d + k) > W.numel() * 1.7
