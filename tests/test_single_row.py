@@ -1,0 +1,111 @@
+"""A single row, as in decoding: products of a matrix and a vector, with the base's bits where nothing is added."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft import LoraConfig, get_peft_model
+from peft.kernels import lowrank
+
+VIEWS = {"view", "_unsafe_view", "t", "detach", "alias"}
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that compute something."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.names += [] if name in VIEWS else [name]
+        return func(*args, **(kwargs or {}))
+
+
+def adapted(d, bias=False, dtype=torch.float32, start=False, **options):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(d, 7, bias=bias)).to(dtype)
+    config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=start, **options)
+    return get_peft_model(base, config, autocast_adapter_dtype=False).to(dtype).eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("d", [1, 2, 33])
+@torch.no_grad()
+def test_a_row_is_what_it_is_in_a_batch(d, bias, dtype, options):
+    model = adapted(d, bias, dtype, **options)
+    batch = torch.randn(5, d).to(dtype)
+    wanted = model(batch)
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5
+    for shape in ((1, d), (1, 1, d)):
+        for _ in range(2):  # the second finds what evaluation keeps
+            rows = torch.cat([model(row.view(shape)).reshape(1, 7) for row in batch])
+            torch.testing.assert_close(rows, wanted, rtol=tolerance, atol=tolerance)
+        assert model(batch[:1].view(shape)).shape == (*shape[:-1], 7)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("d", [1, 2, 33, 512])
+@torch.no_grad()
+def test_an_update_of_zero_leaves_the_bits_of_the_base(d, bias):
+    model = adapted(d, bias, start=True)
+    for x in torch.randn(20, 1, d):
+        y = model(x)
+        with model.disable_adapter():
+            assert torch.equal(model(x), y)
+
+
+@torch.no_grad()
+def test_features_may_lie_apart():
+    model = adapted(6)
+    for x in (torch.randn(1, 12)[:, ::2], torch.randn(6, 1).t(), torch.randn(2, 1, 6)[1:], torch.randn(6).expand(1, 6)):
+        torch.testing.assert_close(model(x), model(torch.cat([x, x]))[:1] if x.dim() == 2 else model(x[0])[None])
+
+
+WANTED = [({}, ["mv", "mv", "addmv_"]), ({"use_dora": True}, ["mv", "mul_", "mv", "addmv_"])]
+
+
+@pytest.mark.parametrize("options, wanted", WANTED, ids=str)
+@torch.no_grad()
+def test_operations_are_few(options, wanted):
+    model = adapted(8, **options)
+    x = torch.randn(1, 1, 8)
+    model(x)
+    with Operations() as seen:
+        model(x)
+    assert seen.names == wanted
+
+
+class Marked(nn.Parameter):
+    """A weight of a class of its own, which a library may have taught one product only."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        assert func not in (torch.mv, torch.Tensor.mv, torch.addmv)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("case", ["autocast", "gradients", "vmap", "a class of weights"])
+def test_elsewhere_the_base_makes_its_product(case):
+    model = adapted(8)
+    layer = model.base_model.model[0].base_layer
+    x = torch.randn(1, 8)
+    with torch.no_grad():
+        wanted = model(x)
+    if case == "a class of weights":
+        layer._parameters["weight"] = torch.Tensor._make_subclass(Marked, layer.weight.data)
+    with torch.set_grad_enabled(case == "gradients"), torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        W, A, B = layer.weight, *(getattr(model.base_model.model[0], k)["default"].weight for k in ("lora_A", "lora_B"))
+        if case == "vmap":
+            y = torch.vmap(model)(x[None])[0]
+        else:
+            y = model(x)
+            assert lowrank.row(x, W, None, A, B, 1.0) is None
+    assert y.dtype is (torch.bfloat16 if case == "autocast" else torch.float32)
+    torch.testing.assert_close(y.float(), wanted, rtol=2e-2, atol=2e-2)
