@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -255,18 +256,25 @@ def test_no_dense_copy_outlives_a_forward(method, name):
     x = layout.x().requires_grad_()
     assert x.numel() < size
     model(x).sum().backward()  # what is made once and kept is there now
-    known, kept = {id(t) for t in tensors()}, []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    kept = []
+    with new_tensors() as made, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = model(x)
-    alive = [t for t in [*tensors(), *kept] if id(t) not in known and t.is_floating_point() and t.numel() >= size]
-    assert y.requires_grad
+    alive = [t for t in made if t.is_floating_point() and t.numel() >= size]
+    assert y.requires_grad and any(t is y for t in made)
     assert not [t.shape for t in alive]
 
 
-def tensors():
-    """Every tensor that Python holds."""
-    gc.collect()
-    return [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+@contextmanager
+def new_tensors():
+    """A list that gets every tensor that was made within and that Python, or the list of what is saved, still holds."""
+    found = []
+    gc.freeze()  # what is there is looked at no more
+    try:
+        yield found
+        gc.collect()
+        found += [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    finally:
+        gc.unfreeze()
 
 
 def saved(layer):

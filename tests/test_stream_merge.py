@@ -503,10 +503,26 @@ def killed(base: Path, adapter: Path, out: Path, shard: int = 3) -> Path:
     return out.parent / f".{out.name}.merging"
 
 
+@pytest.fixture(scope="module")
+def died(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], tuple[Path, Path, Path]]:
+    """A merge that died within its third shard, as it was left each time that it is called: base, adapter, output."""
+    place, kept = tmp_path_factory.mktemp("died"), tmp_path_factory.mktemp("kept") / "died"
+    paths = small(place)
+    killed(*paths)
+    shutil.copytree(place, kept)
+
+    def again() -> tuple[Path, Path, Path]:
+        shutil.rmtree(place)
+        shutil.copytree(kept, place)
+        return paths
+
+    return again
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_a_killed_merge_goes_on_where_it_was(tmp_path: Path) -> None:
-    base, adapter, out = small(tmp_path)
-    stage = killed(base, adapter, out)
+def test_a_killed_merge_goes_on_where_it_was(tmp_path: Path, died: Any) -> None:
+    base, adapter, out = died()
+    stage = out.parent / ".out.merging"
     whole = sorted(stage.iterdir())[:2]
     before = [(p.stat().st_ino, p.stat().st_mtime_ns) for p in whole]
     done = merge_checkpoint(base, adapter, out)
@@ -518,9 +534,9 @@ def test_a_killed_merge_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("fault", ["flipped", "cut", "gone", "record"])
-def test_a_finished_shard_that_is_no_longer_whole_is_made_anew(fault: str, tmp_path: Path) -> None:
-    base, adapter, out = small(tmp_path)
-    stage = killed(base, adapter, out)
+def test_a_finished_shard_that_is_no_longer_whole_is_made_anew(fault: str, tmp_path: Path, died: Any) -> None:
+    base, adapter, out = died()
+    stage = out.parent / ".out.merging"
     first, second, *_ = sorted(stage.iterdir())
     raw = first.read_bytes()
     if fault == "flipped":
@@ -530,7 +546,7 @@ def test_a_finished_shard_that_is_no_longer_whole_is_made_anew(fault: str, tmp_p
     elif fault == "gone":
         first.unlink()
     else:
-        record = tmp_path / ".out.merging.json"
+        record = out.parent / ".out.merging.json"
         record.write_text(record.read_text()[:-9])  # the last line is cut
     done = merge_checkpoint(base, adapter, out)
     assert done.resumed == [first.name if fault == "record" else second.name]
@@ -539,9 +555,8 @@ def test_a_finished_shard_that_is_no_longer_whole_is_made_anew(fault: str, tmp_p
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 @pytest.mark.parametrize("change", ["adapter", "weight", "base"])
-def test_another_merge_does_not_go_on_from_it(change: str, tmp_path: Path) -> None:
-    base, adapter, out = small(tmp_path)
-    killed(base, adapter, out)
+def test_another_merge_does_not_go_on_from_it(change: str, tmp_path: Path, died: Any) -> None:
+    base, adapter, out = died()
     weights = [0.5] if change == "weight" else None
     if change == "adapter":
         trained(adapter, base, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), seed=7)
