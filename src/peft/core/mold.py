@@ -45,12 +45,12 @@ def form_of(base: nn.Module) -> Hashable:
 
 
 class Filling(NamedTuple):
-    """Another adapter than that of a mold: its name, settings and shared tensors, its own ones, and `training`."""
+    """Another adapter than that of a mold: its name, settings and shared tensors, its own in turn, and `training`."""
 
     name: str
     settings: Any
     shared: dict[str, Any]
-    weights: list[Tensor]
+    weights: Iterator[Tensor]
     training: bool
 
 
@@ -65,7 +65,7 @@ class Mold:
 
     def __init__(self, layer: BaseTunerLayer, name: str, start: Callable[[dict[str, Tensor]], None] | None):
         p = layer.adapters[name]
-        self.kind, self.name, self.start = type(layer), name, start
+        self.kind, self.name, self.method, self.start = type(layer), name, p.method, start
         self.view, self.call, self.plain = layer.view, layer.call, layer._plain
         # what an active adapter notes of its own layer is no part of others
         self.values = [(k, None if k == "hot" else v) for k, v in p.__dict__.items() if k not in OWN]
@@ -109,46 +109,55 @@ class Mold:
         d["_plain"] = self.plain
         return layer
 
-    def add(self, layer: BaseTunerLayer, path: str, tables: list[dict[str, Any]], filling: Any = None) -> None:
-        """The adapter, frozen, in a layer of the form; `tables` receives what holds its parameters.
+    def add(self, layer: BaseTunerLayer, path: str, tables: list[dict[str, Any]]) -> None:
+        """The adapter, frozen, in a layer of the form; `tables` receives what holds its parameters."""
+        made: dict[str, Tensor] = {
+            key: _part(nn.Parameter, torch.empty(shape, dtype=dtype, device=device), False)
+            for key, _, shape, dtype, device in self.parts
+            if shape is not None
+        }
+        self._put(layer, path, tables, self.name, iter(made.values()), layer.__dict__["training"])
+        if self.start is not None:
+            self.start(made)
 
-        With a `Filling` it is another adapter, which has its tensors already.
-        """
+    def fill(self, layer: BaseTunerLayer, path: str, tables: list[dict[str, Any]], filling: Filling) -> None:
+        """Another adapter, which has its parameters already; as `add`."""
+        training = filling.training and layer.__dict__["training"]
+        d = self._put(layer, path, tables, filling.name, filling.weights, training).__dict__
+        d["name"], d["settings"], d["shared"] = filling.name, filling.settings, filling.shared
+
+    def _put(
+        self,
+        layer: BaseTunerLayer,
+        path: str,
+        tables: list[dict[str, Any]],
+        name: str,
+        weights: Iterator[Tensor],
+        training: bool,
+    ) -> Adapter:
         own = layer.__dict__
-        training, modules = own["training"], own["_modules"]
-        name, start, given = self.name, self.start, None
-        if filling is not None:
-            name, start, given = filling.name, None, iter(filling.weights)
-            training = training and filling.training
-        made: dict[str, Tensor] = {}
-        for key, sizes, shape, dtype, device in self.parts:
+        modules = own["_modules"]
+        for key, sizes, shape, *_ in self.parts:
             home = modules.get(key)
             if home is None:
                 home = modules[key] = _bare(views.ModuleDict, training)
             if shape is None:
                 home.__dict__["_modules"][name] = nn.Dropout(**dict(sizes)).train(training)
                 continue
-            new = torch.empty(shape, dtype=dtype, device=device) if given is None else next(given)
-            weight = made[key] = _part(nn.Parameter, new, False)
-            part = home.__dict__["_modules"][name] = _bare(views.Linear, training)
-            d = part.__dict__
-            for k, v in sizes:
-                d[k] = v
-            table = d["_parameters"]
-            table["weight"], table["bias"] = weight, None
+            part = home.__dict__["_modules"][name] = _new(views.Linear)
+            d, table = part.__dict__, {"weight": next(weights), "bias": None}
+            d["training"], d["_parameters"], d["_buffers"], d["_modules"] = training, table, NO_BUFFERS, {}
+            (k1, v1), (k2, v2) = sizes
+            d[k1], d[k2] = v1, v2
             tables.append(table)
-        if start is not None:
-            start(made)
         p: Adapter = _new(Adapter)
         d = p.__dict__
         d["layer"], d["path"], d["cache"], d["direct"], d["plan"] = layer, path, {}, _NOTHING, None
-        for k, v in self.values:
-            d[k] = v
-        if filling is not None:
-            d["name"], d["settings"], d["shared"] = name, filling.settings, filling.shared
+        d.update(self.values)
         own["adapters"][name] = p
         if own["_plain"] is not self.plain:
             own["_plain"] = own["_plain"] | self.plain
+        return p
 
 
 class Casting:

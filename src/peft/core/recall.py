@@ -9,7 +9,9 @@ with the same configuration and the same tensors, while the model is as it was. 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +24,22 @@ from .fingerprint import HASH, SHAPES
 from .header import Header
 from .host import AdapterHost, below, changed, changes
 from .layer import BaseTunerLayer
+from .method import Method
 from .mold import Filling, Mold, form_of
 from .pattern import settings, tables
 from .tuner import BaseTuner
 
 Key = tuple[dict[str, Any], bool]
-_STEPS = frozenset(
-    ["inject_adapter", "_create_and_replace", "_inject_parameters", "before_layers", "after_layers", "match", "plan_of"]
+_STEPS = ("inject_adapter", "_create_and_replace", "_inject_parameters", "before_layers", "after_layers", "match")
+_steps = attrgetter(*_STEPS, "plan_of.__func__", "injection")
+# What is looked at in many objects at once, without a step of Python's for each.
+_modules, _parameters, _training = attrgetter("_modules"), attrgetter("_parameters"), attrgetter("training")
+_form, _sizes, _adapters = (
+    attrgetter("shape", "dtype", "device"),
+    attrgetter("in_features", "out_features"),
+    attrgetter("adapters"),
 )
+_kept_by, _kind = attrgetter("call", "parameter_name"), attrgetter("dtype", "device")
 # Fields in which the files of like adapters differ.
 _OF_NO_ACCOUNT = frozenset(["auto_mapping", "base_model_name_or_path", "peft_version", "revision", "origin"])
 MOST = 4  # recipes that a tuner keeps
@@ -62,10 +72,46 @@ class Standing:
         wrapped = any(not WRAPPERS.isdisjoint(kids) for _, kids in self._children)
         told = [p for p in self._held if type(p) is not nn.Parameter or p.__dict__]
         self.plain = not (tied or wrapped or any(map(sharded.is_spread, told)))
+        self._inner, self._owners = [*inner, *self.hosts], [m for m, _ in self._shapes]
+        self._layers = [m for m in self.hosts if isinstance(m, BaseTunerLayer)]
+        self._others = [m for m in self.hosts if not isinstance(m, BaseTunerLayer)]
+        self._seen: tuple[list[Any], list[Any]] | None = None
 
-    def named(self, host: AdapterHost) -> Collection[str]:
-        """The adapters of a layer or wrapper."""
-        return host.adapters if isinstance(host, BaseTunerLayer) else host._get_available_adapters()
+    def has(self, name: str) -> bool:
+        """Whether a layer or wrapper has an adapter of that name."""
+        here = any(map(contains, map(_adapters, self._layers), repeat(name)))
+        return here or any(name in host._get_available_adapters() for host in self._others)
+
+    def unchanged(self, bases: list[nn.Module]) -> bool:
+        """Whether nothing at all is another than when `note` was called; `bases` are the layers' modules."""
+        if self._seen is None:
+            return False
+        (facts, things), now = self._seen, self._now(bases)
+        return now[0] == facts and len(now[1]) == len(things) and all(map(is_, now[1], things))
+
+    def note(self, bases: list[nn.Module]) -> None:
+        """All has been found to be in order."""
+        self._seen = self._now(bases)
+
+    def _now(self, bases: list[nn.Module]) -> tuple[list[Any], list[Any]]:
+        """What `holds`, `form_of` and `Mold.fits` look at: what is compared, and what must be the same objects."""
+        tables, owned = [*map(_modules, self._inner)], [*map(_parameters, self._owners)]
+        children = [*chain.from_iterable(map(dict.values, tables))]
+        held, own = [*chain.from_iterable(map(dict.values, owned))], [*map(vars, bases)]
+        facts = [
+            *map(len, tables),
+            *map(len, owned),
+            *chain.from_iterable(tables),
+            *chain.from_iterable(owned),
+            *map(type, children),
+            *map(type, held),
+            *map(_form, [p for p in held if p is not None]),
+            *map(_sizes, bases),
+            *map(contains, own, repeat("_hf_hook")),
+            *map(contains, own, repeat("compute_dtype")),
+            *map(_kept_by, self._layers),
+        ]
+        return facts, children + held
 
     def holds(self) -> bool:
         """Whether all of it is as it was."""
@@ -105,48 +151,65 @@ class Recipe:
     def __init__(self, key: Key, header: Header, jobs: list[Job], standing: Standing, stored: dict[str, Any]):
         self.key, self.layout, self.jobs, self.standing = key, header.tensors, jobs, standing
         self.base, self.stored = base_of(header), stored
+        self._bases = [job.base for job in jobs]
+        self._parts = [part for job in jobs for part in job.parts]
+        self._kinds = [
+            (dtype, job.base._parameters["weight"].device)  # type: ignore[union-attr]
+            for job in jobs
+            for _, dtype in job.parts
+        ]
+        self._told = [job for job in jobs if job.mold.method.written.__func__ is not Method.written]
 
     def fits(self, key: Key, header: Header, name: str) -> bool:
         """Whether the next adapter is like the first, and the model as it was."""
         return (
             self.layout is header.tensors
             and self.key == key
-            and self.standing.holds()
-            and not any(name in self.standing.named(host) for host in self.standing.hosts)
-            and all(form_of(j.base) == j.form and j.mold.fits(j.layer) for j in self.jobs)
+            and not self.standing.has(name)
+            and (self.standing.unchanged(self._bases) or self._looked_at())
         )
 
-    def made(self, state: Mapping[str, Tensor]) -> list[list[Tensor]]:
-        """The tensors of each layer, beside its base weight, of tensors that nobody else has."""
-        found = []
-        for job in self.jobs:
-            device = job.base._parameters["weight"].device  # type: ignore[union-attr]
-            found.append([_own(state[key], dtype, device) for key, dtype in job.parts])
+    def _looked_at(self) -> bool:
+        """What `fits` asks of the model, one by one: something has changed, perhaps nothing that counts."""
+        fits = self.standing.holds() and all(form_of(j.base) == j.form and j.mold.fits(j.layer) for j in self.jobs)
+        if fits:
+            self.standing.note(self._bases)
+        return fits
+
+    def made(self, state: Mapping[str, Tensor]) -> list[nn.Parameter]:
+        """The parameters of all layers, frozen, beside their base weights, of tensors that nobody else has."""
+        found: list[Any] = [state[key] for key, _ in self._parts]
+        if [*map(_kind, found)] != self._kinds:
+            found = [t.to(dtype=dtype, device=device) for t, (dtype, device) in zip(found, self._kinds, strict=True)]
+        if {*map(type, found)} != {Tensor}:
+            return [nn.Parameter(t, requires_grad=False) for t in found]
+        for tensor in found:
+            tensor.__class__ = nn.Parameter  # as such a tensor becomes one, without another one beside it
         return found
 
     def evaluating(self) -> bool:
         """Whether the model is in evaluation, where none but adapters of layers are put into it one by one."""
-        return not any(m.training for m in self.standing.modules) and self.standing.layered
+        return not any(map(_training, self.standing.modules)) and self.standing.layered
 
     def take_out(self, name: str) -> None:
         """Undo `place`."""
         for job in self.jobs:
             job.layer._drop(name)
 
-    def place(self, tuner: Any, name: str, config: Any, made: list[list[Tensor]], training: bool) -> None:
-        """Put an adapter's tensors into the layers; the tuner knows its configuration already."""
+    def place(self, tuner: Any, name: str, config: Any, made: list[nn.Parameter], training: bool) -> None:
+        """Put an adapter's parameters into the layers; the tuner knows its configuration already."""
         roster = tuner.__dict__.get("_roster")
         current = roster is not None and roster.current
         held: list[dict[str, Any]] = []
-        alike, shared = not tables(config), {}  # type: ignore[var-annotated]
-        for job, weights in zip(self.jobs, made, strict=True):
-            own = config if alike else settings(config, job.path)
-            job.mold.add(job.layer, job.path, held, Filling(name, own, shared, weights, training))
+        alike, filling = not tables(config), Filling(name, config, {}, iter(made), training)
+        for job in self.jobs:
+            own = filling if alike else filling._replace(settings=settings(config, job.path))
+            job.mold.fill(job.layer, job.path, held, own)
         changed()
         if current:
             roster.changes = changes()
             roster.told(name, held, ())
-        for job in self.jobs:
+        for job in self._told:
             p = job.layer.adapters[name]
             p.method.written(p)
         config.__dict__.update((k, copy.copy(v)) for k, v in self.stored.items())
@@ -165,16 +228,13 @@ def base_of(header: Header) -> tuple[str | None, str | None]:
 def usual(tuner: Any, config: Any) -> bool:
     """Whether adapters are placed by nothing but the layers' own steps, for which no program stands in."""
     kind = tuner.kind_of(config) if isinstance(tuner, BaseTuner) else None
-    if kind is None or not issubclass(kind, BaseTuner) or _STEPS & tuner.__dict__.keys():
+    if kind is None or not issubclass(kind, BaseTuner) or not tuner.__dict__.keys().isdisjoint((*_STEPS, "plan_of")):
         return False
-    classes = (c for cls in {kind, type(tuner)} for c in cls.__mro__[: cls.__mro__.index(BaseTuner)])
-    plain = not any(_STEPS & vars(c).keys() for c in classes) and kind.injection is BaseTuner.injection
+    try:
+        plain = _steps(kind) == _steps(type(tuner)) == _steps(BaseTuner)
+    except AttributeError:  # of a `plan_of` that is no method of the class
+        return False
     return plain and BaseTuner._create_and_replace is BaseTuner.own_step
-
-
-def _own(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    like = value.dtype is dtype and value.device == device
-    return value if like else value.to(device=device, dtype=dtype)
 
 
 def recipe_of(tuner: Any, name: str, key: Key, header: Header, places: list[tuple[Entry, str]]) -> Recipe | None:
