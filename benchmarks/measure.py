@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 Numbers = dict[str, float]
+ENOUGH = 0.15  # seconds for the calls of `quickest`
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,43 @@ def added(numbers: Numbers) -> Numbers:
     return rows
 
 
-def seconds(work: Callable[[], object], times: int = 1) -> float:
+def spent(work: Callable[[], object], times: int = 1) -> float:
     """Process time of one call of `work`, in seconds, as the mean of `times` calls in a row."""
-    gc.collect()
     start = time.process_time()
     for _ in range(times):
         work()
     return (time.process_time() - start) / times
 
 
+def seconds(work: Callable[[], object], times: int = 1) -> float:
+    """The same, garbage collected before."""
+    gc.collect()
+    return spent(work, times)
+
+
+def in_a_row(works: Iterable[Callable[[], object]]) -> list[float]:
+    """`spent` of each of several calls, garbage collected before the first: a collection can take longer than they."""
+    gc.collect()
+    return [spent(work) for work in works]
+
+
 def smallest(work: Callable[[], object], slices: int, times: int = 1) -> float:
-    """The smallest of several slices of `seconds`."""
-    return min(seconds(work, times) for _ in range(slices))
+    """The smallest of several slices of `spent`, garbage collected before the first."""
+    gc.collect()
+    return min(spent(work, times) for _ in range(slices))
+
+
+def several(work: Callable[[], float], most: int, enough: float) -> list[float]:
+    """What `work` says that it needed, up to `most` times; fewer where `enough` seconds are spent."""
+    found = [work()]
+    while len(found) < most and sum(found) < enough:
+        found.append(work())
+    return found
+
+
+def quickest(work: Callable[[], object], times: int) -> float:
+    """The smallest `spent` of several calls, fewer where `ENOUGH` is spent; the caller has collected garbage."""
+    return min(several(lambda: spent(work), times, ENOUGH))
 
 
 def calls(work: Callable[[], object]) -> int:

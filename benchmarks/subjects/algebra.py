@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import Numbers, added, measure, smallest
+from benchmarks.measure import Numbers, added, measure, quickest, smallest
 from benchmarks.models import ALL_LINEAR, Llama, frozen, stack
 from benchmarks.subjects.steps import step
 
@@ -33,7 +34,7 @@ def adapted(model: nn.Module, name: str, targets: list[str]) -> nn.Module:
     return peft.get_peft_model(model, getattr(peft, kind)(target_modules=targets, **fields))
 
 
-@measure("train step by method, 4 x Linear(512, 512), 256 tokens", repeats=4, derive=added)
+@measure("train step by method, 4 x Linear(512, 512), 256 tokens", repeats=3, derive=added)
 def train_methods() -> Iterator[Numbers]:
     """fp32; the adapted layers alone, without what a model does around them."""
     x = torch.randn(256, 512, requires_grad=True)
@@ -45,7 +46,7 @@ def train_methods() -> Iterator[Numbers]:
         yield {"bare": smallest(bare, 3), **{name: smallest(run, 3) for name, run in steps.items()}}
 
 
-@measure("one token by method, 8 Llama layers of hidden 512, all-linear", repeats=4, derive=added)
+@measure("one token by method, 8 Llama layers of hidden 512, all-linear", repeats=3, derive=added)
 @torch.no_grad()
 def token_methods() -> Iterator[Numbers]:
     """Evaluation: what is computed from an adapter's tensors alone may be kept."""
@@ -53,10 +54,9 @@ def token_methods() -> Iterator[Numbers]:
     bare = frozen(Llama(*shape)).eval()
     models = {name: adapted(Llama(*shape), name, ALL_LINEAR).eval() for name in METHODS}
     while True:
-        numbers = {"bare": smallest(lambda: bare(token), 3, 3)}
-        for name, model in models.items():
-            numbers[name] = smallest(lambda model=model: model(token), 3, 3)  # type: ignore[misc]
-        yield numbers
+        gc.collect()
+        runs = {"bare": bare, **models}
+        yield {name: quickest(lambda model=model: model(token), 9) for name, model in runs.items()}  # type: ignore[misc]
 
 
 class Counting(TorchDispatchMode):

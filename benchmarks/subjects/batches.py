@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import Numbers, added, measure, smallest
+from benchmarks.measure import Numbers, added, measure, quickest
 from benchmarks.models import ALL_LINEAR, Llama, frozen, stack
 from benchmarks.subjects.steps import step
 from benchmarks.subjects.wrapping import config, wrapped
@@ -41,9 +42,10 @@ def beside(bare: Callable[[], object], runs: dict[int, Callable[[], object]], ti
     """Repetitions of what runs for each number of adapters, with the bare model's before every one."""
     while True:
         numbers: Numbers = {}
+        gc.collect()
         for n, run in runs.items():
-            numbers["bare"] = min(numbers.get("bare", 1.0), smallest(bare, 5, times))
-            numbers[f"{n} adapters"] = smallest(run, 5, times)
+            numbers["bare"] = min(numbers.get("bare", 1.0), quickest(bare, times))
+            numbers[f"{n} adapters"] = quickest(run, times)
         yield numbers
 
 
@@ -60,7 +62,7 @@ def mixed() -> Iterator[Numbers]:
     bare = frozen(stack(8, 256)).eval()
     models = {n: (served(n), names(n)) for n in COUNTS}
     runs = {n: partial(m, x, adapter_names=turns) for n, (m, turns) in models.items()}
-    yield from beside(partial(bare, x), runs, 20)
+    yield from beside(partial(bare, x), runs, 100)
 
 
 @measure("mixed batch in training, 128 rows of one token, 8 x Linear(256, 256), r=8", repeats=3, derive=added)
@@ -69,7 +71,7 @@ def mixed_train() -> Iterator[Numbers]:
     x = torch.randn(ROWS, 256, requires_grad=True)
     bare = step(frozen(stack(8, 256)).eval(), x)
     steps = {n: learning(served(n), x, names(n)) for n in COUNTS}
-    yield from beside(bare, steps, 5)
+    yield from beside(bare, steps, 25)
 
 
 def learning(model: nn.Module, x: Tensor, turns: list[str]) -> Callable[[], None]:
@@ -93,7 +95,7 @@ def mixed_block() -> Iterator[Numbers]:
     bare = frozen(Llama(*shape)).eval()
     models = {n: (under(Llama(*shape), n, target_modules=ALL_LINEAR), names(n)) for n in COUNTS}
     runs = {n: partial(m, x, adapter_names=turns) for n, (m, turns) in models.items()}
-    yield from beside(partial(bare, x), runs, 10)
+    yield from beside(partial(bare, x), runs, 50)
 
 
 class Experts(nn.Module):
@@ -133,7 +135,5 @@ def experts() -> Iterator[Numbers]:
     bare = frozen(Routed(*sizes)).eval()
     model = wrapped(Routed(*sizes), target_modules=[], target_parameters=parameters, init_lora_weights=False).eval()
     while True:
-        yield {
-            "bare": smallest(lambda: bare(x, chosen), 5, 5),
-            "adapted": smallest(lambda: model(x, chosen), 5, 5),
-        }
+        gc.collect()
+        yield {"bare": quickest(lambda: bare(x, chosen), 25), "adapted": quickest(lambda: model(x, chosen), 25)}

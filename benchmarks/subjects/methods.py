@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Numbers, measure
+from benchmarks.measure import Numbers, measure, quickest
 from benchmarks.models import ALL_LINEAR, Llama, frozen
 from benchmarks.subjects.steps import step
 
 TURNS = 2  # repetitions of a method in a row, for which its model is made once
-ENOUGH = 0.15  # seconds for the calls of one repetition
 TOKENS = 256
 WIDE, NARROW = (512, 1376), (256, 704)  # hidden and inner sizes for a step, and for a token
 TEXT = {"task_type": "CAUSAL_LM"}
@@ -145,17 +143,6 @@ def runs(name: str) -> Iterator[Numbers]:
     while True:
         gc.collect()
         yield {f"{name}: step": quickest(train, 2), f"{name}: token": quickest(evaluate, 16)}
-
-
-def quickest(work: Callable[[], object], times: int) -> float:
-    """The process time of the quickest of several calls, fewer where `ENOUGH` is spent; garbage is collected before."""
-    found, spent = float("inf"), 0.0
-    while times and spent < ENOUGH:
-        start = time.process_time()
-        work()
-        last = time.process_time() - start
-        found, spent, times = min(found, last), spent + last, times - 1
-    return found
 
 
 def beside(numbers: Numbers) -> Numbers:

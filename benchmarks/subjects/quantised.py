@@ -50,13 +50,13 @@ def train(quantise: Callable[[nn.Module], nn.Module]) -> Iterator[Numbers]:
 CEILINGS = {"step: over bare|x": 1.25}
 
 
-@measure(f"{SHAPE}, nf4 base of bitsandbytes", repeats=4, derive=added, limits={"step": 1.0}, ceilings=CEILINGS)
+@measure(f"{SHAPE}, nf4 base of bitsandbytes", repeats=3, derive=added, limits={"step": 1.0}, ceilings=CEILINGS)
 def train_nf4() -> Iterator[Numbers]:
     """Four bits."""
     yield from train(nf4)
 
 
-@measure(f"{SHAPE}, int8 base of torchao", repeats=4, derive=added, limits={"step": 1.0}, ceilings=CEILINGS)
+@measure(f"{SHAPE}, int8 base of torchao", repeats=3, derive=added, limits={"step": 1.0}, ceilings=CEILINGS)
 def train_int8() -> Iterator[Numbers]:
     """Eight bits."""
     yield from train(int8)

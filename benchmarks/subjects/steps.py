@@ -15,7 +15,7 @@ from benchmarks.subjects.wrapping import wrapped
 
 @measure(
     "decode one token, 24 layers of hidden 256, all-linear r=8",
-    repeats=8,
+    repeats=5,
     derive=added,
     limits={"adapted: added to bare": 0.5, "disabled: added to bare": 0.5},
 )
@@ -108,31 +108,31 @@ def train_ranks() -> Iterator[Numbers]:
         yield {"bare": smallest(bare, 2)} | {f"r={r}": smallest(run, 2) for r, run in steps.items()}
 
 
-@measure(f"{SHAPE}, dropout 0", repeats=4, derive=added, limits={"step": 1.0})
+@measure(f"{SHAPE}, dropout 0", repeats=3, derive=added, limits={"step": 1.0})
 def train_plain() -> Iterator[Numbers]:
     """fp32."""
     yield from train()
 
 
-@measure(f"{SHAPE}, dropout 0.1", repeats=4, derive=added, limits={"step": 1.0})
+@measure(f"{SHAPE}, dropout 0.1", repeats=3, derive=added, limits={"step": 1.0})
 def train_dropout() -> Iterator[Numbers]:
     """fp32 with dropout."""
     yield from train(lora_dropout=0.1)
 
 
-@measure(f"{SHAPE}, bf16 base, fp32 adapters", repeats=4, derive=added, limits={"step": 1.0})
+@measure(f"{SHAPE}, bf16 base, fp32 adapters", repeats=3, derive=added, limits={"step": 1.0})
 def train_bf16() -> Iterator[Numbers]:
     """Mixed dtypes."""
     yield from train(torch.bfloat16)
 
 
-@measure(f"{SHAPE}, bf16 base, fp32 adapters, dropout 0.1", repeats=4, derive=added, limits={"step": 1.0})
+@measure(f"{SHAPE}, bf16 base, fp32 adapters, dropout 0.1", repeats=3, derive=added, limits={"step": 1.0})
 def train_bf16_dropout() -> Iterator[Numbers]:
     """Mixed dtypes with dropout."""
     yield from train(torch.bfloat16, lora_dropout=0.1)
 
 
-@measure(f"{SHAPE}, DoRA", repeats=4, derive=added, limits={"step": 1.0})
+@measure(f"{SHAPE}, DoRA", repeats=3, derive=added, limits={"step": 1.0})
 def train_dora() -> Iterator[Numbers]:
     """fp32 DoRA."""
     yield from train(use_dora=True)

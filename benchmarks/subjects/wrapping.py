@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.measure import Numbers, calls, measure, seconds
+from benchmarks.measure import Numbers, calls, measure, seconds, several
 from benchmarks.models import ALL_LINEAR, Llama, stack
 
 
@@ -42,7 +42,7 @@ def resident() -> int:
 
 @measure(
     "get_peft_model, 2,000 Linear(8, 8), r=8",
-    repeats=5,
+    repeats=3,
     limits={"wrap 2,000": 0.05},
     ceilings={"tracked objects per layer|": 20, "calls per layer|": 120},
     derive=lambda numbers: {"second over first|x": numbers["second adapter"] / numbers["wrap 2,000"]},
@@ -50,21 +50,23 @@ def resident() -> int:
 def wrap() -> Iterator[Numbers]:
     """Time, and per layer: objects that the garbage collector tracks, function calls (of another 200 layers)."""
     wrapped(stack(10, 8))
+    counts = per_layer()
     keep: list[nn.Module] = []
     while True:
         keep.clear()
-        few = tracked(stack(10, 8))
-        objects = (tracked(stack(210, 8)) - few) / 200
-        model, small, larger = stack(2000, 8), stack(100, 8), stack(300, 8)
+        model = stack(2000, 8)
         spent = seconds(lambda model=model: keep.append(wrapped(model)))
         second = seconds(lambda keep=keep: keep[0].add_adapter("b", config()))
-        entered = [calls(lambda m=m: wrapped(m)) for m in (small, larger)]
-        yield {
-            "wrap 2,000": spent,
-            "second adapter": second,
-            "tracked objects per layer|": objects,
-            "calls per layer|": (entered[1] - entered[0]) / 200,
-        }
+        yield {"wrap 2,000": spent, "second adapter": second, **counts}
+
+
+def per_layer() -> Numbers:
+    """What is counted: the same in every repetition."""
+    few = tracked(stack(10, 8))
+    objects = (tracked(stack(210, 8)) - few) / 200
+    small, larger = stack(100, 8), stack(300, 8)
+    entered = [calls(lambda m=m: wrapped(m)) for m in (small, larger)]
+    return {"tracked objects per layer|": objects, "calls per layer|": (entered[1] - entered[0]) / 200}
 
 
 def tracked(model: nn.Module) -> int:
@@ -91,7 +93,7 @@ print((resident() - before) / 8000 / PAYLOAD)
 
 @measure(
     "resident memory of get_peft_model over the payload, 8,000 Linear(8, 8)",
-    repeats=2,
+    repeats=1,
     unit="x",
     ceilings={"memory": 10},
 )
@@ -111,18 +113,22 @@ def exponent(numbers: Numbers) -> Numbers:
 
 @measure("get_peft_model, growth to 20,000 layers", repeats=1, derive=exponent, ceilings={"exponent|": 1.05})
 def wrap_growth() -> Iterator[Numbers]:
-    """The same at ten times the size."""
+    """The same at ten times the size, each three times where that is quick."""
     wrapped(stack(10, 8))
     while True:
-        models = [stack(2000, 8), stack(2000, 8)]
-        few = min(seconds(lambda model=model: wrapped(model)) for model in models)
-        many = stack(20000, 8)
-        yield {"wrap 2,000": few, "wrap 20,000": seconds(lambda many=many: wrapped(many))}
+        sizes = {"wrap 2,000": 2000, "wrap 20,000": 20000}
+        yield {key: min(several(lambda layers=layers: wrapping(layers), 3, 5.0)) for key, layers in sizes.items()}
+
+
+def wrapping(layers: int) -> float:
+    """Seconds of wrapping a new stack."""
+    model = stack(layers, 8)
+    return seconds(lambda: wrapped(model))
 
 
 @measure(
     "meta-device wrap, Llama-2-7B shape, 224 targets, r=8",
-    repeats=5,
+    repeats=4,
     ceilings={"wrap": 0.3, "second adapter": 0.3},
 )
 def wrap_meta() -> Iterator[Numbers]:
