@@ -149,34 +149,53 @@ def test_what_a_disk_refuses_without_a_path_is_told_with_one(tmp_path, monkeypat
 # A killed process ----------------------------------------------------------------------------------------------------
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 sys.path[:0] = {path!r}
 from test_faults import NEW, adapted
 from peft.core import commit
 model = adapted(**NEW)
 count = 0
-def step(*_):
+def step(at):
     global count
-    if (count := count + 1) == {at}:
+    if (count := count + 1) == at:
         os.kill(os.getpid(), signal.SIGKILL)
-for owner, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "scandir")):
-    def call(*args, real=getattr(owner, name), **kwargs):
-        step()
-        return real(*args, **kwargs)
-    setattr(owner, name, call)
-model.save_pretrained({folder!r}, max_shard_size={size})
-print("done", count)
+def save(at, folder):
+    for owner, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "scandir")):
+        def call(*args, real=getattr(owner, name), **kwargs):
+            step(at)
+            return real(*args, **kwargs)
+        setattr(owner, name, call)
+    model.save_pretrained(folder, max_shard_size=100 if at % 2 else 10**9)
+    os._exit(0)
+ends = {{}}
+for at, folder in {folders!r}.items():
+    if (child := os.fork()) == 0:
+        save(at, folder)
+    ends[at] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(json.dumps(ends))
 """
+STEPS = [4, 5, 6, 7, 8, 9, 10]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Folders of saves that died at a step, by its number; one process forks them all."""
+    folders = {at: str(tmp_path_factory.mktemp(f"step{at}")) for at in STEPS}
+    for folder in folders.values():
+        adapted(**OLD).save_pretrained(folder)
+    code = KILLED.format(path=sys.path, folders=folders)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ends = {int(at): code for at, code in json.loads(done.stdout.splitlines()[-1]).items()}
+    assert set(ends.values()) <= {-signal.SIGKILL, 0} and ends[STEPS[0]] == -signal.SIGKILL, ends
+    return {at: Path(folder) for at, folder in folders.items()}
 
 
 @POSIX
-@pytest.mark.parametrize("at", [4, 5, 6, 7, 8, 9, 10])
-def test_a_killed_save_leaves_one_whole_adapter(tmp_path, at):
+@pytest.mark.parametrize("at", STEPS)
+def test_a_killed_save_leaves_one_whole_adapter(killed, tmp_path, at):
     adapted(**OLD).save_pretrained(tmp_path)
-    names = sorted(p.name for p in tmp_path.iterdir())
-    code = KILLED.format(path=sys.path, at=at, folder=str(tmp_path), size=100 if at % 2 else 10**9)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL or "done" in done.stdout, done.stderr
+    names, tmp_path = sorted(p.name for p in tmp_path.iterdir()), killed[at]
     assert sum(is_one_of_both(tmp_path)) == 1
     before = answer(tmp_path)
     commit.settle(tmp_path)
