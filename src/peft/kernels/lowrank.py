@@ -52,8 +52,11 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
         return _raised(y.flatten(0, -2), _down(x, A, B, scale, 0.0)[0], B, scale, True).view(y.shape)
     # the update is accumulated into the product: two operations more than the base, nothing saved beyond x and A x
     flat = x.reshape(-1, x.shape[-1])
-    if not torch.is_grad_enabled() and _in_weight(flat, W, A, B, scale):
-        return F.linear(x, whole.weight(W, A, B, scale), b)
+    if not torch.is_grad_enabled() and eager():  # asked for first, so that no graph depends on how many rows there are
+        if flat.shape[0] == 1 and (found := row(x, W, b, A, B, scale)) is not None:
+            return found
+        if _in_weight(flat, W, A, B, scale):
+            return F.linear(x, whole.weight(W, A, B, scale), b)
     y, h = F.linear(flat, W, b), F.linear(flat, A)
     if type(scale) is float and y.dtype is B.dtype and torch._C._functorch.peek_interpreter_stack() is None:
         y = y.addmm_(h, B.mT, alpha=scale)  # which vmap has no rule for
@@ -64,8 +67,6 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
 
 def _in_weight(flat: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: Any) -> bool:
     """Whether the rows are so many that the update goes into the weight; the products of rows are the plain form."""
-    if not eager():  # first, so that no graph depends on how many rows there are
-        return False
     many = whole.pays(flat.shape[0], W.shape[0] + W.shape[1], W, A.shape[0])
     return many and thin.ordinary(flat, A, B, scale) and whole.takes(W, A)
 
