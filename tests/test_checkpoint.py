@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft import (
+    IA3Config,
     LoraConfig,
     MissingTensorsWarning,
     PeftModel,
@@ -677,6 +678,16 @@ def test_edits_of_the_card_survive(tmp_path):
     model.save_pretrained(tmp_path)
     text = card.read_text()
     assert "Written by hand." in text and text.count("### Framework versions") == 1 and text.count("- PEFT ") == 1
+
+
+def test_a_card_tells_of_its_own_model_alone(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    adapted().save_pretrained(tmp_path / "lora")
+    config = IA3Config(target_modules=["fc1"], feedforward_modules=[])
+    get_peft_model(mlp(), config).save_pretrained(tmp_path / "ia3")
+    one, two = ((tmp_path / name / "README.md").read_text() for name in ("lora", "ia3"))
+    assert "- lora" in one and "- lora" not in two
+    assert one.partition("# Model Card")[2] == two.partition("# Model Card")[2] != ""
 
 
 def test_the_card_without_huggingface_hub(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
 import tempfile
@@ -33,7 +35,7 @@ def update_card(model: PeftModel, output_dir: str) -> None:
     """
     file = Path(output_dir) / "README.md"
     before = file.read_bytes().decode("utf-8", "surrogateescape") if file.is_file() else None
-    text = _new_text(model) if before is None else _updated(model, before)
+    text = _new_text(model) if before is None else _updated(_metadata(model), before)
     if text == before:
         return
     with staged(output_dir) as stage:
@@ -43,26 +45,38 @@ def update_card(model: PeftModel, output_dir: str) -> None:
 def _new_text(model: PeftModel) -> str:
     """The hub's template, with the metadata in front; a shorter one without huggingface_hub."""
     try:
-        from huggingface_hub import ModelCard, ModelCardData
+        import huggingface_hub  # noqa: F401
 
-        card = ModelCard.from_template(ModelCardData())
+        card = copy.deepcopy(_template())
     except ImportError:  # of the hub's library, or of the one that fills in templates
-        return _updated(model, TEMPLATE)
+        return _updated(_metadata(model), TEMPLATE)
     for key, value in _metadata(model).items():
         card.data[key] = value
     card.text = _with_version(card.text)
     return str(card)
 
 
+@functools.cache
+def _template() -> Any:
+    """The hub's card of any model: to fill its template in takes longer than to save an adapter."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    return ModelCard.from_template(ModelCardData())
+
+
 LIBRARY = re.compile(r"^(library_name[ \t]*:[ \t]*)transformers(?=[ \t]*\r?$)", re.MULTILINE)
 FRONT = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
 
-def _updated(model: PeftModel, text: str) -> str:
+def _updated(data: dict[str, Any], text: str) -> str:
     """A card with the metadata that it lacks, and the version; what was written by hand wins."""
-    end = "\r\n" if "\r\n" in text else "\n"
+    return _with_front(json.dumps(data), text)
+
+
+@functools.lru_cache(maxsize=4)  # most saves find the card of the one before
+def _with_front(metadata: str, text: str) -> str:
+    end, data = "\r\n" if "\r\n" in text else "\n", json.loads(metadata)
     found = FRONT.match(text)
-    data = _metadata(model)
     if found is None:
         lines = [line for key, value in sorted(data.items()) for line in _yaml(key, value)]
         return _with_version(end.join(["---", *lines, "---", "", ""]) + text)
