@@ -96,6 +96,43 @@ def test_what_the_format_cannot_hold_is_named(tmp_path):
             write_weights(state, tmp_path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+@pytest.mark.parametrize("private", [(), ("b",), ("a", "b")])
+def test_files_that_only_their_owner_can_read_get_the_usual_permissions(tmp_path, mask, private):
+    before = os.umask(mask)
+    try:
+        with files.staged(tmp_path) as stage:
+            for name in "ab":
+                (stage / name).write_text(name)
+            for name in private:
+                (stage / name).chmod(0o600)
+        modes = {(tmp_path / name).stat().st_mode & 0o777 for name in "ab"}
+    finally:
+        os.umask(before)
+    assert modes == {0o666 & ~mask} and sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_is_remembered_of_a_save_follows_what_is_saved(tmp_path):
+    """The fingerprint follows the model, the hash the configuration, the card its text and the model."""
+    model = adapted()
+    for folder in "ab":
+        model.save_pretrained(tmp_path / folder)
+    heads = [read_header(tmp_path / folder / WEIGHTS).metadata for folder in "ab"]
+    model.base_model.model.head = nn.Linear(8, 5)
+    model.peft_config["default"].lora_dropout = 0.5
+    model.save_pretrained(tmp_path / "b")
+    changed = read_header(tmp_path / "b" / WEIGHTS).metadata
+    assert heads[0] == heads[1]
+    assert all(changed[key] != heads[0][key] for key in ("base_fingerprint", "base_shapes", "config_hash"))
+    card = tmp_path / "b" / "README.md"
+    for text in ("# Mine\n", "# Another\n", "# Mine\n"):
+        card.write_text(text)
+        model.base_model.model.model_tags = [f"tag-{len(text)}"]
+        model.save_pretrained(tmp_path / "b")
+        assert text.strip() in card.read_text() and f"tag-{len(text)}" in card.read_text()
+
+
 # verify --------------------------------------------------------------------------------------------------------------
 
 

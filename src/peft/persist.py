@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -75,7 +77,8 @@ class Persistent:
         targets = {name: folder if name == "default" else folder / name for name in names}
         with folders(folder, *targets.values()):
             for name, target in targets.items() if is_main_process else ():
-                settle(target)
+                if target is not folder:  # that has been done
+                    settle(target)
                 save_adapter(
                     self,
                     name,
@@ -269,11 +272,17 @@ def save_adapter(
     config = for_file(model, config)
     with staged(folder) as stage:
         config.save_pretrained(stage)
-        noted = {CONFIG_HASH: config_hash(config.from_json_file(stage / CONFIG_NAME))}
+        noted = {CONFIG_HASH: _hash_of((stage / CONFIG_NAME).read_bytes())}
         noted.update(fingerprint(model, getattr(config, "modules_to_save", None) or ()))
         files = write_weights(state, stage, safe, max_shard_size, noted)
         if verify:
             check_written(files, state)
+
+
+@functools.lru_cache(maxsize=16)
+def _hash_of(raw: bytes) -> str:
+    """The hash of a configuration file."""
+    return config_hash(json.loads(raw))
 
 
 def _may_be_empty(config: PeftConfig) -> bool:

@@ -74,17 +74,27 @@ def _complete(stage: Path) -> list[str]:
     with os.scandir(stage) as found:
         files = [(e.name, stat.S_IMODE(e.stat().st_mode)) for e in found if e.is_file()]
     names = sorted((name for name, _ in files), key=lambda name: (name.endswith(".json"), name))
-    usual = os.path.join(stage, ".usual")
-    with open(usual, "wb") as handle:
-        mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
-    os.unlink(usual)
-    for name, own in files:
-        if own != mode:  # safetensors makes files that only their owner can read
-            os.chmod(stage / name, mode)
+    if len({mode for _, mode in files}) > 1 or any(mode == _PRIVATE for _, mode in files):
+        mode = _usual(stage)
+        for name, own in files:
+            if own != mode:
+                os.chmod(stage / name, mode)
     for name in names if durable() else ():
         with writing(stage.parent / name), open(stage / name, "rb+") as handle:
             os.fsync(handle.fileno())
     return names
+
+
+_PRIVATE = stat.S_IRUSR | stat.S_IWUSR  # of files that safetensors makes, and `tempfile`
+
+
+def _usual(folder: Path) -> int:
+    """The permissions of a new file."""
+    file = os.path.join(folder, ".usual")
+    with open(file, "wb") as handle:
+        mode = stat.S_IMODE(os.fstat(handle.fileno()).st_mode)
+    os.unlink(file)
+    return mode
 
 
 def _replaced(target: Path, moving: list[str]) -> list[str]:

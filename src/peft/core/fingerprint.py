@@ -6,6 +6,7 @@ adapters on the model, and the modules that the adapter brings itself.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -31,10 +32,14 @@ def fingerprint(model: nn.Module, replaced: Collection[str] = ()) -> dict[str, s
         model: a PeftModel, a model with injected layers, or a plain model.
         replaced: endings of the names of modules that the adapter replaces (`modules_to_save`).
     """
-    shapes = _shapes(model, replaced)
-    noted = {HASH: _hash(shapes)}
-    text = json.dumps(_grouped(shapes), separators=(",", ":"), sort_keys=True)
-    return {**noted, SHAPES: text} if len(text) <= LONGEST else noted
+    digest, text = _noted(tuple(_shapes(model, replaced).items()))
+    return {HASH: digest, SHAPES: text} if len(text) <= LONGEST else {HASH: digest}
+
+
+@functools.lru_cache(maxsize=4)  # the same model is saved again and again
+def _noted(items: tuple[tuple[str, str], ...]) -> tuple[str, str]:
+    shapes = dict(items)
+    return _hash(shapes), json.dumps(_grouped(shapes), separators=(",", ":"), sort_keys=True)
 
 
 def difference(noted: Mapping[str, str], model: nn.Module, replaced: Collection[str] = ()) -> list[str]:
