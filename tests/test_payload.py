@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft.core import files, payload
+from peft.core import files, header, payload
 from peft.core.header import read_header
 
 KINDS = {
@@ -43,12 +44,12 @@ def block(request, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_is_read_again_each_tensor_in_its_own_memory(tmp_path, monkeypatch, block, kind):
     state, file = KINDS[kind], tmp_path / "a.safetensors"
-    header = written(file, state)
-    raw = file.read_bytes()[header.start :]
-    assert header.metadata["checksum"] == f"{header.tensors.names}-{sum_of(raw):016x}"
+    head = written(file, state)
+    raw = file.read_bytes()[head.start :]
+    assert head.metadata["checksum"] == f"{head.tensors.names}-{sum_of(raw):016x}"
     if not block:
         monkeypatch.setattr(payload, "BLOCK", -1)
-    got = files.Saved({str(file): header}).read(own=True)
+    got = files.Saved({str(file): head}).read(own=True)
     for found in (got, load_file(file), files.read_weights(file)):
         assert found.keys() == state.keys() and all(torch.equal(found[k], v) for k, v in state.items())
         assert all(found[k].dtype is v.dtype and found[k].shape == v.shape for k, v in state.items())
@@ -69,9 +70,9 @@ def test_a_file_leaves_no_numbers_in_the_next(tmp_path, block):
 @pytest.mark.parametrize("place", [0, 4095, 4096, -1])
 def test_each_bit_counts(tmp_path, block, place):
     file = tmp_path / "a.safetensors"
-    header = written(file, KINDS["one kind"])
+    start = written(file, KINDS["one kind"]).start
     raw = bytearray(file.read_bytes())
-    raw[header.start + place if place >= 0 else -1] ^= 8
+    raw[start + place if place >= 0 else -1] ^= 8
     file.write_bytes(raw)
     with pytest.raises(ValueError, match="damaged"):
         files.read_weights(file)
@@ -128,3 +129,70 @@ def test_a_default_device_does_not_matter(tmp_path):
         written(tmp_path / "a.safetensors", {"a": torch.arange(9.0, device="cpu")})
         got = files.read_weights(tmp_path / "a.safetensors")["a"]
     assert torch.equal(got, torch.arange(9.0))
+
+
+# Heads that are parsed once ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parses(monkeypatch):
+    """How often heads are parsed; none is known at first."""
+    count, real = [], header._parsed
+    monkeypatch.setattr(header, "_heads", {})
+    monkeypatch.setattr(header, "_parsed", lambda *a: count.append(a) or real(*a))
+    return count
+
+
+def test_heads_that_differ_in_nothing_but_the_checksum_are_parsed_once(tmp_path, parses):
+    heads = [written(tmp_path / "a", {"a": torch.full((3,), float(i))}, note="é", zeal="x") for i in range(3)]
+    assert len(parses) == 1
+    assert len({h.metadata["checksum"] for h in heads}) == 3 and heads[0].tensors is heads[2].tensors
+    assert [list(h.metadata) for h in heads] == [["checksum", "note", "zeal"]] * 3 and heads[2].metadata["note"] == "é"
+    heads[0].metadata["note"] = "changed"
+    assert read_header(tmp_path / "a").metadata["note"] == "é"
+    assert written(tmp_path / "a", {"a": torch.zeros(3)}, note="other").metadata["note"] == "other"
+    assert written(tmp_path / "a", {"a": torch.zeros(4)}, note="other").tensors["a"].shape == (4,) and len(parses) == 3
+
+
+def rewritten(file, change):
+    """The file with another head of whatever length."""
+    raw = file.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    head = change(raw[8:end])
+    file.write_bytes(len(head).to_bytes(8, "little") + head + raw[end:])
+
+
+@pytest.mark.parametrize("value", ["", "x", "a-b", "0" * 50, r"\u0030-1", r"a\"b", "1" * 16 + "-" + "f" * 16 + "0"])
+def test_a_checksum_of_any_form_is_read_as_it_is(tmp_path, parses, value):
+    file = tmp_path / "a"
+    told = written(file, {"a": torch.ones(3)}).metadata["checksum"]
+    rewritten(file, lambda head: head.replace(told.encode(), value.encode()))
+    assert read_header(file).metadata["checksum"] == json.loads(f'"{value}"')
+
+
+def test_a_known_head_over_other_data_is_a_fault(tmp_path, parses):
+    file = tmp_path / "a"
+    written(file, {"a": torch.ones(3)})
+    raw = file.read_bytes()
+    for damaged in (raw[:-1], raw + b"0"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="no complete safetensors file"):
+            read_header(file)
+    file.write_bytes(raw)
+    assert read_header(file).tensors["a"].shape == (3,)
+    rewritten(file, lambda head: head + head[head.index(b'"a":') - 1 :].replace(b'{"a"', b',"a"'))
+    with pytest.raises(ValueError, match="no complete safetensors file"):
+        read_header(file)
+
+
+def test_a_head_longer_than_what_is_read_at_once_is_read(tmp_path):
+    state = {f"{'x' * 100}.{i}": torch.full((2,), float(i)) for i in range(300)}
+    found = written(tmp_path / "a.safetensors", state)
+    assert found.start > header._FIRST and found.tensors.keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in files.read_weights(tmp_path / "a.safetensors").items())
+
+
+def test_few_heads_are_kept(tmp_path, parses):
+    for i in range(3 * header._MOST):
+        written(tmp_path / "a", {"a": torch.zeros(i)})
+    assert len(header._heads) <= header._MOST

@@ -174,10 +174,10 @@ def current(folder: str | os.PathLike[str], name: str) -> str | None:
 
 def _stages(folder: str | os.PathLike[str]) -> list[Path]:
     try:
-        with os.scandir(folder) as found:
-            return sorted(Path(e.path) for e in found if e.name.startswith(PREFIX) and e.is_dir())
+        found = [name for name in os.listdir(folder) if name.startswith(PREFIX)]
     except OSError:
         return []
+    return sorted(path for path in (Path(folder, name) for name in found) if path.is_dir()) if found else []
 
 
 def _listed(stage: Path) -> tuple[list[str], list[str]] | None:

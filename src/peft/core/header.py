@@ -114,11 +114,13 @@ def read_header(file: str | os.PathLike[str]) -> Header:
 
     Raises ValueError, naming the file and the cause, for what is no complete and consistent file.
     """
-    with open(file, "rb") as handle:
-        size = os.fstat(handle.fileno()).st_size
+    with open(file, "rb", buffering=0) as handle:
+        size, raw = os.fstat(handle.fileno()).st_size, handle.read(_FIRST)
         try:
-            length = _length(handle.read(8), size)
-            tensors, metadata = _parsed(handle.read(length), length, size - 8 - length)
+            length = _length(raw[:8], size)
+            while len(raw) < 8 + length and (more := handle.read(8 + length - len(raw))):
+                raw += more
+            tensors, metadata = _remembered(raw[8 : 8 + length], length, size - 8 - length)
         except _Fault as fault:
             raise ValueError(
                 f"{file} is no complete safetensors file: {fault}. It may be truncated or damaged ({size} bytes): "
@@ -138,6 +140,22 @@ def _length(first: bytes, size: int) -> int:
     if length > size - 8:
         raise _Fault(f"its head has {length} bytes, of which {size - 8} are there")
     return length
+
+
+def _remembered(raw: bytes, length: int, size: int) -> tuple[Layout, dict[str, str]]:
+    """As `_parsed`; heads that differ in nothing but the checksum are parsed once."""
+    start = raw.find(_TOLD) + len(_TOLD)
+    end = raw.find(b'"', start)
+    told = raw[start:end]
+    if start < len(_TOLD) or not told.replace(b"-", b"", 1).isalnum() or len(raw) != length or length > _LONG:
+        return _parsed(raw, length, size)
+    rest = raw[:start] + raw[end:]
+    known = _heads.get(rest)
+    if known is None or known[0].size != size:
+        known = _heads[rest] = _parsed(raw, length, size)
+        while len(_heads) > _MOST:
+            del _heads[next(iter(_heads))]
+    return known[0], {**known[1], CHECKSUM: told.decode()}
 
 
 def _parsed(raw: bytes, length: int, size: int) -> tuple[Layout, dict[str, str]]:
@@ -167,13 +185,16 @@ def _parsed(raw: bytes, length: int, size: int) -> tuple[Layout, dict[str, str]]
 
 
 _MOST = 8
+_FIRST, _LONG = 2**14, 1_000_000  # bytes that are read at once, and of heads that are remembered at most
+_TOLD = f'"{CHECKSUM}":"'.encode()
+_heads: dict[bytes, tuple[Layout, dict[str, str]]] = {}  # by a sound head without its checksum
 _layouts: dict[str, Layout] = {}  # by what follows the remarks in a head that was sound
 _START = f'{{"{META}":{{'
 
 
 def _known(text: str) -> tuple[Any, str]:
     """A head's remarks, and what follows them; "" where they are not in front, or the rest is long."""
-    if not text.startswith(_START) or len(text) > 1_000_000:
+    if not text.startswith(_START) or len(text) > _LONG:
         return None, ""
     found, end = _remarks.raw_decode(text, len(_START) - 1)
     return found, text[end:].rstrip(" ")
