@@ -61,8 +61,12 @@ class Deferred:
 
     def settle(self) -> None:
         """Let the layers follow now."""
-        if self._wanted is None:
-            return
+        if torch.compiler.is_compiling():
+            traced()  # while tracing, as a program cannot hold the lock
+        elif self._wanted is not None:
+            self._follow()
+
+    def _follow(self) -> None:
         with _lock:
             if self._wanted is None:
                 return
@@ -78,7 +82,7 @@ def traced() -> bool:
     """A program is being traced: from now on layers follow at once."""
     Deferred.at_once = True
     for call in list(_waiting):
-        call.settle()
+        call._follow()
     return True
 
 
