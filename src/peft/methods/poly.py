@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..config import describe
 from ..core.draw import kaiming
+from ..core.kept import kept, lasting
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
 from ..core.stack import Adapter, Stack
@@ -77,10 +78,7 @@ class Poly(Delta):
             "poly_router": PolyRouter(c.n_tasks, q * c.n_skills, **site.kwargs),
             "poly_lora_A": nn.Parameter(torch.empty(*lead, q, c.n_skills, inp // q, c.r, **site.kwargs)),
             "poly_lora_B": nn.Parameter(torch.empty(*lead, q, c.n_skills, c.r, out // q, **site.kwargs)),
-            "r": c.r,
-            "n_tasks": c.n_tasks,
-            "n_skills": c.n_skills,
-            "n_splits": q,
+            **{name: getattr(c, name) for name in c.ranks},
         }
 
     def init(self, p: Adapter, inner: Stack) -> None:
@@ -108,12 +106,17 @@ class Poly(Delta):
     def mixture(self, p: Adapter, ids: Tensor) -> Tensor:
         """w, (rows, n_splits, n_skills)."""
         Z = p.held("poly_router").module_logits
+        if lasting(p):
+            return kept(p, lambda: self.shares(p, Z)).index_select(0, ids)
+        return self.shares(p, F.embedding(ids, Z))  # which takes no id from the end, as index_select
+
+    def shares(self, p: Adapter, Z: Tensor) -> Tensor:
+        """What each skill has of a block, from logits (rows, n_splits n_skills)."""
         Z = Z.float() if Z.dtype in (torch.float16, torch.bfloat16) else Z
-        Z = F.embedding(ids, Z).unflatten(-1, (p.n_splits, -1))  # which takes no id from the end
         if p.layer.training:
             least = torch.finfo(Z.dtype).eps
             Z = Z + torch.rand_like(Z).clamp(least, 1 - least).logit()
-        w = Z.sigmoid()
+        w = Z.sigmoid().unflatten(-1, (p.n_splits, -1))
         return w / (w.sum(-1, keepdim=True) + 1e-12)
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
@@ -122,12 +125,10 @@ class Poly(Delta):
         rows = 1 if y.dim() == -axis else y.shape[0]  # else there is no batch
         w = self.mixture(p, p.layer.call.task_of_row(rows, p.n_tasks, y.device, p.path)).to(A.dtype)
         if inner.view.dense and y.dim() > 2:  # factors for each example pay where it has several positions
-            down = torch.einsum("eqs,qsir->eqir", w, A).flatten(1, 2)
-            up = torch.einsum("eqs,qsro->erqo", w, B).flatten(2)
-            update = (x.to(A.dtype).flatten(1, -2) @ down @ up).view(y.shape)
-        else:
-            update = self.by_skill(p, inner, x, w, axis)
-        return (y + update / p.r).to(y.dtype)
+            down, up = (torch.bmm(w.transpose(0, 1), f.flatten(2)).unflatten(-1, f.shape[2:]) for f in (A, B))
+            h, up = x.to(A.dtype).flatten(1, -2) @ down.transpose(0, 1).flatten(1, 2), up.permute(1, 2, 0, 3).flatten(2)
+            return torch.baddbmm(y.flatten(1, -2).to(h.dtype), h, up, alpha=1 / p.r).view(y.shape).to(y.dtype)
+        return (y + self.by_skill(p, inner, x, w, axis) / p.r).to(y.dtype)
 
     def by_skill(self, p: Adapter, inner: Stack, x: Tensor, w: Tensor, axis: int) -> Tensor:
         """The same, with the products of all skills mixed afterwards, on any layout."""
