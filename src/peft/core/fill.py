@@ -47,7 +47,8 @@ def fill(
         report(MissingTensorsWarning, text, strict, stacklevel=4, follows=follows)
     if unexpected:
         report(UnexpectedTensorsWarning, _unexpected_text(unexpected, entries, adapter_name), strict, stacklevel=4)
-    if torn := [] if fresh and _alone(entries) else _torn(found):
+    alone = fresh and _alone(entries)
+    if torn := [] if alone else _torn(found):
         text = (
             f"The checkpoint has different values for tensors that are tied in adapter {adapter_name!r}: "
             f"{listing(torn)}. The last of them counts, so the adapter is not the one that was saved. To load that, "
@@ -56,7 +57,6 @@ def fill(
         report(PeftWarning, text, strict, stacklevel=4)
     with torch.no_grad():
         homes: dict[int, torch.device] = {}
-        alone = fresh and _alone(entries)
         ready = [(e, v if _assigned(e) else as_held(v, e.tensor)) for e, v in found.values()]
         for entry, value in ready:
             if not (alone and _put(entry, value, homes, own)):
@@ -276,7 +276,8 @@ def _home(entry: Entry) -> torch.device:
     base = entry.layer
     while isinstance(base, AdapterHost) and base._below:
         base = base._modules[base._below[0]]  # type: ignore[assignment]
-    first = next((t for t in (*base._parameters.values(), *base.buffers()) if t is not None), None)
+    held = next((t for t in base._parameters.values() if t is not None), None)
+    first = next(base.buffers(), None) if held is None else held
     place: Any = getattr(base.__dict__.get("_hf_hook"), "execution_device", None)
     if first is None or (first.is_meta and place is None):
         first = next((t for t in (*base.parameters(), *base.buffers()) if not t.is_meta), torch.empty(0))

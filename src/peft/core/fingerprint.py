@@ -32,14 +32,9 @@ def fingerprint(model: nn.Module, replaced: Collection[str] = ()) -> dict[str, s
         model: a PeftModel, a model with injected layers, or a plain model.
         replaced: endings of the names of modules that the adapter replaces (`modules_to_save`).
     """
-    digest, text = _noted(tuple(_shapes(model, replaced).items()))
-    return {HASH: digest, SHAPES: text} if len(text) <= LONGEST else {HASH: digest}
-
-
-@functools.lru_cache(maxsize=4)  # the same model is saved again and again
-def _noted(items: tuple[tuple[str, str], ...]) -> tuple[str, str]:
-    shapes = dict(items)
-    return _hash(shapes), json.dumps(_grouped(shapes), separators=(",", ":"), sort_keys=True)
+    shapes = tuple(_shapes(model, replaced).items())
+    noted, text = {HASH: _hash(shapes)}, _told(shapes)
+    return {**noted, SHAPES: text} if len(text) <= LONGEST else noted
 
 
 def difference(noted: Mapping[str, str], model: nn.Module, replaced: Collection[str] = ()) -> list[str]:
@@ -55,7 +50,7 @@ def difference(noted: Mapping[str, str], model: nn.Module, replaced: Collection[
     if HASH not in noted or SHAPES not in noted:
         return []
     shapes = _shapes(model, replaced)
-    if _hash(shapes) == noted[HASH]:
+    if _hash(tuple(shapes.items())) == noted[HASH]:
         return []
     before, now = _read(noted[SHAPES]), _grouped(shapes)
     if not before or _total(before) == _total(now) or _endings(before) == _endings(now):
@@ -64,9 +59,15 @@ def difference(noted: Mapping[str, str], model: nn.Module, replaced: Collection[
     return [f"{n}: {_said(before.get(n))} when it was saved, {_said(now.get(n))} here" for n in names]
 
 
-def _hash(shapes: Mapping[str, str]) -> str:
-    lines = "\n".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
+@functools.lru_cache(maxsize=4)  # adapters of the same models are saved and loaded again and again
+def _hash(shapes: tuple[tuple[str, str], ...]) -> str:
+    lines = "\n".join(f"{name} {shape}" for name, shape in sorted(shapes))
     return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=4)
+def _told(shapes: tuple[tuple[str, str], ...]) -> str:
+    return json.dumps(_grouped(dict(shapes)), separators=(",", ":"), sort_keys=True)
 
 
 def _shapes(model: nn.Module, replaced: Collection[str]) -> dict[str, str]:
