@@ -75,8 +75,8 @@ def note(cls: type, raw: bytes, content: Content, build: Callable[[Content], Any
     """
     if (cls, raw) not in _found:
         _found[cls, raw] = None
-        while len(_found) > MOST:
-            del _found[next(iter(_found))]
+        for key in list(_found)[:-MOST]:
+            _found.pop(key, None)  # other threads may do so at the same time
         return
     before = told()
     with warnings.catch_warnings(record=True) as said:

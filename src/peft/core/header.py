@@ -153,8 +153,7 @@ def _remembered(raw: bytes, length: int, size: int) -> tuple[Layout, dict[str, s
     known = _heads.get(rest)
     if known is None or known[0].size != size:
         known = _heads[rest] = _parsed(raw, length, size)
-        while len(_heads) > _MOST:
-            del _heads[next(iter(_heads))]
+        _let_go(_heads)
     return known[0], {**known[1], CHECKSUM: told.decode()}
 
 
@@ -179,8 +178,7 @@ def _parsed(raw: bytes, length: int, size: int) -> tuple[Layout, dict[str, str]]
         _check_data(layout, size)
     if rest and known is None:
         _layouts[rest] = layout
-        while len(_layouts) > _MOST:
-            del _layouts[next(iter(_layouts))]
+        _let_go(_layouts)
     return layout, metadata
 
 
@@ -190,6 +188,12 @@ _TOLD = f'"{CHECKSUM}":"'.encode()
 _heads: dict[bytes, tuple[Layout, dict[str, str]]] = {}  # by a sound head without its checksum
 _layouts: dict[str, Layout] = {}  # by what follows the remarks in a head that was sound
 _START = f'{{"{META}":{{'
+
+
+def _let_go(kept: dict[Any, Any]) -> None:
+    """Keep the last few; other threads may do so at the same time."""
+    for key in list(kept)[:-_MOST]:
+        kept.pop(key, None)
 
 
 def _known(text: str) -> tuple[Any, str]:
