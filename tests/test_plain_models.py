@@ -226,7 +226,8 @@ def test_a_net_of_convolutions_learns_digits_and_is_merged(config: Any, tmp_path
     config.target_modules = [*CONVS, "classifier"]
     model = get_peft_model(copy.deepcopy(base), config).eval()
     before, first = weights(model), accuracy(model, x, wanted)
-    fit(model, x[:200], wanted[:200], 25, lr=2e-2)
+    # larger steps of DeLoRA's directions jump about, and where they end hangs on the last bit
+    fit(model, x[:200], wanted[:200], 25, lr=5e-3 if isinstance(config, DeloraConfig) else 2e-2)
     assert accuracy(model, x[200:], wanted[200:]) > first + 0.08
     through_a_merge(model, x, before)
     through_files(model, base, x, tmp_path)

@@ -97,6 +97,30 @@ def test_elsewhere_each_row_is_summed(monkeypatch, case):
     assert y.shape == (len(x), K)
 
 
+@pytest.mark.parametrize("rows", [2, 9, 13, 15, 64])
+@pytest.mark.parametrize("r", [4, 40])
+def test_training_gives_the_bits_of_evaluation(rows, r):
+    """Losses of a policy against itself are differences between the two."""
+    model = adapted(True, torch.float32, r=r).train()
+    x = torch.randn(rows, D)
+    y = model(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), y) and torch.equal(model.eval()(x), y)
+    model.requires_grad_(False)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_an_update_of_zero_leaves_the_bits_of_the_base(train):
+    model = adapted(True, torch.float32).train(train)
+    torch.nn.init.zeros_(model.base_model.model[0].lora_B["default"].weight)
+    for rows in (2, 15, 64):
+        x = torch.randn(rows, D)
+        y = model(x)
+        with model.disable_adapter():
+            assert torch.equal(model(x), y)
+
+
 def test_a_small_update_is_not_lost():
     """Where it is smaller than half of a unit in the last place of a 16-bit weight."""
     model = adapted(False, torch.float32)

@@ -52,7 +52,8 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
         return _raised(y.flatten(0, -2), _down(x, A, B, scale, 0.0)[0], B, scale, True).view(y.shape)
     # the update is accumulated into the product: two operations more than the base, nothing saved beyond x and A x
     flat = x.reshape(-1, x.shape[-1])
-    if not torch.is_grad_enabled() and eager():  # asked for first, so that no graph depends on how many rows there are
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, b, A, B))
+    if not recorded and eager():  # asked for first, so that no graph depends on how many rows there are
         if flat.shape[0] == 1 and (found := row(x, W, b, A, B, scale)) is not None:
             return found
         if _in_weight(flat, W, A, B, scale):

@@ -164,7 +164,7 @@ class _Linear(torch.autograd.Function):
         mask = _mask(flat, p)
         h = F.linear(_dropped(flat, mask, p, A), A)
         dense = not p and thin.ordinary(x, A, B, scale) and whole.takes(W, A)
-        summed = dense and whole.pays(len(flat), W.shape[0], W, A.shape[0])
+        summed = dense and whole.pays(len(flat), sum(W.shape), W, A.shape[0])
         ctx.summed = dense and whole.pays(len(flat), W.shape[1], W, A.shape[0])
         z = F.linear(flat, whole.weight(W, A, B, scale) if summed else W)
         if not summed:
