@@ -109,3 +109,15 @@ def test_elsewhere_the_base_makes_its_product(case):
             assert lowrank.row(x, W, None, A, B, 1.0) is None
     assert y.dtype is (torch.bfloat16 if case == "autocast" else torch.float32)
     torch.testing.assert_close(y.float(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 64])
+@torch.no_grad()
+def test_a_trace_serves_any_number_of_rows(rows, options):
+    model = adapted(8, **options)
+    model(torch.randn(rows, 8))  # finds what evaluation keeps
+    traced = torch.jit.trace(model.base_model.model, torch.randn(rows, 8), check_trace=False)
+    for x in (torch.randn(1, 8), torch.randn(3, 8), torch.randn(64, 8)):
+        torch.testing.assert_close(traced(x), model(x))

@@ -75,14 +75,18 @@ def _in_weight(flat: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: Any) -> boo
 def row(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any) -> Tensor | None:
     """`linear` of a single row in A's dtype, as in decoding, where products of matrices are a long way round.
 
-    None where it is not taken: with gradients, under vmap and autocast, elsewhere than on the CPU. Not for graphs. The
-    base's part has the bits of F.linear, which ends in the same product, but for a single feature.
+    None where it is not taken: with gradients, under vmap and autocast, elsewhere than on the CPU, and in traces, which
+    serve other numbers of rows. Not for graphs. The base's part has the bits of F.linear, which ends in the same
+    product, but for a single feature.
     """
     if torch.is_grad_enabled() or type(scale) is not float or type(x) is not Tensor or not x.is_cpu:
         return None
     if x.dtype not in SINGLE or B.dtype is not x.dtype or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
-    if type(W) is not nn.Parameter or torch.is_autocast_enabled("cpu") or (shape := x.shape)[-1] == 1:
+    if type(W) is not nn.Parameter or torch.is_autocast_enabled("cpu") or torch._C._is_tracing():
+        return None
+    shape = x.shape
+    if shape[-1] == 1:
         return None
     v = x.view(-1)
     y = W.mv(v) if b is None else torch.addmv(b, W, v)

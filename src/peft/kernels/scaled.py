@@ -85,13 +85,16 @@ def folded(A: Tensor, B: Tensor, scale: Any, gain: Tensor) -> tuple[Tensor, Tens
 
 def evaluated(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, gain: Tensor, gained: Tensor) -> Tensor:
     """The same where no gradient is wanted, of what stays between forwards."""
-    if x.numel() == x.shape[-1] and x.is_cpu:  # products of matrices are a long way round for a single row
+    traced = torch._C._is_tracing()  # for other numbers of rows, too
+    # products of matrices are a long way round for a single row
+    if x.numel() == x.shape[-1] and x.is_cpu and not traced:
         v = x.view(-1)
         u = W.mv(v)
         u = u.mul_(gain) if b is None else torch.addcmul(b, u, gain)
         return u.addmv_(gained, A.mv(v)).view(*x.shape[:-1], W.shape[0])
     flat = x.reshape(-1, x.shape[-1])
-    if whole.pays(len(flat), sum(W.shape), W, A.shape[0]) and thin.ordinary(x, A, gained, 1.0) and whole.takes(W, A):
+    many = not traced and whole.pays(len(flat), sum(W.shape), W, A.shape[0])
+    if many and thin.ordinary(x, A, gained, 1.0) and whole.takes(W, A):
         return F.linear(x, (W * gain[:, None]).addmm_(gained, A), b)
     y = F.linear(flat, W)
     y = y.mul_(gain) if b is None else torch.addcmul(b, y, gain)
