@@ -2,8 +2,8 @@
 
 Letters as in `lowrank`: N rows, d in-features, k out-features, r rank. W + s B A costs 2 r d k, however many rows there
 are, and s B (A x) costs 2 r (d + k) of each; the thin products move as many numbers to do as little. The sum lives for
-the one product, takes less memory than two thirds of x and y, and is rounded as often as theirs is: only W of the factors'
-own precision is taken, never 16-bit numbers, in which a small update would be lost.
+the one product, takes less memory than two thirds of x and y, and is rounded as often as theirs is: only W of the
+factors' own precision is taken, never 16-bit numbers, in which a small update would be lost.
 """
 
 from __future__ import annotations
