@@ -85,7 +85,7 @@ def folded(A: Tensor, B: Tensor, scale: Any, gain: Tensor) -> tuple[Tensor, Tens
 
 def evaluated(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, gain: Tensor, gained: Tensor) -> Tensor:
     """The same where no gradient is wanted, of what stays between forwards."""
-    traced = torch._C._is_tracing()  # for other numbers of rows, too
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing()  # for other numbers of rows, too
     # products of matrices are a long way round for a single row
     if x.numel() == x.shape[-1] and x.is_cpu and not traced:
         v = x.view(-1)
