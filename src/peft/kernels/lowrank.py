@@ -68,8 +68,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
 
 def _in_weight(flat: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: Any) -> bool:
     """Whether the rows are so many that the update goes into the weight; the products of rows are the plain form."""
-    many = whole.pays(flat.shape[0], W.shape[0] + W.shape[1], W, A.shape[0])
-    return many and thin.ordinary(flat, A, B, scale) and whole.takes(W, A)
+    return whole.serves(len(flat), sum(W.shape), W, A) and thin.ordinary(flat, A, B, scale)
 
 
 def row(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any) -> Tensor | None:

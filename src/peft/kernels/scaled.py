@@ -93,8 +93,7 @@ def evaluated(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, gain: Tensor, g
         u = u.mul_(gain) if b is None else torch.addcmul(b, u, gain)
         return u.addmv_(gained, A.mv(v)).view(*x.shape[:-1], W.shape[0])
     flat = x.reshape(-1, x.shape[-1])
-    many = not traced and whole.pays(len(flat), sum(W.shape), W, A.shape[0])
-    if many and thin.ordinary(x, A, gained, 1.0) and whole.takes(W, A):
+    if not traced and thin.ordinary(x, A, gained, 1.0) and whole.serves(len(flat), sum(W.shape), W, A):
         return F.linear(x, (W * gain[:, None]).addmm_(gained, A), b)
     y = F.linear(flat, W)
     y = y.mul_(gain) if b is None else torch.addcmul(b, y, gain)
@@ -166,9 +165,9 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         mask = _mask(flat, p)
         h = F.linear(_dropped(flat, mask, p, A), A)
-        dense = not p and thin.ordinary(x, A, B, scale) and whole.takes(W, A)
-        summed = dense and whole.pays(len(flat), sum(W.shape), W, A.shape[0])
-        ctx.summed = dense and whole.pays(len(flat), W.shape[1], W, A.shape[0])
+        ordinary = not p and thin.ordinary(x, A, B, scale)
+        summed = ordinary and whole.serves(len(flat), sum(W.shape), W, A)
+        ctx.summed = ordinary and whole.serves(len(flat), W.shape[1], W, A)
         z = F.linear(flat, whole.weight(W, A, B, scale) if summed else W)
         if not summed:
             z = z.addmm_(h, B.mT, alpha=scale) if type(scale) is float else z.addmm_(h * scale, B.mT)

@@ -115,11 +115,10 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        flat, r = x.reshape(-1, x.shape[-1]), A.shape[0]
-        dense = whole.takes(W, A)
+        flat = x.reshape(-1, x.shape[-1])
         # as in evaluation, of which the output has the bits: some losses are differences between the two
-        summed = dense and whole.pays(len(flat), sum(W.shape), W, r)
-        ctx.summed = dense and whole.pays(len(flat), W.shape[1], W, r)
+        summed = whole.serves(len(flat), sum(W.shape), W, A)
+        ctx.summed = whole.serves(len(flat), W.shape[1], W, A)
         y, h = F.linear(flat, whole.weight(W, A, B, scale) if summed else W, b), F.linear(flat, A)
         ctx.scale = scale
         ctx.save_for_backward(x, W, b, A, B, h)

@@ -20,9 +20,13 @@ def pays(rows: int, width: int, W: Tensor, r: int) -> bool:
     return W.dim() == 2 and rows * width >= W.numel() * (FEW if r < RANK else MANY)
 
 
-def takes(W: Tensor, A: Tensor) -> bool:
-    """Whether W is torch's own dense matrix of the factors' dtype; the factors are as `thin.ordinary` wants them."""
-    return type(W) in (Tensor, nn.Parameter) and W.dtype is A.dtype and W.is_cpu
+def serves(rows: int, width: int, W: Tensor, A: Tensor) -> bool:
+    """Whether the sum is taken: it `pays`, and W is torch's own dense matrix of the factors' dtype.
+
+    The factors are as `thin.ordinary` wants them.
+    """
+    dense = type(W) in (Tensor, nn.Parameter) and W.dtype is A.dtype and W.is_cpu
+    return dense and pays(rows, width, W, A.shape[0])
 
 
 def weight(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
