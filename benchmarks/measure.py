@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 Numbers = dict[str, float]
 ENOUGH = 0.15  # seconds for the calls of `quickest`
+LONG = 0.6  # seconds for those of one work in `turns`
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,17 @@ def measure(title: str, **options: Any) -> Callable[[Callable[[], Iterator[Numbe
     return register
 
 
+OVER = ": over bare|x"
+
+
 def added(numbers: Numbers) -> Numbers:
-    """What the adapters cost over the bare model, and the whole as a multiple of it."""
+    """What the adapters cost over the bare model, and the whole as a multiple of it where that was not measured."""
     bare = numbers["bare"]
     rows: Numbers = {}
     for key, value in numbers.items():
         if key != "bare" and "|" not in key:
-            rows[f"{key}: added to bare"] = value - bare
-            rows[f"{key}: over bare|x"] = value / bare
+            over = rows[f"{key}{OVER}"] = numbers.get(f"{key}{OVER}", value / bare)
+            rows[f"{key}: added to bare"] = (over - 1) * bare
     return rows
 
 
@@ -87,6 +92,27 @@ def smallest(work: Callable[[], object], slices: int, times: int = 1) -> float:
     """The smallest of several slices of `spent`, garbage collected before the first."""
     gc.collect()
     return min(spent(work, times) for _ in range(slices))
+
+
+def turns(bare: Callable[[], object], works: Mapping[str, Callable[[], object]], most: int) -> Numbers:
+    """The smallest `spent` of each work, and how many times that of the bare model it is.
+
+    A busy machine is now quick and now slow, for seconds on end. So the bare model runs before and after each call, and
+    the multiple is of these neighbours: the median of up to `most` calls, two at least, fewer where `LONG` is spent.
+    """
+    gc.collect()
+    before = least = spent(bare)
+    numbers: Numbers = {}
+    for name, work in works.items():
+        times: list[float] = []
+        over: list[float] = []
+        while len(over) < 2 or (len(over) < most and sum(times) < LONG):
+            times.append(spent(work))
+            after = spent(bare)
+            over.append(2 * times[-1] / (before + after))
+            before, least = after, min(least, after)
+        numbers |= {name: min(times), f"{name}{OVER}": statistics.median(over)}
+    return {"bare": least} | numbers
 
 
 def several(work: Callable[[], float], most: int, enough: float) -> list[float]:

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.measure import Measure, Numbers
+from benchmarks.measure import OVER, Measure, Numbers
 
 HEADER = ("", "ours", "ours, median", "peer", "ours / peer", "noise", "goal")
 
@@ -20,7 +20,7 @@ class Result:
     errors: dict[str, str] = field(default_factory=dict)
 
     def best(self, side: str) -> Numbers:
-        """The smallest value of each number, with what the measure derives from them."""
+        """The smallest value of each number, with what the measure derives from them; of multiples the median."""
         return self._summary(side, min)
 
     def median(self, side: str) -> Numbers:
@@ -32,7 +32,8 @@ class Result:
         if not runs:
             return {}
         keys = dict.fromkeys(key for run in runs for key in run)  # a repetition may be of some numbers only
-        numbers = {key: choose([run[key] for run in runs if key in run]) for key in keys}
+        of_all = {key: [run[key] for run in runs if key in run] for key in keys}
+        numbers = {k: (statistics.median if k.endswith(OVER) else choose)(found) for k, found in of_all.items()}
         return numbers | (self.subject.derive(numbers) if self.subject.derive else {})
 
     def as_json(self) -> dict[str, Any]:

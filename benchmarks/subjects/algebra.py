@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import Numbers, added, measure, quickest, smallest
+from benchmarks.measure import Numbers, added, measure, turns
 from benchmarks.models import ALL_LINEAR, Llama, frozen, stack
 from benchmarks.subjects.steps import step
 
@@ -43,7 +43,7 @@ def train_methods() -> Iterator[Numbers]:
     for run in (bare, *steps.values()):
         run()
     while True:
-        yield {"bare": smallest(bare, 3), **{name: smallest(run, 3) for name, run in steps.items()}}
+        yield turns(bare, steps, 5)
 
 
 @measure("one token by method, 8 Llama layers of hidden 512, all-linear", repeats=3, derive=added)
@@ -53,10 +53,9 @@ def token_methods() -> Iterator[Numbers]:
     token, shape = torch.tensor([[1]]), (8, 512, 1376, 8)
     bare = frozen(Llama(*shape)).eval()
     models = {name: adapted(Llama(*shape), name, ALL_LINEAR).eval() for name in METHODS}
+    runs = {name: partial(model, token) for name, model in models.items()}
     while True:
-        gc.collect()
-        runs = {"bare": bare, **models}
-        yield {name: quickest(lambda model=model: model(token), 9) for name, model in runs.items()}  # type: ignore[misc]
+        yield turns(lambda: bare(token), runs, 7)
 
 
 class Counting(TorchDispatchMode):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import Numbers, added, measure, quickest
+from benchmarks.measure import Numbers, added, measure, turns
 from benchmarks.models import ALL_LINEAR, Llama, frozen, stack
 from benchmarks.subjects.steps import step
 from benchmarks.subjects.wrapping import config, wrapped
@@ -39,14 +38,9 @@ def names(adapters: int) -> list[str]:
 
 
 def beside(bare: Callable[[], object], runs: dict[int, Callable[[], object]], times: int) -> Iterator[Numbers]:
-    """Repetitions of what runs for each number of adapters, with the bare model's before every one."""
+    """Repetitions of what runs for each number of adapters."""
     while True:
-        numbers: Numbers = {}
-        gc.collect()
-        for n, run in runs.items():
-            numbers["bare"] = min(numbers.get("bare", 1.0), quickest(bare, times))
-            numbers[f"{n} adapters"] = quickest(run, times)
-        yield numbers
+        yield turns(bare, {f"{n} adapters": run for n, run in runs.items()}, times)
 
 
 @measure(
@@ -61,7 +55,7 @@ def mixed() -> Iterator[Numbers]:
     x = torch.randn(ROWS, 256)
     bare = frozen(stack(8, 256)).eval()
     models = {n: (served(n), names(n)) for n in COUNTS}
-    runs = {n: partial(m, x, adapter_names=turns) for n, (m, turns) in models.items()}
+    runs = {n: partial(m, x, adapter_names=who) for n, (m, who) in models.items()}
     yield from beside(partial(bare, x), runs, 100)
 
 
@@ -74,11 +68,11 @@ def mixed_train() -> Iterator[Numbers]:
     yield from beside(bare, steps, 25)
 
 
-def learning(model: nn.Module, x: Tensor, turns: list[str]) -> Callable[[], None]:
+def learning(model: nn.Module, x: Tensor, who: list[str]) -> Callable[[], None]:
     """A step in which all adapters learn."""
     for key, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in key)
-    run = step(lambda z: model(z, adapter_names=turns), x)
+    run = step(lambda z: model(z, adapter_names=who), x)
 
     def whole() -> None:
         run()
@@ -94,7 +88,7 @@ def mixed_block() -> Iterator[Numbers]:
     x, shape = torch.randn(ROWS, 1, 256), (2, 256, 688, 4, 256)
     bare = frozen(Llama(*shape)).eval()
     models = {n: (under(Llama(*shape), n, target_modules=ALL_LINEAR), names(n)) for n in COUNTS}
-    runs = {n: partial(m, x, adapter_names=turns) for n, (m, turns) in models.items()}
+    runs = {n: partial(m, x, adapter_names=who) for n, (m, who) in models.items()}
     yield from beside(partial(bare, x), runs, 50)
 
 
@@ -135,5 +129,4 @@ def experts() -> Iterator[Numbers]:
     bare = frozen(Routed(*sizes)).eval()
     model = wrapped(Routed(*sizes), target_modules=[], target_parameters=parameters, init_lora_weights=False).eval()
     while True:
-        gc.collect()
-        yield {"bare": quickest(lambda: bare(x, chosen), 25), "adapted": quickest(lambda: model(x, chosen), 25)}
+        yield turns(partial(bare, x, chosen), {"adapted": partial(model, x, chosen)}, 50)

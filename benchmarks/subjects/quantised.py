@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from benchmarks.measure import Numbers, added, measure, smallest
+from benchmarks.measure import Numbers, added, measure, turns
 from benchmarks.models import ALL_LINEAR, Llama, frozen
 from benchmarks.subjects.steps import step
 from benchmarks.subjects.wrapping import wrapped
@@ -44,7 +44,7 @@ def train(quantise: Callable[[nn.Module], nn.Module]) -> Iterator[Numbers]:
     adapted = step(wrapped(quantise(Llama(*shape)), r=16, target_modules=ALL_LINEAR).train(), x)
     bare(), adapted()
     while True:
-        yield {"bare": smallest(bare, 2), "step": smallest(adapted, 2)}
+        yield turns(bare, {"step": adapted}, 4)
 
 
 CEILINGS = {"step: over bare|x": 1.25}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Numbers, added, calls, measure, smallest
+from benchmarks.measure import Numbers, added, calls, measure, turns
 from benchmarks.models import ALL_LINEAR, Llama, frozen, stack
 from benchmarks.subjects.wrapping import wrapped
 
@@ -28,10 +29,9 @@ def decode() -> Iterator[Numbers]:
     adapted = wrapped(Llama(24, 256, 688, 4), target_modules=ALL_LINEAR).eval()
     run: Callable[[], Tensor] = lambda: adapted(token)  # noqa: E731
     while True:
-        numbers = {"bare": smallest(lambda: bare(token), 3, 3), "adapted": smallest(run, 3, 3)}
+        numbers = turns(lambda: bare(token), {"adapted": run}, 12)
         with adapted.disable_adapter():
-            numbers["disabled"] = smallest(run, 3, 3)
-        yield numbers
+            yield turns(lambda: bare(token), {"disabled": run}, 12) | numbers
 
 
 @measure("function calls of one forward", repeats=1, unit="", ceilings={"LoRA": 25})
@@ -82,10 +82,10 @@ def train(dtype: torch.dtype = torch.float32, **options: object) -> Iterator[Num
     adapted = step(wrapped(Llama(*shape).to(dtype), r=16, target_modules=ALL_LINEAR, **options).train(), x)
     bare(), adapted()
     while True:
-        yield {"bare": smallest(bare, 2), "step": smallest(adapted, 2)}
+        yield turns(bare, {"step": adapted}, 4)
 
 
-OVER = "step: over bare|x"
+CEILING = "step: over bare|x"
 SHAPE = "train step, 30M Llama shape, 128 tokens, all-linear r=16"
 
 
@@ -100,8 +100,9 @@ def prefill() -> Iterator[Numbers]:
     x, shape = torch.randn(4, 256, 512), (4, 512, 1376, 8)
     bare = frozen(Llama(*shape)).eval()
     models = {f"r={r}": wrapped(Llama(*shape), r=r, target_modules=ALL_LINEAR).eval() for r in (8, 64)}
+    runs = {name: partial(model, x) for name, model in models.items()}
     while True:
-        yield {"bare": smallest(lambda: bare(x), 2)} | {n: smallest(lambda m=m: m(x), 2) for n, m in models.items()}
+        yield turns(lambda: bare(x), runs, 4)
 
 
 @measure("train step, 15M Llama shape, 128 tokens, all-linear, ranks", repeats=3, derive=added, ceilings=RANKS)
@@ -120,24 +121,24 @@ def ranks(x: Tensor, layers: int) -> Iterator[Numbers]:
     """Repetitions of a step of the bare model and of three adapted ones."""
     shape = (layers, 512, 1376, 8)
     bare = step(frozen(Llama(*shape)), x)
-    steps = {r: step(wrapped(Llama(*shape), r=r, target_modules=ALL_LINEAR).train(), x) for r in (8, 16, 64)}
+    steps = {f"r={r}": step(wrapped(Llama(*shape), r=r, target_modules=ALL_LINEAR).train(), x) for r in (8, 16, 64)}
     while True:
-        yield {"bare": smallest(bare, 2)} | {f"r={r}": smallest(run, 2) for r, run in steps.items()}
+        yield turns(bare, steps, 4)
 
 
-@measure(f"{SHAPE}, dropout 0", repeats=3, derive=added, limits={"step": 1.0}, ceilings={OVER: 1.12})
+@measure(f"{SHAPE}, dropout 0", repeats=3, derive=added, limits={"step": 1.0}, ceilings={CEILING: 1.12})
 def train_plain() -> Iterator[Numbers]:
     """fp32."""
     yield from train()
 
 
-@measure(f"{SHAPE}, dropout 0.1", repeats=3, derive=added, limits={"step": 1.0}, ceilings={OVER: 1.25})
+@measure(f"{SHAPE}, dropout 0.1", repeats=3, derive=added, limits={"step": 1.0}, ceilings={CEILING: 1.25})
 def train_dropout() -> Iterator[Numbers]:
     """fp32 with dropout."""
     yield from train(lora_dropout=0.1)
 
 
-@measure(f"{SHAPE}, bf16 base, fp32 adapters", repeats=3, derive=added, limits={"step": 1.0}, ceilings={OVER: 1.2})
+@measure(f"{SHAPE}, bf16 base, fp32 adapters", repeats=3, derive=added, limits={"step": 1.0}, ceilings={CEILING: 1.2})
 def train_bf16() -> Iterator[Numbers]:
     """Mixed dtypes."""
     yield from train(torch.bfloat16)
@@ -149,7 +150,7 @@ def train_bf16_dropout() -> Iterator[Numbers]:
     yield from train(torch.bfloat16, lora_dropout=0.1)
 
 
-@measure(f"{SHAPE}, DoRA", repeats=3, derive=added, limits={"step": 1.0}, ceilings={OVER: 1.3})
+@measure(f"{SHAPE}, DoRA", repeats=3, derive=added, limits={"step": 1.0}, ceilings={CEILING: 1.3})
 def train_dora() -> Iterator[Numbers]:
     """fp32 DoRA."""
     yield from train(use_dora=True)
