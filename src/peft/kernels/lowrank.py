@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import _C, Tensor, nn
+from torch.autograd import forward_ad
 
 from . import choice, masks, thin, whole
-from .modes import eager, is_autocast, transformed
+from .modes import is_autocast, node, transformed
 
+KNOWN = (Tensor, nn.Parameter)
 SINGLE = (torch.float32, torch.float64)  # dtypes whose products of a matrix and a vector are as exact as others
 
 
@@ -35,61 +37,73 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
 
     W is (k, d) of x's dtype, and frozen where A and B have another dtype or there is dropout.
     """
-    alike = not p and A.dtype is x.dtype
-    learns = alike and torch.is_grad_enabled() and A.requires_grad and not W.requires_grad
-    if learns and thin.ordinary(x, A, B, scale) and eager():
-        return thin.Linear.apply(x, W, b, A, B, scale)
+    found = None if torch.compiler.is_compiling() else ready(x, W, b, A, B, scale, p)
+    return generally(x, W, b, A, B, scale, p) if found is None else found
+
+
+def ready(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor | None:
+    """`linear` of torch's own tensors of one exact dtype on a CPU, outside graphs; None for whatever may be more.
+
+    It is None under autocast, torch.func and forward-mode differentiation, where gradients of other tensors are wanted
+    than A's, W's least of all, and in traces, which serve other numbers of rows. One function sees to all of it, as a
+    large product leaves none of its callers' code in the caches.
+    """
+    dtype = x.dtype
+    if type(scale) is not float or dtype not in SINGLE or A.dtype is not dtype or B.dtype is not dtype:
+        return None
+    if type(x) not in KNOWN or type(W) not in KNOWN or type(A) not in KNOWN or type(B) not in KNOWN:
+        return None
+    if not (x.is_cpu and A.is_cpu and B.is_cpu) or forward_ad._current_level >= 0 or _C._is_any_autocast_enabled():
+        return None
+    if _C._functorch.peek_interpreter_stack() is not None or _C._is_tracing():
+        return None
+    if torch.is_grad_enabled() and (A.requires_grad or x.requires_grad or B.requires_grad or W.requires_grad):
+        fits = A.requires_grad and not W.requires_grad and (not p or x.numel() <= thin.ONE)
+        return thin.linear(x, W, b, A, B, scale, p) if fits else None
+    if p:
+        return None
+    shape = x.shape
+    rows = x.numel() // shape[-1]
+    if rows == 1 and shape[-1] > 1:  # of a single feature the base's product has other bits
+        return _row(x, W, b, A, B, scale)
+    if rows * sum(W.shape) >= whole.reach(W, A):
+        return F.linear(x, whole.weight(W, A, B, scale), b)
+    flat = x if len(shape) == 2 else x.reshape(rows, shape[-1])
+    y = F.linear(flat, W, b).addmm_(F.linear(flat, A), B.t(), alpha=scale)
+    return y if flat is x else y.view(*shape[:-1], y.shape[1])
+
+
+def _row(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """A single row, as in decoding, where products of matrices are a long way round.
+
+    The base's part has the bits of F.linear, which ends in the same product.
+    """
+    v = x.view(-1)
+    y = W.mv(v) if b is None else torch.addmv(b, W, v)
+    return y.addmv_(B, A.mv(v), alpha=scale).view(*x.shape[:-1], -1)
+
+
+def generally(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
+    """`linear` where it is not `ready`, and in graphs."""
     if choice.devices and (found := choice.linear(x, W, b, A, B, scale, p)) is not None:
         return found
-    if not alike:
+    if p or A.dtype is not x.dtype:
         if torch.is_grad_enabled() and not (is_autocast(x) or transformed()):
             if _needs_x(x, A, B):
                 return masked(F.linear(x, W, b), x, A, B, scale, p)
-            return _Linear.apply(x, W, b, A, B, scale, p)
+            return _linear(x, W, b, A, B, scale, p)
         y = F.linear(x, W, b)
         if p or torch.is_grad_enabled() or is_autocast(x) or transformed():
             return plain(y, x, A, B, scale, p)
         return _raised(y.flatten(0, -2), _down(x, A, B, scale, 0.0)[0], B, scale, True).view(y.shape)
     # the update is accumulated into the product: two operations more than the base, nothing saved beyond x and A x
     flat = x.reshape(-1, x.shape[-1])
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, b, A, B))
-    if not recorded and eager():  # asked for first, so that no graph depends on how many rows there are
-        if flat.shape[0] == 1 and (found := row(x, W, b, A, B, scale)) is not None:
-            return found
-        if _in_weight(flat, W, A, B, scale):
-            return F.linear(x, whole.weight(W, A, B, scale), b)
     y, h = F.linear(flat, W, b), F.linear(flat, A)
-    if type(scale) is float and y.dtype is B.dtype and torch._C._functorch.peek_interpreter_stack() is None:
+    if type(scale) is float and y.dtype is B.dtype and _C._functorch.peek_interpreter_stack() is None:
         y = y.addmm_(h, B.mT, alpha=scale)  # which vmap has no rule for
     else:
         y = (y + F.linear(h, B) * scale).to(y.dtype)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _in_weight(flat: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: Any) -> bool:
-    """Whether the rows are so many that the update goes into the weight; the products of rows are the plain form."""
-    return whole.serves(len(flat), sum(W.shape), W, A) and thin.ordinary(flat, A, B, scale)
-
-
-def row(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any) -> Tensor | None:
-    """`linear` of a single row in A's dtype, as in decoding, where products of matrices are a long way round.
-
-    None where it is not taken: with gradients, under vmap and autocast, elsewhere than on the CPU, and in traces, which
-    serve other numbers of rows. Not for graphs. The base's part has the bits of F.linear, which ends in the same
-    product, but for a single feature.
-    """
-    if torch.is_grad_enabled() or type(scale) is not float or type(x) is not Tensor or not x.is_cpu:
-        return None
-    if x.dtype not in SINGLE or B.dtype is not x.dtype or torch._C._functorch.peek_interpreter_stack() is not None:
-        return None
-    if type(W) is not nn.Parameter or torch.is_autocast_enabled("cpu") or torch._C._is_tracing():
-        return None
-    shape = x.shape
-    if shape[-1] == 1:
-        return None
-    v = x.view(-1)
-    y = W.mv(v) if b is None else torch.addmv(b, W, v)
-    return y.addmv_(B, A.mv(v), alpha=scale).view(*shape[:-1], -1)
 
 
 def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
@@ -104,7 +118,7 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) 
         return plain(y, x, A, B, scale, p)
     if _needs_x(x, A, B):
         return masked(y, x, A, B, scale, p)
-    return _Add.apply(y, x, A, B, scale, p)
+    return _add(y, x, A, B, scale, p)
 
 
 def _accumulates(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
@@ -267,6 +281,9 @@ class _Add(torch.autograd.Function):
         part, *grads = _low_rank_grads(ctx, ctx.needs_input_grad[1:4], g.to(A.dtype), x, mask, A, B, h)
         grad_x = None if part is None else part.to(ctx.x_dtype).view(ctx.shape)
         return to_y, grad_x, *grads, None, None
+
+
+_linear, _add = node(_Linear), node(_Add)
 
 
 def compressed(x: Tensor, A: Tensor, v: Tensor, scale: float) -> Tensor:

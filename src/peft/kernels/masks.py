@@ -21,11 +21,11 @@ _PACK = 0x0102040810204080  # multiplied with eight bytes of 0 and 1, it brings 
 def draw(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     """Which elements a dropout of rate p keeps: bytes of 0 and 1, which multiply quicker than booleans."""
     level, size = round((1.0 - p) * LEVELS), prod(shape)
-    mask = torch.empty(shape, dtype=torch.uint8, device=device)
     if device.type != "cpu" or not 0 < level < LEVELS or not size:
-        return mask.bernoulli_(1.0 - p)
+        return torch.empty(shape, dtype=torch.uint8, device=device).bernoulli_(1.0 - p)
     bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return torch.lt(bits[:size].view(mask.shape), level - LEVELS // 2, out=mask)
+    bits = bits[:size] if size % 4 else bits
+    return torch.lt(bits.view(shape), level - LEVELS // 2).view(torch.uint8)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -46,22 +46,23 @@ def packed(mask: Tensor | None) -> Tensor | None:
         return None
     flat = mask.reshape(-1)
     flat = F.pad(flat, (0, -flat.numel() % 8)) if flat.numel() % 8 else flat
-    return (flat.view(torch.int64) * _PACK >> 56).to(torch.uint8)
+    return (flat.view(torch.int64) * _PACK).view(torch.uint8)[7::8].clone()
 
 
-def unpacked(bits: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """The mask, from `packed`."""
+def unpacked(bits: Tensor | None, shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor | None:
+    """The mask, from `packed`, as numbers of some dtype."""
     if bits is None:
         return None
-    return _table(bits.device).index_select(0, bits.int()).view(torch.uint8)[: prod(shape)].view(*shape)
+    found, size = _table(bits.device, dtype).index_select(0, bits.int()).view(dtype).view(-1), prod(shape)
+    return (found[:size] if size % 8 else found).view(shape)
 
 
 @cache
-def _table(device: torch.device) -> Tensor:
-    """The eight bytes of each value of `packed`."""
+def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The eight numbers of each value of `packed`, as many bytes in one number where that is possible."""
     with torch.inference_mode(False), torch.no_grad():
         values = torch.arange(256)[:, None] >> torch.arange(8) & 1
-        mask = values.to(torch.uint8).reshape(-1)
-        table = torch.empty(256, dtype=torch.int64)
-        table[packed(mask).long()] = mask.view(torch.int64)  # type: ignore[union-attr]
-        return table.to(device)
+        mask = values.to(torch.uint8)
+        table = torch.empty(256, 8, dtype=torch.uint8)
+        table[packed(mask).long()] = mask  # type: ignore[union-attr]
+        return (table.view(torch.int64) if dtype is torch.uint8 else table.to(dtype)).to(device)

@@ -8,6 +8,7 @@ form beside it, which runs everywhere else, and where the gradients are differen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from . import masks, whole
 from .again import differentiable
+from .modes import node
 
 BLOCK = 2**17  # elements: half a megabyte in float32
+ONE = 2**18  # elements of an input that is not worth dividing
 WIDE = (torch.float32, torch.float64)
 NARROW = (torch.float16, torch.bfloat16)
 PLAIN = (Tensor, nn.Parameter)
@@ -96,7 +99,7 @@ def of_x(
         mask = None
         if bits is not None:
             held = bits[rows.start * width // 8 : -(-rows.stop * width // 8)]
-            mask = masks.unpacked(held, (rows.stop - rows.start, width)).to(A.dtype)  # type: ignore[union-attr]
+            mask = masks.unpacked(held, (rows.stop - rows.start, width), A.dtype)
         if found is not None:
             part = torch.mm(back[rows], A)
             found[rows].copy_(part if mask is None else part.mul_(mask))
@@ -107,39 +110,53 @@ def of_x(
 
 
 class Linear(torch.autograd.Function):
-    """W x + b + scale B A x of one dtype with a frozen W; saves x and h = A x, as the plain form does.
+    """W x + b + scale B A dropout(x) of one dtype with a frozen W; saves x, the mask and h = A dropout(x).
 
-    The products are as few and as much alike as can be: after a large one the code of every other operation has left
-    the cache, and fetching it takes longer than a thin product. The gradient of x is summed within the products.
+    With dropout x is of up to `ONE` elements. The products are as few and as much alike as can be: after a large one
+    the code of every other operation has left the cache, and fetching it takes longer than a thin product. The gradient
+    of x is summed within the products.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        # as in evaluation, of which the output has the bits: some losses are differences between the two
-        summed = whole.serves(len(flat), sum(W.shape), W, A)
-        ctx.summed = whole.serves(len(flat), W.shape[1], W, A)
-        y, h = F.linear(flat, whole.weight(W, A, B, scale) if summed else W, b), F.linear(flat, A)
-        ctx.scale = scale
-        ctx.save_for_backward(x, W, b, A, B, h)
-        y = y if summed else y.addmm_(h, B.t(), alpha=scale)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float) -> Any:
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        (k, d), rows, reach = W.shape, flat.shape[0], math.inf if p else whole.reach(W, A)
+        summed = rows * (k + d) >= reach  # as in evaluation, of which the output has the bits: some losses compare them
+        ctx.summed, ctx.scale = rows * d >= reach, scale / (1.0 - p)
+        y = F.linear(flat, whole.weight(W, A, B, scale) if summed else W, b)
+        bits = None
+        if p:
+            mask = masks.draw(flat.shape, p, flat.device)
+            h, bits = F.linear(mask.to(A.dtype).mul_(flat), A), masks.packed(mask)
+        else:
+            h = F.linear(flat, A)
+        ctx.save_for_backward(x, W, b, A, B, h, bits)
+        y = y if summed else y.addmm_(h, B.t(), alpha=ctx.scale)
+        return y if flat is x else y.view(*x.shape[:-1], k)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, b, A, B, h = ctx.saved_tensors
+        x, W, b, A, B, h, bits = ctx.saved_tensors
         needs, scale = ctx.needs_input_grad, ctx.scale
+        flat = x.reshape(-1, x.shape[-1])
+        mask = masks.unpacked(bits, flat.shape, A.dtype)
         if torch.is_grad_enabled():
 
             def plain(x: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-                return F.linear(x, W, b) + F.linear(F.linear(x, A), B) * scale
+                kept = x if mask is None else x * mask.view(x.shape)
+                return F.linear(x, W, b) + F.linear(F.linear(kept, A), B) * scale
 
             of_x, *rest = differentiable(plain, (x, b, A, B), (needs[0], *needs[2:5]), grad)
-            return of_x, None, *rest, None
+            return of_x, None, *rest, None, None
         g = grad.reshape(-1, grad.shape[-1])
         back = torch.addmm(h, g, B, beta=0, alpha=scale)
         of_B = torch.addmm(B, g.t(), h, beta=0, alpha=scale) if needs[4] else None
-        of_A = torch.mm(back.t(), x.reshape(-1, x.shape[-1])) if needs[3] else None
         if needs[0]:
-            of_x = g @ whole.weight(W, A, B, scale) if ctx.summed else torch.mm(back, A).addmm_(g, W)
-        return of_x.view(x.shape) if needs[0] else None, None, g.sum(0) if needs[2] else None, of_A, of_B, None
+            of_x = None if ctx.summed else torch.mm(back, A) if mask is None else torch.mm(back, A).mul_(mask)
+            of_x = g @ whole.weight(W, A, B, scale) if of_x is None else of_x.addmm_(g, W)
+            of_x = of_x.view(x.shape)
+        of_A = torch.mm(back.t(), flat if mask is None else mask.mul_(flat)) if needs[3] else None
+        return of_x if needs[0] else None, None, g.sum(0) if needs[2] else None, of_A, of_B, None, None
+
+
+linear = node(Linear)

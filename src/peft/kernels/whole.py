@@ -8,6 +8,8 @@ factors' own precision is taken, never 16-bit numbers, in which a small update w
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -15,18 +17,19 @@ FEW, MANY = 2.5, 1.75  # how often the numbers in W have to be saved among those
 RANK = 32  # from here on the products are thick enough to count for more than what they move
 
 
-def pays(rows: int, width: int, W: Tensor, r: int) -> bool:
-    """Whether the sum is cheaper than thin products that touch `width` numbers of each row."""
-    return W.dim() == 2 and rows * width >= W.numel() * (FEW if r < RANK else MANY)
+def reach(W: Tensor, A: Tensor) -> float:
+    """From how many numbers of rows on, as thin products touch them, the sum is cheaper; infinity if it is not taken.
+
+    It is taken where W is torch's own dense matrix of the factors' dtype; they are as `thin.ordinary` wants them.
+    """
+    if (type(W) is nn.Parameter or type(W) is Tensor) and W.dtype is A.dtype and W.is_cpu and W.dim() == 2:
+        return W.numel() * (FEW if A.shape[0] < RANK else MANY)
+    return math.inf
 
 
 def serves(rows: int, width: int, W: Tensor, A: Tensor) -> bool:
-    """Whether the sum is taken: it `pays`, and W is torch's own dense matrix of the factors' dtype.
-
-    The factors are as `thin.ordinary` wants them.
-    """
-    dense = type(W) in (Tensor, nn.Parameter) and W.dtype is A.dtype and W.is_cpu
-    return dense and pays(rows, width, W, A.shape[0])
+    """Whether the sum is taken for so many rows, of which thin products touch `width` numbers each."""
+    return rows * width >= reach(W, A)
 
 
 def weight(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -187,12 +187,11 @@ class LoRA(LowRank):
                 if p.__dict__["subtracts"]:
                     simple = alike and W.dtype is x.dtype and not (is_autocast(x) or transformed())
                     return over(x, W, held["bias"], self.terms(p)) if simple else self.onto(p, inner, inner(x), x)
-                if alike and not graph and x.numel() == x.shape[-1]:
-                    y = lowrank.row(x, W, held["bias"], a, b, p.scaling)
-                    if y is not None:
-                        return y
+                y = None if graph else lowrank.ready(x, W, held["bias"], a, b, p.scaling, rate)
+                if y is not None:
+                    return y
                 if alike or (W.dtype is x.dtype and not W.requires_grad):
-                    return lowrank.linear(x, W, held["bias"], a, b, p.scaling, rate)
+                    return lowrank.generally(x, W, held["bias"], a, b, p.scaling, rate)
         return self.onto(p, inner, inner(x), x)
 
     def terms(self, p: Adapter) -> tuple[Term, ...]:
