@@ -50,6 +50,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(form, kinds, p, block,
     held = tensors(dtype, wide)
     if block:
         monkeypatch.setattr(thin, "BLOCK", block)
+        monkeypatch.setattr(thin, "ONE", block)
     named = dict(zip("xWbAB", held, strict=True))
     for name in frozen:
         named[name].requires_grad_(False)
@@ -93,6 +94,7 @@ def test_masks_are_drawn_in_blocks_as_at_once(monkeypatch):
     mask = masks.draw(x.shape, 0.4, x.device)
     for block in (24 * 8, 2**17):
         monkeypatch.setattr(thin, "BLOCK", block)
+        monkeypatch.setattr(thin, "ONE", block)
         torch.manual_seed(4)
         h, bits = thin.down(x.detach(), A.detach(), 0.4)
         assert torch.equal(masks.unpacked(bits, x.shape), mask)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import lowrank
+from ..kernels.thin import WIDE
 from .direct import open_linear
 from .folding import Fold, Product
 from .views import LinearView
@@ -277,7 +278,7 @@ class Delta(Method):
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         """`forward` over a plain linear layer with the update inside its product, where that is quicker; else None."""
         held = open_linear(inner, x, inner.gated) if type(self).onto is Delta.onto else None
-        if held is None or self.drop_rate(p) or (inner.gated and (self.short(p) or x.dtype not in lowrank.SINGLE)):
+        if held is None or self.drop_rate(p) or (inner.gated and (self.short(p) or x.dtype not in WIDE)):
             return None
         W, b = held
         low = self.short(p)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import sparse
-from ..kernels.lowrank import SINGLE
+from ..kernels.thin import WIDE
 from .direct import open_linear
 from .method import Delta
 
@@ -59,7 +59,7 @@ class Sparse(Delta):
         if itself and alike and len(flat) == 1 and not torch.is_grad_enabled():
             return sparse.row(F.linear(flat, W, b), flat, values, found).view(form)
         if len(values) * SHARE[not itself] > W.numel():
-            dense = itself and alike and x.dtype in SINGLE
+            dense = itself and alike and x.dtype in WIDE
             return F.linear(x, sparse.scattered(W, values, found), b) if dense else super().at_once(p, inner, x)
         values = values if found.gains is None else (values * found.gains).flatten()
         u = self.given(p, sparse.product(values, self.taken(p, flat.to(values.dtype)), found), len(W))

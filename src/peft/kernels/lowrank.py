@@ -22,7 +22,6 @@ from . import choice, masks, thin, whole
 from .modes import is_autocast, node, transformed
 
 KNOWN = (Tensor, nn.Parameter)
-SINGLE = (torch.float32, torch.float64)  # dtypes whose products of a matrix and a vector are as exact as others
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
@@ -42,14 +41,14 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: 
 
 
 def ready(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor | None:
-    """`linear` of torch's own tensors of one exact dtype on a CPU, outside graphs; None for whatever may be more.
+    """`linear` of torch's own tensors on a CPU, outside graphs, A and B in single precision; None for what may be more.
 
     It is None under autocast, torch.func and forward-mode differentiation, where gradients of other tensors are wanted
     than A's, W's least of all, and in traces, which serve other numbers of rows. One function sees to all of it, as a
     large product leaves none of its callers' code in the caches.
     """
-    dtype = x.dtype
-    if type(scale) is not float or dtype not in SINGLE or A.dtype is not dtype or B.dtype is not dtype:
+    dtype, wide = x.dtype, A.dtype
+    if type(scale) is not float or wide not in thin.WIDE or B.dtype is not wide:
         return None
     if type(x) not in KNOWN or type(W) not in KNOWN or type(A) not in KNOWN or type(B) not in KNOWN:
         return None
@@ -58,9 +57,9 @@ def ready(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: A
     if _C._functorch.peek_interpreter_stack() is not None or _C._is_tracing():
         return None
     if torch.is_grad_enabled() and (A.requires_grad or x.requires_grad or B.requires_grad or W.requires_grad):
-        fits = A.requires_grad and not W.requires_grad and (not p or x.numel() <= thin.ONE)
+        fits = A.requires_grad and not W.requires_grad and (dtype is wide or dtype in thin.NARROW)
         return thin.linear(x, W, b, A, B, scale, p) if fits else None
-    if p:
+    if p or dtype is not wide:
         return None
     shape = x.shape
     rows = x.numel() // shape[-1]

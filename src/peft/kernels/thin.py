@@ -35,10 +35,8 @@ def ordinary(x: Tensor, A: Tensor, B: Tensor, scale: Any) -> bool:
 
 
 def takes(x: Tensor, A: Tensor, B: Tensor, scale: Any) -> bool:
-    """Whether an input may be taken in blocks: `ordinary`, not empty, and x of the factors' dtype or large."""
-    if not ordinary(x, A, B, scale) or not x.numel() or not B.numel():
-        return False
-    return x.dtype is A.dtype or (x.dtype in NARROW and x.numel() > BLOCK)  # of one block a cast is as quick at once
+    """Whether an input may be taken in blocks: `ordinary`, not empty, x of the factors' dtype or less."""
+    return ordinary(x, A, B, scale) and x.numel() > 0 and B.numel() > 0 and (x.dtype is A.dtype or x.dtype in NARROW)
 
 
 def _blocks(count: int, width: int) -> Iterator[slice]:
@@ -49,25 +47,33 @@ def _blocks(count: int, width: int) -> Iterator[slice]:
 
 def down(x: Tensor, A: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
     """(h, the packed mask), h not yet divided by the share that is kept."""
-    if not p and x.dtype is A.dtype:
-        return F.linear(x, A), None
+    if x.numel() <= ONE or not (p or x.dtype is not A.dtype):
+        if not p:
+            return F.linear(x if x.dtype is A.dtype else x.to(A.dtype), A), None
+        mask = masks.draw(x.shape, p, x.device)
+        return F.linear(_kept(mask.to(A.dtype), x), A), masks.packed(mask)
     h, bits = A.new_empty((x.shape[0], A.shape[0])), []
     for rows in _blocks(*x.shape):
         part = x[rows]
         if p:
             mask = masks.draw(part.shape, p, x.device)
             bits.append(masks.packed(mask))
-            part = mask.to(A.dtype).mul_(part.to(A.dtype))
+            part = _kept(mask.to(A.dtype), part)
         torch.mm(part.to(A.dtype), A.t(), out=h[rows])
-    if not p:
-        return h, None
-    return h, bits[0] if len(bits) == 1 else torch.cat(bits)  # type: ignore[arg-type]
+    return h, torch.cat(bits) if p else None  # type: ignore[arg-type]
+
+
+def _kept(mask: Tensor, x: Tensor) -> Tensor:
+    """What a mask, in the dtype of numbers to come, leaves of x; in its own memory."""
+    return mask.mul_(x if x.dtype is mask.dtype else x.to(mask.dtype))
 
 
 def onto(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool) -> Tensor:
     """y + scale B h, rounded once; in y's memory, if that is the caller's own."""
     if y.dtype is h.dtype:
         return y.addmm_(h, B.t(), alpha=scale) if own else torch.addmm(y, h, B.t(), alpha=scale)
+    if y.numel() <= ONE:
+        return y.to(h.dtype).addmm_(h, B.t(), alpha=scale).to(y.dtype)
     out = y if own else torch.empty_like(y)
     for rows in _blocks(*y.shape):
         out[rows].copy_(y[rows].to(h.dtype).addmm_(h[rows], B.t(), alpha=scale))
@@ -76,9 +82,13 @@ def onto(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool) -> Tensor:
 
 def of_h(g: Tensor, B: Tensor, h: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
     """The gradients of h and, if that is there, of B, for an incoming g."""
+    if g.dtype is B.dtype or g.numel() <= ONE:
+        g = g if g.dtype is B.dtype else g.to(B.dtype)
+        back = torch.addmm(B[:1] if h is None else h, g, B, beta=0, alpha=scale)
+        return back, None if h is None else torch.addmm(B, g.t(), h, beta=0, alpha=scale)
     back = B.new_empty((g.shape[0], B.shape[1]))
     of_B = None if h is None else B.new_empty(B.shape)
-    for rows in _blocks(*g.shape) if g.dtype is not B.dtype else (slice(0, g.shape[0]),):
+    for rows in _blocks(*g.shape):
         part = g[rows].to(B.dtype)
         back[rows].addmm_(part, B, beta=0, alpha=scale)
         if of_B is not None and h is not None:
@@ -90,31 +100,35 @@ def of_x(
     back: Tensor, x: Tensor | None, bits: Tensor | None, A: Tensor, kind: torch.dtype | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of x, in the dtype `kind`, and of A, from that of h; None without `kind`, and without x."""
-    if bits is None and (x is None or x.dtype is A.dtype) and (kind is None or kind is A.dtype):
-        return None if kind is None else torch.mm(back, A), None if x is None else torch.mm(back.t(), x)
     count, width = back.shape[0], A.shape[1]
+    simple = bits is None and (x is None or x.dtype is A.dtype) and (kind is None or kind is A.dtype)
+    if simple or count * width <= ONE:
+        mask = masks.unpacked(bits, (count, width), A.dtype)
+        found = None if kind is None else torch.mm(back, A)
+        found = found if found is None or mask is None else found.mul_(mask)
+        found = found if found is None or kind is A.dtype else found.to(kind)
+        if x is not None:
+            x = _kept(mask, x) if mask is not None else x if x.dtype is A.dtype else x.to(A.dtype)
+        return found, None if x is None else torch.mm(back.t(), x)
     of_A = None if x is None else A.new_empty(A.shape)
     found = None if kind is None else A.new_empty((count, width), dtype=kind)
     for rows in _blocks(count, width):
-        mask = None
-        if bits is not None:
-            held = bits[rows.start * width // 8 : -(-rows.stop * width // 8)]
-            mask = masks.unpacked(held, (rows.stop - rows.start, width), A.dtype)
+        held = None if bits is None else bits[rows.start * width // 8 : -(-rows.stop * width // 8)]
+        mask = masks.unpacked(held, (rows.stop - rows.start, width), A.dtype)
         if found is not None:
             part = torch.mm(back[rows], A)
             found[rows].copy_(part if mask is None else part.mul_(mask))
         if of_A is not None and x is not None:
-            part = x[rows].to(A.dtype)
-            of_A.addmm_(back[rows].t(), part if mask is None else mask.mul_(part), beta=int(rows.start > 0))
+            part = x[rows].to(A.dtype) if mask is None else _kept(mask, x[rows])
+            of_A.addmm_(back[rows].t(), part, beta=int(rows.start > 0))
     return found, of_A
 
 
 class Linear(torch.autograd.Function):
-    """W x + b + scale B A dropout(x) of one dtype with a frozen W; saves x, the mask and h = A dropout(x).
+    """W x + b + scale B A dropout(x) with a frozen W of x's dtype; saves x, the mask and h = A dropout(x).
 
-    With dropout x is of up to `ONE` elements. The products are as few and as much alike as can be: after a large one
-    the code of every other operation has left the cache, and fetching it takes longer than a thin product. The gradient
-    of x is summed within the products.
+    The products are as few and as much alike as can be: after a large one the code of every other operation has left
+    the cache, and fetching it takes longer than a thin product. The gradient of x is summed within the products.
     """
 
     @staticmethod
@@ -124,39 +138,32 @@ class Linear(torch.autograd.Function):
         summed = rows * (k + d) >= reach  # as in evaluation, of which the output has the bits: some losses compare them
         ctx.summed, ctx.scale = rows * d >= reach, scale / (1.0 - p)
         y = F.linear(flat, whole.weight(W, A, B, scale) if summed else W, b)
-        bits = None
-        if p:
-            mask = masks.draw(flat.shape, p, flat.device)
-            h, bits = F.linear(mask.to(A.dtype).mul_(flat), A), masks.packed(mask)
-        else:
-            h = F.linear(flat, A)
-        ctx.save_for_backward(x, W, b, A, B, h, bits)
-        y = y if summed else y.addmm_(h, B.t(), alpha=ctx.scale)
+        h, bits = down(flat, A, p)
+        ctx.save_for_backward(x, W, b, A, B, h if ctx.needs_input_grad[4] else None, bits)
+        y = y if summed else onto(y, h, B, ctx.scale, True)
         return y if flat is x else y.view(*x.shape[:-1], k)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W, b, A, B, h, bits = ctx.saved_tensors
-        needs, scale = ctx.needs_input_grad, ctx.scale
-        flat = x.reshape(-1, x.shape[-1])
-        mask = masks.unpacked(bits, flat.shape, A.dtype)
+        needs, scale, flat = ctx.needs_input_grad, ctx.scale, x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled():
+            mask = masks.unpacked(bits, x.shape, A.dtype)
 
             def plain(x: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-                kept = x if mask is None else x * mask.view(x.shape)
-                return F.linear(x, W, b) + F.linear(F.linear(kept, A), B) * scale
+                kept = x.to(A.dtype) if mask is None else x.to(A.dtype) * mask
+                return (F.linear(x, W, b) + F.linear(F.linear(kept, A), B) * scale).to(x.dtype)
 
-            of_x, *rest = differentiable(plain, (x, b, A, B), (needs[0], *needs[2:5]), grad)
-            return of_x, None, *rest, None, None
+            found, *rest = differentiable(plain, (x, b, A, B), (needs[0], *needs[2:5]), grad)
+            return found, None, *rest, None, None
         g = grad.reshape(-1, grad.shape[-1])
-        back = torch.addmm(h, g, B, beta=0, alpha=scale)
-        of_B = torch.addmm(B, g.t(), h, beta=0, alpha=scale) if needs[4] else None
+        back, of_B = of_h(g, B, h, scale)
+        wanted = x.dtype if needs[0] and not ctx.summed else None
+        found, of_A = of_x(back, flat if needs[3] else None, bits, A, wanted)
         if needs[0]:
-            of_x = None if ctx.summed else torch.mm(back, A) if mask is None else torch.mm(back, A).mul_(mask)
-            of_x = g @ whole.weight(W, A, B, scale) if of_x is None else of_x.addmm_(g, W)
-            of_x = of_x.view(x.shape)
-        of_A = torch.mm(back.t(), flat if mask is None else mask.mul_(flat)) if needs[3] else None
-        return of_x if needs[0] else None, None, g.sum(0) if needs[2] else None, of_A, of_B, None, None
+            found = g @ whole.weight(W, A, B, scale) if found is None else found.addmm_(g, W)
+            found = found.view(x.shape)
+        return found, None, g.sum(0) if needs[2] else None, of_A, of_B, None, None
 
 
 linear = node(Linear)
