@@ -10,7 +10,7 @@ from torch import nn
 from conformance.storages import STORAGES
 from peft import LoraConfig, get_peft_model
 from peft.core.memory import identity
-from peft.methods import dora
+from peft.methods import magnitude
 
 LAYERS = {"dense": lambda: nn.Linear(1024, 512, bias=False)}
 LAYERS |= {name: lambda s=s: s.model().layer for name, s in STORAGES.items()}
@@ -50,9 +50,9 @@ def test_the_squares_of_a_weight_are_taken_once(kind, monkeypatch):
     model, layer, _ = adapted(kind)
     if layer.original_key(layer.original_weight()) is None:
         pytest.skip("this storage does not tell whether its numbers are the same")
-    x, taken, real = torch.randn(3, layer.in_features), [], dora.square
+    x, taken, real = torch.randn(3, layer.in_features), [], magnitude.square
     model(x)
-    monkeypatch.setattr(dora, "square", lambda W: taken.append(W) or real(W))
+    monkeypatch.setattr(magnitude, "square", lambda W: taken.append(W) or real(W))
     for train in (True, False, True):
         y = model.train(train)(x)
         if train:

@@ -6,6 +6,7 @@ over the norm n, which is a constant of the gradient (Liu et al. 2024, arXiv 240
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from . import choice, masks, thin, whole
 from .again import differentiable
-from .modes import transformed
+from .modes import node, transformed
 
 TILE_ELEMENTS = 16 * 2**20
 
@@ -37,9 +38,19 @@ def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
     parts = [w.float() @ A.mT for w in tiles(W)]
     cross = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
     if W.dim() == 2 and type(s) is float:
-        inner = torch.addmm(cross, B, A @ A.mT, beta=2 * s, alpha=s * s)
-        return (inner * B).sum(-1).add_(squares).clamp_min_(0).sqrt_()
+        return _expanded(cross, squares, A, B, s).clamp_min_(0).sqrt_()
     return (squares + ((cross * (2 * s) + (B @ (A @ A.mT)) * (s * s)) * B).sum(-1)).clamp_min(0).sqrt()
+
+
+def _expanded(cross: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """The squares of `norms` of a matrix, which rounding may make negative, from cross = W A'."""
+    inner = torch.addmm(cross, B, A @ A.mT, beta=2 * s, alpha=s * s)
+    return inner.mul_(B).sum(-1).add_(squares)
+
+
+def _lengths(squares: Tensor) -> Tensor:
+    """Their roots, in their own memory; where a row is zero its direction does not matter, and its length is 1."""
+    return squares.masked_fill_(squares <= 0, 1).sqrt_()
 
 
 def plain(
@@ -64,7 +75,7 @@ def add(
         return found
     if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or transformed():
         return plain(y, x, A, B, scale, p, m / n, b)
-    return _Add.apply(y, x, A, B, scale, p, m, n, b)
+    return _add(y, x, A, B, scale, p, m, n, b)
 
 
 def linear(
@@ -75,7 +86,19 @@ def linear(
         return found
     if transformed():
         return plain(F.linear(x, W, b), x, A, B, scale, p, m / n, b)
-    return _Linear.apply(x, W, b, A, B, scale, p, m, n)
+    return _linear(x, W, b, A, B, scale, p, m, n, None)
+
+
+def normed(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any, p: float, m: Tensor, squares: Tensor
+) -> Tensor | None:
+    """`linear` with the norm taken on the way, from `square` of W; None where that is not possible.
+
+    W A' comes out of the product with x, which the rows of A join, where W is read anyway.
+    """
+    if not thin.ordinary(x, A, B, scale) or x.dtype is not torch.float32 or type(W) not in thin.PLAIN or transformed():
+        return None
+    return _linear(x, W, b, A, B, scale, p, m, None, squares)
 
 
 def folded(A: Tensor, B: Tensor, scale: Any, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +116,7 @@ def evaluated(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, gain: Tensor, g
         u = u.mul_(gain) if b is None else torch.addcmul(b, u, gain)
         return u.addmv_(gained, A.mv(v)).view(*x.shape[:-1], W.shape[0])
     flat = x.reshape(-1, x.shape[-1])
-    if not traced and thin.ordinary(x, A, gained, 1.0) and whole.serves(len(flat), sum(W.shape), W, A):
+    if not traced and thin.ordinary(x, A, gained, 1.0) and whole.serves(flat.shape[0], sum(W.shape), W, A):
         return F.linear(x, (W * gain[:, None]).addmm_(gained, A), b)
     y = F.linear(flat, W)
     y = y.mul_(gain) if b is None else torch.addcmul(b, y, gain)
@@ -161,15 +184,20 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
-        scale, p, m, n = rest
+        scale, p, m, n, squares = rest
         flat = x.reshape(-1, x.shape[-1])
+        rows, reach = flat.shape[0], whole.reach(W, A) if not p and thin.ordinary(x, A, B, scale) else math.inf
         mask = _mask(flat, p)
         h = F.linear(_dropped(flat, mask, p, A), A)
-        ordinary = not p and thin.ordinary(x, A, B, scale)
-        summed = ordinary and whole.serves(len(flat), sum(W.shape), W, A)
-        ctx.summed = ordinary and whole.serves(len(flat), W.shape[1], W, A)
-        z = F.linear(flat, whole.weight(W, A, B, scale) if summed else W)
-        if not summed:
+        ctx.summed = rows * W.shape[1] >= reach
+        if rows * sum(W.shape) >= reach:
+            V = whole.weight(W, A, B, scale)
+            z, n = F.linear(flat, V), _lengths(V.square().sum(1)) if n is None else n
+        else:
+            z = F.linear(flat if n is not None else torch.cat([flat, A]), W)
+            if n is None:
+                z, cross = z.narrow(0, 0, rows), z.narrow(0, rows, A.shape[0])
+                n = _lengths(_expanded(cross.t(), squares, A, B, scale))
             z = z.addmm_(h, B.mT, alpha=scale) if type(scale) is float else z.addmm_(h * scale, B.mT)
         ctx.scale, ctx.p = scale, p
         gain = m / n
@@ -189,7 +217,7 @@ class _Linear(torch.autograd.Function):
 
             wanted = (needs[0], *needs[2:5], needs[7])
             of_x, of_b, of_A, of_B, of_m = differentiable(plainly, (x, b, A, B, m), wanted, grad)
-            return of_x, None, of_b, of_A, of_B, None, None, of_m, None
+            return of_x, None, of_b, of_A, of_B, None, None, of_m, None, None
         g, kept = grad.reshape(-1, grad.shape[-1]), _dropped(x.reshape(-1, x.shape[-1]), mask, p, A)
         inner = g * gain
         of_x, of_A, of_B = _thin(inner, kept, mask, A, B, h, s, p, (needs[0] and not ctx.summed, *needs[3:5]))
@@ -197,7 +225,10 @@ class _Linear(torch.autograd.Function):
             of_x = inner @ whole.weight(W, A, B, s) if of_x is None else of_x.addmm_(inner, W)
             of_x = of_x.view(x.shape)
         of_m = (g * z).sum(0) / n if needs[7] else None
-        return of_x, None, g.sum(0) if needs[2] else None, of_A, of_B, None, None, of_m, None
+        return of_x, None, g.sum(0) if needs[2] else None, of_A, of_B, None, None, of_m, None, None
+
+
+_add, _linear = node(_Add), node(_Linear)
 
 
 def _thin(

@@ -25,7 +25,7 @@ from ..core.kept import kept, still
 from ..core.method import Delta, LowRank, Site
 from ..core.stack import Adapter, Stack
 from ..kernels import scaled
-from ..kernels.scaled import square, tiles
+from ..kernels.scaled import tiles
 from .magnitude import Gaining, Magnitude
 
 
@@ -82,7 +82,7 @@ class DoRA(Gaining):
         special = p.layer.view.norm_product(base, A, B) if self.of.whole else None
         if special is not None:
             return torch.linalg.vector_norm(base.weight.float().flatten(1) + s * special, dim=-1)[rows]
-        base_square = self._base_square(p, W, rows)
+        base_square = self.squares(p, W, rows)
         W, B = (W, B) if rows == slice(None) else (W[..., rows, :], B[..., rows, :])
         return scaled.norms(W, base_square, A, B, s)
 
@@ -91,15 +91,6 @@ class DoRA(Gaining):
             return [self.of.weight(p, W)]
         start = itertools.accumulate((w.shape[-2] for w in tiles(W)), initial=0)
         return [self.of.weight(p, w, slice(s, s + w.shape[-2])) for w, s in zip(tiles(W), start, strict=False)]
-
-    def _base_square(self, p: Adapter, W: Tensor, rows: slice) -> Tensor:
-        """|W|^2 of each row, (..., rows); that of all is computed again only when the base weight changes."""
-        key = None if torch.compiler.is_compiling() or rows != slice(None) else p.layer.original_key(W)
-        if key is None:
-            return square(W[..., rows, :])
-        if p.cache.get("key") != key:
-            p.cache.update(key=key, square=square(W))
-        return p.cache["square"]
 
     def gain(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
         """m / |V|, (..., rows); where a row of V is zero its direction does not matter."""
@@ -133,14 +124,17 @@ class DoRA(Gaining):
         held = open_linear(inner, x)
         if held is None or held[0].requires_grad or (of := self._thin(p)) is None:
             return None
-        found = still(p)
+        gradients = torch.is_grad_enabled()
+        found = None if gradients else still(p)
         if found is not None and found[0].dtype is x.dtype:
             return scaled.evaluated(x, *held, *found)
         (A, B), m, s, rate = of.factors(p), self.magnitude(p), of.scaling(p), of.drop_rate(p)
         if not m.dtype is A.dtype is x.dtype or m.dtype not in (torch.float32, torch.float64):
             return None
-        if torch.is_grad_enabled() or rate:
-            return scaled.linear(x, *held, A, B, s, rate, m, self.safe_norm(p).to(m.dtype))
+        if gradients or rate:
+            noted = self.squares_now(p, held[0]) if gradients else None
+            y = None if noted is None else scaled.normed(x, *held, A, B, s, rate, m, noted)
+            return scaled.linear(x, *held, A, B, s, rate, m, self.safe_norm(p).to(m.dtype)) if y is None else y
         return scaled.evaluated(x, *held, *kept(p, lambda: scaled.folded(A, B, s, self.gain(p).to(m.dtype)), base=True))
 
     def _thin(self, p: Adapter) -> LowRank | None:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core import views
+from ..core.memory import Noted
 from ..core.method import Delta, LowRank
 from ..core.stack import Adapter
+from ..kernels.scaled import square
 
 
 class Gaining(Delta):
@@ -27,6 +29,24 @@ class Gaining(Delta):
         A, B, s = term
         g = self.gain(p).to(B.dtype)
         return A, B * g[..., None], s, g
+
+    def squares(self, p: Adapter, W: Tensor, rows: slice) -> Tensor:
+        """|W|^2 of each row, (..., rows); that of all is computed again only when the base weight changes."""
+        key = None if torch.compiler.is_compiling() or rows != slice(None) else p.layer.original_key(W)
+        if key is None:
+            return square(W[..., rows, :])
+        if p.cache.get("key") != key:
+            p.cache.update(key=key, square=square(W))
+        return p.cache["square"]
+
+    def squares_now(self, p: Adapter, W: Tensor) -> Tensor | None:
+        """The same of all rows, found quickly, for the weight W of a dense layer; None where adapters are merged."""
+        if torch.compiler.is_compiling() or p.layer._saved is not None:
+            return None
+        noted = p.cache.get("noted")
+        if noted is None or not noted.holds(W):
+            noted = p.cache["noted"] = Noted(W, self.squares(p, W.detach(), slice(None)))
+        return noted.value
 
 
 class Magnitude(nn.Module):
