@@ -84,7 +84,7 @@ class PeftModel(Persistent, nn.Module):
     @property
     def _tuner(self) -> Any:
         prompts = self.__dict__.get("prompts")
-        return self.base_model if prompts is None or not prompts.alone else prompts
+        return self._modules["base_model"] if prompts is None or not prompts.alone else prompts
 
     def _check_model(self, model: nn.Module) -> None:
         """What a task asks of the model; nothing here."""
@@ -206,9 +206,7 @@ class PeftModel(Persistent, nn.Module):
         return self._run(model.generate, args, kwargs, beams=max(beams))
 
     def _run(self, function: Any, args: tuple, kwargs: dict[str, Any], beams: int | None = None) -> Any:
-        """Call the base model without the arguments that are ours; the call's record is restored in any
-        case.
-        """
+        """Call the base model without the arguments that are ours; the call's record is restored in any case."""
         given = names, _, _ = [kwargs.get(k) for k in ("adapter_names", "task_ids", "alora_offsets")]
         prompts = self.__dict__.get("prompts")
         if prompts is None:
@@ -217,12 +215,13 @@ class PeftModel(Persistent, nn.Module):
             function = functools.partial(prompts.run, function, beams is not None)
         if prompts is None and all(v is None for v in given):
             return function(*args, **kwargs)
+        tuner, first = self._tuner, first_tensor(args, kwargs)
         if names is not None:
-            self._check_names(names, first_tensor(args, kwargs))
-        with self._tuner.call.of(args, kwargs, beams, *given):
+            self._check_names(names, first, tuner)
+        with tuner.call.of(first, beams, *given):
             return function(*args, **kwargs)
 
-    def _check_names(self, names: Any, first: torch.Tensor | None) -> None:
+    def _check_names(self, names: Any, first: torch.Tensor | None, tuner: Any) -> None:
         if not isinstance(names, (list, tuple)):
             raise TypeError(f"adapter_names must be a list with one name per sample, but is {type(names).__name__}.")
         if self.training:
@@ -232,7 +231,7 @@ class PeftModel(Persistent, nn.Module):
                 f"adapter_names has {len(names)} entries, but the batch has {first.shape[0]} samples. Pass one name "
                 f"per sample ({BASE!r} for none)."
             )
-        known = self.peft_config
+        known = tuner.peft_config
         unknown = [n for n in dict.fromkeys(names) if n != BASE and n not in known]
         if unknown:
             raise ValueError(
@@ -240,7 +239,7 @@ class PeftModel(Persistent, nn.Module):
                 f"{listing(map(str, unknown))}.{nearest(str(unknown[0]), self.peft_config)} Existing adapters: "
                 f"{listing(self.peft_config)}, and {BASE!r}."
             )
-        if self._tuner.call.merged and any(layer.merged_adapters for _, layer in tuner_layers(self.base_model)):
+        if tuner.call.merged and any(layer.merged_adapters for _, layer in tuner_layers(self.base_model)):
             raise ValueError("adapter_names cannot be used while adapters are merged. Call `unmerge_adapter()` first.")
 
     def disable_adapter(self) -> AbstractContextManager[None]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-from ..kernels.modes import transformed
 from .banks import Banks, banks_of, own_product
 from .call import BASE, Call
 from .direct import is_ordinary
@@ -63,6 +63,7 @@ class MixedBatch(nn.Module):
     _by_input: bool = False
     get_base_layer: Callable[[], nn.Module]
     stack: Callable[..., Stack]
+    _off: bool
     _runner: Callable[[Stack], Any]
     _general: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
     _live_names: Callable[[], tuple[str, ...]]
@@ -100,17 +101,23 @@ class MixedBatch(nn.Module):
         return self.view.finish(root.base, out)
 
     def _swift(self, x: Any) -> Tensor | None:
-        """`_mixed` without gradients, over an ordinary layer whose banks hold; None where it may be more than that."""
+        """`_mixed` without gradients, over an ordinary layer whose banks hold; None where it may be more than that.
+
+        Not for graphs.
+        """
         call, base = self.call, self._modules["base_layer"]
-        if torch.is_grad_enabled() or transformed() or type(x) is not Tensor or x.dim() < 2 or self._merged:
+        if call.names is None or call.only is not None or call._wanted is not None or self._off or self._merged:
             return None
-        names: Any = call.names if torch._C._current_autograd_node() is None else call.fact("names")
-        banks: Banks | None = call.banks.take(self, True) if names is not None and self._ordinary(base) else None
+        if torch.is_grad_enabled() or type(x) is not Tensor or x.dim() < 2 or forward_ad._current_level >= 0:
+            return None
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._current_autograd_node() is not None:
+            return None
+        banks: Banks | None = call.banks.take(self, True) if self._ordinary(base) else None
         if banks is None:
             return None
-        groups = call.known(x) if names is call.names else None
+        groups = call.known(x)
         if groups is None:  # a layer that has banks is one whose rows can be told apart
-            groups = call.groups(x.shape[0], x.device, "", names)
+            groups = call.groups(x.shape[0], x.device, "", call.names)
         steps = banks.steps(self, groups)
         if steps is None:
             call.banks.give_back(self, banks)

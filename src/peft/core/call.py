@@ -142,24 +142,22 @@ class Call(Deferred):
 
     def of(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        first: Tensor | None,
         beams: int | None = None,
         names: Sequence[str] | None = None,
         task_ids: Any = None,
         offsets: Sequence[int | None] | None = None,
     ) -> AbstractContextManager[None]:
-        """`open` for a model that is called with these arguments.
+        """`open` for a model that is called with such arguments.
 
         Arguments:
-            args, kwargs: what the model receives.
+            first: its main input, as `first_tensor` finds it.
             beams: how often each sample may be repeated; None for a forward.
             names, task_ids, offsets: what the caller says of each sample, or None.
         """
         facts: dict[str, Any] = {"keys": None, "ids": None, "virtual": 0}
         if offsets is not None:
             facts["given_offsets"] = list(offsets)
-        first = first_tensor(args, kwargs)
         length = tokens(first) if beams is None else None
         if names is not None:
             mine, latest = tuple(names), self._latest

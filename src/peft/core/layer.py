@@ -304,22 +304,20 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
     # ---- forward -----------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and (run := self._compiled()) is not None:
+        compiling = torch.compiler.is_compiling()
+        if compiling and (run := self._compiled()) is not None:
             if len(args) == 1 and not kwargs and self.call.plain:
                 return run(*args)
             if not self.view.activations or (len(args) == 1 and not kwargs):
                 return self._forward(args, kwargs, run)
         if kwargs or len(args) != 1 or not self.call.plain:
-            return self._forward(args, kwargs)
+            swift = None if compiling or kwargs or len(args) != 1 else self._swift(args[0])
+            return self._forward(args, kwargs) if swift is None else swift
         run = self._run
         return self._modules["base_layer"](*args) if run is None else run(*args)  # type: ignore[misc]
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], graph: Any = None) -> Any:
         self.call.settle()
-        if len(args) == 1 and not (kwargs or self._off) and self.call.only is None:
-            swift = self._swift(args[0])
-            if swift is not None:
-                return swift
         names = kwargs.pop("adapter_names", None)
         if names is not None:
             self.call.banks.begin()

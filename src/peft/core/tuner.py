@@ -15,7 +15,7 @@ from ..registry import tuner_class
 from . import rounding
 from . import unload as unloading
 from .blocks import one_scratch
-from .call import Call
+from .call import Call, first_tensor
 from .collector import no_collection
 from .combined import Combined
 from .host import below, hosts, standing
@@ -346,7 +346,7 @@ class BaseTuner(Switching, Combined, nn.Module):
     # ---- python ------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
-        with nullcontext() if task_ids is None else self.call.of(args, kwargs, task_ids=task_ids):
+        with nullcontext() if task_ids is None else self.call.of(first_tensor(args, kwargs), task_ids=task_ids):
             return self.completed(self.model.forward(*args, **kwargs))
 
     def completed(self, output: Any) -> Any:

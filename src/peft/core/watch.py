@@ -7,6 +7,7 @@ that run without Python code in between: some hundred nanoseconds for a tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +19,7 @@ from .stack import Adapter
 from .views import SETTLED
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_values = dict.values
 _version, _weight, _address = attrgetter("_version"), itemgetter("weight"), torch.Tensor.data_ptr
 
 
@@ -31,8 +33,10 @@ class Watch:
 
     def __init__(self) -> None:
         self.written = Adapter.written
-        self.keys: list[tuple[dict[str, Any], list[str]]] = []  # tables that are to have these keys
-        self.homes: list[tuple[dict[str, Any], list[str], list[Any]]] = []  # where modules stand, their names, they
+        self.keyed: list[dict[str, Any]] = []  # tables that are to have
+        self.keys: list[str] = []  # these keys, one after the other
+        self.homes: list[dict[str, Any]] = []  # tables that are to hold
+        self.modules: list[Any] = []  # these modules, and no others
         self.tables: list[dict[str, Any]] = []  # tables whose "weight" is watched
         self.weights: list[Tensor] = []
         self.places: list[tuple[Any, str]] = []  # others: (get, key)
@@ -49,7 +53,8 @@ class Watch:
     def on(cls, layer: Any, adapters: Sequence[Adapter]) -> Watch:
         """Of some adapters of a layer."""
         self = cls()
-        self.keys.append((layer._modules, list(layer._modules)))
+        self.keyed.append(layer._modules)
+        self.keys += layer._modules
         for key in ("training", "cast_input_dtype_enabled", "view"):
             self._place(layer.__dict__, key)
         names = [p.name for p in adapters]
@@ -57,9 +62,12 @@ class Watch:
             if key == "base_layer" or home is None:
                 continue
             here = [n for n in names if n in home._modules]
-            here = [*home._modules] if len(here) == len(home._modules) else here
-            self.homes.append((home._modules, here, [home._modules[name] for name in here]))
+            if len(here) == len(home._modules):
+                self.homes.append(home._modules)
+                self.modules += home._modules.values()
             for name in here:
+                if len(here) < len(home._modules):
+                    self._place(home._modules, name)
                 self._look(home._modules[name])
             for held in (home._parameters, home._buffers):
                 for name in names:
@@ -129,14 +137,12 @@ class Watch:
 
     def same(self) -> bool:
         """Whether nothing was replaced, moved or hooked, whatever the numbers."""
-        if self.written != Adapter.written or any(list(table) != keys for table, keys in self.keys):
-            return False
-        for table, names, modules in self.homes:  # modules are equal to themselves alone
-            if (list(table.values()) if len(table) == len(names) else list(map(table.get, names))) != modules:
-                return False
         try:
             return (
-                list(map(len, self.own)) == self.sizes
+                self.written == Adapter.written
+                and list(chain.from_iterable(self.keyed)) == self.keys
+                and list(chain.from_iterable(map(_values, self.homes))) == self.modules  # equal to themselves alone
+                and list(map(len, self.own)) == self.sizes
                 and all(map(is_, map(_weight, self.tables), self.weights))
                 and all(map(is_, [get(key) for get, key in self.places], self.found))
                 and not any(self.hooks)
@@ -192,7 +198,7 @@ class Ledger(WeakKeyDictionary[Any, Any]):
             self._look(numbers)
             found = self._ready.pop(id(layer), None)
         # a layer that is gone may have had the same number, as copies for data parallelism are
-        return found if found is None or found.watch.keys[0][0] is layer._modules else None
+        return found if found is None or found.watch.keyed[0] is layer._modules else None
 
     def give_back(self, layer: Any, kept: Any) -> None:
         """It was not used."""
