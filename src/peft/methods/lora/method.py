@@ -167,7 +167,7 @@ class LoRA(LowRank):
         """Note what the shortest way needs: the modules, if all of them are plain linear layers."""
         layer = p.layer
         base = layer._modules["base_layer"]
-        plain = type(base) is nn.Linear and layer.packed is None and not p.lora_bias
+        plain = type(base) is nn.Linear and layer.packed is None and not (p.lora_bias and p.subtracts)
         if plain and type(p.lora_A) is type(p.lora_B) is Linear:
             drop = None if "lora_dropout" in p.idle else p.lora_dropout
             p.hot = (base, p.lora_A, p.lora_B, drop, hooks_of(base))
@@ -179,19 +179,22 @@ class LoRA(LowRank):
         if hot is not None and inner.last is None and inner.extra is None and x.dim() > 1 and not x.is_nested:
             base, A, B, drop, hooks = hot
             graph = torch.compiler.is_compiling()
-            if graph or _unchanged(p, base, A, B, drop, hooks):
+            if not p.__dict__["lora_bias"] if graph else _unchanged(p, base, A, B, drop, hooks):
                 held, a, b = base._parameters, A._parameters["weight"], B._parameters["weight"]
-                W = held["weight"]
+                W, bias = held["weight"], held["bias"]
+                if p.__dict__["lora_bias"]:
+                    up = B._parameters["bias"] * p.scaling
+                    bias = up.to(W.dtype) if bias is None else (bias + up).to(W.dtype)
                 rate = 0.0 if drop is None or not drop.training or type(drop) is nn.Identity else drop.p
                 alike = a.dtype is x.dtype and not rate
                 if p.__dict__["subtracts"]:
                     simple = alike and W.dtype is x.dtype and not (is_autocast(x) or transformed())
-                    return over(x, W, held["bias"], self.terms(p)) if simple else self.onto(p, inner, inner(x), x)
-                y = None if graph else lowrank.ready(x, W, held["bias"], a, b, p.scaling, rate)
+                    return over(x, W, bias, self.terms(p)) if simple else self.onto(p, inner, inner(x), x)
+                y = None if graph else lowrank.ready(x, W, bias, a, b, p.scaling, rate)
                 if y is not None:
                     return y
                 if alike or (W.dtype is x.dtype and not W.requires_grad):
-                    return lowrank.generally(x, W, held["bias"], a, b, p.scaling, rate)
+                    return lowrank.generally(x, W, bias, a, b, p.scaling, rate)
         return self.onto(p, inner, inner(x), x)
 
     def terms(self, p: Adapter) -> tuple[Term, ...]:
