@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Numbers = dict[str, float]
-ENOUGH = 0.15  # seconds for the calls of `quickest`
-LONG = 0.6  # seconds for those of one work in `turns`
+LONG = 0.6  # seconds for the calls of one work in `turns`
 
 
 @dataclass(frozen=True)
@@ -121,11 +120,6 @@ def several(work: Callable[[], float], most: int, enough: float) -> list[float]:
     while len(found) < most and sum(found) < enough:
         found.append(work())
     return found
-
-
-def quickest(work: Callable[[], object], times: int) -> float:
-    """The smallest `spent` of several calls, fewer where `ENOUGH` is spent; the caller has collected garbage."""
-    return min(several(lambda: spent(work), times, ENOUGH))
 
 
 def calls(work: Callable[[], object]) -> int:

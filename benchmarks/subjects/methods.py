@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Numbers, measure, quickest
+from benchmarks.measure import OVER, Numbers, measure, turns
 from benchmarks.models import ALL_LINEAR, Llama, frozen
 from benchmarks.subjects.steps import step
 
-TURNS = 2  # repetitions of a method in a row, for which its model is made once
+TURNS = 1  # repetitions of a method in a row, for which its model is made once
 TOKENS = 256
 WIDE, NARROW = (512, 1376), (256, 704)  # hidden and inner sizes for a step, and for a token
 TEXT = {"task_type": "CAUSAL_LM"}
@@ -88,7 +88,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 BARE, BARE_TEXT = "bare", "bare text model"
-NAMES = (BARE, *LAYERS, BARE_TEXT, *MODELS)
+NAMES = (*LAYERS, *MODELS)
 
 
 def is_text(name: str) -> bool:
@@ -133,34 +133,32 @@ class Logits(nn.Module):
         return self.model(input_ids=x, attention_mask=torch.ones_like(x), **self.task).logits
 
 
-def runs(name: str) -> Iterator[Numbers]:
-    """Repetitions of a training step and of one token."""
+@cache
+def passes(name: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A training step and the evaluation of one token, each run once."""
     wide, narrow = Logits(name, WIDE).train(), Logits(name, NARROW).eval()
     tokens, token = torch.randint(8, 64, (1, TOKENS)), torch.tensor([[9]])
     train = step(wide, tokens if wide.text else torch.randn(1, TOKENS, WIDE[0], requires_grad=True))
     evaluate = torch.no_grad()(lambda: narrow(token))
     train(), evaluate()
+    return train, evaluate
+
+
+def runs(name: str) -> Iterator[Numbers]:
+    """Repetitions of a training step and of one token, between those of the bare model."""
+    bare, adapted = passes(BARE_TEXT if is_text(name) else BARE), passes.__wrapped__(name)
     while True:
-        gc.collect()
-        yield {f"{name}: step": quickest(train, 2), f"{name}: token": quickest(evaluate, 16)}
-
-
-def beside(numbers: Numbers) -> Numbers:
-    """Each as a multiple of the bare model of its kind."""
-    rows: Numbers = {}
-    for key, value in numbers.items():
-        name, _, what = key.partition(": ")
-        bare = numbers.get(f"{BARE_TEXT if is_text(name) else BARE}: {what}")
-        if bare and name not in (BARE, BARE_TEXT):
-            rows[f"{key} over bare|x"] = value / bare
-    return rows
+        numbers: Numbers = {}
+        for what, before, run, most in zip(("step", "token"), bare, adapted, (3, 24), strict=True):
+            found = turns(before, {f"{name}: {what}": run}, most)
+            numbers |= {key: value for key, value in found.items() if key != "bare"}
+        yield numbers
 
 
 @measure(
     "every method, 2 Llama layers, all-linear: a step of 256 tokens (hidden 512), one token in evaluation (256)",
     repeats=TURNS * len(NAMES),
-    derive=beside,
-    limits={f"{name}: {what}": 1.0 for name in (*LAYERS, *MODELS) for what in ("step", "token")},
+    limits={f"{name}: {what}{OVER}": 1.0 for name in NAMES for what in ("step", "token")},
 )
 def methods() -> Iterator[Numbers]:
     """One method after the other, each with a model of its own; further repetitions go through all of them again."""
