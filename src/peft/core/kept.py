@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..kernels.lowrank import transformed
@@ -81,7 +82,8 @@ def still(p: Adapter, what: str = "kept") -> Any:
     found = p.cache.get(what)
     if found is None:
         return None
-    if lasting(p) and found.holds(p.layer):
+    before = p.layer.training or torch.is_grad_enabled() or forward_ad._current_level >= 0
+    if not before and torch._C._functorch.peek_interpreter_stack() is None and found.holds(p.layer):
         return found.value
     p.cache.pop(what, None)
     return None

@@ -18,6 +18,7 @@ from ..kernels import lowrank
 from ..kernels.thin import WIDE
 from .direct import open_linear
 from .folding import Fold, Product
+from .kept import kept
 from .views import LinearView
 
 if TYPE_CHECKING:
@@ -317,6 +318,7 @@ class LowRank(Delta):
     times = 1.0  # what a merge multiplies the scaled product with
     neutral_zeros = True  # an adapter whose tensors are all zero leaves the layer as it is
     direct = True  # in training, too, B A x is computed as stated, so that a fused form may take its place
+    keeps_factors = False  # these are no tensors of the adapter's own, and dear enough for evaluation to keep them
     whole = False  # on a convolution with groups A reads all channels, as LoRA's does, so that B A is no kernel of it
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
@@ -365,7 +367,7 @@ class LowRank(Delta):
         held = open_linear(inner, x) if type(self).onto is LowRank.onto else None
         if held is None or self.up_bias(p) is not None:
             return None
-        A, B = self.factors(p)
+        A, B = kept(p, lambda: self.factors(p), what="factors") if self.keeps_factors else self.factors(p)
         rate = self.drop_rate(p)
         if held[0].requires_grad and (rate or A.dtype is not x.dtype):
             return None

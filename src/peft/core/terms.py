@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import onto
+from ..kernels import lowrank, onto
 from .direct import open_linear
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ def summed(inner: Stack, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
 
 def over(x: Tensor, W: Tensor, b: Tensor | None, terms: Sequence[Term]) -> Tensor:
     """The same where that is known."""
+    if len(terms) == 1 and type(terms[0][2]) is float:
+        return lowrank.linear(x, W, b, *terms[0])
     flat, made = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])), []
     for A, B, gain in terms:
         h = F.linear(flat, A)

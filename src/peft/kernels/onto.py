@@ -35,6 +35,13 @@ def features(y: Tensor, u: Tensor, gain: Tensor) -> Tensor:
     return y.add_(u * gain) if torch.is_grad_enabled() else y.addcmul_(u, gain)  # whose derivative copies u
 
 
+def repeated(x: Tensor, W: Tensor, b: Tensor | None, h: Tensor, B: Tensor, s: Any) -> Tensor:
+    """W x + b + s h B repeated along its features, for B (r, a part of k), in the dtype of W x; as `thin`."""
+    y, u = F.linear(x, W, b), h @ B * s
+    parts, u = y.view(len(u), -1, u.shape[1]), u[:, None]
+    return (parts.add_(u) if u.dtype is y.dtype else (parts + u).to(y.dtype)).view(y.shape)
+
+
 def shards(x: Tensor, r: int) -> Tensor:
     """The sum of an input's parts of r features, (N, r); the last part is filled with zeros."""
     missing = -x.shape[-1] % r

@@ -85,18 +85,21 @@ class MiSS(Delta):
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held = open_linear(inner, x) if type(self).onto is MiSS.onto else None
-        return None if held is None else onto.thin(x, *held, (*self.thin(p, inner, x), p.scaling))
+        if held is None:
+            return None
+        h, D = self.summed(p, inner, x), p.held("miss_block")
+        if p.settings.init_weights == "mini" and not torch.is_grad_enabled():
+            return onto.repeated(x, *held, h, D, p.scaling)
+        return onto.thin(x, *held, (h, self.shard(p), p.scaling))
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not inner.view.dense:
             return super().onto(p, inner, y, x)
-        h, D = self.thin(p, inner, x)
-        return (y + (h @ D * p.scaling).view(y.shape)).to(y.dtype)
+        return (y + (self.summed(p, inner, x) @ self.shard(p) * p.scaling).view(y.shape)).to(y.dtype)
 
-    def thin(self, p: Adapter, inner: Stack, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of x's parts, (N, r), and D."""
-        D = self.shard(p)
-        return onto.shards(inner.drop(x, self.drop_rate(p), D.dtype)[0], p.miss_r), D
+    def summed(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
+        """The sum of x's parts, (N, r)."""
+        return onto.shards(inner.drop(x, self.drop_rate(p), p.held("miss_block").dtype)[0], p.miss_r)
 
 
 class MissLayer(ScaledLayer):

@@ -86,7 +86,7 @@ class OrthLayer(nn.Module):
 class PSOFT(LowRank):
     """W' = W + B (R - I) A."""
 
-    neutral_zeros = False
+    neutral_zeros, keeps_factors = False, True
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings

@@ -69,6 +69,7 @@ class TinyLoraConfig(AdditiveConfig):
 class TinyLoRA(LowRank):
     """W' = W + B R A."""
 
+    keeps_factors = True
     neutral_zeros = False  # an adapter of other layers counts them otherwise
 
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...core.direct import EVERYWHERE, FORWARD
 from ...core.files import keys_in_hand
-from ...core.kept import kept, lasting
+from ...core.kept import kept, lasting, still
 from ...core.method import LowRank, Method, Site
 from ...core.stack import Adapter, Stack
 from ...core.terms import Term, over
@@ -199,9 +199,10 @@ class LoRA(LowRank):
 
     def terms(self, p: Adapter) -> tuple[Term, ...]:
         """What is added, and what an initialisation takes out; in evaluation both together, which is kept."""
-        if lasting(p):
-            return ((*kept(p, lambda: self.factors(p), what="factors"), self.scaling(p)),)
-        return self.apart(p)
+        found = still(p, "factors")
+        if found is None and lasting(p):
+            found = kept(p, lambda: self.factors(p), what="factors")
+        return self.apart(p) if found is None else ((*found, self.scaling(p)),)
 
     def apart(self, p: Adapter) -> tuple[Term, ...]:
         """Each by itself."""
