@@ -22,10 +22,12 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Method, Site
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
+from ..kernels import pairs
 from ..target_config import TargetConfig, choice, rank
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
 VARIANTS = ("road_1", "road_2", "road_4")
+EACH = dict(zip(VARIANTS, (1, 2, 4), strict=True))  # numbers for each pair, of theta and of alpha
 
 
 @dataclass
@@ -79,16 +81,9 @@ class RoAd(Method):
 
     def turn(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """c and d with its sign, (..., O): y' = c y + d (y with each pair swapped)."""
-        theta, alpha, half = p.held("road_theta"), p.held("road_alpha"), p.group_size // 2
-        c, d = alpha * theta.cos(), alpha * theta.sin()
-        if p.variant == "road_1":
-            c, d = (t.unflatten(-1, (-1, 1, half)).expand(*t.shape[:-1], -1, 2, half) for t in (c, d))
-        elif p.variant == "road_2":
-            c, d = (t.unflatten(-1, (-1, 2, half)) for t in (c, d))
-        else:
-            c, d = (t.unflatten(-1, (-1, 2, 2, half)).select(-3, k) for k, t in enumerate((c, d)))
-        low, high = d.unbind(-2)
-        return c.flatten(-3), torch.stack((-low, high), -2).flatten(-3)
+        theta, alpha = p.held("road_theta"), p.held("road_alpha")
+        c1, d1, d2, c2 = pairs.parts(alpha * theta.cos(), alpha * theta.sin(), p.group_size // 2, EACH[p.variant])
+        return torch.stack((c1, c2), -2).flatten(-3), torch.stack((-d1, d2), -2).flatten(-3)
 
     def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         c, d = self.turn(p)
@@ -100,6 +95,11 @@ class RoAd(Method):
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         y = inner(x)
+        if inner.view.dense:
+            theta, alpha = p.held("road_theta"), p.held("road_alpha")
+            found = pairs.turned(y, theta, alpha, p.group_size // 2, EACH[p.variant])
+            if found is not None:
+                return found
         c, d = (inner.spread(t) for t in self.turn(p))
         return (y * c + swapped(y, -c.dim(), p.group_size) * d).to(y.dtype)
 
