@@ -15,6 +15,8 @@ from peft import (
     KasaConfig,
     LoraConfig,
     OFTConfig,
+    PsoftConfig,
+    TinyLoraConfig,
     VeraConfig,
     get_peft_model,
     set_peft_model_state_dict,
@@ -33,6 +35,8 @@ KINDS = {
     "olora": lambda: LoraConfig(target_modules=["0"], r=4, init_lora_weights="olora"),
     "kasa": lambda: LoraConfig(target_modules=["0"], r=4, kasa_config=KasaConfig()),
     "boft": lambda: BOFTConfig(target_modules=["0"], boft_block_size=8),
+    "psoft": lambda: PsoftConfig(target_modules=["0"], r=4),
+    "tinylora": lambda: TinyLoraConfig(target_modules=["0"], r=2, u=8),
 }
 each = pytest.mark.parametrize("kind", KINDS)
 each_beside_others = pytest.mark.parametrize("kind", [k for k in KINDS if k != "kasa"])  # of which one can be active
