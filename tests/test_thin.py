@@ -74,6 +74,16 @@ def test_any_number_of_dimensions_and_a_learning_bias(shape):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (3, 0)])
+def test_an_input_without_numbers_gives_an_output_of_its_shape(shape, gradients):
+    x, W, b, A, B = tensors(torch.float32, torch.float32, shape[:-1], shape[-1], 5, 2)
+    with torch.set_grad_enabled(gradients):
+        for p in (0.0, 0.3):
+            y = lowrank.linear(x, W, b, A, B, 0.7, p)
+            assert torch.equal(y, F.linear(x, W, b))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("rows", [0, 7])
 def test_derivatives_of_any_order(rows, p):

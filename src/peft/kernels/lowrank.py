@@ -59,7 +59,7 @@ def ready(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: A
     if torch.is_grad_enabled() and (A.requires_grad or x.requires_grad or B.requires_grad or W.requires_grad):
         fits = A.requires_grad and not W.requires_grad and (dtype is wide or dtype in thin.NARROW)
         return thin.linear(x, W, b, A, B, scale, p) if fits else None
-    if p or dtype is not wide:
+    if p or dtype is not wide or not x.numel():
         return None
     shape = x.shape
     rows = x.numel() // shape[-1]
@@ -96,13 +96,13 @@ def generally(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scal
             return plain(y, x, A, B, scale, p)
         return _raised(y.flatten(0, -2), _down(x, A, B, scale, 0.0)[0], B, scale, True).view(y.shape)
     # the update is accumulated into the product: two operations more than the base, nothing saved beyond x and A x
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, h = F.linear(flat, W, b), F.linear(flat, A)
     if type(scale) is float and y.dtype is B.dtype and _C._functorch.peek_interpreter_stack() is None:
         y = y.addmm_(h, B.mT, alpha=scale)  # which vmap has no rule for
     else:
         y = (y + F.linear(h, B) * scale).to(y.dtype)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:

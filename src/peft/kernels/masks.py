@@ -6,6 +6,7 @@ random bits decide: an element is kept if they are below a share of 65536, so th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cache
 from math import prod
@@ -16,6 +17,7 @@ from torch import Tensor
 
 LEVELS = 2**16
 _PACK = 0x0102040810204080  # multiplied with eight bytes of 0 and 1, it brings them together in the highest byte
+_HIGHEST = 7 if sys.byteorder == "little" else 0
 
 
 def draw(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
@@ -46,7 +48,7 @@ def packed(mask: Tensor | None) -> Tensor | None:
         return None
     flat = mask.reshape(-1)
     flat = F.pad(flat, (0, -flat.numel() % 8)) if flat.numel() % 8 else flat
-    return (flat.view(torch.int64) * _PACK).view(torch.uint8)[7::8].clone()
+    return (flat.view(torch.int64) * _PACK).view(torch.uint8)[_HIGHEST::8].clone()
 
 
 def unpacked(bits: Tensor | None, shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor | None:
