@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,8 +58,13 @@ class Rotation(Method):
             y = inner(x)
             return self.rotate(p, y, drop=drop).to(y.dtype)
         if inner.view.dense:
-            return inner(self.rotate(p, x, drop=drop).to(x.dtype))
+            found = self.at_once(p, x)
+            return inner(self.rotate(p, x, drop=drop).to(x.dtype) if found is None else found)
         return super().forward(p, inner, x)
+
+    def at_once(self, p: Adapter, x: Tensor) -> Tensor | None:
+        """`rotate` of a dense layer's input in fewer operations; None where there is no such way."""
+        return None
 
 
 def blockwise(t: Tensor, blocks: Tensor) -> Tensor:
@@ -71,35 +77,15 @@ def blockwise(t: Tensor, blocks: Tensor) -> Tensor:
     return kernel.times(t.to(blocks.dtype), blocks)
 
 
-def skew(held: Tensor, n: int) -> Tensor:
-    """The skew matrices, (..., n, n), of their numbers above the diagonal, row by row."""
-    row, column = torch.triu_indices(n, n, 1, device=held.device)
-    upper = held.new_zeros(*held.shape[:-1], n * n).index_copy(-1, row * n + column, held).unflatten(-1, (n, n))
-    return upper - upper.mT
-
-
-def cayley(Q: Tensor) -> Tensor:
-    """(I - Q) (I + Q)^-1, orthogonal for a skew Q, (..., b, b)."""
-    Q = Q.float() if Q.dtype in (torch.float16, torch.bfloat16) else Q
-    one = kernel.one(Q)
-    return torch.linalg.solve(one + Q, one - Q)  # the two commute
-
-
 def without(blocks: Tensor, dropped: Tensor) -> Tensor:
     """The blocks with those marked replaced by the identity; (..., n, b, b) and (..., n)."""
     return torch.where(dropped[..., None, None], kernel.one(blocks), blocks)
 
 
-def series(Q: Tensor, terms: int) -> Tensor:
-    """The first terms of (I + Q) (I - Q)^-1; of three terms the last is a cube, as files are trained for it."""
-    one = kernel.one(Q).expand_as(Q)
-    if terms == 5:  # the usual number, with a product less
-        square = Q @ Q
-        return (one + 2 * Q) + square @ (2 * (one + Q) + square)
-    if terms < 3:
-        return one + 2 * Q if terms == 2 else one
-    power, total = Q, one + 2 * Q
-    for _ in range(2, max(terms, 4) - 1):
-        power = power @ Q
-        total = total + 2 * power
-    return total + power @ Q
+def within(held: Tensor, limit: float, store: bool) -> Tensor:
+    """The numbers of each block cut to |Q| <= limit; the gradient takes no notice. Training stores what was cut."""
+    size = math.sqrt(2) * torch.linalg.vector_norm(held.detach(), dim=-1, keepdim=True)
+    cut = torch.where(size > limit, held.detach() * (limit / size), held.detach())
+    if store:
+        held.data.copy_(cut)
+    return cut + (held - held.detach())

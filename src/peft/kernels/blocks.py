@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .again import differentiable
-from .lowrank import is_autocast, transformed
+from .modes import is_autocast, node, transformed
 
 WIDE = 32  # from which size of a block on a product takes no longer per feature than of a smaller one
 
@@ -32,8 +32,8 @@ def times(t: Tensor, blocks: Tensor) -> Tensor:
         return plain(t, blocks)
     blocks = _widened(blocks)
     if torch.is_grad_enabled():
-        return _Times.apply(t, blocks)
-    return _product(_rows(t, blocks), blocks).view(t.shape)
+        return _times(t, blocks)
+    return product(t, blocks)
 
 
 def _widened(blocks: Tensor) -> Tensor:
@@ -51,10 +51,16 @@ def _rows(t: Tensor, blocks: Tensor) -> Tensor:
     return t.reshape(-1, *blocks.shape[:2])
 
 
-def _product(t: Tensor, blocks: Tensor) -> Tensor:
+def product(t: Tensor, blocks: Tensor) -> Tensor:
+    """`plain` of ordinary tensors, for blocks (n, b, b), without a gradient."""
     out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
-    torch.bmm(t.transpose(0, 1), blocks, out=out.transpose(0, 1))
+    torch.bmm(_rows(t, blocks).transpose(0, 1), blocks, out=_rows(out, blocks).transpose(0, 1))
     return out
+
+
+def of_blocks(t: Tensor, grad: Tensor, blocks: Tensor) -> Tensor:
+    """The blocks' gradient, from that of their product with t."""
+    return torch.bmm(_rows(t, blocks).permute(1, 2, 0), _rows(grad, blocks).transpose(0, 1))
 
 
 class _Times(torch.autograd.Function):
@@ -63,7 +69,7 @@ class _Times(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, blocks: Tensor) -> Tensor:
         ctx.save_for_backward(t, blocks)
-        return _product(_rows(t, blocks), blocks).view(t.shape)
+        return product(t, blocks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -71,10 +77,10 @@ class _Times(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return differentiable(plain, (t, blocks), needs, grad)
-        g = _rows(grad, blocks)
-        of_t = _product(g, blocks.mT).view(t.shape) if needs[0] else None
-        of_blocks = torch.bmm(_rows(t, blocks).permute(1, 2, 0), g.transpose(0, 1)) if needs[1] else None
-        return of_t, of_blocks
+        return product(grad, blocks.mT) if needs[0] else None, of_blocks(t, grad, blocks) if needs[1] else None
+
+
+_times = node(_Times)
 
 
 def one(like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
+from . import blocks as kernel
 from .again import differentiable
 from .modes import node
 from .thin import WIDE
@@ -86,17 +87,6 @@ def _blocks(c: Tensor, d: Tensor, half: int, each: int, k: int) -> Tensor:
     return blocks
 
 
-def _rows(t: Tensor, blocks: Tensor) -> Tensor:
-    """The blocks' features first, (n, N, b)."""
-    return t.reshape(-1, *blocks.shape[:2]).transpose(0, 1)
-
-
-def _product(t: Tensor, blocks: Tensor, shape: torch.Size) -> Tensor:
-    out = t.new_empty(shape)
-    torch.bmm(_rows(t, blocks), blocks, out=out.view(-1, *blocks.shape[:2]).transpose(0, 1))
-    return out
-
-
 class _Turned(torch.autograd.Function):
     """Saves y, theta, alpha and numbers in their size."""
 
@@ -107,7 +97,7 @@ class _Turned(torch.autograd.Function):
         blocks = _blocks(c, d, half, each, y.shape[-1])
         ctx.half, ctx.each = half, each
         ctx.save_for_backward(y, theta, alpha, cos, sin, c, d, blocks)
-        return _product(y, blocks, y.shape)
+        return kernel.product(y, blocks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -117,10 +107,10 @@ class _Turned(torch.autograd.Function):
             form = lambda y, theta, alpha: plain(y, theta, alpha, half, each)  # noqa: E731
             found = differentiable(form, (y, theta, alpha), needs[:3], grad)
             return *found, None, None
-        of_y = _product(grad, blocks.mT, y.shape) if needs[0] else None
+        of_y = kernel.product(grad, blocks.mT) if needs[0] else None
         if not (needs[1] or needs[2]):
             return of_y, None, None, None, None
-        of_blocks = torch.bmm(_rows(y, blocks).mT, _rows(grad, blocks))
+        of_blocks = kernel.of_blocks(y, grad, blocks)
         of_c, of_d = _gathered(_placed(of_blocks, half), each)
         return of_y, (of_d * c).addcmul_(of_c, d, value=-1), (of_c * cos).addcmul_(of_d, sin), None, None
 

@@ -22,9 +22,10 @@ from ..config import describe
 from ..core.kept import kept
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
-from ..core.rotation import Rotation, blockwise, cayley, without
+from ..core.rotation import Rotation, blockwise, without
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
+from ..kernels.rotations import cayley
 from ..target_config import TargetConfig, choice, probability, rank
 
 

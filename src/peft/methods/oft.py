@@ -3,7 +3,7 @@
     W' = W R',   R = diag(R_1 .. R_r),   R_c = (I - Q_c) (I + Q_c)^-1,   Q_c skew
 
 Q_c holds b (b - 1) / 2 numbers, which start at zero, so training starts at the base model. With `use_cayley_neumann`
-R is a series instead, `core.rotation.series`: it turns the other way and is orthogonal only nearly. Constrained
+R is a series instead, `kernels.rotations.series`: it turns the other way and is orthogonal only nearly. Constrained
 (`coft`), each Q_c stays within a ball. Sources: Qiu et al. 2023, arXiv 2306.07280, eq. 5 and section 4; the series: Qiu
 et al. 2025, arXiv 2506.19847.
 
@@ -24,10 +24,11 @@ from ..config import describe
 from ..core.kept import kept
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
-from ..core.rotation import Rotation, blockwise, cayley, series, skew, without
+from ..core.rotation import Rotation, blockwise, within, without
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
 from ..errors import PeftWarning, report
+from ..kernels.rotations import cayley, series, skew, turned
 from ..target_config import TargetConfig, choice, number, probability, rank
 
 
@@ -113,6 +114,13 @@ class OFT(Rotation):
         R = R if groups == 1 else R.unflatten(-3, (groups, -1))
         return blockwise(t, R.mT if back else R)
 
+    def at_once(self, p: Adapter, x: Tensor) -> Tensor | None:
+        c = p.settings
+        if c.coft or (p.oft_dropout and p.layer.training) or c.block_share:
+            return None
+        held = p.held("oft_R").weight
+        return turned(x, held, p.oft_block_size, c.num_cayley_neumann_terms if c.use_cayley_neumann else 0)
+
     def blocks(self, p: Adapter) -> Tensor:
         """The stored rotations, (..., n, b, b)."""
         c, b = p.settings, p.oft_block_size
@@ -132,15 +140,6 @@ def nearest_divisor(path: str, n: int, count: int, size: int) -> int:
         text = f"{name}={wish} does not divide the {n} features of {path!r}. Using {found}, the nearest that does."
         report(PeftWarning, text, strict=False, stacklevel=9)
     return n // found if count else found
-
-
-def within(held: Tensor, limit: float, store: bool) -> Tensor:
-    """The numbers of each block cut to |Q| <= limit; the gradient takes no notice. Training stores what was cut."""
-    size = math.sqrt(2) * torch.linalg.vector_norm(held.detach(), dim=-1, keepdim=True)
-    cut = torch.where(size > limit, held.detach() * (limit / size), held.detach())
-    if store:
-        held.data.copy_(cut)
-    return cut + (held - held.detach())
 
 
 class OFTLayer(BaseTunerLayer):

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..config import describe
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
-from ..core.rotation import cayley, series, skew
 from ..core.stack import Adapter, Stack
 from ..errors import PeftWarning
+from ..kernels.rotations import cayley, series, skew
 from ..target_config import choice, number, probability
 from .additive import AdditiveConfig, AdditiveModel
 
