@@ -207,8 +207,10 @@ class PeftModel(Persistent, nn.Module):
 
     def _run(self, function: Any, args: tuple, kwargs: dict[str, Any], beams: int | None = None) -> Any:
         """Call the base model without the arguments that are ours; the call's record is restored in any case."""
-        given = names, _, _ = [kwargs.get(k) for k in ("adapter_names", "task_ids", "alora_offsets")]
         prompts = self.__dict__.get("prompts")
+        if prompts is not None and not (beams or args) and (whole := prompts.straight(kwargs)) is not None:
+            return function(**whole)
+        given = names, _, _ = [kwargs.get(k) for k in ("adapter_names", "task_ids", "alora_offsets")]
         if prompts is None:
             kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
         else:
@@ -378,9 +380,7 @@ class PeftModel(Persistent, nn.Module):
 
 
 def _checkpoints(model: nn.Module) -> bool:
-    """Whether the model says that it checkpoints, under the newer or the older name; True if it does not
-    say.
-    """
+    """Whether the model says that it checkpoints, under the newer or the older name; True if it does not say."""
     known = hasattr(type(model), "is_activation_checkpointing")
     return bool(getattr(model, "is_activation_checkpointing" if known else "is_gradient_checkpointing", True))
 

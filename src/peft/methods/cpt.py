@@ -73,6 +73,7 @@ class CPTEmbedding(BasePromptEncoder):
     """
 
     own_loss = True
+    lasts = True
 
     def __init__(self, config: Any, word_embeddings: Any) -> None:
         super().__init__(config)
@@ -95,19 +96,18 @@ class CPTEmbedding(BasePromptEncoder):
         self.embedding.weight.copy_(state["prompt_embeddings"])
         self.delta_embedding.weight.zero_()
 
-    @property
-    def flat(self) -> bool:
-        """True: the moves are no network."""
-        return True
-
     def trained(self) -> list[nn.Parameter]:
         """The moves."""
         return list(self.delta_embedding.parameters())
 
+    def facts(self, task_ids: Tensor | None) -> tuple[Any, ...]:
+        """The kinds of the words, and how far they may move."""
+        c = self.config
+        return (*c.cpt_tokens_type_mask, c.opt_projection_epsilon, c.opt_projection_format_epsilon)
+
     def get_epsilon(self) -> Tensor:
         """How far each word may move, (k,)."""
-        kinds, c = self._kinds(), self.config
-        room = math.sqrt(self.token_dim / 2048)
+        kinds, c, room = self._kinds(), self.config, math.sqrt(self.token_dim / 2048)
         eps = torch.full(kinds.shape, FIXED, device=kinds.device)
         eps[(kinds > 0) & ((kinds % 4 == 1) | (kinds % 4 == 3))] = c.opt_projection_format_epsilon * room
         eps[(kinds > 0) & (kinds % 4 == 2)] = c.opt_projection_epsilon * room

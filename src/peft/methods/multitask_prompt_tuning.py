@@ -71,6 +71,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
 
     by_task = True
     in_decoder = True
+    lasts = True
 
     def __init__(self, config: Any, word_embeddings: nn.Module) -> None:
         super().__init__(config, word_embeddings)
@@ -127,6 +128,10 @@ class MultitaskPromptEmbedding(PromptEmbedding):
     def for_file(self) -> dict[str, Tensor]:
         """The tensors of a file: what the tasks share, and each task's factors."""
         return {k: p.detach().clone() for k, p in self.homes().items()}
+
+    def facts(self, task_ids: Tensor | None) -> tuple[Any, ...]:
+        """The tasks of the samples."""
+        return () if task_ids is None else (self.num_tasks, *task_ids.tolist())
 
     def forward(self, indices: Tensor, task_ids: Tensor | None = None) -> Tensor:
         """The embeddings of virtual tokens (batch, tokens) for the tasks (batch,): (batch, tokens, size).

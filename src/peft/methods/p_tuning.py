@@ -58,6 +58,7 @@ class PromptEncoder(BasePromptEncoder):
     """
 
     network = ("lstm_head", "mlp_head")
+    lasts = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -71,6 +71,8 @@ class PromptEmbedding(BasePromptEncoder):
         word_embeddings: the model's embedding, from whose rows the prompt may start.
     """
 
+    lasts = True
+
     def __init__(self, config: Any, word_embeddings: nn.Module) -> None:
         super().__init__(config)
         start = None if config.inference_mode else self.start(config, word_embeddings)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..config import PromptLearningConfig
 from ..errors import listing
 
+MADE = "_made"  # where an encoder holds what it made in evaluation
+
 
 class BasePromptEncoder(nn.Module):
     """Makes the prompt of one adapter.
@@ -26,6 +28,7 @@ class BasePromptEncoder(nn.Module):
     by_task: ClassVar[bool] = False  # each sample has the prompt of its task
     in_decoder: ClassVar[bool] = False  # an encoder-decoder has tokens in front of the decoder's text too
     own_loss: ClassVar[bool] = False  # `loss` takes the place of the model's own
+    lasts: ClassVar[bool] = False  # `forward` of this very class reads tensors and `facts` alone: evaluation keeps it
     network: tuple[str, ...] = ()  # children that are needed for training only: files hold what they make
 
     heads: int  # of keys and values
@@ -53,11 +56,21 @@ class BasePromptEncoder(nn.Module):
         return list(self.parameters())
 
     def prompt(self, batch: int, task_ids: Tensor | None = None) -> Tensor:
-        """The prompt of each sample, (batch, tokens, size)."""
+        """The prompt of each sample, (batch, tokens, size), made anew."""
+        self.__dict__.pop(MADE, None)
         indices = torch.arange(self.rows, device=next(self.parameters()).device)
         if self.by_task:
             return self(indices.expand(batch, -1), task_ids)
         return self(indices).expand(batch, -1, -1)
+
+    def facts(self, task_ids: Tensor | None) -> tuple[Any, ...]:
+        """What the prompt depends on beside tensors and the number of tokens."""
+        return ()
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch's; what evaluation has kept is made anew afterwards."""
+        self.__dict__.pop(MADE, None)
+        return super().train(mode)
 
     def loss(self, logits: Tensor, labels: Tensor, given: dict[str, Any], others: tuple[int, int] = (0, 0)) -> Tensor:
         """The loss, of a method that has its own; `others` counts virtual tokens in front of its own and behind."""

@@ -22,6 +22,7 @@ from .checkpointed import Survivor
 from .encoders import NO_WEIGHT, Encoders
 from .fitting import fit, word_embeddings
 from .joined import Chosen, active, of_samples
+from .straight import straight
 
 SHOWN = frozenset({"get_prompt", "get_prompt_embedding_to_save", "prompt_tokens", "word_embeddings"})
 ALONE = frozenset({"merge_adapter", "unmerge_adapter", "merge_and_unload", "add_weighted_adapter", "unload"})
@@ -74,6 +75,7 @@ class Prompts(Switching):
         self.call = Call()
         self.alone = True  # without a tuner
         self.survivor: Survivor | None = None
+        self.way: tuple[type | None, tuple[str, ...]] = (None, ())  # down to the words, where it is known to stay
 
     # What there is ----------------------------------------------------------------------------------------
 
@@ -126,11 +128,17 @@ class Prompts(Switching):
 
     # Running ----------------------------------------------------------------------------------------------
 
+    straight = straight
+
     def run(self, function: Callable[..., Any], generates: bool, /, *args: Any, **given: Any) -> Any:
         """Call the base model, or its `generate`, with the prompts of the call."""
-        from . import generating, running
+        if generates:
+            from .generating import generate
 
-        return (generating.generate if generates else running.forward)(self, function, args, given)
+            return generate(self, function, args, given)
+        from .running import forward
+
+        return forward(self, function, args, given)
 
     def completed(self, output: Any) -> Any:
         """The output as it is."""
