@@ -24,7 +24,7 @@ from ..core.method import LowRank, Site
 from ..core.shared import Shared, drawn
 from ..core.stack import Adapter, Stack
 from ..errors import PeftWarning
-from ..kernels import onto
+from ..kernels import onto, vectors
 from ..target_config import probability
 from .additive import AdditiveConfig, AdditiveModel
 
@@ -109,9 +109,13 @@ class VeRA(LowRank):
     def apart(self, p: Adapter, inner: Stack, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         """The same on a linear layer; A and B have no gradients, so that d and b are better apart from them."""
         b, d = p.held(f"{self.word}_lambda_b"), p.held(f"{self.word}_lambda_d")
-        A, B = (getattr(p, f"{self.word}_{name}").to(b.device, b.dtype) for name in "AB")
-        z, _ = inner.drop(x, self.drop_rate(p), d.dtype)
-        rows = self.wanted(p)
+        A, B = getattr(p, f"{self.word}_A"), getattr(p, f"{self.word}_B")
+        if A.dtype is not b.dtype or A.device != b.device:
+            A, B = A.to(b.device, b.dtype), B.to(b.device, b.dtype)
+        rate, rows = self.drop_rate(p), self.wanted(p)
+        if rows == p.r and not rate and type(self).middle is VeRA.middle:
+            return vectors.linear(x, W, bias, A[:rows, : x.shape[-1]], d, B[: W.shape[0], :rows], b)
+        z, _ = inner.drop(x, rate, d.dtype)
         h = F.linear(z, A[:rows, : x.shape[-1]]) * (d if rows == self.rows * p.r else d[:rows])
         return onto.features(F.linear(x, W, bias), F.linear(self.middle(p, h), B[: W.shape[0], : p.r]), b)
 

@@ -1,0 +1,81 @@
+"""A linear layer with an update of two frozen matrices and a learnt vector after each of them.
+
+Letters: N rows, d in-features, k out-features, r features in between; x is (..., d), W (k, d), A (r, d), B (k, r),
+u (r), v (k). What is computed is W x + b + v * B (u * A x). In training on a CPU it is one node of the graph: the
+update is added to the product in the pass that multiplies it, the gradient of x is summed within the products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import _C, Tensor, nn
+from torch.autograd import forward_ad
+
+from . import onto
+from .again import differentiable
+from .modes import node
+from .thin import WIDE
+
+KNOWN = (Tensor, nn.Parameter)
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, u: Tensor, B: Tensor, v: Tensor) -> Tensor:
+    """W x + b + v * B (u * A x); where `core.direct.open_linear` gives W and b."""
+    return _linear(x, W, b, A, u, B, v) if _ordinary(x, W, A, u, B, v) else plain(x, W, b, A, u, B, v)
+
+
+def plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, u: Tensor, B: Tensor, v: Tensor) -> Tensor:
+    """The definition, the update in the dtype of its tensors, which is rounded to that of x at last."""
+    return onto.features(F.linear(x, W, b), F.linear(F.linear(x.to(A.dtype), A) * u, B), v)
+
+
+def _ordinary(x: Tensor, W: Tensor, A: Tensor, u: Tensor, B: Tensor, v: Tensor) -> bool:
+    """Whether these are torch's own tensors on a CPU, of one dtype, the matrices frozen, and gradients are wanted."""
+    dtype = x.dtype
+    if dtype not in WIDE or W.dtype is not dtype or A.dtype is not dtype or B.dtype is not dtype:
+        return False
+    if u.dtype is not dtype or v.dtype is not dtype or W.requires_grad or A.requires_grad or B.requires_grad:
+        return False
+    if type(A) not in KNOWN or type(u) not in KNOWN or type(B) not in KNOWN or type(v) not in KNOWN:
+        return False
+    if _C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _C._is_tracing():
+        return False
+    return x.is_cpu and u.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class _Linear(torch.autograd.Function):
+    """Saves its arguments, A x and B (u * A x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, u: Tensor, B: Tensor, v: Tensor) -> Tensor:
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y, low = F.linear(flat, W, b), F.linear(flat, A)
+        high = F.linear(low * u, B)
+        ctx.save_for_backward(x, W, b, A, u, B, v, low, high)
+        y = y.addcmul_(high, v)
+        return y if flat is x else y.view(*x.shape[:-1], y.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, W, b, A, u, B, v, low, high = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+
+            def form(x: Tensor, b: Tensor | None, u: Tensor, v: Tensor) -> Tensor:
+                return plain(x, W, b, A, u, B, v)
+
+            of_x, of_b, of_u, of_v = differentiable(form, (x, b, u, v), [needs[i] for i in (0, 2, 4, 6)], grad)
+            return of_x, None, of_b, None, of_u, None, of_v
+        g = grad.reshape(-1, grad.shape[-1])
+        made = g * v
+        back = torch.mm(made, B)
+        of_v = torch.mul(g, high, out=made).sum(0) if needs[6] else None
+        of_u = (back * low).sum(0) if needs[4] else None
+        of_x = torch.mm(g, W).addmm_(back.mul_(u), A).view(x.shape) if needs[0] else None
+        return of_x, None, g.sum(0) if needs[2] else None, None, of_u, None, of_v
+
+
+_linear = node(_Linear)
