@@ -34,7 +34,7 @@ class PeftModelForSequenceClassification(PeftModel):
             output_attentions=output_attentions, output_hidden_states=output_hidden_states,
             return_dict=return_dict, task_ids=task_ids,
         )  # fmt: skip
-        return self._run(self.base_model, (), {**named, **kwargs})
+        return self._run(self._modules["base_model"], (), {**named, **kwargs})
 
 
 class PeftModelForTokenClassification(PeftModel):
@@ -84,7 +84,7 @@ class PeftModelForSeq2SeqLM(_Generating):
             decoder_inputs_embeds=decoder_inputs_embeds, labels=labels, output_attentions=output_attentions,
             output_hidden_states=output_hidden_states, return_dict=return_dict, task_ids=task_ids,
         )  # fmt: skip
-        return self._run(self.base_model, (), {**named, **kwargs})
+        return self._run(self._modules["base_model"], (), {**named, **kwargs})
 
     def generate(self, **kwargs):
         """Generate with the base model; all arguments by name."""
@@ -110,7 +110,7 @@ class PeftModelForQuestionAnswering(PeftModel):
             end_positions=end_positions, output_attentions=output_attentions,
             output_hidden_states=output_hidden_states, return_dict=return_dict, task_ids=task_ids,
         )  # fmt: skip
-        return self._run(self.base_model, (), {**named, **kwargs})
+        return self._run(self._modules["base_model"], (), {**named, **kwargs})
 
 
 class PeftModelForFeatureExtraction(PeftModel):
@@ -126,4 +126,4 @@ class PeftModelForFeatureExtraction(PeftModel):
             output_attentions=output_attentions, output_hidden_states=output_hidden_states,
             return_dict=return_dict, task_ids=task_ids,
         )  # fmt: skip
-        return self._run(self.base_model, (), {**named, **kwargs})
+        return self._run(self._modules["base_model"], (), {**named, **kwargs})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .encoder import BasePromptEncoder
@@ -27,8 +29,8 @@ def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int, empty:
     """
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-    taken = inspect.signature(model.forward).parameters
-    if "past_key_values" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+    own = "forward" in model.__dict__ or torch.compiler.is_compiling()  # its own may hold a model: it is not remembered
+    if not (_takes_cache(model.forward) if own else _class_takes_cache(type(model).forward)):
         raise ValueError(
             f"{type(model).__name__} takes no past_key_values, so there is no place for a prefix. Use prompt tuning."
         )
@@ -41,6 +43,14 @@ def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int, empty:
     if not getattr(config, "is_encoder_decoder", False):
         return cache
     return EncoderDecoderCache(cache, DynamicCache())
+
+
+def _takes_cache(forward: Any) -> bool:
+    taken = inspect.signature(forward).parameters
+    return "past_key_values" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
+
+
+_class_takes_cache = functools.lru_cache(maxsize=64)(_takes_cache)
 
 
 def asked_for(model: nn.Module, given: dict[str, Any], text: int) -> Any:
