@@ -144,3 +144,22 @@ def test_features_are_transformed_as_matrices_are(family, size):
     close(wavelet.synthesis(eye, pair), M.mT)
     x = torch.randn(3, size, dtype=torch.float64)
     close(wavelet.analysis(x, pair), M[:size].mT @ x.mT)
+
+
+@pytest.mark.parametrize("frozen", ["", "x", "b", "values", "xb", "W"])
+def test_a_layer_is_one_node_beside_a_frozen_matrix(frozen):
+    torch.manual_seed(0)
+    places = sparse.Places(torch.tensor(0), torch.tensor([4, 0, 4]), torch.tensor([1, 2, 0]), (6, 3))
+    x, W, b, values = (torch.randn(s, dtype=torch.float64) for s in ((7, 3), (6, 3), (6,), (3,)))
+    for t, name in ((x, "x"), (b, "b"), (values, "values")):
+        t.requires_grad_(name not in frozen)
+    W.requires_grad_(frozen == "W")
+    inputs = [t for t in (x, W, b, values) if t.requires_grad]
+    form = lambda *_: sparse.linear(x, W, b, values, places)  # noqa: E731
+    y, wanted = form(), nn.functional.linear(x, W, b) + sparse.plain(values, x.mT, places).mT
+    assert ("_Linear" in type(y.grad_fn).__name__) is (frozen != "W")
+    g = torch.randn_like(y)
+    found = torch.autograd.grad(y, inputs, g, retain_graph=True)
+    close_each(found, torch.autograd.grad(wanted, inputs, g), 1e-10)
+    assert torch.autograd.gradcheck(form, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(form, inputs, fast_mode=True)

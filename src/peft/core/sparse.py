@@ -55,12 +55,14 @@ class Sparse(Delta):
             found = self.placed(p, at, shape) or sparse.places(p.cache, at, shape)
             p.cache["places"] = found
         alike, itself = values.dtype is x.dtype, type(self).taken is Sparse.taken
-        flat, form = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], len(W))
-        if itself and alike and len(flat) == 1 and not torch.is_grad_enabled():
+        flat, form = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], shape[0])
+        if itself and alike and flat.shape[0] == 1 and not torch.is_grad_enabled():
             return sparse.row(F.linear(flat, W, b), flat, values, found).view(form)
-        if len(values) * SHARE[not itself] > W.numel():
+        if values.shape[0] * SHARE[not itself] > W.numel():
             dense = itself and alike and x.dtype in WIDE
             return F.linear(x, sparse.scattered(W, values, found), b) if dense else super().at_once(p, inner, x)
+        if itself and alike and found.gains is None and type(self).given is Sparse.given:
+            return sparse.linear(flat, W, b, values, found).view(form)
         values = values if found.gains is None else (values * found.gains).flatten()
         u = self.given(p, sparse.product(values, self.taken(p, flat.to(values.dtype)), found), len(W))
         if alike:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .again import differentiable
+from .modes import node
 
 
 class Bags(NamedTuple):
@@ -24,7 +25,7 @@ class Bags(NamedTuple):
 
     def sorted(self, values: Tensor) -> Tensor:
         """The numbers in order."""
-        return values if self.order is None else values[self.order]
+        return values if self.order is None else values.index_select(0, self.order)
 
 
 class Places:
@@ -100,7 +101,15 @@ def plain(values: Tensor, z: Tensor, places: Places) -> Tensor:
 
 def product(values: Tensor, z: Tensor, places: Places) -> Tensor:
     """`plain` of values (n) and z (d, N) of one dtype, which keeps values and z only; not for transforms and graphs."""
-    return _Product.apply(values, z, places) if torch.is_grad_enabled() else _sums(values, z, places.bags(False))
+    return _product(values, z, places) if torch.is_grad_enabled() else _sums(values, z, places.bags(False))
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None, values: Tensor, places: Places) -> Tensor:
+    """W x + b and the product with x (N, d), all of one dtype, (N, k); not for transforms and graphs."""
+    if torch.is_grad_enabled() and not W.requires_grad:
+        return _linear(x, W, b, values, places)
+    u = product(values, x.mT, places).mT
+    return torch.addmm(u if b is None else u + b, x, W.mT)
 
 
 def scattered(W: Tensor, values: Tensor, places: Places) -> Tensor:
@@ -133,15 +142,44 @@ class _Product(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = differentiable(lambda v, t: plain(v, t, places), (values, z), needs[:2], grad)
             return *found, None
-        of_values = of_z = None
         grad = grad.contiguous()
-        if needs[0]:
-            bags = places.bags(False)
-            of_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                grad, z.contiguous(), bags.taken, bags.offsets, bags.rows, 0
-            )
-            if bags.order is not None:
-                of_values = torch.empty_like(of_values).index_copy_(0, bags.order, of_values)
-        if needs[1]:
-            of_z = _sums(values, grad, places.bags(True))
-        return of_values, of_z, None
+        of_values = _of_values(grad, z, places) if needs[0] else None
+        return of_values, _sums(values, grad, places.bags(True)) if needs[1] else None, None
+
+
+class _Linear(torch.autograd.Function):
+    """The same beside a frozen matrix; the gradient of x is summed in the product with that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, values: Tensor, places: Places) -> Tensor:
+        ctx.save_for_backward(x, W, b, values)
+        ctx.places = places
+        u = _sums(values, x.mT, places.bags(False)).mT
+        return torch.addmm(u if b is None else u + b, x, W.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x, W, b, values), places, needs = ctx.saved_tensors, ctx.places, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+
+            def form(x: Tensor, b: Tensor | None, values: Tensor) -> Tensor:
+                return F.linear(x, W, b) + plain(values, x.mT, places).mT
+
+            of_x, *rest = differentiable(form, (x, b, values), (needs[0], *needs[2:4]), grad)
+            return of_x, None, *rest, None
+        first = grad.mT.contiguous()
+        of_values = _of_values(first, x.mT, places) if needs[3] else None
+        of_x = torch.addmm(_sums(values, first, places.bags(True)).mT, grad, W) if needs[0] else None
+        return of_x, None, grad.sum(0) if needs[2] else None, of_values, None
+
+
+def _of_values(grad: Tensor, z: Tensor, places: Places) -> Tensor:
+    """The gradient of the numbers, from that of their product with z, (k, N) in order."""
+    bags = places.bags(False)
+    found = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad, z.contiguous(), bags.taken, bags.offsets, bags.rows, 0
+    )
+    return found if bags.order is None else torch.empty_like(found).index_copy_(0, bags.order, found)
+
+
+_product, _linear = node(_Product), node(_Linear)
