@@ -82,3 +82,24 @@ def test_a_layer_takes_it_in_training(rate):
     y = model(torch.randn(5, 16))
     node = y.grad_fn.next_functions[0][0] if "View" in type(y.grad_fn).__name__ else y.grad_fn
     assert ("_Linear" in type(node).__name__) is (rate == 0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3,), (0,)])
+@torch.no_grad()
+def test_a_single_row_has_the_bases_bits_where_nothing_is_added(rows, bias):
+    x, W, b, A, u, B, v = tensors(rows)
+    b = b if bias else None
+    torch.testing.assert_close(vectors.linear(x, W, b, A, u, B, v), formula(x, W, b, A, u, B, v))
+    assert torch.equal(vectors.linear(x, W, b, A, u, B, v * 0), F.linear(x, W, b))
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_trace_of_a_single_row_serves_others():
+    _, W, b, A, u, B, v = (t.detach() for t in tensors())
+    traced = torch.jit.trace(
+        lambda x: vectors.linear(x, W, b, A, u, B, v), torch.ones(1, 8).double(), check_trace=False
+    )
+    x = torch.randn(4, 8, dtype=torch.float64)
+    torch.testing.assert_close(traced(x), formula(x, W, b, A, u, B, v))

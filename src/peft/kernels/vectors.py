@@ -2,7 +2,8 @@
 
 Letters: N rows, d in-features, k out-features, r features in between; x is (..., d), W (k, d), A (r, d), B (k, r),
 u (r), v (k). What is computed is W x + b + v * B (u * A x). In training on a CPU it is one node of the graph: the
-update is added to the product in the pass that multiplies it, the gradient of x is summed within the products.
+update is added to the product in the pass that multiplies it, the gradient of x is summed within the products. A single
+row in evaluation goes through products of a matrix and a vector.
 """
 
 from __future__ import annotations
@@ -24,7 +25,18 @@ KNOWN = (Tensor, nn.Parameter)
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, u: Tensor, B: Tensor, v: Tensor) -> Tensor:
     """W x + b + v * B (u * A x); where `core.direct.open_linear` gives W and b."""
-    return _linear(x, W, b, A, u, B, v) if _ordinary(x, W, A, u, B, v) else plain(x, W, b, A, u, B, v)
+    if not _ordinary(x, W, A, u, B, v):
+        return plain(x, W, b, A, u, B, v)
+    if torch.is_grad_enabled():
+        return _linear(x, W, b, A, u, B, v)
+    return _row(x, W, b, A, u, B, v) if x.numel() == x.shape[-1] > 1 else plain(x, W, b, A, u, B, v)
+
+
+def _row(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, u: Tensor, B: Tensor, v: Tensor) -> Tensor:
+    """A single row, as in decoding, in products of a matrix and a vector; the base's has the bits of F.linear."""
+    flat = x.view(-1)
+    y = W.mv(flat) if b is None else torch.addmv(b, W, flat)
+    return y.addcmul_(B.mv(A.mv(flat).mul_(u)), v).view(*x.shape[:-1], -1)
 
 
 def plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, u: Tensor, B: Tensor, v: Tensor) -> Tensor:
@@ -33,7 +45,7 @@ def plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, u: Tensor, B: Tenso
 
 
 def _ordinary(x: Tensor, W: Tensor, A: Tensor, u: Tensor, B: Tensor, v: Tensor) -> bool:
-    """Whether these are torch's own tensors on a CPU, of one dtype, the matrices frozen, and gradients are wanted."""
+    """Whether these are torch's own tensors on a CPU, of one dtype, the matrices frozen, outside graphs."""
     dtype = x.dtype
     if dtype not in WIDE or W.dtype is not dtype or A.dtype is not dtype or B.dtype is not dtype:
         return False
@@ -43,7 +55,7 @@ def _ordinary(x: Tensor, W: Tensor, A: Tensor, u: Tensor, B: Tensor, v: Tensor) 
         return False
     if _C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _C._is_tracing():
         return False
-    return x.is_cpu and u.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return x.is_cpu and u.is_cpu and not torch.compiler.is_compiling()
 
 
 class _Linear(torch.autograd.Function):
