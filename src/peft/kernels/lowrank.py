@@ -54,7 +54,7 @@ def ready(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: A
         return None
     if not (x.is_cpu and A.is_cpu and B.is_cpu) or forward_ad._current_level >= 0 or _C._is_any_autocast_enabled():
         return None
-    if _C._functorch.peek_interpreter_stack() is not None or _C._is_tracing():
+    if _C._functorch.peek_interpreter_stack() is not None or _C._is_tracing() or "cpu" in choice.devices:
         return None
     if torch.is_grad_enabled() and (A.requires_grad or x.requires_grad or B.requires_grad or W.requires_grad):
         fits = A.requires_grad and not W.requires_grad and (dtype is wide or dtype in thin.NARROW)
