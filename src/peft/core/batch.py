@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
+from ..kernels.modes import lifted
 from .banks import Banks, banks_of, own_product
 from .call import BASE, Call
 from .direct import is_ordinary
@@ -108,9 +108,9 @@ class MixedBatch(nn.Module):
         call, base = self.call, self._modules["base_layer"]
         if call.names is None or call.only is not None or call._wanted is not None or self._off or self._merged:
             return None
-        if torch.is_grad_enabled() or type(x) is not Tensor or x.dim() < 2 or forward_ad._current_level >= 0:
+        if torch.is_grad_enabled() or type(x) is not Tensor or x.dim() < 2 or lifted():
             return None
-        if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._current_autograd_node() is not None:
+        if torch._C._current_autograd_node() is not None:
             return None
         banks: Banks | None = call.banks.take(self, True) if self._ordinary(base) else None
         if banks is None:

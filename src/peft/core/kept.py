@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..kernels.lowrank import transformed
+from ..kernels.modes import lifted, transformed
 
 if TYPE_CHECKING:
     from .stack import Adapter
@@ -82,8 +81,7 @@ def still(p: Adapter, what: str = "kept") -> Any:
     found = p.cache.get(what)
     if found is None:
         return None
-    before = p.layer.training or torch.is_grad_enabled() or forward_ad._current_level >= 0
-    if not before and torch._C._functorch.peek_interpreter_stack() is None and found.holds(p.layer):
+    if not (p.layer.training or torch.is_grad_enabled() or lifted()) and found.holds(p.layer):
         return found.value
     p.cache.pop(what, None)
     return None

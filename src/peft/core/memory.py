@@ -34,23 +34,3 @@ def identity(t: Tensor) -> Hashable:
     if t.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(t):
         return None
     return (Memory(t), t.storage_offset(), t._version, t.shape, t.device)
-
-
-class Noted:
-    """A value that was computed from a tensor's numbers; a copy of this holds nothing."""
-
-    def __init__(self, t: Tensor | None = None, value: Any = None):
-        self.value, self.of = value, None
-        if t is not None and not t.is_inference():
-            self.of = (t._version, t.data_ptr(), t.shape, t.dtype, StorageWeakRef(t.untyped_storage()))
-
-    def holds(self, t: Tensor) -> bool:
-        """Whether they are the numbers of t."""
-        if self.of is None:
-            return False
-        version, address, shape, dtype, owner = self.of
-        alike = t._version == version and t.data_ptr() == address and t.shape == shape and t.dtype is dtype
-        return alike and t.untyped_storage()._cdata == owner.cdata
-
-    def __reduce__(self) -> Any:
-        return Noted, ()

@@ -52,10 +52,6 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, at: Any, own: bool = False) 
         at: which rows are under which.
         own: whether y may be written.
     """
-    if own and at.rows is not None and at.real is None and y.dtype is x.dtype is A.dtype is B.dtype and x.dim() == 2:
-        z = x.index_select(0, at.rows).view(A.shape[0], -1, x.shape[1])
-        h = torch.bmm(A, z.mT).mT if z.shape[1] > A.shape[1] else torch.bmm(z, A.mT)
-        return y.index_add_(0, at.to, torch.bmm(h, B).view(-1, y.shape[1]))
     z = taken(x, at)
     h = shrunk(z if z.dtype is A.dtype else z.to(A.dtype), A)
     if at.rows is None and y.dtype is h.dtype is B.dtype:

@@ -11,15 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import _C, Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
 from . import blocks as kernel
 from .again import differentiable
-from .modes import node
-from .thin import WIDE
+from .modes import eager, node
+from .thin import PLAIN, WIDE
 
-KNOWN = (Tensor, nn.Parameter)
 LARGEST = 64  # group, of which a product takes no longer than passes over its halves
 SIZE = 32  # of the blocks that smaller groups are put together in
 ROWS = 32  # from which on a product pays
@@ -54,15 +52,13 @@ def turned(y: Tensor, theta: Tensor, alpha: Tensor, half: int, each: int) -> Ten
         each: 1, 2 or 4.
     """
     dtype = y.dtype
-    if type(y) not in KNOWN or type(theta) not in KNOWN or type(alpha) not in KNOWN or half > LARGEST // 2:
+    if type(y) not in PLAIN or type(theta) not in PLAIN or type(alpha) not in PLAIN or half > LARGEST // 2:
         return None
     if dtype not in WIDE or theta.dtype is not dtype or alpha.dtype is not dtype or theta.dim() != 1 or y.is_nested:
         return None
     if not (y.is_cpu and theta.is_cpu and torch.is_grad_enabled()) or y.numel() < ROWS * y.shape[-1] or y.dim() < 2:
         return None
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _C._is_any_autocast_enabled():
-        return None
-    if _C._functorch.peek_interpreter_stack() is not None or _C._is_tracing():
+    if not eager():
         return None
     return _turned(y, theta, alpha, half, each)
 

@@ -11,15 +11,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import _C, Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
 from . import blocks as kernel
 from .again import differentiable
-from .modes import node
-from .thin import WIDE
-
-KNOWN = (Tensor, nn.Parameter)
+from .modes import eager, node
+from .thin import PLAIN, WIDE
 
 
 def skew(held: Tensor, n: int) -> Tensor:
@@ -66,15 +63,13 @@ def turned(t: Tensor, held: Tensor, b: int, terms: int) -> Tensor | None:
         b: the size of a block.
         terms: of the series, 0 for the exact rotation.
     """
-    if type(t) not in KNOWN or type(held) not in KNOWN or held.dim() != 2 or terms not in (0, 5):
+    if type(t) not in PLAIN or type(held) not in PLAIN or held.dim() != 2 or terms not in (0, 5):
         return None
     if t.dtype not in WIDE or held.dtype is not t.dtype or t.is_nested or held.shape[0] * b != t.shape[-1]:
         return None
     if not (t.is_cpu and held.is_cpu and torch.is_grad_enabled()) or b < kernel.WIDE // 2 or not t.numel():
         return None
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _C._is_any_autocast_enabled():
-        return None
-    if _C._functorch.peek_interpreter_stack() is not None or _C._is_tracing():
+    if not eager():
         return None
     return _turned(t, held, b, terms)
 

@@ -90,17 +90,16 @@ def linear(
 
 
 def normed(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any, p: float, m: Tensor, squares: Tensor
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any, p: float, m: Tensor, squares: Any
 ) -> Tensor | None:
-    """`linear` with the norm taken on the way, from `square` of W; None where that is not possible.
+    """`linear` with the norm taken on the way, from `square` of W, which squares() gives; None where not possible.
 
     W A' comes out of the product with x, which the rows of A join, where W is read anyway.
     """
     if not thin.ordinary(x, A, B, scale) or x.dtype is not torch.float32 or type(W) not in thin.PLAIN or transformed():
         return None
-    if "cpu" in choice.devices:
-        return None
-    return _linear(x, W, b, A, B, scale, p, m, None, squares)
+    found = None if "cpu" in choice.devices else squares()
+    return None if found is None else _linear(x, W, b, A, B, scale, p, m, None, found)
 
 
 def folded(A: Tensor, B: Tensor, scale: Any, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,11 +187,15 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
         scale, p, m, n, squares = rest
         flat = x.reshape(-1, x.shape[-1])
-        rows, reach = flat.shape[0], whole.reach(W, A) if not p and thin.ordinary(x, A, B, scale) else math.inf
+        (k, d), rows, reach = (
+            W.shape,
+            flat.shape[0],
+            whole.reach(W, A) if not p and thin.ordinary(x, A, B, scale) else math.inf,
+        )
         mask = _mask(flat, p)
         h = F.linear(_dropped(flat, mask, p, A), A)
-        ctx.summed = rows * W.shape[1] >= reach
-        if rows * sum(W.shape) >= reach:
+        ctx.summed = rows * d >= reach
+        if rows * (k + d) >= reach:
             V = whole.weight(W, A, B, scale)
             z, n = F.linear(flat, V), _lengths(V.square().sum(1)) if n is None else n
         else:

@@ -12,15 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import _C, Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
 from . import onto
 from .again import differentiable
-from .modes import node
-from .thin import WIDE
-
-KNOWN = (Tensor, nn.Parameter)
+from .modes import eager, node
+from .thin import PLAIN, WIDE
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, u: Tensor, B: Tensor, v: Tensor) -> Tensor:
@@ -51,11 +48,9 @@ def _ordinary(x: Tensor, W: Tensor, A: Tensor, u: Tensor, B: Tensor, v: Tensor) 
         return False
     if u.dtype is not dtype or v.dtype is not dtype or W.requires_grad or A.requires_grad or B.requires_grad:
         return False
-    if type(A) not in KNOWN or type(u) not in KNOWN or type(B) not in KNOWN or type(v) not in KNOWN:
+    if type(A) not in PLAIN or type(u) not in PLAIN or type(B) not in PLAIN or type(v) not in PLAIN:
         return False
-    if _C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _C._is_tracing():
-        return False
-    return x.is_cpu and u.is_cpu and not torch.compiler.is_compiling()
+    return x.is_cpu and u.is_cpu and eager()
 
 
 class _Linear(torch.autograd.Function):

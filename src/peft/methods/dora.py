@@ -132,8 +132,8 @@ class DoRA(Gaining):
         if not m.dtype is A.dtype is x.dtype or m.dtype not in (torch.float32, torch.float64):
             return None
         if gradients or rate:
-            noted = self.squares_now(p, held[0]) if gradients else None
-            y = None if noted is None else scaled.normed(x, *held, A, B, s, rate, m, noted)
+            W, b = held
+            y = scaled.normed(x, W, b, A, B, s, rate, m, lambda: self.squares_now(p, W)) if gradients else None
             return scaled.linear(x, *held, A, B, s, rate, m, self.safe_norm(p).to(m.dtype)) if y is None else y
         return scaled.evaluated(x, *held, *kept(p, lambda: scaled.folded(A, B, s, self.gain(p).to(m.dtype)), base=True))
 

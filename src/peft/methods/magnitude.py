@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import views
-from ..core.memory import Noted
+from ..core.kept import Kept, base_places
 from ..core.method import Delta, LowRank
 from ..core.stack import Adapter
 from ..kernels.scaled import square
@@ -40,12 +40,15 @@ class Gaining(Delta):
         return p.cache["square"]
 
     def squares_now(self, p: Adapter, W: Tensor) -> Tensor | None:
-        """The same of all rows, found quickly, for the weight W of a dense layer; None where adapters are merged."""
-        if torch.compiler.is_compiling() or p.layer._saved is not None:
+        """The same of all rows, found quickly, for the weight W of a dense layer; None while merged. Not for graphs."""
+        if p.layer._saved is not None:
             return None
         noted = p.cache.get("noted")
-        if noted is None or not noted.holds(W):
-            noted = p.cache["noted"] = Noted(W, self.squares(p, W.detach(), slice(None)))
+        if noted is None or not noted.holds(p.layer):
+            squares = self.squares(p, W.detach(), slice(None))
+            if W.is_inference():  # whose writes are not counted
+                return squares
+            noted = p.cache["noted"] = Kept(squares, p.layer, base_places(p)[:2])  # the third tells of merges
         return noted.value
 
 
