@@ -100,8 +100,7 @@ class _Turned(torch.autograd.Function):
         y, theta, alpha, cos, sin, c, d, blocks = ctx.saved_tensors
         needs, half, each = ctx.needs_input_grad, ctx.half, ctx.each
         if torch.is_grad_enabled():
-            form = lambda y, theta, alpha: plain(y, theta, alpha, half, each)  # noqa: E731
-            found = differentiable(form, (y, theta, alpha), needs[:3], grad)
+            found = differentiable(lambda y, t, a: plain(y, t, a, half, each), (y, theta, alpha), needs[:3], grad)
             return *found, None, None
         of_y = kernel.product(grad, blocks.mT) if needs[0] else None
         if not (needs[1] or needs[2]):

@@ -107,8 +107,8 @@ class _Turned(torch.autograd.Function):
         t, held, R, *made = ctx.saved_tensors
         needs, b = ctx.needs_input_grad, ctx.b
         if torch.is_grad_enabled():
-            form = lambda t, held: plain(t, held, b, ctx.terms)  # noqa: E731
-            return *differentiable(form, (t, held), needs[:2], grad), None, None
+            found = differentiable(lambda t, q: plain(t, q, b, ctx.terms), (t, held), needs[:2], grad)
+            return *found, None, None
         of_t = kernel.product(grad, R.mT) if needs[0] else None
         if not needs[1]:
             return of_t, None, None, None
