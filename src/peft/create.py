@@ -43,7 +43,7 @@ def get_peft_model(
         revision: the revision of the base model, noted in the configuration.
         low_cpu_mem_usage: make the adapter on the meta device (its weights are loaded next).
     """
-    from .core.layer import tuner_layers
+    from .core.host import hosts
     from .mixed_model import PeftMixedModel
     from .model import PeftModel
 
@@ -52,7 +52,7 @@ def get_peft_model(
     check_adapter_name(adapter_name)
     tuner_class(_method(peft_config))  # a method of a later release is refused before any change
     _note_origin(model, peft_config, revision)
-    if next(iter(tuner_layers(model)), None) is not None:
+    if hosts(model):
         warnings.warn(
             "The model has adapter layers already; a second PeftModel is put around them. Use `add_adapter` for a "
             "second adapter, or `unload()` first to get the base model back.",

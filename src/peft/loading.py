@@ -23,9 +23,9 @@ from .core.collector import no_collection
 from .core.entries import Entry
 from .core.files import CONFIG_HASH, Saved, in_hand
 from .core.fingerprint import difference
-from .core.host import below
+from .core.host import below, hosts
 from .core.hub import hub_arguments
-from .core.layer import AdapterHost, BaseTunerLayer, tuner_layers
+from .core.layer import AdapterHost, BaseTunerLayer
 from .core.recall import Recipes, base_of, key_of, recipe_of, usual
 from .core.renames import retargeted
 from .core.shared import late as drawing_late
@@ -355,7 +355,7 @@ def _check_prompt(config: PeftConfig, outline: Mapping[str, Tensor], name: str) 
 def taken_back(model: nn.Module, config: PeftConfig) -> Callable[[nn.Module | None, str], None]:
     """What takes a new PeftModel off a model again, which is then as it is now."""
     restore, before = snapshot(model), _copied(config.__dict__)
-    adapted = next(iter(tuner_layers(model)), None) is not None
+    adapted = bool(hosts(model))
 
     def undo(wrapped: Any, name: str) -> None:
         if adapted and wrapped is not None:

@@ -151,10 +151,9 @@ def standing(modules: Iterable[nn.Module]) -> list[Any]:
     return [m for m in modules if type(m) in kinds] if kinds else []
 
 
-def hosts(model: nn.Module) -> list[tuple[str, Any]]:
-    """All of `tuner_layers`; found quickly where there are none."""
-    kinds = set(map(type, below(model)[0]))
-    return list(tuner_layers(model)) if any(issubclass(kind, AdapterHost) for kind in kinds) else []
+def hosts(model: nn.Module) -> list[Any]:
+    """Every tuner layer and wrapper of a model, without their places: `tuner_layers` takes four times as long."""
+    return standing(below(model)[0])
 
 
 def tuner_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -37,20 +37,20 @@ def let_go(model: nn.Module) -> None:
 
 def packed_layers(modules: list[nn.Module]) -> Iterator[tuple[nn.Module, Packed]]:
     """The layers whose weight is quantised, and its storage."""
-    plain: set[tuple[type, type]] = set()  # of modules and their weights
-    for module in modules:
-        weight = module._parameters.get("weight")
-        if (type(module), type(weight)) in plain:
-            continue
-        kind = storage.by_class(type(module))
-        if kind is None:
-            kind = None if weight is None else storage.by_class(type(weight))
-        elif "weight" not in kind.weights:
-            continue
-        if not isinstance(kind, Packed):
-            plain.add((type(module), type(weight)))
-        elif storage.of(module, "weight") is kind:
+    kinds = {(type(m), type(m._parameters.get("weight"))) for m in modules}  # few, where modules are many
+    packed = {pair: kind for pair in kinds if isinstance(kind := _by_classes(*pair), Packed)}
+    for module in modules if packed else ():
+        kind = packed.get((type(module), type(module._parameters.get("weight"))))
+        if kind is not None and storage.of(module, "weight") is kind:
             yield module, kind
+
+
+def _by_classes(module: type, weight: type) -> storage.Storage | None:
+    """The storage that a layer and its weight have by their classes."""
+    kind = storage.by_class(module)
+    if kind is None:
+        return storage.by_class(weight)
+    return kind if "weight" in kind.weights else None
 
 
 def _pass(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

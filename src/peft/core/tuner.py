@@ -18,7 +18,7 @@ from .blocks import one_scratch
 from .call import Call, first_tensor
 from .collector import no_collection
 from .combined import Combined
-from .host import below, hosts, standing
+from .host import hosts
 from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
 from .rounding import MergeError
@@ -78,7 +78,7 @@ class BaseTuner(Switching, Combined, nn.Module):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self.active_adapter: str | list[str] = adapter_name
-        self.__dict__["call"] = next((m.call for _, m in hosts(model) if isinstance(m, BaseTunerLayer)), None) or Call()
+        self.__dict__["call"] = next((m.call for m in hosts(model) if isinstance(m, BaseTunerLayer)), None) or Call()
         with no_collection():
             self.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, undo)
             self.set_adapter(adapter_name, inference_mode=bool(self.peft_config[adapter_name].inference_mode))
@@ -219,7 +219,7 @@ class BaseTuner(Switching, Combined, nn.Module):
                 f"The adapter {name!r} runs the whole model in its own way ({config.peft_type}), so it must be the "
                 "model's first. Wrap the model with it, then add the others."
             )
-        for m in standing(below(model)[0]):
+        for m in hosts(model):
             if name not in (m.adapters if isinstance(m, BaseTunerLayer) else m._get_available_adapters()):
                 continue
             raise ValueError(f"The model has an adapter {name!r} already. Delete it first, or choose another name.")
