@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels import lowrank
 from ..kernels.thin import WIDE
+from . import quantised
 from .direct import open_linear
 from .folding import Fold, Product
 from .kept import kept
@@ -366,7 +367,7 @@ class LowRank(Delta):
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held = open_linear(inner, x) if type(self).onto is LowRank.onto else None
         if held is None or self.up_bias(p) is not None:
-            return None
+            return quantised.beside(self, p, inner, x) if inner.packed and type(self).onto is LowRank.onto else None
         A, B = kept(p, lambda: self.factors(p), what="factors") if self.keeps_factors else self.factors(p)
         rate = self.drop_rate(p)
         if held[0].requires_grad and (rate or A.dtype is not x.dtype):

@@ -8,6 +8,7 @@ defined; those files are imported when the first weight of a class that torch do
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -128,6 +129,10 @@ class Packed(Storage):
         """The payload, as it lies in the module."""
         raise NotImplementedError
 
+    def look(self, module: nn.Module, name: str) -> Payload:
+        """What `unpack` needs of the payload, for as long as nothing changes it."""
+        return self.take(module, name)
+
     def put(self, module: nn.Module, name: str, payload: Payload) -> None:
         """Have the module compute with a payload."""
         raise NotImplementedError
@@ -157,7 +162,7 @@ class Packed(Storage):
 
     def read(self, module: nn.Module, name: str, dtype: torch.dtype | None = None) -> Tensor:
         with torch.no_grad():
-            value = self.unpack(self.take(module, name))
+            value = self.unpack(self.look(module, name))
             return value if dtype is None else value.to(dtype)
 
     def write(self, module: nn.Module, name: str, value: Tensor) -> None:
@@ -177,10 +182,7 @@ class Packed(Storage):
             return self.unpack(payload)
 
     def numel(self, module: nn.Module, name: str) -> int:
-        count = 1
-        for n in self.shape(module, name):
-            count *= n
-        return count
+        return math.prod(self.shape(module, name))
 
     def key(self, module: nn.Module, name: str) -> Hashable:
         held = self.payload_key(self.take(module, name))  # a parameter's `data` does not count what is written into it

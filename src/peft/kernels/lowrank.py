@@ -90,7 +90,7 @@ def generally(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scal
         y = F.linear(x, W, b)
         if p or torch.is_grad_enabled() or is_autocast(x) or transformed():
             return plain(y, x, A, B, scale, p)
-        return _raised(y.flatten(0, -2), _down(x, A, B, scale, 0.0)[0], B, scale, True).view(y.shape)
+        return raised(y.flatten(0, -2), _down(x, A, B, scale, 0.0)[0], B, scale, True).view(y.shape)
     # the update is accumulated into the product: two operations more than the base, nothing saved beyond x and A x
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, h = F.linear(flat, W, b), F.linear(flat, A)
@@ -158,7 +158,7 @@ def _down(x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> tuple[Tensor
     return F.linear(_shrink(x, mask, A), A), masks.packed(mask)
 
 
-def _raised(y: Tensor, h: Tensor, B: Tensor, scale: Any, own: bool) -> Tensor:
+def raised(y: Tensor, h: Tensor, B: Tensor, scale: Any, own: bool) -> Tensor:
     """y + scale h B', (N, k) in the dtype of y, which may be changed if it is the caller's own; rounded once."""
     if thin.takes(y, h, B, scale):
         return thin.onto(y, h, B, scale, own)
@@ -228,7 +228,7 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         y = F.linear(flat, W, b)
         h, bits = _down(flat, A, B, ctx.scale, p)
-        y = _raised(y, h, B, ctx.scale, True)
+        y = raised(y, h, B, ctx.scale, True)
         needs_A, needs_B = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         ctx.save_for_backward(x if needs_A else None, bits, W, A, B, h if needs_B else None)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -262,7 +262,7 @@ class _Add(torch.autograd.Function):
         needs_A, needs_B = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
         ctx.shape, ctx.x_dtype = x.shape, x.dtype
         ctx.save_for_backward(x if needs_A else None, bits, A, B, h if needs_B else None)
-        return _raised(y.reshape(-1, y.shape[-1]), h, B, ctx.scale, False).view(y.shape)
+        return raised(y.reshape(-1, y.shape[-1]), h, B, ctx.scale, False).view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

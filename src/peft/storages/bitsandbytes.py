@@ -60,6 +60,13 @@ class FourBit(Packed):
         return not _is_reordered(getattr(module, name).quant_state) or KEPT in module.__dict__
 
     def take(self, module: nn.Module, name: str) -> Payload:
+        found, held = self.look(module, name), getattr(module, name)
+        if found["state"] is None:
+            return found
+        # a copy, as the library changes the state of a weight in place when it brings that into another order
+        return {**found, "state": copy.copy(found["state"]), "settings": _settings(held, found["state"])}
+
+    def look(self, module: nn.Module, name: str) -> Payload:
         held: Any = getattr(module, name)
         state = held.quant_state
         if state is None:
@@ -67,8 +74,7 @@ class FourBit(Packed):
         data, kept = held.data, module.__dict__.get(KEPT)
         if kept is not None and _is_reordered(state) and kept[0].device == data.device:
             data, state = kept
-        # a copy, as the library changes the state of a weight in place when it brings that into another order
-        return {"data": data, "state": copy.copy(state), "settings": _settings(held, state)}
+        return {"data": data, "state": state}
 
     def put(self, module: nn.Module, name: str, payload: Payload) -> None:
         held: Any = getattr(module, name)

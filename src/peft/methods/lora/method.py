@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core import quantised
 from ...core.direct import EVERYWHERE, FORWARD
 from ...core.files import keys_in_hand
 from ...core.kept import kept, lasting, still
@@ -195,6 +196,10 @@ class LoRA(LowRank):
                     return y
                 if alike or (W.dtype is x.dtype and not W.requires_grad):
                     return lowrank.generally(x, W, bias, a, b, p.scaling, rate)
+        if inner.packed is not None and type(self).onto is LoRA.onto and not self.by_modules(p):
+            y = quantised.beside(self, p, inner, x)
+            if y is not None:
+                return y
         return self.onto(p, inner, inner(x), x)
 
     def terms(self, p: Adapter) -> tuple[Term, ...]:
@@ -209,8 +214,12 @@ class LoRA(LowRank):
         (A, B), (A0, B0), s = self.own_factors(p), self.first_factors(p), self.scaling(p)
         return (A, B, s), (A0.to(A.dtype), B0.to(B.dtype), -s)
 
+    def by_modules(self, p: Adapter) -> bool:
+        """Whether lora_A and lora_B have to be called."""
+        return hooked(p) or not p.layer.cast_input_dtype_enabled
+
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
-        if inner.view.dense and (hooked(p) or not p.layer.cast_input_dtype_enabled):
+        if inner.view.dense and self.by_modules(p):
             return self.through_modules(p, y, x)
         return super().onto(p, inner, y, x)
 

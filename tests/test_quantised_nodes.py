@@ -1,0 +1,139 @@
+"""LoRA over a quantised linear layer: one node of the graph, held against plain operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peft import LoraConfig, TinyLoraConfig, get_peft_model
+from peft.core import quantised
+
+WAYS = ("nf4", "int8")
+D, K = 64, 96
+
+
+def base(way: str, dtype: torch.dtype, bias: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, K, bias=bias, dtype=dtype))
+    if way == "int8":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        return model
+    bnb = pytest.importorskip("bitsandbytes")
+    made = bnb.nn.Linear4bit(D, K, bias, dtype, quant_type="nf4")
+    made.weight = bnb.nn.Params4bit(model[0].weight.data, requires_grad=False, quant_type="nf4")
+    made.bias = model[0].bias
+    model[0] = made.to("cpu")
+    return model
+
+
+def adapted(way: str, dtype: torch.dtype = torch.float32, bias: bool = True, **options: Any) -> Any:
+    config = LoraConfig(**{"r": 4, "target_modules": ["0"], "init_lora_weights": False, **options})
+    return get_peft_model(base(way, dtype, bias), config).train()
+
+
+def step(model: Any, x: Tensor) -> list[Tensor]:
+    """Output, and the gradients of the input and of every parameter that learns."""
+    x = x.detach().requires_grad_()
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    torch.manual_seed(1)
+    y = model(x)
+    return [y.detach(), *torch.autograd.grad(y.float().sin().sum(), wanted)]
+
+
+def node_of(model: Any, x: Tensor) -> str:
+    fn = model(x.detach().requires_grad_()).grad_fn
+    while fn.name().startswith(("View", "Unsafe")):
+        fn = fn.next_functions[0][0]
+    return fn.name()
+
+
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"lora_dropout": 0.3}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"lora_dropout": 0.3}),
+        (torch.float32, {"use_rslora": True, "init_lora_weights": "pissa"}),
+    ],
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_one_node_gives_what_plain_operations_give(
+    way: str, dtype: torch.dtype, options: dict[str, Any], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = adapted(way, dtype, bias, **options), torch.randn(3, 5, D, dtype=dtype)
+    assert "_Linear" in node_of(model, x)
+    found = step(model, x)
+    monkeypatch.setattr(quantised, "beside", lambda *_: None)
+    assert "_Linear" not in node_of(model, x)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    for one, two in zip(found, step(model, x), strict=True):
+        assert one.dtype is two.dtype
+        torch.testing.assert_close(one, two, **close)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_methods_whose_factors_are_computed_learn_through_it(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TinyLoraConfig(r=2, target_modules=["0"], init_weights=False)
+    model, x = get_peft_model(base(way, torch.float32), config).train(), torch.randn(7, D)
+    found = step(model, x)
+    monkeypatch.setattr(quantised, "beside", lambda *_: None)
+    for one, two in zip(found, step(model, x), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_can_be_differentiated_again(way: str) -> None:
+    model, x = adapted(way), torch.randn(5, D, requires_grad=True)
+    assert "_Linear" in node_of(model, x)
+    layer = model.base_model.model[0]
+    W = layer.base_weight() + 0
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    b = layer.get_base_layer().bias
+
+    def penalty(y: Tensor) -> list[Tensor]:
+        (first,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(first.square().sum(), (x, A, B)))
+
+    scale = layer.scaling["default"]
+    plain = penalty(nn.functional.linear(x, W, b) + x @ A.T @ B.T * scale)
+    for one, two in zip(penalty(model(x)), plain, strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2 * two.abs().max().item())
+
+
+@pytest.mark.parametrize("what", ("forward hook", "backward hook", "patched", "learnt bias", "autocast", "frozen A"))
+def test_plain_operations_take_over(what: str) -> None:
+    model, x = adapted("nf4"), torch.randn(5, D)
+    layer = model.base_model.model[0]
+    inner, heard = layer.get_base_layer(), []
+    if what == "forward hook":
+        inner.register_forward_hook(lambda m, args, y: heard.append(1) or y * 2)
+    elif what == "backward hook":
+        inner.register_full_backward_hook(lambda m, into, out: heard.append(1))
+    elif what == "patched":
+        whole = inner.forward
+        inner.forward = lambda x: whole(x) * 2
+    elif what == "learnt bias":
+        inner.bias.requires_grad_(True)
+    elif what == "frozen A":
+        layer.lora_A["default"].weight.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
+        assert "_Linear" not in node_of(model, x)
+    if "hook" in what:
+        step(model, x)
+        assert heard
+
+
+def test_what_is_kept_has_the_size_of_the_input_or_of_the_rank() -> None:
+    model, kept = adapted("nf4"), []
+    x = torch.randn(5, D, requires_grad=True)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(x)
+    new = [t for t in kept if t.untyped_storage().data_ptr() not in own]
+    assert sorted(t.numel() for t in new) == [5 * 4, 5 * D]
