@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import masks, whole
+from . import halves, masks, whole
 from .again import differentiable
 from .modes import node
 
@@ -52,6 +52,8 @@ def down(x: Tensor, A: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
             return F.linear(x if x.dtype is A.dtype else x.to(A.dtype), A), None
         mask = masks.draw(x.shape, p, x.device)
         return F.linear(_kept(mask.to(A.dtype), x), A), masks.packed(mask)
+    if not p and halves.suit(x.numel(), x.dtype, A, halves.MORE):
+        return halves.wide(x, A.t()), None
     h, bits = A.new_empty((x.shape[0], A.shape[0])), []
     for rows in _blocks(*x.shape):
         part = x[rows]
@@ -74,6 +76,8 @@ def onto(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool) -> Tensor:
         return y.addmm_(h, B.t(), alpha=scale) if own else torch.addmm(y, h, B.t(), alpha=scale)
     if y.numel() <= ONE:
         return y.to(h.dtype).addmm_(h, B.t(), alpha=scale).to(y.dtype)
+    if halves.suit(y.numel(), y.dtype, h):
+        return halves.onto(y if own else y.clone(), h if scale == 1 else h * scale, B.t())
     out = y if own else torch.empty_like(y)
     for rows in _blocks(*y.shape):
         out[rows].copy_(y[rows].to(h.dtype).addmm_(h[rows], B.t(), alpha=scale))
@@ -86,6 +90,8 @@ def of_h(g: Tensor, B: Tensor, h: Tensor | None, scale: float) -> tuple[Tensor, 
         g = g if g.dtype is B.dtype else g.to(B.dtype)
         back = torch.addmm(B[:1] if h is None else h, g, B, beta=0, alpha=scale)
         return back, None if h is None else torch.addmm(B, g.t(), h, beta=0, alpha=scale)
+    if halves.suit(g.numel(), g.dtype, B, halves.MORE):
+        return halves.wide(g, B).mul_(scale), None if h is None else halves.across(h, g).t().contiguous().mul_(scale)
     back = B.new_empty((g.shape[0], B.shape[1]))
     of_B = None if h is None else B.new_empty(B.shape)
     for rows in _blocks(*g.shape):
@@ -110,6 +116,10 @@ def of_x(
         if x is not None:
             x = _kept(mask, x) if mask is not None else x if x.dtype is A.dtype else x.to(A.dtype)
         return found, None if x is None else torch.mm(back.t(), x)
+    if bits is None and x is not None and halves.suit(x.numel(), x.dtype, A, halves.MORE):
+        return of_x(back, None, None, A, kind)[0], halves.across(back, x)
+    if bits is None and kind is not None and halves.suit(count * width, kind, A):
+        return halves.product(back, A), of_x(back, x, None, A, None)[1]
     of_A = None if x is None else A.new_empty(A.shape)
     found = None if kind is None else A.new_empty((count, width), dtype=kind)
     for rows in _blocks(count, width):
