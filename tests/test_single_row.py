@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft import LoraConfig, get_peft_model
 from peft.kernels import lowrank
+from peft.methods.lora.method import LoRA
 
 VIEWS = {"view", "_unsafe_view", "t", "detach", "alias"}
 
@@ -122,3 +123,116 @@ def test_a_trace_serves_any_number_of_rows(rows, options):
     traced = torch.jit.trace(model.base_model.model, torch.randn(rows, 8), check_trace=False)
     for x in (torch.randn(1, 8), torch.randn(3, 8), torch.randn(64, 8)):
         torch.testing.assert_close(traced(x), model(x))
+
+
+def short(model, x):
+    """Whether a row goes the short way, and what comes out."""
+    took = []
+    with pytest.MonkeyPatch.context() as watched:
+        whole = LoRA.forward
+        watched.setattr(LoRA, "forward", lambda *args: took.append(1) or whole(*args))
+        y = model(x)
+    return not took, y
+
+
+def replace(layer, key, dim):
+    home = getattr(layer, key)
+    made = type(home["default"])(*home["default"].weight.shape[::-1], bias=False)
+    nn.init.normal_(made.weight)
+    home["default"] = made.eval()
+
+
+def doubled(module, args, y):
+    return 2 * y
+
+
+CHANGES = {
+    "nothing": lambda model, layer: None,
+    "a hook on the base": lambda model, layer: layer.base_layer.register_forward_hook(doubled),
+    "a hook on A": lambda model, layer: layer.lora_A["default"].register_forward_hook(doubled),
+    "a hook on B": lambda model, layer: layer.lora_B["default"].register_forward_hook(doubled),
+    "a patch of the base": lambda model, layer: setattr(layer.base_layer, "forward", lambda x: x[..., :7] * 3),
+    "a patch of A": lambda model, layer: setattr(layer.lora_A["default"], "forward", lambda x: x[..., :3]),
+    "a patch of B": lambda model, layer: setattr(layer.lora_B["default"], "forward", lambda h: h.sum(-1, True) + 1),
+    "another base": lambda model, layer: layer._modules.update(base_layer=nn.Linear(8, 7)),
+    "another A": lambda model, layer: replace(layer, "lora_A", 3),
+    "another B": lambda model, layer: replace(layer, "lora_B", 7),
+    "another weight": lambda model, layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.randn(7, 8))),
+    "another weight of A": lambda model, layer: setattr(
+        layer.lora_A["default"], "weight", nn.Parameter(torch.ones(3, 8))
+    ),
+    "a bias": lambda model, layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.randn(7))),
+    "another scaling": lambda model, layer: layer.scaling.__setitem__("default", 5.0),
+    "a rescaled layer": lambda model, layer: layer.scale_layer(3.0),
+    "a tensor as the scaling": lambda model, layer: layer.scaling.__setitem__("default", torch.tensor(2.0)),
+    "dropout": lambda model, layer: layer.lora_dropout.update({"default": nn.Dropout(1.0).train()}),
+    "a merge": lambda model, layer: model.merge_adapter(),
+    "other weights": lambda model, layer: [p.data.normal_() for p in model.parameters()],
+    "double precision": lambda model, layer: model.double(),
+    "half a model": lambda model, layer: layer.base_layer.to(torch.bfloat16),
+    "a second adapter": lambda model, layer: (
+        model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)),
+        model.base_model.set_adapter(["default", "b"]),
+    ),
+    "a switch": lambda model, layer: (
+        model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)),
+        model.set_adapter("b"),
+        model(torch.zeros(1, 8)),
+    ),
+    "none active": lambda model, layer: model.base_model.disable_adapter_layers(),
+}
+STILL = {"nothing", "another weight", "another weight of A", "a bias", "another scaling", "a rescaled layer"}
+STILL |= {"other weights", "double precision", "a switch"}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_whatever_changes_is_seen_by_the_next_row(change):
+    model = adapted(8)
+    x = torch.randn(1, 1, 8)
+    model(x)  # the first call of a model looks for much else
+    assert short(model, x)[0] and short(model, x)[0]
+    CHANGES[change](model, model.base_model.model[0])
+    x = x.to(torch.float64 if change == "double precision" else torch.bfloat16 if "half" in change else torch.float32)
+    took, found = short(model, x)
+    if "adapter" not in change and change not in ("a merge", "none active"):
+        assert took == (change in STILL)
+    wanted = model(torch.cat([x, x]))[:1]  # two rows never go this way
+    torch.testing.assert_close(found, wanted, rtol=2e-2 if "half" in change else 1e-5, atol=1e-5)
+    if change not in ("nothing", "a merge", "double precision"):
+        fresh = adapted(8)(x.float())
+        assert not torch.allclose(found.float(), fresh), "the change changes nothing"
+
+
+@pytest.mark.parametrize(
+    "options, taken",
+    [({}, True), ({"start": "mica"}, True), ({"start": "pissa"}, False), ({"lora_bias": True}, False)],
+    ids=str,
+)
+@torch.no_grad()
+def test_only_what_is_two_more_products_is_taken_so(options, taken):
+    model = adapted(8, **options)
+    x = torch.randn(1, 8)
+    model(x)
+    took, found = short(model, x)
+    assert took == taken
+    torch.testing.assert_close(found, model(torch.cat([x, x]))[:1])
+
+
+def test_gradients_take_the_long_way():
+    model, x = adapted(8), torch.randn(1, 8)
+    assert not short(model, x)[0] and not short(model, x)[0]
+    with torch.no_grad():
+        assert short(model, x)[0]
+    with torch.inference_mode():
+        assert short(model, x)[0]
+
+
+@torch.no_grad()
+def test_input_of_another_width_is_refused_as_ever():
+    model = adapted(8)
+    model(torch.randn(1, 8))
+    for shape in ((8, 1), (2, 4), (1, 7)):
+        with pytest.raises(RuntimeError):
+            model(torch.randn(shape))
+    assert model(torch.randn(8)).shape == (7,)

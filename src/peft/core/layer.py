@@ -299,7 +299,10 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
     def _runner(self, stack: Stack) -> Any:
         if not self.view.activations:
             return InPlace(stack)
-        return Finish(stack) if self.view.finishes(stack.base) else stack
+        if self.view.finishes(stack.base):
+            return Finish(stack)
+        runner = stack.adapters[0].method.runner if len(stack.adapters) == 1 else None
+        return stack if runner is None else runner(stack)
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
@@ -314,7 +317,9 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
             swift = None if compiling or kwargs or len(args) != 1 else self._swift(args[0])
             return self._forward(args, kwargs) if swift is None else swift
         run = self._run
-        return self._modules["base_layer"](*args) if run is None else run(*args)  # type: ignore[misc]
+        if run is None:
+            return self._modules["base_layer"](*args)  # type: ignore[misc]
+        return getattr(run, "long", run)(*args) if compiling else run(*args)
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], graph: Any = None) -> Any:
         self.call.settle()
@@ -332,6 +337,7 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
     def _general(self, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if run is None:
             return self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
+        run = getattr(run, "long", run)
         if not self.view.activations:
             return run(*args, **kwargs)
         x = args[0] if args else kwargs.pop(next(iter(kwargs)))

@@ -74,6 +74,7 @@ class Method:
     some_positions = False  # it acts on some positions of its input only, so that there is no one W'
     reads = True  # what a forward differentiates holds numbers of W, or what is made of them
     spread = False  # its forward is made of products and sums of x, W and its tensors, which may be DTensors
+    runner: ClassVar[Any] = None  # a Stack of one adapter alone with a shorter way, and the `long` one beside it
     by_rows = True  # some out-features of W' can be computed from the same ones of W
     # tensors in which W' is affine, all else of an adapter being the same, with the values at which W' is W
     linear: ClassVar[Mapping[str, float]] = {}

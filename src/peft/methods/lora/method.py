@@ -29,6 +29,7 @@ from ...kernels import lowrank
 from ...kernels.modes import is_autocast, transformed
 from . import init as starts
 from . import room
+from .row import Row
 
 SIZES = frozenset({"r", "lora_alpha", "scaling"})
 
@@ -38,6 +39,7 @@ class LoRA(LowRank):
 
     whole = True
     spread = True
+    runner = Row
 
     def build(self, site: Site) -> dict[str, Any]:
         c, m, view = site.settings, site.module, site.view
@@ -174,6 +176,12 @@ class LoRA(LowRank):
             p.hot = (base, p.lora_A, p.lora_B, drop, hooks_of(base))
         else:
             p.hot = None
+
+    def by_row(self, p: Adapter) -> bool:
+        """Whether all that `forward` does with a single row is two more products."""
+        one = p.hot[0].in_features == 1  # of which the base's product has other bits
+        stated = type(self).forward is LoRA.forward and type(p.scaling) is float
+        return stated and not (one or p.lora_bias or p.subtracts)
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         hot = p.hot
