@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -64,16 +65,12 @@ def load() -> Iterator[Numbers]:
     """
     from safetensors.torch import load_file
 
-    from peft import PeftModel
-
     with tempfile.TemporaryDirectory() as folder:
         source, last = wrapped(small(), target_modules=ALL_LINEAR, init_lora_weights=False), 101
         while True:
             saving = seconds(lambda: source.save_pretrained(folder))
-            keep: list[nn.Module] = []
-            base = small()
-            first = seconds(lambda keep=keep, base=base: keep.append(PeftModel.from_pretrained(base, folder)))
-            add = keep[0].load_adapter
+            first, model = loaded(folder)
+            add = model.load_adapter
             times = in_a_row(partial(add, folder, adapter_name=f"a{i}") for i in range(2, last + 1))
             hundred = {"100 adapters": sum(times)} if last == 101 else {}
             last = 101 if sum(times) < 5 else 41
@@ -104,8 +101,6 @@ def files() -> Iterator[Numbers]:
     """Saving and loading beside safetensors' own reading and writing of the same tensors, on the same disk."""
     from safetensors.torch import load_file, save_file
 
-    from peft import PeftModel
-
     with tempfile.TemporaryDirectory() as folder:
         source = wrapped(small(), r=64, target_modules=ALL_LINEAR, init_lora_weights=False)
         source.save_pretrained(folder)
@@ -118,15 +113,25 @@ def files() -> Iterator[Numbers]:
                 json.load(handle)
 
         while True:
-            keep: list[nn.Module] = []
-            base = small()
+            first, model = loaded(folder)
             yield {
                 "save_pretrained": smallest(lambda: source.save_pretrained(folder), 3),
-                "from_pretrained": seconds(lambda k=keep, b=base: k.append(PeftModel.from_pretrained(b, folder))),
-                "2nd": seconds(lambda k=keep: k[0].load_adapter(folder, adapter_name="a")),
+                "from_pretrained": first,
+                "2nd": seconds(partial(model.load_adapter, folder, adapter_name="a")),
                 "reading the files": smallest(read, 3),
                 "writing the file": smallest(lambda: save_file(tensors, f"{folder}/tensors.safetensors"), 3),
             }
+
+
+def loaded(folder: str) -> tuple[float, Any]:
+    """Seconds of `from_pretrained`, the smallest of three in a row as for reading and writing, and one of the models."""
+    from peft import PeftModel
+
+    keep: list[nn.Module] = []
+    bases = [small() for _ in range(3)]
+    return min(
+        in_a_row(lambda base=base: keep.append(PeftModel.from_pretrained(base, folder)) for base in bases)
+    ), keep[0]
 
 
 def small() -> nn.Module:
