@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -217,6 +220,24 @@ def test_only_what_is_two_more_products_is_taken_so(options, taken):
     took, found = short(model, x)
     assert took == taken
     torch.testing.assert_close(found, model(torch.cat([x, x]))[:1])
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize(
+    "change", ["nothing", "a patch of the base", "a hook on A", "another weight", "another scaling"]
+)
+@torch.no_grad()
+def test_a_copy_looks_at_itself(copied, change):
+    model, x = adapted(8), torch.randn(1, 8)
+    model(x)
+    wanted = model(x)
+    other = copied(model)
+    assert torch.equal(other(x), wanted) and torch.equal(other(x), wanted)
+    CHANGES[change](other, other.base_model.model[0])
+    torch.testing.assert_close(other(x), other(torch.cat([x, x]))[:1])
+    assert torch.equal(other(x), wanted) == (change == "nothing") and torch.equal(model(x), wanted)
 
 
 def test_gradients_take_the_long_way():

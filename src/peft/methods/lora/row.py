@@ -34,6 +34,9 @@ class Row(Stack):
         self.long = stack
         self._noted: tuple[Any, ...] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_written": -1, "_noted": None}  # a copied module has a table of its own
+
     def __call__(self, x: Tensor) -> Tensor:
         noted = self._noted if self._written == Adapter.written else self._note()
         if noted is None or torch.is_grad_enabled() or x.numel() != noted[0]:
