@@ -14,15 +14,24 @@ from peft.kernels import halves, thin
 HALF = torch.bfloat16
 N, D, K, R = 24, 40, 56, 6
 
-pytestmark = pytest.mark.skipif(not halves.able(), reason="there are no matrix units for bfloat16")
+pytestmark = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="no matrix units for bfloat16")
 
 
 @pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Halves for inputs of any size; `thin` divides those that are larger than 64 elements."""
+def always(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Halves for inputs of more than 64 elements; gives the names of the products that were asked for."""
+    used: list[str] = []
     monkeypatch.setattr(thin, "ONE", 64)
     monkeypatch.setattr(halves.suit, "__defaults__", (1,))
     monkeypatch.setattr(halves, "MORE", 1)
+    for name in ("onto", "product", "wide", "across"):
+        whole = getattr(halves, name)
+        monkeypatch.setattr(halves, name, lambda *args, name=name, whole=whole: used.append(name) or whole(*args))
+    return used
+
+
+def test_these_units_sum_as_they_should() -> None:
+    assert halves.able()
 
 
 def near(found: Tensor, exact: Tensor, bits: int) -> None:
@@ -30,7 +39,7 @@ def near(found: Tensor, exact: Tensor, bits: int) -> None:
 
 
 @pytest.mark.parametrize("scale", (1.0, -0.75))
-def test_every_product_has_the_bits_that_it_is_said_to_have(always: None, scale: float) -> None:
+def test_every_product_has_the_bits_that_it_is_said_to_have(always: list[str], scale: float) -> None:
     torch.manual_seed(0)
     x, g, y = (torch.randn(N, width).to(HALF) for width in (D, K, K))
     A, B = torch.randn(R, D), torch.randn(K, R)
@@ -97,20 +106,24 @@ def test_a_step_is_that_of_casts(options: dict[str, Any], request: pytest.Fixtur
     with pytest.MonkeyPatch.context() as without:
         without.setattr(halves, "able", lambda: False)
         expected = step(model, x)
-    request.getfixturevalue("always")
+    used = request.getfixturevalue("always")
     for found, other in zip(step(model, x), expected, strict=True):
         assert found.dtype is other.dtype and found.shape == other.shape
         torch.testing.assert_close(found.double(), other.double(), rtol=0.02, atol=0.02 * other.abs().max().item())
+    if not options and not start:
+        assert sorted(used) == ["across", "across", "onto", "product", "wide", "wide"]
+    elif "lora_dropout" in options:
+        assert "onto" in used
 
 
-def test_evaluation_has_the_bits_of_training(always: None) -> None:
+def test_evaluation_has_the_bits_of_training(always: list[str]) -> None:
     model, x = adapted(), torch.randn(N, D, dtype=HALF)
     trained = model.train()(x).detach()
     with torch.no_grad():
         assert torch.equal(trained, model.eval()(x))
 
 
-def test_what_is_not_finite_stays_in_its_rows(always: None) -> None:
+def test_what_is_not_finite_stays_in_its_rows(always: list[str]) -> None:
     x, A, B = torch.randn(N, D).to(HALF), torch.randn(R, D), torch.randn(K, R)
     x[3, 5] = torch.inf
     h, _ = thin.down(x, A, 0.0)

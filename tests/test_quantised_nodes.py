@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from peft import LoraConfig, TinyLoraConfig, get_peft_model
-from peft.core import quantised
+from peft.core import quantised, storage
+from peft.core.passing import packed_layers
 
 WAYS = ("nf4", "int8")
 D, K = 64, 96
@@ -127,6 +128,48 @@ def test_plain_operations_take_over(what: str) -> None:
     if "hook" in what:
         step(model, x)
         assert heard
+
+
+def gate(inner: nn.Module) -> None:
+    """What a user may make of a quantised layer: a class below it that does more."""
+    kind = type(inner)
+    inner.register_parameter("gate", nn.Parameter(torch.tensor(3.0)))
+    inner.__class__ = type("Gated", (kind,), {"forward": lambda self, x: kind.forward(self, x) * self.gate})
+
+
+@pytest.mark.parametrize("learns", (True, False))
+def test_a_class_below_the_library_s_is_left_to_plain_operations(learns: bool) -> None:
+    model, x = adapted("nf4"), torch.randn(5, D)
+    inner = model.base_model.model[0].get_base_layer()
+    plain = step(model, x)
+    gate(inner)
+    inner.gate.requires_grad_(learns)
+    assert "_Linear" not in node_of(model, x)
+    assert not torch.allclose(step(model, x)[1], plain[1])
+    if learns:
+        model(x).sum().backward()
+        assert inner.gate.grad is not None
+
+
+def test_factors_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TinyLoraConfig(r=2, target_modules=["0"], init_weights=False)
+    model, made = get_peft_model(base("nf4", torch.float32), config).train(), []
+    method = next(iter(model.base_model.model[0].adapters.values())).method
+    whole = type(method).factors
+    monkeypatch.setattr(type(method), "factors", lambda *args: made.append(1) or whole(*args))
+    x = torch.randn(5, D, requires_grad=True)
+    model(x)
+    assert len(made) == 1
+    monkeypatch.setattr(quantised.thin, "takes", lambda *args: False)
+    model(x)
+    assert len(made) == 2
+
+
+def test_no_library_is_asked_about_modules_without_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    whole = storage.by_class
+    monkeypatch.setattr(storage, "by_class", lambda kind: asked.append(kind) or whole(kind))
+    assert list(packed_layers([nn.ReLU(), nn.Linear(2, 2)])) == [] and type(None) not in asked and nn.ReLU in asked
 
 
 def test_what_is_kept_has_the_size_of_the_input_or_of_the_rank() -> None:

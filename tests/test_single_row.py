@@ -8,9 +8,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft import LoraConfig, get_peft_model
+from peft.core.stack import Stack
 from peft.kernels import lowrank
 from peft.methods.lora.method import LoRA
 
@@ -145,6 +147,11 @@ def replace(layer, key, dim):
     home["default"] = made.eval()
 
 
+class Twice(nn.Module):
+    def forward(self, W):
+        return 2 * W
+
+
 def doubled(module, args, y):
     return 2 * y
 
@@ -168,6 +175,25 @@ CHANGES = {
     "another scaling": lambda model, layer: layer.scaling.__setitem__("default", 5.0),
     "a rescaled layer": lambda model, layer: layer.scale_layer(3.0),
     "a tensor as the scaling": lambda model, layer: layer.scaling.__setitem__("default", torch.tensor(2.0)),
+    "a pruned base": lambda model, layer: prune.l1_unstructured(layer.base_layer, "weight", amount=0.5),
+    "a pruned bias": lambda model, layer: (
+        setattr(layer.base_layer, "bias", nn.Parameter(torch.randn(7))),
+        prune.l1_unstructured(layer.base_layer, "bias", amount=0.5),
+    ),
+    "a weight without a parameter": lambda model, layer: (
+        layer.base_layer._parameters.pop("weight"),
+        setattr(layer.base_layer, "weight", torch.randn(7, 8)),
+    ),
+    "a bias without a parameter": lambda model, layer: (
+        layer.base_layer._parameters.pop("bias"),
+        setattr(layer.base_layer, "bias", torch.randn(7)),
+    ),
+    "a parametrised base": lambda model, layer: parametrize.register_parametrization(
+        layer.base_layer, "weight", Twice()
+    ),
+    "a parametrised A": lambda model, layer: parametrize.register_parametrization(
+        layer.lora_A["default"], "weight", Twice()
+    ),
     "dropout": lambda model, layer: layer.lora_dropout.update({"default": nn.Dropout(1.0).train()}),
     "a merge": lambda model, layer: model.merge_adapter(),
     "other weights": lambda model, layer: [p.data.normal_() for p in model.parameters()],
@@ -238,6 +264,37 @@ def test_a_copy_looks_at_itself(copied, change):
     CHANGES[change](other, other.base_model.model[0])
     torch.testing.assert_close(other(x), other(torch.cat([x, x]))[:1])
     assert torch.equal(other(x), wanted) == (change == "nothing") and torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("what", [lambda m: prune.random_unstructured(m, "weight", amount=0.5), nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_base_that_keeps_its_weight_elsewhere(what):
+    torch.manual_seed(0)
+    base = nn.Sequential(what(nn.Linear(8, 7)))
+    model = get_peft_model(base, LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)).eval()
+    x = torch.randn(1, 8)
+    for _ in range(3):
+        torch.testing.assert_close(model(x), model(torch.cat([x, x]))[:1])
+
+
+def test_a_stack_with_rules_of_its_own_keeps_them():
+    class Other(Stack):
+        pass
+
+    layer = adapted(8).base_model.model[0]
+    for kind in (Stack, Other):
+        stack = kind(layer, tuple(layer.adapters.values()))
+        assert (layer._runner(stack) is stack) == (kind is Other)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@torch.no_grad()
+def test_a_nested_row():
+    model, x = adapted(8), torch.randn(1, 8)
+    model(x), model(x)
+    nested = torch.nested.nested_tensor([x])
+    torch.testing.assert_close(model(nested).unbind()[0], model(x))
 
 
 def test_gradients_take_the_long_way():

@@ -124,7 +124,10 @@ def files() -> Iterator[Numbers]:
 
 
 def loaded(folder: str) -> tuple[float, Any]:
-    """Seconds of `from_pretrained`, the smallest of three in a row as for reading and writing, and one of the models."""
+    """Seconds of `from_pretrained`, the smallest of three in a row as for reading and writing, and one of the models.
+
+    So files and code are in the caches, as they are for what it is compared with.
+    """
     from peft import PeftModel
 
     keep: list[nn.Module] = []

@@ -145,7 +145,7 @@ def below(model: nn.Module) -> tuple[list[nn.Module], bool]:
     return list(seen.values()), places > len(seen)
 
 
-def standing(modules: Iterable[nn.Module]) -> list[Any]:
+def standing(modules: Sequence[nn.Module]) -> list[Any]:
     """Those of the modules that `below` gives which hold adapters."""
     kinds = {kind for kind in set(map(type, modules)) if issubclass(kind, AdapterHost)}
     return [m for m in modules if type(m) in kinds] if kinds else []

@@ -301,7 +301,7 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
             return InPlace(stack)
         if self.view.finishes(stack.base):
             return Finish(stack)
-        runner = stack.adapters[0].method.runner if len(stack.adapters) == 1 else None
+        runner = stack.adapters[0].method.runner if len(stack.adapters) == 1 and type(stack) is Stack else None
         return stack if runner is None else runner(stack)
 
     # ---- forward -----------------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ def packed_layers(modules: list[nn.Module]) -> Iterator[tuple[nn.Module, Packed]
 def _by_classes(module: type, weight: type) -> storage.Storage | None:
     """The storage that a layer and its weight have by their classes."""
     kind = storage.by_class(module)
-    if kind is None:
-        return storage.by_class(weight)
+    if kind is None:  # what has no weight is asked of no library
+        return None if weight is type(None) else storage.by_class(weight)
     return kind if "weight" in kind.weights else None
 
 

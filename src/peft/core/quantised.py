@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import choice, masks, thin
+from ..kernels import choice, lowrank, masks, thin
 from ..kernels.again import differentiable
-from ..kernels.lowrank import raised
 from ..kernels.modes import eager, node
-from .direct import EVERYWHERE
+from .direct import EVERYWHERE, FORWARD
 from .storage import Packed, wider
 
 if TYPE_CHECKING:
@@ -32,38 +31,41 @@ def beside(method: LowRank, p: Adapter, inner: Stack, x: Tensor) -> Tensor | Non
         inner: what the adapter stands on.
         x: (..., d).
     """
-    if not torch.is_grad_enabled() or not eager() or "cpu" in choice.devices or not _is_open(inner):
+    if not torch.is_grad_enabled() or not x.is_cpu or not eager() or "cpu" in choice.devices or not _is_open(inner):
         return None
     if method.up_bias(p) is not None:
         return None
-    (A, B), scale = method.factors(p), method.scaling(p)
-    fits = A.requires_grad and A.dim() == 2 and thin.takes(x, A, B, scale)
-    return _linear(x, A, B, scale, method.drop_rate(p), inner) if fits else None
+    (A, B), scale, rate = method.factors(p), method.scaling(p), method.drop_rate(p)
+    if A.requires_grad and A.dim() == 2 and thin.takes(x, A, B, scale):
+        return _linear(x, A, B, scale, rate, inner)
+    return lowrank.add(inner(x), x, A, B, scale, rate)  # factors may be dear, and are not made twice
 
 
 def _is_open(inner: Stack) -> bool:
     """Whether this is a quantised linear layer and nothing else, its bias frozen."""
     if inner.last is not None or inner.extra is not None or inner.gated or not isinstance(inner.packed, Packed):
         return False
-    base, view = inner.layer._modules["base_layer"], inner.view
-    if view.label != "Linear" or not view.dense or not _alone(base):
+    base = inner.layer._modules["base_layer"]
+    if inner.view.label != "Linear" or not inner.view.dense or not _is_the_library_s(base, inner.packed):
         return False
-    b = view.bias(base)
-    return b is None or not b.requires_grad
+    return not any(q is not None and q.requires_grad for q in base._parameters.values())
 
 
-def _alone(base: nn.Module) -> bool:
-    """Whether nothing but this library stands between a module's input and its output."""
+def _is_the_library_s(base: nn.Module, kind: Packed) -> bool:
+    """Whether calling a module is the library's product or torch's, with no hooks but those of this library."""
     if base._modules or "forward" in base.__dict__ or base._backward_hooks or base._backward_pre_hooks:
         return False
     if any(EVERYWHERE):
         return False
-    hooks = (*base._forward_hooks.values(), *base._forward_pre_hooks.values()) if _hooked(base) else ()
-    return all(getattr(hook, "__module__", "").startswith(f"{__package__.partition('.')[0]}.") for hook in hooks)
+    stated = type(base).forward
+    if stated is not FORWARD and _package(stated) not in {name.partition(".")[0] for name in kind.names}:
+        return False
+    hooks = (*base._forward_hooks.values(), *base._forward_pre_hooks.values())
+    return all(_package(hook) == __package__.partition(".")[0] for hook in hooks)
 
 
-def _hooked(base: nn.Module) -> bool:
-    return bool(base._forward_hooks or base._forward_pre_hooks)
+def _package(function: Any) -> str:
+    return (getattr(function, "__module__", None) or "").partition(".")[0]
 
 
 class _Linear(torch.autograd.Function):
@@ -75,7 +77,7 @@ class _Linear(torch.autograd.Function):
         y = inner(x)
         h, bits = thin.down(x.reshape(-1, x.shape[-1]), A, p)
         ctx.save_for_backward(x, A, B, h if ctx.needs_input_grad[2] else None, bits)
-        return raised(y.reshape(-1, y.shape[-1]), h, B, ctx.scale, True).view(y.shape)
+        return lowrank.raised(y.reshape(-1, y.shape[-1]), h, B, ctx.scale, True).view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -105,9 +107,9 @@ def _with_base(found: Tensor, g: Tensor, inner: Stack) -> Tensor:
     part = inner.packed.pull(inner.base, inner.view.name, g)
     if part is None:
         W = _dense(inner)
-        if W.dtype is g.dtype is found.dtype:
-            return found.addmm_(g, W)
-        compute = wider(g.dtype, W.dtype)
+        compute = g.dtype if inner.packed.trains else wider(g.dtype, W.dtype)  # as the library does, if it does it
+        if compute is g.dtype is found.dtype:
+            return found.addmm_(g, W.to(compute))
         part = g.to(compute) @ W.to(compute)
     return found.add_(part.to(found.dtype))
 

@@ -29,9 +29,13 @@ def able() -> bool:
     if not getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
         return False
     numbers = torch.arange(4096, dtype=torch.float32, device="cpu")
-    x, t = numbers.mul(0.618).frac().view(64, 64), numbers[:512].mul(0.414).frac().view(64, 8)
-    exact = x.to(HALF).double() @ t.double()
-    return bool((wide(x.to(HALF), t).double() - exact).abs().max() < 2**-14 * exact.abs().max())
+    x = numbers.mul(0.618).frac().view(64, 64).to(HALF)
+    for r in (1, 8, 33):
+        t = numbers[: 64 * r].mul(0.414).frac().view(64, r)
+        for found, exact in ((wide(x, t), x.double() @ t.double()), (across(t, x), t.double().T @ x.double())):
+            if not (found.double() - exact).abs().max() < 2**-14 * exact.abs().max():
+                return False
+    return True
 
 
 def onto(y: Tensor, h: Tensor, t: Tensor) -> Tensor:

@@ -309,4 +309,6 @@ def _unchanged(p: Adapter, base: Any, A: Any, B: Any, drop: Any, hooks: tuple[di
         and "_forward_hooks" not in B.__dict__
         and not any(hooks)
         and not any(EVERYWHERE)
+        and "weight" in base._parameters  # some libraries make plain attributes of them
+        and "bias" in base._parameters
     )

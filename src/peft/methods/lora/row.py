@@ -38,15 +38,18 @@ class Row(Stack):
         return {**self.__dict__, "_written": -1, "_noted": None}  # a copied module has a table of its own
 
     def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not self.again:
+            return self.last.method.forward(self.last, self.inner, x)  # type: ignore[union-attr]
         noted = self._noted if self._written == Adapter.written else self._note()
-        if noted is None or torch.is_grad_enabled() or x.numel() != noted[0]:
+        if noted is None or self.again or x.is_nested or x.numel() != noted[0]:
             return self.long(x)
         d, name, scale, m, base, A, B, home_A, home_B, home_drop, in_A, in_B, drops, of_base, of_A, of_B, *_ = noted
         held, held_A, held_B, hooks = noted[-4:]
-        W, b, a, up, dtype, shape = held["weight"], held["bias"], held_A["weight"], held_B["weight"], x.dtype, x.shape
-        if not (W.dtype is a.dtype is up.dtype is dtype and dtype in WIDE and shape[-1] == d and len(shape) > 1):
+        W, a, up = held.get("weight"), held_A.get("weight"), held_B.get("weight")  # which some libraries take away
+        b, dtype, shape = held.get("bias", held), x.dtype, x.shape
+        if not (type(W) is type(a) is type(up) is nn.Parameter and (b is None or type(b) is nn.Parameter)):
             return self.long(x)
-        if not (type(W) is type(a) is type(up) is nn.Parameter and type(x) in PLAIN and x.is_cpu):
+        if not (W.dtype is a.dtype is up.dtype is dtype and dtype in WIDE and shape[-1] == d and len(shape) > 1):
             return self.long(x)
         if not (type(base) is nn.Linear and type(A) is type(B) is Linear and nn.Linear.forward is FORWARD):
             return self.long(x)
@@ -60,7 +63,13 @@ class Row(Stack):
             return self.long(x)
         if "_forward_hooks" in of_A or "_forward_hooks" in of_B or "cpu" in choice.devices or _C._is_tracing():
             return self.long(x)
-        if forward_ad._current_level >= 0 or _C._is_any_autocast_enabled() or peek_interpreter_stack() is not None:
+        if (
+            type(x) not in PLAIN
+            or not x.is_cpu
+            or forward_ad._current_level >= 0
+            or _C._is_any_autocast_enabled()
+            or peek_interpreter_stack() is not None
+        ):
             return self.long(x)
         v = x.view(-1)
         y = W.mv(v) if b is None else torch.addmv(b, W, v)
