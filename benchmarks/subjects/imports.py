@@ -36,7 +36,7 @@ def probe(statement: str) -> tuple[float, float, float, float]:
 
 @measure(
     "import over torch",
-    repeats=3,
+    repeats=2,
     limits={"import peft": 0.05, "from peft import LoraConfig, get_peft_model": 0.05},
     ceilings={"share of torch's own|%": 3, "modules|": 40, "optional packages imported|": 0},
 )

@@ -181,7 +181,7 @@ def merge() -> Iterator[Numbers]:
 
 @measure(
     "merge, unmerge, merge_and_unload, 2 x Linear(4096, 4096), r=16",
-    repeats=3,
+    repeats=2,
     limits={f"{kind}: {what}": most for kind in MERGES for what, most in (("merge", 0.6), ("merge for good", 0.5))},
 )
 def merge_large() -> Iterator[Numbers]:

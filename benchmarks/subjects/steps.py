@@ -111,7 +111,7 @@ def train_ranks() -> Iterator[Numbers]:
     yield from ranks(torch.randn(2, 64, 512, requires_grad=True), 4)
 
 
-@measure("train step, 8M Llama shape, 2,048 tokens, all-linear, ranks", repeats=2, derive=added, ceilings=RANKS)
+@measure("train step, 8M Llama shape, 2,048 tokens, all-linear, ranks", repeats=1, derive=added, ceilings=RANKS)
 def train_long() -> Iterator[Numbers]:
     """The same where rows are many beside the features."""
     yield from ranks(torch.randn(4, 512, 512, requires_grad=True), 2)
