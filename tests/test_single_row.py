@@ -280,7 +280,7 @@ def test_a_base_that_keeps_its_weight_elsewhere(what):
 
 def test_a_stack_with_rules_of_its_own_keeps_them():
     class Other(Stack):
-        pass
+        """As that of spread tensors is."""
 
     layer = adapted(8).base_model.model[0]
     for kind in (Stack, Other):

@@ -301,7 +301,8 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
             return InPlace(stack)
         if self.view.finishes(stack.base):
             return Finish(stack)
-        runner = stack.adapters[0].method.runner if len(stack.adapters) == 1 and type(stack) is Stack else None
+        usual = len(stack.adapters) == 1 and type(stack) is Stack and not stack.again
+        runner = stack.adapters[0].method.runner if usual else None
         return stack if runner is None else runner(stack)
 
     # ---- forward -----------------------------------------------------------------------------------------------

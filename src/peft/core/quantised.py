@@ -87,9 +87,8 @@ class _Linear(torch.autograd.Function):
             mask, W = masks.unpacked(bits, x.shape, A.dtype), _dense(inner)
 
             def plain(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-                kept = x.to(A.dtype) if mask is None else x.to(A.dtype) * mask
                 base = F.linear(x.to(kind := wider(x.dtype, W.dtype)), W.to(kind))
-                return (base + F.linear(F.linear(kept, A), B) * scale).to(grad.dtype)
+                return lowrank.plain(base, x if mask is None else x.to(A.dtype) * mask, A, B, scale).to(grad.dtype)
 
             return *differentiable(plain, (x, A, B), needs[:3], grad), None, None, None
         g = grad.reshape(-1, grad.shape[-1])

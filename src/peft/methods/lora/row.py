@@ -27,6 +27,8 @@ HOMES = ("lora_A", "lora_B", "lora_dropout")
 class Row(Stack):
     """The base layer under one LoRA adapter; `long` is the same without the short way."""
 
+    last: Adapter
+    inner: Stack
     _written = -1  # plain values of adapters that had been set when they were read
 
     def __init__(self, stack: Stack):
@@ -38,10 +40,10 @@ class Row(Stack):
         return {**self.__dict__, "_written": -1, "_noted": None}  # a copied module has a table of its own
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not self.again:
-            return self.last.method.forward(self.last, self.inner, x)  # type: ignore[union-attr]
+        if torch.is_grad_enabled():
+            return self.last.method.forward(self.last, self.inner, x)
         noted = self._noted if self._written == Adapter.written else self._note()
-        if noted is None or self.again or x.is_nested or x.numel() != noted[0]:
+        if noted is None or x.is_nested or x.numel() != noted[0]:
             return self.long(x)
         d, name, scale, m, base, A, B, home_A, home_B, home_drop, in_A, in_B, drops, of_base, of_A, of_B, *_ = noted
         held, held_A, held_B, hooks = noted[-4:]
@@ -78,7 +80,7 @@ class Row(Stack):
     def _note(self) -> tuple[Any, ...] | None:
         self.__dict__.update(_written=Adapter.written, _noted=None)
         p, m = self.last, self.layer._modules
-        if p is None or p.hot is None or self.extra is not None or not p.method.by_row(p):
+        if p.hot is None or self.extra is not None or not p.method.by_row(p):
             return None
         base, A, B, _, hooks = p.hot
         homes = [m.get(key) for key in HOMES]
