@@ -138,6 +138,12 @@ def test_parameters_and_modules_that_are_replaced_are_noticed(kind):
                 for p in child.parameters():
                     p.mul_(3)
             check(model)
+    for key, home in [(k, m) for k, m in layer._modules.items() if k != "base_layer" and list(m.parameters())]:
+        layer._modules[key] = copy.deepcopy(home)
+        with torch.no_grad():
+            for p in layer._modules[key].parameters():
+                p.mul_(0.5)
+        check(model)
 
 
 @each

@@ -12,9 +12,11 @@ from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft import LoraConfig, get_peft_model
+from peft.core.method import Delta
 from peft.core.stack import Stack
 from peft.kernels import lowrank
 from peft.methods.lora.method import LoRA
+from test_base_square import put
 
 VIEWS = {"view", "_unsafe_view", "t", "detach", "alias"}
 
@@ -36,7 +38,11 @@ def adapted(d, bias=False, dtype=torch.float32, start=False, **options):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(d, 7, bias=bias)).to(dtype)
     config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=start, **options)
-    return get_peft_model(base, config, autocast_adapter_dtype=False).to(dtype).eval()
+    model = get_peft_model(base, config, autocast_adapter_dtype=False).to(dtype).eval()
+    if options.get("use_dora"):
+        with torch.no_grad():
+            model.base_model.model[0].lora_magnitude_vector["default"].weight.mul_(torch.rand(7) + 0.5)
+    return model
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
@@ -134,8 +140,9 @@ def short(model, x):
     """Whether a row goes the short way, and what comes out."""
     took = []
     with pytest.MonkeyPatch.context() as watched:
-        whole = LoRA.forward
-        watched.setattr(LoRA, "forward", lambda *args: took.append(1) or whole(*args))
+        for kind in (LoRA, Delta):  # the second is what DoRA takes
+            whole = kind.forward
+            watched.setattr(kind, "forward", lambda *args, whole=whole: took.append(1) or whole(*args))
         y = model(x)
     return not took, y
 
@@ -196,7 +203,7 @@ CHANGES = {
     ),
     "dropout": lambda model, layer: layer.lora_dropout.update({"default": nn.Dropout(1.0).train()}),
     "a merge": lambda model, layer: model.merge_adapter(),
-    "other weights": lambda model, layer: [p.data.normal_() for p in model.parameters()],
+    "other weights": lambda model, layer: [p.normal_() for p in model.parameters()],
     "double precision": lambda model, layer: model.double(),
     "half a model": lambda model, layer: layer.base_layer.to(torch.bfloat16),
     "a second adapter": lambda model, layer: (
@@ -212,25 +219,132 @@ CHANGES = {
 }
 STILL = {"nothing", "another weight", "another weight of A", "a bias", "another scaling", "a rescaled layer"}
 STILL |= {"other weights", "double precision", "a switch"}
+FACTORS = {"a hook on A", "a hook on B", "a patch of A", "a patch of B"}  # modules that DoRA never calls
+KINDS = pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@KINDS
 @torch.no_grad()
-def test_whatever_changes_is_seen_by_the_next_row(change):
-    model = adapted(8)
+def test_whatever_changes_is_seen_by_the_next_row(options, change):
+    model = adapted(8, **options)
     x = torch.randn(1, 1, 8)
-    model(x)  # the first call of a model looks for much else
+    model(x)  # the first call of a model looks for much else, and keeps a gain
     assert short(model, x)[0] and short(model, x)[0]
     CHANGES[change](model, model.base_model.model[0])
     x = x.to(torch.float64 if change == "double precision" else torch.bfloat16 if "half" in change else torch.float32)
     took, found = short(model, x)
+    again, once_more = short(model, x)
     if "adapter" not in change and change not in ("a merge", "none active"):
-        assert took == (change in STILL)
+        assert took == (change in STILL and (not options or change in ("nothing", "a bias", "a switch")))
+        assert again == (change in STILL)
     wanted = model(torch.cat([x, x]))[:1]  # two rows never go this way
-    torch.testing.assert_close(found, wanted, rtol=2e-2 if "half" in change else 1e-5, atol=1e-5)
-    if change not in ("nothing", "a merge", "double precision"):
-        fresh = adapted(8)(x.float())
+    for y in (found, once_more):
+        torch.testing.assert_close(y, wanted, rtol=2e-2 if "half" in change else 1e-5, atol=1e-5)
+    if change not in ("nothing", "a merge", "double precision") and not (options and change in FACTORS):
+        fresh = adapted(8, **options)(x.float())
         assert not torch.allclose(found.float(), fresh), "the change changes nothing"
+
+
+TENSORS = {
+    "W": lambda layer: layer.base_layer.weight,
+    "A": lambda layer: layer.lora_A["default"].weight,
+    "B": lambda layer: layer.lora_B["default"].weight,
+    "m": lambda layer: layer.lora_magnitude_vector["default"].weight,
+}
+
+
+def moved(t):
+    """To other memory at the same address, with other numbers."""
+    put(t, moved.buffer, t.data.flip(0).clone())
+
+
+WRITES = {
+    "in place": lambda t: t.copy_(t.flip(0)),
+    "elsewhere": lambda t: setattr(t, "data", t.data.flip(0).clone()),
+    "at the same address": moved,
+    "unseen before evaluation begins": lambda t: t.data.copy_(t.data.flip(0)),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("write", WRITES)
+@torch.no_grad()
+def test_a_gain_is_of_the_numbers_that_tensors_hold(name, write):
+    model, x = adapted(8, use_dora=True), torch.randn(1, 8)
+    layer = model.base_model.model[0]
+    t = TENSORS[name](layer)
+    moved.buffer = bytearray(t.numel() * t.element_size())
+    put(t, moved.buffer, t.data.clone())
+    before = model(x)
+    assert short(model, x)[0]
+    WRITES[write](t)
+    if "evaluation" in write:
+        if name == "W":
+            return  # is frozen
+        model.eval()
+    took, found = short(model, x)
+    wanted = defined(layer, x)
+    assert not took and short(model, x)[0]
+    for y in (found, model(x)):
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, before)
+
+
+def defined(layer, x):
+    """m V / |V| x, V = W + s B A."""
+    W, A, B, m = (of(layer) for of in TENSORS.values())
+    V = W + layer.scaling["default"] * B @ A
+    return x @ (m[:, None] * V / V.norm(dim=1, keepdim=True)).T
+
+
+@pytest.mark.parametrize("what", ["magnitude", "its weight", "training", "the magnitude's home"])
+@torch.no_grad()
+def test_what_stands_elsewhere_is_seen(what):
+    model, x = adapted(8, use_dora=True), torch.randn(1, 8)
+    layer = model.base_model.model[0]
+    model(x), model(x)
+    home = layer.lora_magnitude_vector
+    if what == "magnitude":
+        home["default"] = copy.deepcopy(home["default"])
+    elif what == "its weight":
+        home["default"].weight = nn.Parameter(home["default"].weight * 2)
+    elif what == "training":
+        layer.training = True
+        layer.lora_A["default"].weight.data.mul_(2)  # as optimisers may write
+    else:
+        layer._modules["lora_magnitude_vector"] = copy.deepcopy(home)
+    for t in (TENSORS["m"](layer),) if what in ("magnitude", "the magnitude's home") else ():
+        t.data.mul_(2)
+    took, found = short(model, x)
+    assert not took and short(model, x)[0] == (what != "training")
+    for y in (found, model(x)):
+        torch.testing.assert_close(y, defined(layer, x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_gain_belongs_to_the_base_while_another_adapter_is_merged():
+    model, x = adapted(8, use_dora=True), torch.randn(1, 8)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    model.base_model.set_adapter(["b", "default"])
+    wanted = model(x)
+    for _ in range(2):
+        model.merge_adapter(["b"])
+        for _ in range(3):
+            torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_both_ways_give_the_same_bits(bias):
+    model = adapted(33, bias, use_dora=True)
+    for x in torch.randn(20, 1, 33):
+        model.eval()
+        ways = [short(model, x) for _ in range(3)]
+        assert [took for took, _ in ways] == [False, True, True]
+        assert all(torch.equal(y, ways[0][1]) for _, y in ways)
 
 
 @pytest.mark.parametrize(
@@ -254,16 +368,18 @@ def test_only_what_is_two_more_products_is_taken_so(options, taken):
 @pytest.mark.parametrize(
     "change", ["nothing", "a patch of the base", "a hook on A", "another weight", "another scaling"]
 )
+@KINDS
 @torch.no_grad()
-def test_a_copy_looks_at_itself(copied, change):
-    model, x = adapted(8), torch.randn(1, 8)
+def test_a_copy_looks_at_itself(options, copied, change):
+    model, x = adapted(8, **options), torch.randn(1, 8)
     model(x)
     wanted = model(x)
     other = copied(model)
     assert torch.equal(other(x), wanted) and torch.equal(other(x), wanted)
     CHANGES[change](other, other.base_model.model[0])
     torch.testing.assert_close(other(x), other(torch.cat([x, x]))[:1])
-    assert torch.equal(other(x), wanted) == (change == "nothing") and torch.equal(model(x), wanted)
+    same = change == "nothing" or (options and change in FACTORS)
+    assert torch.equal(other(x), wanted) == bool(same) and torch.equal(model(x), wanted)
 
 
 @pytest.mark.parametrize("what", [lambda m: prune.random_unstructured(m, "weight", amount=0.5), nn.utils.weight_norm])
@@ -297,11 +413,12 @@ def test_a_nested_row():
     torch.testing.assert_close(model(nested).unbind()[0], model(x))
 
 
-def test_gradients_take_the_long_way():
-    model, x = adapted(8), torch.randn(1, 8)
+@KINDS
+def test_gradients_take_the_long_way(options):
+    model, x = adapted(8, **options), torch.randn(1, 8)
     assert not short(model, x)[0] and not short(model, x)[0]
     with torch.no_grad():
-        assert short(model, x)[0]
+        assert short(model, x)[0] == (not options) and short(model, x)[0]
     with torch.inference_mode():
         assert short(model, x)[0]
 

@@ -95,11 +95,13 @@ def lasting(p: Adapter) -> bool:
 def places_of(p: Adapter) -> list[tuple[dict[str, Any], str]]:
     """Where the tensors and numbers of an adapter stand, those that layers share among them."""
     found: list[tuple[dict[str, Any], str]] = []
+    homes: list[tuple[dict[str, Any], str]] = []
     for key, home in p.layer._modules.items():
         if key == "base_layer" or home is None:
             continue
         for held in (home._modules, home._parameters, home._buffers):
             if held.get(p.name) is not None:
+                homes.append((p.layer._modules, key))
                 found.append((held, p.name))
     for where, key in found:  # grows on the way
         if isinstance(where[key], nn.Module):
@@ -108,7 +110,7 @@ def places_of(p: Adapter) -> list[tuple[dict[str, Any], str]]:
     for home in p.shared.values():
         found += [(held, p.name) for held in (home._parameters, home._buffers) if held.get(p.name) is not None]
     numbers = (k for k, v in p.__dict__.items() if type(v) is int or isinstance(v, (float, Tensor)))
-    return [*found, *((p.__dict__, k) for k in numbers)]
+    return [*homes, *found, *((p.__dict__, k) for k in numbers)]
 
 
 def base_places(p: Adapter) -> list[tuple[dict[str, Any], str]]:

@@ -84,7 +84,7 @@ def linear(
     """m / n (W x + scale B A dropout(x)) + b with a frozen W, all of one dtype, on a layer that nothing else sees."""
     if choice.devices and (found := choice.linear_scaled(x, W, b, A, B, scale, p, m, n)) is not None:
         return found
-    if transformed():
+    if transformed() or not torch.is_grad_enabled():
         return plain(F.linear(x, W, b), x, A, B, scale, p, m / n, b)
     return _linear(x, W, b, A, B, scale, p, m, n, None)
 
@@ -192,7 +192,7 @@ class _Linear(torch.autograd.Function):
             flat.shape[0],
             whole.reach(W, A) if not p and thin.ordinary(x, A, B, scale) else math.inf,
         )
-        mask = _mask(flat, p)
+        mask = _mask(flat, p) if p else None
         h = F.linear(_dropped(flat, mask, p, A), A)
         ctx.summed = rows * d >= reach
         if rows * (k + d) >= reach:

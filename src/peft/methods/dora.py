@@ -26,6 +26,7 @@ from ..core.method import Delta, LowRank, Site
 from ..core.stack import Adapter, Stack
 from ..kernels import scaled
 from ..kernels.scaled import tiles
+from .lora.row import Gained, Row
 from .magnitude import Gaining, Magnitude
 
 
@@ -42,6 +43,8 @@ class DoRA(Gaining):
         self.copies, self.may_be_empty, self.reads = of.copies, of.may_be_empty, of.reads  # type: ignore[misc]
         self.form, self.free, self.rest = of.form, of.free, of.rest  # type: ignore[method-assign]
         self.window, self.drawn = of.window, of.drawn  # type: ignore[method-assign]
+        if isinstance(of, LowRank) and of.runner is Row:
+            self.runner, self.by_row = Gained, of.by_row  # type: ignore[misc,attr-defined]
         self.refuse_merge, self.rowwise = of.refuse_merge, of.rowwise  # type: ignore[method-assign]
         self.prepare, self.tie, self.follow_base = of.prepare, of.tie, of.follow_base  # type: ignore[method-assign]
 
@@ -122,10 +125,10 @@ class DoRA(Gaining):
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held = open_linear(inner, x)
-        if held is None or held[0].requires_grad or (of := self._thin(p)) is None:
-            return None
         gradients = torch.is_grad_enabled()
-        found = None if gradients else still(p)
+        if held is None or (gradients and held[0].requires_grad) or (of := self._thin(p)) is None:
+            return None
+        found = None if gradients or of.drop_rate(p) else still(p)
         if found is not None and found[0].dtype is x.dtype:
             return scaled.evaluated(x, *held, *found)
         (A, B), m, s, rate = of.factors(p), self.magnitude(p), of.scaling(p), of.drop_rate(p)
