@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from .errors import told
 
 MOST = 16  # files that are remembered
-_SCALARS = frozenset([type(None), bool, int, float, str, bytes])
+SCALARS = frozenset([type(None), bool, int, float, str, bytes])
 
 
 class Content(dict[str, Any]):
@@ -84,13 +84,13 @@ def note(cls: type, raw: bytes, content: Content, build: Callable[[Content], Any
         config = build(copy.deepcopy(content))
     if not said and told() == before and type(config).__module__.startswith(f"{__package__}."):
         values = dict(vars(config))
-        copied = [(k, _copier(v)) for k, v in values.items() if type(v) not in _SCALARS and not isinstance(v, Enum)]
+        copied = [(k, copier(v)) for k, v in values.items() if type(v) not in SCALARS and not isinstance(v, Enum)]
         _found[cls, raw] = Known(copy.deepcopy(content), type(config), values, copied)
 
 
-def _copier(value: Any) -> Callable[[Any], Any]:
+def copier(value: Any) -> Callable[[Any], Any]:
     """What copies a value of a field."""
-    plain = type(value) in (list, set, dict, tuple) and all(type(v) in _SCALARS for v in value)
-    if plain and (type(value) is not dict or all(type(v) in _SCALARS for v in value.values())):
+    plain = type(value) in (list, set, dict, tuple) and all(type(v) in SCALARS for v in value)
+    if plain and (type(value) is not dict or all(type(v) in SCALARS for v in value.values())):
         return type(value)
     return copy.deepcopy

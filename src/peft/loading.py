@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import os
@@ -23,7 +22,7 @@ from .core.collector import no_collection
 from .core.entries import Entry
 from .core.files import CONFIG_HASH, Saved, in_hand
 from .core.fingerprint import difference
-from .core.host import below, hosts
+from .core.host import below, hosts, standing
 from .core.hub import hub_arguments
 from .core.layer import AdapterHost, BaseTunerLayer
 from .core.recall import Recipes, base_of, key_of, recipe_of, usual
@@ -32,7 +31,7 @@ from .core.shared import late as drawing_late
 from .core.snapshot import snapshot
 from .core.tuner import BaseTuner
 from .errors import ChangedConfigWarning, NoMatchingPeftModuleError, OtherBaseWarning, report, told
-from .known import Content
+from .known import SCALARS, Content, copier
 from .registry import tuner_class
 
 if TYPE_CHECKING:
@@ -90,6 +89,13 @@ class AdapterFile:
         return renamed(self.saved.outline, self.renames)
 
     @no_collection()
+    def load(
+        self, config: PeftConfig, place: Callable[[bool], Placed], is_trainable: bool, meta: bool
+    ) -> tuple[Any, _IncompatibleKeys]:
+        """`placed`, then `fill`: the model with the adapter in it, and what `load_adapter` returns."""
+        model, undo = self.placed(config, place, meta)
+        return model, self.fill(model, undo, is_trainable, meta)
+
     def placed(self, config: PeftConfig, place: Callable[[bool], Placed], keep_empty: bool) -> Placed:
         """(the model with the adapter in it, what takes it out again); the adapter's tensors still wait for the file.
 
@@ -143,7 +149,6 @@ class AdapterFile:
         self._known = known._replace(fresh=self._new)
         return self._known.lacking
 
-    @no_collection()
     def fill(self, model: PeftModel, undo: Callable[[], Any], is_trainable: bool, meta: bool) -> _IncompatibleKeys:
         """Read the tensors and write them into the adapter; if that fails, `undo` puts the model back as it was."""
         strict = self.options.get("strict")
@@ -259,27 +264,28 @@ class AdapterFile:
 def _evaluating(model: PeftModel, name: str, new: bool) -> None:
     """`model.eval()`; where all but a new adapter is in evaluation already, no other adapter is visited."""
     found, _ = below(model)
-    layers = [m for m in found if isinstance(m, AdapterHost)]
-    plain = all(type(m).train is nn.Module.train for m in found if not isinstance(m, AdapterHost))
-    if not new or not plain or not all(isinstance(m, BaseTunerLayer) for m in layers):
+    layers = standing(found)
+    kinds: dict[Any, bool] = {kind: issubclass(kind, AdapterHost) for kind in set(map(type, found))}
+    usual = all(kind.train is (AdapterHost if host else nn.Module).train for kind, host in kinds.items())
+    if not new or not usual or not all(isinstance(m, BaseTunerLayer) for m in layers):
         model.eval()
         return
-    still = [layer for layer in layers if not layer.training]
-    for m in [m for m in found if m.training]:
-        if isinstance(m, AdapterHost):
-            m.eval()
-        else:
+    homes = [(x, home) for x in layers for key, home in x._modules.items() if key not in x._below and home is not None]
+    inner = [home for layer, home in homes if layer.training]
+    inner += [m for layer, home in homes if not layer.training for m in [home._modules.get(name)] if m is not None]
+    for m in found:
+        m.__dict__["training"] = False
+    for m in inner:  # grows on the way
+        if type(m).train is nn.Module.train:
             m.__dict__["training"] = False
-    for layer in still:
-        for key, home in layer._modules.items():
-            child = None if key in layer._below or home is None else home._modules.get(name)
-            if child is not None:
-                child.eval()
+            inner += [child for child in m._modules.values() if child is not None]
+        else:
+            m.eval()
 
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
     """A deep copy of a configuration's fields, most of which are plain."""
-    return {k: v if v is None or type(v) in (bool, int, float, str) else copy.deepcopy(v) for k, v in values.items()}
+    return {k: v if type(v) in SCALARS else copier(v)(v) for k, v in values.items()}
 
 
 def _settings(config: PeftConfig) -> list[str]:

@@ -146,9 +146,7 @@ class Persistent:
 
         file.check_config(content)
         file.autocast = autocast_adapter_dtype
-        wrapped, take_out = file.placed(config, place, low_cpu_mem_usage)
-        file.fill(wrapped, take_out, is_trainable, low_cpu_mem_usage)
-        return wrapped
+        return file.load(config, place, is_trainable, low_cpu_mem_usage)[0]
 
     def load_adapter(
         self: Any,
@@ -190,8 +188,7 @@ class Persistent:
             file.autocast = autocast_adapter_dtype
             found = file.like_another(self, config, is_trainable)
             if found is None:
-                _, take_out = file.placed(config, place, low_cpu_mem_usage)
-                found = file.fill(self, take_out, is_trainable, low_cpu_mem_usage)
+                _, found = file.load(config, place, is_trainable, low_cpu_mem_usage)
             result = found
         if is_trainable:
             self.set_requires_grad(adapter_name, True)

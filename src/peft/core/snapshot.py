@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
-from .host import AdapterHost, below
+from .host import below, standing
 
 _TABLES = (
     "_modules",
@@ -31,22 +30,22 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         model: any model; its children are looked at too.
     """
     found = below(model)[0]
-    found = list(model.modules()) if any(isinstance(m, AdapterHost) for m in found) else found
-    modules = [(m, _state(m)) for m in found]
+    found = list(model.modules()) if standing(found) else found
+    owned = [(own, own.copy()) for own in map(vars, found)]
+    tables = [(table, table.copy()) for own, _ in owned for table in map(own.get, _TABLES) if table]
     flags = [(p, p.requires_grad) for m in found for p in m._parameters.values() if p is not None]
     config = getattr(model, "config", None)
     settings = dict(config.__dict__) if hasattr(config, "__dict__") else None
 
     def restore() -> None:
-        for module, (values, tables) in modules:
-            own = module.__dict__
+        for own, values in owned:
             for name in own.keys() - values.keys():
                 del own[name]
             own.update(values)
-            for name in _TABLES:
-                if own.get(name) or name in tables:
-                    own[name].clear()
-                    own[name].update(tables.get(name, ()))
+            for table in filter(None, map(own.get, _TABLES)):
+                table.clear()
+        for table, kept in tables:
+            table.update(kept)
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
@@ -54,8 +53,3 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             config.__dict__.update(settings)
 
     return restore
-
-
-def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, dict[Any, Any]]]:
-    values = dict(module.__dict__)
-    return values, {name: dict(values[name]) for name in _TABLES if values.get(name)}
