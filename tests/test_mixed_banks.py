@@ -16,6 +16,7 @@ from conformance.rows import METHODS, adapted, close, config, train, tuner_layer
 from peft import LoraConfig, get_peft_model
 from peft.core.banks import Banks
 from peft.core.rows import Groups
+from peft.kernels import grouped
 
 LINEAR = Layout("linear", lambda: Around(nn.Linear(12, 16)), (9, 12))
 NAMES = ("default", "one", "two", "three")
@@ -71,6 +72,15 @@ def parameters(model) -> list[nn.Parameter]:
     for name in NAMES:
         layer.set_requires_grad(name, True)
     return [p for name in NAMES for p in layer.adapter_parameters(name)]
+
+
+@pytest.fixture(params=["beside", "apart"])
+def way(request, monkeypatch):
+    """Whether each row is multiplied with the factors of all adapters, or with its own."""
+    suits = grouped.suits
+    monkeypatch.setattr(
+        grouped, "suits", lambda A, *sizes: request.param == "beside" and suits(A[:, :0], *sizes)
+    )  # as if the rank were 0, so that only dtype and device count
 
 
 @pytest.mark.parametrize("batch", ["few", "uneven"])
@@ -130,6 +140,7 @@ def gradients(run, inputs: list[Tensor], row: int | None = None) -> list[Tensor]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [(2, 2, 2, 2), (1, 3, 4, 16)])
 @pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.usefixtures("way")
 def test_any_rank_any_positions_any_dtype(shape, dtype, ranks, batch):
     layout = Layout("linear", lambda: Around(nn.Linear(12, 16)), shape)
     base = get_peft_model(layout.model(dtype), config("lora", layout, r=ranks[0]))
@@ -229,6 +240,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.usefixtures("way")
 def test_a_change_of_an_adapter_is_seen(change):
     model, x, names = several(), LINEAR.x(), BATCHES["equal"]
     with torch.no_grad():
@@ -387,6 +399,49 @@ def test_a_row_without_number_spoils_no_other():
     assert finite >= {"one", "two", "three"}
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("batch", ["equal", "few", "uneven"])
+@pytest.mark.parametrize(("factor", "number"), [("A", torch.nan), ("A", 3e38), ("B", torch.nan), ("B", torch.inf)])
+def test_an_adapter_that_is_not_finite_spoils_its_own_rows_alone(factor, number, batch):
+    model, x, names = several(), 10 * LINEAR.x(), BATCHES[batch]
+    with torch.no_grad():
+        wanted = apart(model, x, names)
+        getattr(layer_of(model), f"lora_{factor}")["two"].weight[0] = number
+        found = model(x, adapter_names=names)
+    mine = torch.tensor([name == "two" for name in names])
+    assert not found[mine].isfinite().all()
+    close(found[~mine], wanted[~mine], 1e-5)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shape", [(9, 12), (9, 5, 12)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_every_forward_of_a_batch_gives_the_same_bits_and_rows_without_adapter_the_base_s(batch, dtype, shape):
+    model, names = several().to(dtype), BATCHES[batch]
+    x = torch.randn(shape).to(dtype)
+    with torch.no_grad():
+        first, *others = (model(x, adapter_names=names) for _ in range(3))
+        with model.disable_adapter():
+            base = model(x)
+    assert all(torch.equal(first, other) for other in others)
+    free = [i for i, name in enumerate(names) if name == "__base__"]
+    assert torch.equal(first[free], base[free])
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("batch", ["equal", "few", "sorted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_chooses_the_dtype(dtype, batch):
+    model, x, names = several().to(dtype), LINEAR.x(), BATCHES[batch]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = [model(x, adapter_names=names) for _ in range(2)]
+        wanted = apart(model, x, names)
+    assert found[0].dtype is wanted.dtype
+    for y in found:
+        close(y.float(), wanted.float(), 0.05)
+
+
 # ---- other derivatives, hooks, graphs -----------------------------------------------------------------------
 
 
@@ -444,6 +499,7 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("adapters", [2, 16])
 def test_the_number_of_operations_does_not_depend_on_that_of_adapters(adapters):
     model, names, x = in_turns(adapters)
@@ -454,7 +510,7 @@ def test_the_number_of_operations_does_not_depend_on_that_of_adapters(adapters):
             layer(x)  # the rows of each adapter are found out once for all layers
             with Counted() as ops:
                 layer(x)
-    assert ops.count <= 10, ops.count
+    assert ops.count <= 12, ops.count
 
 
 @pytest.mark.parametrize("method", ["lora", "vera", "dora"])
@@ -469,6 +525,7 @@ def test_what_inference_mode_has_kept_is_not_in_the_way_of_gradients(method):
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("adapters", [2, 16])
 def test_a_layer_in_a_mixed_batch_takes_few_calls_for_any_number_of_adapters(adapters):
     model, names, x = in_turns(adapters)
@@ -479,7 +536,7 @@ def test_a_layer_in_a_mixed_batch_takes_few_calls_for_any_number_of_adapters(ada
             first(x), second(x)
         first(x)  # looks at both
         entered = calls(lambda: second(x))
-    assert entered <= 50, entered
+    assert entered <= 43, entered
 
 
 @pytest.mark.parametrize("adapters", [2, 16])

@@ -11,18 +11,20 @@ are collected each time, and what is kept is where they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import choice, grouped
 from ..kernels.modes import transformed
+from . import host
 from .direct import is_ordinary
-from .host import changes
 from .rows import Groups, Segments
 from .watch import PLAIN, Watch
 
@@ -50,6 +52,8 @@ class Bank:
         self.scale = self.scales[0] if leaves and type(self.scales[0]) is float else None
         self._made: tuple[Tensor, Tensor] | None = None
         self._at: tuple[Groups, list[Segments]] | None = None
+        self._steps: tuple[Groups, int, tuple[Tensor, Tensor], Steps] | None = None
+        self._finite: tuple[Tensor, bool] | None = None
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """(A, B); kept where no gradient goes through them."""
@@ -79,11 +83,50 @@ class Bank:
                     y = grouped.update(y, x, None, None, at, self.scale, *factors)  # type: ignore
                 return y
         made = self._made if self._made is not None and not gradients else self.stacked()
+        if not gradients and self.G is None and not transformed():
+            for add, given in self.steps(groups, x.numel() // max(1, x.shape[-1])):
+                y = add(y, x, *given[:-1], own)
+            return y
         held = made if self.G is None else (*made, self.G)
         for at in self.at(groups):
             a, b, *g = held if at.slots is None else [t.index_select(0, at.slots) for t in held]
             y = grouped.gained(y, x, a, b, g[0], self.bias(), at, own) if g else grouped.add(y, x, a, b, at, own)
         return y
+
+    def steps(self, groups: Groups, rows: int) -> Steps:
+        """What adds the updates to y in place without gradients: of the adapters that take part, by some input's size.
+
+        Arguments:
+            groups: the batch.
+            rows: of features, in the input.
+        """
+        if self.G is not None:
+            return [(self.add, (groups, True))]
+        held, known = self.stacked(), self._steps
+        size = rows.bit_length()
+        if known is None or known[0] is not groups or known[1] != size or known[2] is not held:
+            known = self._steps = (groups, size, held, self._beside(held, groups, rows) or self._apart(held, groups))
+        return known[-1]
+
+    def _apart(self, held: tuple[Tensor, Tensor], groups: Groups) -> Steps:
+        parts = [
+            (at, held if at.slots is None else [t.index_select(0, at.slots) for t in held]) for at in self.at(groups)
+        ]
+        return [(grouped.add, (A, B, at, True)) for at, (A, B) in parts]
+
+    def _beside(self, held: tuple[Tensor, Tensor], groups: Groups, rows: int) -> Steps | None:
+        A, B = held
+        here = [slot for slot, name in enumerate(self.names) if name in groups]
+        if not here or not grouped.suits(A, len(here), rows):
+            return None
+        if self._finite is None or self._finite[0] is not B:
+            self._finite = B, math.isfinite(B.sum().item())
+        if not self._finite[1]:
+            return None
+        if len(here) < len(self.names):
+            A, B = A[here], B[here]
+        own = groups.columns(tuple(self.names[slot] for slot in here), A.shape[1], grouped.BITS[A.dtype])
+        return [(grouped.beside, (A.flatten(0, 1).mT, B.flatten(0, 1), own, True))]
 
     def over(self, base: nn.Module, x: Tensor, groups: Groups) -> Tensor | None:
         """The layer's output in one operation, in training over an ordinary base; None where that is not possible."""
@@ -130,9 +173,10 @@ class Banks:
             choice.bank(terms) if size == "any" else Bank(terms, own, bias) for (*_, own, size), terms in alike.items()
         ]
         self.own = all(getattr(bank, "own", False) for bank in self.banks)
-        self._served: Groups | None = None
-        self._changes = -1
-        self._steps: Steps | None = None
+        self.table = layer._modules
+        self.served: tuple[Groups | None, int, int] = (None, -1, -1)  # what `added` is for
+        self.added: Steps | None = None
+        self.whole: tuple[Tensor, Tensor, Segments, Tensor] | None = None  # of `grouped.ordered`, where that is all
 
     def keep(self, layer: Any) -> None:
         """Stand for the layer's next forward too, where what the banks were made of can be watched."""
@@ -146,23 +190,36 @@ class Banks:
         """Whether a gradient of some tensor is wanted now."""
         return torch.is_grad_enabled() and any(map(_learns, self.watch.tensors))
 
-    def steps(self, layer: Any, groups: Groups) -> Steps | None:
-        """What adds the updates of a batch to y without gradients; None where some adapter of it is in no bank."""
-        if self._served is not groups or self._changes != changes():
-            here = [n for n in groups.names if n in layer.adapters]
-            known = self.names.issuperset(here) and {*self.rest}.isdisjoint(here)
-            self._steps = [step for bank in self.banks for step in _steps(bank, groups)] if known else None
-            self._served, self._changes = groups, changes()
-        return self._steps
+    def steps(self, layer: Any, groups: Groups, x: Tensor) -> Steps | None:
+        """What adds the updates of a batch to y without gradients; None where some adapter of it is in no bank.
+
+        Kept for inputs of about as many rows, until a layer has other adapters.
+        """
+        here = [n for n in groups.names if n in layer.adapters]
+        known = self.names.issuperset(here) and {*self.rest}.isdisjoint(here)
+        rows = x.numel() // max(1, x.shape[-1])
+        self.added = [step for bank in self.banks for step in _steps(bank, groups, rows)] if known else None
+        self.whole = None
+        if self.added is not None and len(self.added) == 1 and self.added[0][0] is grouped.add:
+            A, B, at, _ = self.added[0][1]
+            if at.rows is not None and at.real is None and len(at.to) == groups.total and A.dtype is B.dtype:
+                self.whole = A, B, at, at.to.argsort()
+        self.served = groups, host._changes, x.numel().bit_length()
+        return self.added
+
+    def over(self, x: Tensor, W: Tensor, b: Tensor | None, steps: Steps) -> Tensor:
+        """W x + b and what these add to it."""
+        whole = self.whole
+        if whole is not None and x.dtype is W.dtype is whole[0].dtype and not torch._C._is_any_autocast_enabled():
+            return grouped.ordered(x, W, b, *whole)
+        y = F.linear(x, W, b)
+        for add, given in steps:
+            y = add(y, x, *given)
+        return y
 
 
-def _steps(bank: Any, groups: Groups) -> Steps:
-    """Those of one bank; of the factors of adapters that take part, once for all forwards of such a batch."""
-    if not isinstance(bank, Bank) or bank.G is not None:
-        return [(bank.add, (groups, True))]
-    held = bank.stacked()
-    chosen = [(held if at.slots is None else [t.index_select(0, at.slots) for t in held], at) for at in bank.at(groups)]
-    return [(grouped.add, (A, B, at, True)) for (A, B), at in chosen]
+def _steps(bank: Any, groups: Groups, rows: int) -> Steps:
+    return bank.steps(groups, rows) if isinstance(bank, Bank) else [(bank.add, (groups, True))]
 
 
 def _usable(layer: Any, A: Tensor, B: Tensor, scale: Any, gain: Tensor | None = None) -> bool:

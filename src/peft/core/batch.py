@@ -6,19 +6,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import _C, Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-from ..kernels.modes import lifted
+from . import host
 from .banks import Banks, banks_of, own_product
 from .call import BASE, Call
-from .direct import is_ordinary
+from .direct import EVERYWHERE, FORWARD, is_ordinary
 from .method import Delta
 from .rows import Groups
 from .stack import Adapter, Stack
 from .views import READS, LinearView
 
+peek_interpreter_stack = _C._functorch.peek_interpreter_stack
 Run = Callable[[tuple[Any, ...], dict[str, Any]], Any]  # a module, on arguments
 
 
@@ -89,8 +90,10 @@ class MixedBatch(nn.Module):
         names = tuple([n for n in groups.names if n != BASE and n in self.adapters])
         banked = banks_of(self, names) if names and self.view.dense and x.dim() > 1 else None
         rest = names if banked is None else [n for n in banked.rest if n in groups]
-        if banked is not None and not rest and (found := self._learnt(banked, x, groups)) is not None:
-            return found
+        if banked is not None and not rest:
+            found = self._learnt(banked, x, groups) if torch.is_grad_enabled() else self._again(banked, x)
+            if found is not None:
+                return found
         y = root(x)
         # those that run the base on their rows themselves, or start from its output, may not find it changed
         out = self._mixed_rest(root, x, y, groups, rest)
@@ -105,28 +108,35 @@ class MixedBatch(nn.Module):
 
         Not for graphs.
         """
-        call, base = self.call, self._modules["base_layer"]
-        if call.names is None or call.only is not None or call._wanted is not None or self._off or self._merged:
+        call, m = self.call, self._modules
+        ledger, base, names = call.banks, m["base_layer"], call.names
+        if names is None or call.only is not None or call._wanted is not None or self._off or self._merged:
             return None
-        if torch.is_grad_enabled() or type(x) is not Tensor or x.dim() < 2 or lifted():
+        if type(x) is not Tensor or x.dim() < 2 or torch.is_grad_enabled() or _C._current_autograd_node() is not None:
             return None
-        if torch._C._current_autograd_node() is not None:
+        if peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or type(self.view) is not LinearView:
             return None
-        banks: Banks | None = call.banks.take(self, True) if self._ordinary(base) else None
-        if banks is None:
+        if type(base) is not nn.Linear or nn.Linear.forward is not FORWARD or "forward" in base.__dict__:
             return None
-        groups = call.known(x)
-        if groups is None:  # a layer that has banks is one whose rows can be told apart
-            groups = call.groups(x.shape[0], x.device, "", call.names)
-        steps = banks.steps(self, groups)
+        held, shape = base._parameters, x.shape
+        W, b = held.get("weight"), held.get("bias")
+        if base._forward_hooks or base._forward_pre_hooks or any(EVERYWHERE) or type(W) is not nn.Parameter:
+            return None  # other hooks are for gradients
+        banks: Banks | None = ledger.ready.pop(id(self), None) if ledger.numbers else None
+        if banks is None or banks.table is not m:
+            banks = ledger.take(self, True)
+            if banks is None:
+                return None
+        groups = call.now
+        if groups is None or groups.total != shape[0] or not (x.is_cpu if groups.on_cpu else x.device == groups.device):
+            groups = call.groups(shape[0], x.device, "", names)  # rows of a layer with banks can be told apart
+        served, steps = banks.served, banks.added
+        if served[0] is not groups or served[1] != host._changes or served[2] != x.numel().bit_length():
+            steps = banks.steps(self, groups, x)
         if steps is None:
-            call.banks.give_back(self, banks)
+            ledger.give_back(self, banks)
             return None
-        held = base._parameters  # type: ignore[union-attr]
-        y = F.linear(x, held["weight"], held["bias"])  # type: ignore[arg-type]
-        for add, given in steps:
-            y = add(y, x, *given)
-        return y
+        return banks.over(x, W, b, steps)
 
     def _ordinary(self, base: Any) -> bool:
         """Whether calling what stands below is a plain product with a plain weight, and nothing follows it."""
@@ -136,8 +146,16 @@ class MixedBatch(nn.Module):
     def _learnt(self, banks: Banks, x: Tensor, groups: Groups) -> Tensor | None:
         """The same in training, where one operation is all of it."""
         base = self._modules["base_layer"]
-        one = torch.is_grad_enabled() and len(banks.banks) == 1 and hasattr(banks.banks[0], "over")
+        one = len(banks.banks) == 1 and hasattr(banks.banks[0], "over")
         return banks.banks[0].over(base, x, groups) if one and self._ordinary(base) else None
+
+    def _again(self, banks: Banks, x: Tensor) -> Tensor | None:
+        """The same without gradients as the next forward will find it, so that both give the same bits."""
+        ledger = self.call.banks
+        if torch.compiler.is_compiling() or ledger.get(self) is not banks:
+            return None
+        ledger.give_back(self, banks)
+        return self._swift(x)
 
     def _mixed_rest(self, root: Stack, x: Tensor, y: Tensor, groups: Groups, names: Sequence[str]) -> Tensor:
         """Each adapter on its own rows."""

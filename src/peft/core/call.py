@@ -63,6 +63,7 @@ class Call(Deferred):
         self.virtual = 0
         self.plain = True
         self._groups: dict[tuple[int, torch.device], Groups] = {}
+        self.now: Groups | None = None  # the last of them
         self._forget()
 
     def _forget(self) -> None:
@@ -76,11 +77,11 @@ class Call(Deferred):
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        own = ("_past", "_node", "_recalled", "_groups", "_batches", "_latest", "gates", "banks", "_flags")
+        own = ("_past", "_node", "_recalled", "_groups", "now", "_batches", "_latest", "gates", "banks", "_flags")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _groups={})
+        self.__dict__.update(state, _groups={}, now=None)
         self._forget()
 
     # ---- the facts of a call -----------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ class Call(Deferred):
         """While open, these facts hold (see `FACTS`); restores those of the call around it on exit."""
         self.settle()
         before = {key: getattr(self, key) for key in facts}
-        node, plain, self._groups = self._node, self.plain, {}
+        node, plain, self._groups, self.now = self._node, self.plain, {}, None
         for key, value in facts.items():
             setattr(self, key, value)
         self.plain = plain and self.names is None
@@ -103,7 +104,7 @@ class Call(Deferred):
             for key, value in before.items():
                 setattr(self, key, value)
             self.plain = plain and not (kept and facts.get("names"))
-            self._node, self._groups = node, {}
+            self._node, self._groups, self.now = node, {}, None
             self.banks.begin()
 
     def begin(self) -> int:
@@ -194,12 +195,8 @@ class Call(Deferred):
             raise self._unclear(rows, len(names), where)
         found = self._grouped(names, repeat, rows, device)
         if names is self.names:
-            self._groups[key] = found
+            self._groups[key] = self.now = found
         return found
-
-    def known(self, x: Tensor) -> Groups | None:
-        """`groups` for an input, where another layer has asked for them in this call."""
-        return self._groups.get((x.shape[0], x.device))
 
     def _grouped(self, names: tuple[str, ...], repeat: int, rows: int, device: torch.device) -> Groups:
         lasting = not transformed() and torch._C._len_torch_dispatch_stack() == 0

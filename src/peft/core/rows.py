@@ -43,6 +43,7 @@ class Groups(Mapping[str, Tensor]):
 
     def __init__(self, rows: Mapping[str, list[int]], total: int, device: torch.device):
         self.lists, self.total, self.device, self.names = rows, total, device, tuple(rows)
+        self.on_cpu = device.type == "cpu"
         self._made: dict[str, Tensor] = {}
         self._known: dict[tuple[str, ...], list[Segments]] = {}
         self.tables: dict[Any, Any] = {}  # what other kernels read
@@ -60,6 +61,20 @@ class Groups(Mapping[str, Tensor]):
         found = self._made.get(name)
         if found is None:
             found = self._made[name] = torch.tensor(self.lists[name], device=self.device)
+        return found
+
+    def columns(self, order: tuple[str, ...], width: int, kind: torch.dtype) -> Tensor:
+        """Which columns are a row's own where adapters in this order have `width` each: (total, columns) of integers.
+
+        All bits of those are set, and none of the others.
+        """
+        key = (order, width, kind)
+        found: Tensor | None = self.tables.get(key)
+        if found is None:
+            found = self.tables[key] = torch.zeros(self.total, len(order), width, dtype=kind, device=self.device)
+            for slot, name in enumerate(order):
+                found[self[name], slot] = -1
+            found = self.tables[key] = found.flatten(1)
         return found
 
     def segments(self, order: tuple[str, ...]) -> list[Segments]:

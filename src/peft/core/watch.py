@@ -171,8 +171,8 @@ class Ledger(WeakKeyDictionary[Any, Any]):
         super().__init__()
         self._all: dict[int, Any] | None = None
         self._watch = Watch()
-        self._ready: dict[int, Any] = {}
-        self._numbers = False  # whether what is ready was looked at for its numbers, too
+        self.ready: dict[int, Any] = {}
+        self.numbers = False  # whether what is ready was looked at for its numbers, too
 
     def __setitem__(self, layer: Any, kept: Any) -> None:
         self._all = None
@@ -184,7 +184,7 @@ class Ledger(WeakKeyDictionary[Any, Any]):
 
     def begin(self) -> None:
         """A forward begins, or has ended."""
-        self._ready = {}
+        self.ready = {}
 
     def take(self, layer: Any, numbers: bool) -> Any:
         """What a layer has kept, if it still holds, once in a forward; else None.
@@ -193,16 +193,18 @@ class Ledger(WeakKeyDictionary[Any, Any]):
             layer: which.
             numbers: whether the numbers must be the same; else only the tensors.
         """
-        found = self._ready.pop(id(layer), None) if self._numbers or not numbers else None
+        found = self.ready.pop(id(layer), None) if self.numbers or not numbers else None
         if found is None and layer in self:
             self._look(numbers)
-            found = self._ready.pop(id(layer), None)
+            found = self.ready.pop(id(layer), None)
         # a layer that is gone may have had the same number, as copies for data parallelism are
         return found if found is None or found.watch.keyed[0] is layer._modules else None
 
     def give_back(self, layer: Any, kept: Any) -> None:
-        """It was not used."""
-        self._ready[id(layer)] = kept
+        """It was not used, or has just been made of numbers that are there."""
+        if not self.numbers:
+            self.ready, self.numbers = {}, True
+        self.ready[id(layer)] = kept
 
     def _look(self, numbers: bool) -> None:
         if self._all is None or len(self._all) != len(self):
@@ -212,7 +214,7 @@ class Ledger(WeakKeyDictionary[Any, Any]):
                 if not (kept.watch.same() and (not numbers or kept.watch.unwritten())):
                     del self[layer]
             self._gather()
-        self._ready, self._numbers = dict(self._all or ()), numbers
+        self.ready, self.numbers = dict(self._all or ()), numbers
 
     def _gather(self) -> None:
         held = list(self.items())

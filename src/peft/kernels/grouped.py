@@ -13,11 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import halves
 from .again import differentiable
 from .modes import is_autocast, transformed
 
 EXACT = (torch.float32, torch.float64)
 KNOWN = (Tensor, nn.Parameter)
+BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}  # integers as wide
 FEW = 8  # rows of an adapter, up to which a factor that stands is multiplied with them, not they with it lying
 
 
@@ -52,12 +59,35 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, at: Any, own: bool = False) 
         at: which rows are under which.
         own: whether y may be written.
     """
-    z = taken(x, at)
-    h = shrunk(z if z.dtype is A.dtype else z.to(A.dtype), A)
-    if at.rows is None and y.dtype is h.dtype is B.dtype:
+    rows = at.rows
+    z = (x if rows is None else x.index_select(0, rows)).reshape(len(A), -1, x.shape[-1])
+    z = z if z.dtype is A.dtype else z.to(A.dtype)
+    h = torch.bmm(A, z.mT).mT if z.shape[1] > A.shape[1] else torch.bmm(z, A.mT)  # `shrunk`, one call less
+    if rows is None and y.dtype is h.dtype is B.dtype:
         flat = y.reshape(at.adapters, -1, y.shape[-1])
         return (flat.baddbmm_(h, B) if own else torch.baddbmm(flat, h, B)).view(y.shape)
-    return placed(y, torch.bmm(h, B), at, own)
+    u = torch.bmm(h, B)
+    if own and at.real is None and u.dtype is y.dtype:
+        return y.index_add_(0, at.to, u.view(-1, *y.shape[1:]))
+    return placed(y, u, at, own)
+
+
+def ordered(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, at: Any, back: Tensor) -> Tensor:
+    """`add` to W x + b, which is computed in the adapters' order, too, so that the update is added where it lies.
+
+    Arguments:
+        x: (N, ..., d).
+        W, b: (k, d) and (k,), or None.
+        A, B: the factors, all in one dtype with x and W.
+        at: which rows are under which; every row under one, and as many under each.
+        back: from that order to the batch's, (N,).
+    """
+    z = x.index_select(0, at.rows)
+    y = F.linear(z, W, b)
+    z = z.view(len(A), -1, x.shape[-1])
+    h = torch.bmm(A, z.mT).mT if z.shape[1] > A.shape[1] else torch.bmm(z, A.mT)
+    y.view(len(A), -1, y.shape[-1]).baddbmm_(h, B)
+    return y.index_select(0, back)
 
 
 def gained(
@@ -68,6 +98,47 @@ def gained(
     z = taken(y, at)
     z = (z if b is None else z - b).to(u.dtype)
     return placed(y, torch.addcmul(u, z, (G - 1)[:, None]), at, own)
+
+
+def suits(A: Tensor, adapters: int, rows: int) -> bool:
+    """Whether so many adapters of a bank, A (S, r, d), are quicker `beside` each other for that many rows of d.
+
+    Each row is then multiplied with the factors of all; what that costs is small where these are few, or the rows.
+    """
+    r = A.shape[1]
+    wide = adapters * r
+    if not A.is_cpu or A.dtype not in BITS:
+        return False
+    most = 256 if A.dtype is halves.HALF and halves.able() else 32
+    return wide <= most or rows * (wide - r) <= 2048
+
+
+def beside(y: Tensor, x: Tensor, A: Tensor, B: Tensor, mine: Tensor, own: bool = False) -> Tensor:
+    """`add` for factors that stand side by side.
+
+    Arguments:
+        y: (N, ..., k).
+        x: (N, ..., d).
+        A: (d, S r).
+        B: (S r, k) with the scaling in it; finite, as the products of other adapters with it are zeros.
+        mine: (N, S r) of integers as wide as A's numbers, whose bits are all set where a column is the row's own.
+        own: whether y may be written.
+    """
+    lone = x.dim() == 2
+    z, flat = (x, y) if lone else (x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
+    h = torch.mm(z if z.dtype is A.dtype else z.to(A.dtype), A)
+    if h.dtype is not A.dtype:  # as autocast may choose
+        h = h.to(A.dtype)
+    if lone:
+        h.view(mine.dtype).bitwise_and_(mine)  # zeros, whatever was there
+    else:
+        h.view(len(mine), -1, h.shape[1]).view(mine.dtype).bitwise_and_(mine[:, None])
+    if flat.dtype is not B.dtype:
+        u = torch.mm(h, B)
+        out = flat.add_(u) if own else (flat + u).to(flat.dtype)
+    else:
+        out = flat.addmm_(h, B) if own else flat.addmm(h, B)
+    return out if lone else out.view(y.shape)
 
 
 def stacked(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[Any]) -> tuple[Tensor, Tensor]:
