@@ -27,6 +27,7 @@ class Measure:
         limits: key -> largest accepted value of ours, as a share of the peer's.
         ceilings: key -> largest accepted value of ours, absolute.
         derive: further rows computed from the smallest values.
+        noise: whether the third process takes part. Not where that would take minutes and neighbours tell as much.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Measure:
     limits: dict[str, float] = field(default_factory=dict)
     ceilings: dict[str, float] = field(default_factory=dict)
     derive: Callable[[Numbers], Numbers] | None = None
+    noise: bool = True
 
 
 MEASURES: dict[str, Measure] = {}

@@ -2,8 +2,8 @@
 
     python -m benchmarks --peer OTHER/bin/python [--only wrap decode] [--json FILE] [--markdown FILE] [--png FILE]
 
-A third process, ours again, takes part in every repetition: its ratio to ours is the noise. Without --peer,
-only ours is measured.
+A third process, ours again, takes part in the repetitions (but of `methods`): its ratio to ours is the noise. Without
+--peer, only ours is measured.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks.report import Result, markdown, text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "## Results"
+AGAIN = "ours again"
 
 
 class Side:
@@ -66,6 +67,7 @@ class Side:
 
 def compare(subject: Measure, sides: Sequence[Side], repeats: int) -> Result:
     """All repetitions of one measure, one step of every side at a time, the order turned each time."""
+    sides = [side for side in sides if subject.noise or side.name != AGAIN]
     result = Result(subject, {side.name: [] for side in sides})
     for side in sides:
         side.ask("start", measure=subject.name)
@@ -108,7 +110,7 @@ def opened(options: argparse.Namespace, log: Path) -> list[Side]:
     if options.peer:
         sides.append(Side("peer", options.peer, options.peer_path, log))
     if not options.no_noise:
-        sides.append(Side("ours again", options.ours, options.ours_path, log))
+        sides.append(Side(AGAIN, options.ours, options.ours_path, log))
     for side in sides:
         known = side.ask("hello")
         if "error" in known:

@@ -57,7 +57,7 @@ LOADS = {"2nd": 0.06, "40th": 0.01}
 GROWTH = {"20th over 2nd|x": 1.2, "100 over reading|x": 5, "from_pretrained over reading|x": 3}
 
 
-@measure("load adapters from disk, 28 targets, r=8", repeats=3, derive=growth, limits=LOADS, ceilings=GROWTH)
+@measure("load adapters from disk, 28 targets, r=8", repeats=2, derive=growth, limits=LOADS, ceilings=GROWTH)
 def load() -> Iterator[Numbers]:
     """save_pretrained, from_pretrained, then load_adapter up to the hundredth; reading is safetensors' own.
 

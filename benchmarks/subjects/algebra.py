@@ -46,7 +46,7 @@ def train_methods() -> Iterator[Numbers]:
         yield turns(bare, steps, 5)
 
 
-@measure("one token by method, 8 Llama layers of hidden 512, all-linear", repeats=3, derive=added)
+@measure("one token by method, 8 Llama layers of hidden 512, all-linear", repeats=2, derive=added)
 @torch.no_grad()
 def token_methods() -> Iterator[Numbers]:
     """Evaluation: what is computed from an adapter's tensors alone may be kept."""

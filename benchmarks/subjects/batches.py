@@ -81,7 +81,7 @@ def learning(model: nn.Module, x: Tensor, who: list[str]) -> Callable[[], None]:
     return whole
 
 
-@measure("mixed batch, 128 rows of one token, 2 Llama blocks of 256, all-linear r=8", repeats=3, derive=added)
+@measure("mixed batch, 128 rows of one token, 2 Llama blocks of 256, all-linear r=8", repeats=2, derive=added)
 @torch.no_grad()
 def mixed_block() -> Iterator[Numbers]:
     """Attention, norms and the head beside the adapted layers, which share their inputs in part."""

@@ -158,6 +158,7 @@ def runs(name: str) -> Iterator[Numbers]:
 @measure(
     "every method, 2 Llama layers, all-linear: a step of 256 tokens (hidden 512), one token in evaluation (256)",
     repeats=TURNS * len(NAMES),
+    noise=False,
     limits={f"{name}: {what}{OVER}": 1.0 for name in NAMES for what in ("step", "token")},
 )
 def methods() -> Iterator[Numbers]:
