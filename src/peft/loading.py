@@ -17,15 +17,17 @@ from torch.nn.modules.module import _IncompatibleKeys
 from .config import PeftConfig
 from .core import late
 from .core.base_state import original_modules
-from .core.checkpoint import Foreseen, foreseen, open_adapter, renamed, set_peft_model_state_dict
+from .core.checkpoint import Foreseen, as_it_is, foreseen, open_adapter, poured_into, renamed, set_peft_model_state_dict
 from .core.collector import no_collection
 from .core.entries import Entry
+from .core.evaluation import evaluate
 from .core.files import CONFIG_HASH, Saved, in_hand
 from .core.fingerprint import difference
-from .core.host import below, hosts, standing
+from .core.host import hosts
 from .core.hub import hub_arguments
-from .core.layer import AdapterHost, BaseTunerLayer
-from .core.recall import Recipes, base_of, key_of, recipe_of, usual
+from .core.mold import Cast, casts_told
+from .core.pour import Job, jobs_of
+from .core.recall import Recipes, alone, base_of, key_of, recipe_of, usual
 from .core.renames import retargeted
 from .core.shared import late as drawing_late
 from .core.snapshot import snapshot
@@ -71,6 +73,7 @@ class AdapterFile:
     base: nn.Module
     autocast: bool = True
     _known: Foreseen | None = None
+    _jobs: list[Job] | None = None  # what goes where, if the adapter and the file are the usual ones
     _new: bool = False  # the adapter was not there before
     _start: tuple[Any, int] | None = None  # what its recipe is found by, and how much had been reported
 
@@ -111,9 +114,11 @@ class AdapterFile:
         _check_prompt(config, outline, self.name)
         before = _copied(config.__dict__)
         self._start = key_of(before, self.autocast), told()
-        with in_hand(list(outline)):
+        with in_hand(outline), casts_told() as casts:
             model, undo, moved = self._outlined(config, place, outline)
             try:
+                if self._is_poured(model, config, casts):
+                    return model, undo
                 lacking = self.foresee(model, outline)
                 _check_room(lacking, model, outline)
                 if not lacking or keep_empty:
@@ -128,6 +133,14 @@ class AdapterFile:
                 warnings.simplefilter("ignore")  # all has been said the first time
                 self._known = None
                 return place(False)
+
+    def _is_poured(self, model: PeftModel, config: PeftConfig, casts: list[Cast]) -> bool:
+        """Whether the file holds just what the adapter's molds say."""
+        tuner: Any = model._modules.get("base_model")
+        if casts and self._kept_by(model) and alone(tuner, config) and not tuner.waiting:
+            (header,) = self.saved.heads.values()
+            self._jobs = jobs_of(casts, header.tensors) if as_it_is(model, config, self.outline) else None
+        return self._jobs is not None
 
     def _outlined(
         self, config: PeftConfig, place: Callable[[bool], Placed], outline: Mapping[str, Tensor]
@@ -154,21 +167,26 @@ class AdapterFile:
         strict = self.options.get("strict")
         try:
             self._check_base(model, strict)
-            result = set_peft_model_state_dict(
-                model,
-                renamed(self.saved.read(self.options.get("torch_device"), own=self._new), self.renames),
-                adapter_name=self.name,
-                ignore_mismatched_sizes=self.options.get("ignore_mismatched_sizes", False),
-                low_cpu_mem_usage=meta,
-                strict=strict,
-                known=self._known,
-            )
+            state = self.saved.read(self.options.get("torch_device"), own=self._new)
+            result = _IncompatibleKeys([], [])
+            if self._jobs is not None:
+                poured_into(model, self.name, self._jobs, state)
+            else:
+                result = set_peft_model_state_dict(
+                    model,
+                    renamed(state, self.renames),
+                    adapter_name=self.name,
+                    ignore_mismatched_sizes=self.options.get("ignore_mismatched_sizes", False),
+                    low_cpu_mem_usage=meta,
+                    strict=strict,
+                    known=self._known,
+                )
         except BaseException:
             undo()
             raise
         self._note(model, result)
         if not is_trainable:
-            _evaluating(model, self.name, self._new)
+            evaluate(model, self.name if self._new else None)
         return result
 
     def like_another(self, model: PeftModel, config: PeftConfig, is_trainable: bool) -> _IncompatibleKeys | None:
@@ -213,11 +231,17 @@ class AdapterFile:
     def _note(self, model: PeftModel, result: _IncompatibleKeys) -> None:
         """Keep what has been worked out, if nothing had to be said and every tensor has found its place."""
         known, tuner = self._known, model._modules.get("base_model")
-        if tuner is None or known is None or not known.keys or any(result) or not self._kept_by(model):
-            return
-        (header,), places = self.saved.heads.values(), list(known.keys.values())
-        if self._start is not None and told() == self._start[1] and len(places) == len(known.places):
-            recipe = recipe_of(tuner, self.name, self._start[0], header, places)
+        places = list(known.keys.values()) if known is not None and known.keys and not any(result) else []
+        whole = self._jobs is not None or (known is not None and 0 < len(places) == len(known.places))
+        if (
+            whole
+            and tuner is not None
+            and self._start is not None
+            and told() == self._start[1]
+            and self._kept_by(model)
+        ):
+            (header,) = self.saved.heads.values()
+            recipe = recipe_of(tuner, self.name, self._start[0], header, places, self._jobs)
             if recipe is not None:
                 Recipes.of(tuner).note(recipe)
 
@@ -259,28 +283,6 @@ class AdapterFile:
                 "saved. Load it under a new name, or delete_adapter first, to have its settings too."
             )
             report(ChangedConfigWarning, text, self.options.get("strict"), stacklevel=4)
-
-
-def _evaluating(model: PeftModel, name: str, new: bool) -> None:
-    """`model.eval()`; where all but a new adapter is in evaluation already, no other adapter is visited."""
-    found, _ = below(model)
-    layers = standing(found)
-    kinds: dict[Any, bool] = {kind: issubclass(kind, AdapterHost) for kind in set(map(type, found))}
-    usual = all(kind.train is (AdapterHost if host else nn.Module).train for kind, host in kinds.items())
-    if not new or not usual or not all(isinstance(m, BaseTunerLayer) for m in layers):
-        model.eval()
-        return
-    homes = [(x, home) for x in layers for key, home in x._modules.items() if key not in x._below and home is not None]
-    inner = [home for layer, home in homes if layer.training]
-    inner += [m for layer, home in homes if not layer.training for m in [home._modules.get(name)] if m is not None]
-    for m in found:
-        m.__dict__["training"] = False
-    for m in inner:  # grows on the way
-        if type(m).train is nn.Module.train:
-            m.__dict__["training"] = False
-            inner += [child for child in m._modules.values() if child is not None]
-        else:
-            m.eval()
 
 
 def _copied(values: Mapping[str, Any]) -> dict[str, Any]:

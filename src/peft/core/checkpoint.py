@@ -26,6 +26,7 @@ from .fill import Found, checked, fill
 from .hub import fetch
 from .layer import tuner_layers
 from .parts import joined, repeated, split, written
+from .pour import Job, pour
 from .renames import found_again, of_now
 
 __all__ = [
@@ -199,6 +200,17 @@ def foreseen(
     names = {id(value): key for key, value in outline.items()}
     keys = {live: (entry, names.get(id(value), "")) for live, (entry, value) in found.items()}
     return Foreseen(entries, lacking, keys if all(key for _, key in keys.values()) else None, unexpected)
+
+
+def as_it_is(model: nn.Module, config: Any, outline: Mapping[str, Tensor]) -> bool:
+    """Whether no rule of older names or of experts says that a checkpoint's keys mean others."""
+    return of_now(config, fused(_unwrap(model)[0], outline)) is outline
+
+
+def poured_into(model: nn.Module, adapter_name: str, jobs: list[Job], state: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint's tensors, which nobody else has, into a new adapter as its molds say."""
+    with sharded.summoned(_unwrap(model)[0], write=True):
+        pour(adapter_name, jobs, state)
 
 
 def _arranged(

@@ -8,6 +8,8 @@ full.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -80,6 +82,7 @@ class Mold:
                 weight: Any = module._parameters["weight"]
                 sizes = [(k, module.__dict__[k]) for k in _SHAPES]
                 self.parts.append((key, sizes, weight.shape, weight.dtype, weight.device))
+        self.tensors = [(key, shape, dtype) for key, _, shape, dtype, _ in self.parts if shape is not None]
 
     @classmethod
     def of(cls, layer: BaseTunerLayer, name: str, meta: bool) -> Mold | None:
@@ -160,6 +163,29 @@ class Mold:
         return p
 
 
+class Cast(NamedTuple):
+    """A layer of an adapter that is being made: the form of its base, and the mold that its adapter is of."""
+
+    layer: BaseTunerLayer
+    path: str
+    form: Any
+    mold: Mold
+
+
+_told: ContextVar[list[Cast] | None] = ContextVar("casts", default=None)
+
+
+@contextmanager
+def casts_told() -> Iterator[list[Cast]]:
+    """While open, an adapter tells its layers, if the modules that it adapts are all of forms that have a mold."""
+    found: list[Cast] = []
+    token = _told.set(found)
+    try:
+        yield found
+    finally:
+        _told.reset(token)
+
+
 class Casting:
     """The part of an injection that makes layers which are like others."""
 
@@ -186,6 +212,7 @@ class Casting:
         parents: dict[str, nn.Module] = {}
         fresh: list[BaseTunerLayer] = []
         added: list[BaseTunerLayer] = []
+        casts: list[Cast] = []
         self.undo.append(partial(self._taken_out, fresh, added))
         patterns = bool(tables(config))
         with torch.no_grad():
@@ -197,10 +224,14 @@ class Casting:
                 key = (form, id(settings(config, path)) if patterns else 0)
                 mold = None if form is None else molds.get(key)
                 if mold is None or not self._cast(mold, target, layer, parents, fresh, added):
-                    before = len(self.full)
+                    before, mold = len(self.full), None
                     yield target
                     if form is not None and key not in molds and len(self.full) == before + 1:
-                        molds[key] = Mold.of(self.full[-1], self.name, self.meta)
+                        mold = molds[key] = Mold.of(self.full[-1], self.name, self.meta)
+                if mold is not None:
+                    casts.append(Cast(self.placed[-1], path, form, mold))
+        if (told := _told.get()) is not None and len(casts) == len(targets):
+            told[:] = casts
 
     def _cast(
         self, mold: Mold, target: Target, layer: Any, parents: dict[str, nn.Module], fresh: list[Any], added: list[Any]

@@ -12,9 +12,8 @@ import copy
 from collections.abc import Mapping
 from itertools import chain, repeat
 from operator import attrgetter, contains, is_
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import sharded
@@ -27,6 +26,7 @@ from .layer import BaseTunerLayer
 from .method import Method
 from .mold import Filling, Mold, form_of
 from .pattern import settings, tables
+from .pour import Job, kinds_of, parameters
 from .tuner import BaseTuner
 
 Key = tuple[dict[str, Any], bool]
@@ -39,7 +39,7 @@ _form, _sizes, _adapters = (
     attrgetter("in_features", "out_features"),
     attrgetter("adapters"),
 )
-_kept_by, _kind = attrgetter("call", "parameter_name"), attrgetter("dtype", "device")
+_kept_by = attrgetter("call", "parameter_name")
 # Fields in which the files of like adapters differ.
 _OF_NO_ACCOUNT = frozenset(["auto_mapping", "base_model_name_or_path", "peft_version", "revision", "origin"])
 MOST = 4  # recipes that a tuner keeps
@@ -126,17 +126,6 @@ def _shapes(m: nn.Module) -> list[Any]:
     return [(k, id(p), None if p is None else p.shape) for k, p in m._parameters.items()]
 
 
-class Job(NamedTuple):
-    """What a new adapter is in one layer: the form, and which tensors of the file are its parts, in their order."""
-
-    layer: BaseTunerLayer
-    path: str
-    base: nn.Module
-    form: Any
-    mold: Mold
-    parts: list[tuple[str, torch.dtype]]
-
-
 class Recipe:
     """How the adapters of one configuration and one layout of their file are made in one model.
 
@@ -152,12 +141,7 @@ class Recipe:
         self.key, self.layout, self.jobs, self.standing = key, header.tensors, jobs, standing
         self.base, self.stored = base_of(header), stored
         self._bases = [job.base for job in jobs]
-        self._parts = [part for job in jobs for part in job.parts]
-        self._kinds = [
-            (dtype, job.base._parameters["weight"].device)  # type: ignore[union-attr]
-            for job in jobs
-            for _, dtype in job.parts
-        ]
+        self._keys, self._kinds = [key for job in jobs for key, _ in job.parts], kinds_of(jobs)
         self._told = [job for job in jobs if job.mold.method.written.__func__ is not Method.written]
 
     def fits(self, key: Key, header: Header, name: str) -> bool:
@@ -178,14 +162,7 @@ class Recipe:
 
     def made(self, state: Mapping[str, Tensor]) -> list[nn.Parameter]:
         """The parameters of all layers, frozen, beside their base weights, of tensors that nobody else has."""
-        found: list[Any] = [state[key] for key, _ in self._parts]
-        if [*map(_kind, found)] != self._kinds:
-            found = [t.to(dtype=dtype, device=device) for t, (dtype, device) in zip(found, self._kinds, strict=True)]
-        if {*map(type, found)} != {Tensor}:
-            return [nn.Parameter(t, requires_grad=False) for t in found]
-        for tensor in found:
-            tensor.__class__ = nn.Parameter  # as such a tensor becomes one, without another one beside it
-        return found
+        return parameters([state[key] for key in self._keys], self._kinds)
 
     def evaluating(self) -> bool:
         """Whether the model is in evaluation, where none but adapters of layers are put into it one by one."""
@@ -237,7 +214,15 @@ def usual(tuner: Any, config: Any) -> bool:
     return plain and BaseTuner._create_and_replace is BaseTuner.own_step
 
 
-def recipe_of(tuner: Any, name: str, key: Key, header: Header, places: list[tuple[Entry, str]]) -> Recipe | None:
+def alone(tuner: Any, config: Any) -> bool:
+    """Whether an adapter is placed by the layers' own steps, and has nothing beside the layers."""
+    more = any(getattr(config, field, None) for field in _MORE) or getattr(config, "bias", "none") != "none"
+    return not more and usual(tuner, config)
+
+
+def recipe_of(
+    tuner: Any, name: str, key: Key, header: Header, places: list[tuple[Entry, str]], jobs: list[Job] | None = None
+) -> Recipe | None:
     """The recipe of an adapter that has just been filled, silently; None where something is out of the ordinary.
 
     Arguments:
@@ -246,17 +231,20 @@ def recipe_of(tuner: Any, name: str, key: Key, header: Header, places: list[tupl
         key: what the next adapter must have in common with it.
         header: of its file.
         places: where its tensors are, each with its key.
+        jobs: what has been done for it in each layer, where that is known.
     """
     config = tuner.peft_config[name]
-    more = any(getattr(config, field, None) for field in _MORE) or getattr(config, "bias", "none") != "none"
-    if more or not usual(tuner, config) or tuner.waiting or len(places) != len(header.tensors):
+    if jobs is None and (not alone(tuner, config) or tuner.waiting or len(places) != len(header.tensors)):
         return None
     stored = {k: v for k, v in config.__dict__.items() if k in key[0] and v != key[0][k]}
     standing = Standing(tuner.model)
-    jobs = _jobs(name, places, not tables(config)) if standing.plain and stored.keys() <= {"target_modules"} else None
+    if not standing.plain or not stored.keys() <= {"target_modules"}:
+        return None
+    jobs = _jobs(name, places, not tables(config)) if jobs is None else jobs
     if jobs is None or sum(len(j.parts) for j in jobs) != len(header.tensors):
         return None
-    return Recipe(key, header, jobs, standing, stored)
+    plain = all(map(_ordinary, {id(job.mold): job.mold for job in jobs}.values()))
+    return Recipe(key, header, jobs, standing, stored) if plain else None
 
 
 def _jobs(name: str, places: list[tuple[Entry, str]], alike: bool) -> list[Job] | None:
@@ -273,16 +261,14 @@ def _jobs(name: str, places: list[tuple[Entry, str]], alike: bool) -> list[Job] 
             return None
         like = form, 0 if alike else id(p.settings)
         if like not in molds:
-            mold = Mold.of(layer, name, meta=True)
-            molds[like] = mold if mold is not None and _ordinary(mold) else None
+            molds[like] = Mold.of(layer, name, meta=True)
         mold = molds[like]
         if mold is None or base._parameters["weight"].is_meta:  # type: ignore[union-attr]
             return None
-        made = [key for key, _, shape, *_ in mold.parts if shape is not None]
-        homes = [layer._modules[key] for key in made]
+        homes = [layer._modules[key] for key, *_ in mold.tensors]
         owners = [home._modules[name] for home in homes if home is not None]
         parts = [keys[id(owner), "weight"] for owner in owners if (id(owner), "weight") in keys]
-        if len(parts) != len(made):
+        if len(parts) != len(homes):
             return None
         jobs.append(Job(layer, p.path, base, form, mold, parts))
     return jobs

@@ -1,0 +1,40 @@
+"""Putting a model into evaluation after a load, at a cost that other adapters hardly raise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .host import AdapterHost, below, standing
+from .layer import BaseTunerLayer
+
+
+def evaluate(model: nn.Module, new: str | None) -> None:
+    """`model.eval()`, in one walk; where all but a new adapter is in evaluation already, no other adapter is visited.
+
+    Arguments:
+        model: a model with adapters.
+        new: the adapter that has just been added to it; None if there is none.
+    """
+    found, _ = below(model)
+    layers = standing(found)
+    kinds: dict[Any, bool] = {kind: issubclass(kind, AdapterHost) for kind in set(map(type, found))}
+    usual = all(kind.train is (BaseTunerLayer if host else nn.Module).train for kind, host in kinds.items())
+    if new is None or not usual or not all(isinstance(m, BaseTunerLayer) for m in layers):
+        model.eval()
+        return
+    for layer in layers:
+        if layer.training and any(p.cache for p in layer.adapters.values()):
+            layer.eval()  # which forgets what is kept
+    homes = [(x, home) for x in layers for key, home in x._modules.items() if key not in x._below and home is not None]
+    inner = [home for layer, home in homes if layer.training]
+    inner += [m for layer, home in homes if not layer.training for m in [home._modules.get(new)] if m is not None]
+    for m in found:
+        m.__dict__["training"] = False
+    for m in inner:  # grows on the way
+        if type(m).train is nn.Module.train:
+            m.__dict__["training"] = False
+            inner += [child for child in m._modules.values() if child is not None]
+        else:
+            m.eval()
