@@ -475,6 +475,11 @@ def test_ties_are_found_by_storage():
         (r".*\.0\..*q", "layers.0.x.q", True),
         ("q|k", "a.k", True),
         ("layers.0", "layers.0.q", False),
+        ("q.proj", "a.q_proj", True),
+        ("0.q.", "layers.0.qk", True),
+        ("0.q.", "layers.10.qk", False),
+        (".q", "a.q", False),
+        ("q.", "a.q", False),
     ],
 )
 def test_a_key_must_match_the_name_or_what_follows_a_dot(key, name, found):

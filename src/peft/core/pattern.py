@@ -122,14 +122,19 @@ class Watched:
 
 
 class Table:
-    """The keys of a pattern dictionary in their order; keys without special characters are looked up.
+    """The keys of a pattern dictionary in their order; keys without special characters but dots are looked up.
 
-    The `rule` of the others is one of `_RULES`.
+    The `rule` of the others is one of `_RULES`. A dot stands for any character in both.
     """
 
     def __init__(self, keys: Iterable[str], field: str, rule: str = "tail") -> None:
         self.keys = list(keys)
         self._plain = {key: i for i, key in enumerate(self.keys) if rule != "anywhere" and _PLAIN.fullmatch(key)}
+        self._dots: dict[int, set[tuple[int, ...]]] = {}  # by length of keys, where they have dots
+        for key in self._plain:
+            if "." in key:
+                self._dots.setdefault(len(key), set()).add(tuple(i for i, c in enumerate(key) if c == "."))
+        self._whole = rule != "below"
         form = _RULES[rule]
         self._regex = [
             (i, compiled(form.format(key), field)) for i, key in enumerate(self.keys) if key not in self._plain
@@ -137,9 +142,17 @@ class Table:
 
     def matches(self, name: str) -> list[str]:
         """All keys that match the name, in the dictionary's order."""
-        found = [self._plain[s] for s in suffixes(name) if s in self._plain] if self._plain else []
-        found += [i for i, regex in self._regex if regex.match(name)]
+        found = {self._plain[s] for s in self._readings(name) if s in self._plain} if self._plain else set()
+        found.update(i for i, regex in self._regex if regex.match(name))
         return [self.keys[i] for i in sorted(found)]
+
+    def _readings(self, name: str) -> Iterator[str]:
+        """The name and what follows its dots, also with dots where keys of that length have some."""
+        for s in suffixes(name):
+            yield s
+            for dots in self._dots.get(len(s), ()):
+                if (self._whole or s != name) and not all(s[i] == "." for i in dots):
+                    yield "".join("." if i in dots else c for i, c in enumerate(s))
 
 
 @functools.lru_cache(maxsize=64)
