@@ -26,21 +26,21 @@ CASES = {
 @pytest.fixture
 def poured(monkeypatch):
     """How many layers each load has poured its file into; None where it went the long way."""
-    found, real = [], loading.jobs_of
+    found, real = [], loading.pouring_of
 
     def told(*args):
-        jobs = real(*args)
-        found.append(jobs and len(jobs))
-        return jobs
+        pouring = real(*args)
+        found.append(pouring and len(pouring.jobs))
+        return pouring
 
-    monkeypatch.setattr(loading, "jobs_of", told)
+    monkeypatch.setattr(loading, "pouring_of", told)
     return found
 
 
 @pytest.fixture
 def the_long_way(monkeypatch):
     """Makes loads go the long way from now on."""
-    return lambda: monkeypatch.setattr(loading, "jobs_of", lambda *args: None)
+    return lambda: monkeypatch.setattr(loading, "pouring_of", lambda *args: None)
 
 
 def models(tmp_path, settings, options, training, the_long_way):

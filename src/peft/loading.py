@@ -23,10 +23,9 @@ from .core.entries import Entry
 from .core.evaluation import evaluate
 from .core.files import CONFIG_HASH, Saved, in_hand
 from .core.fingerprint import difference
-from .core.host import hosts
 from .core.hub import hub_arguments
 from .core.mold import Cast, casts_told
-from .core.pour import Job, jobs_of
+from .core.pour import Pouring, pouring_of
 from .core.recall import Recipes, alone, base_of, key_of, recipe_of, usual
 from .core.renames import retargeted
 from .core.shared import late as drawing_late
@@ -73,7 +72,7 @@ class AdapterFile:
     base: nn.Module
     autocast: bool = True
     _known: Foreseen | None = None
-    _jobs: list[Job] | None = None  # what goes where, if the adapter and the file are the usual ones
+    _pouring: Pouring | None = None  # what goes where, if the adapter and the file are the usual ones
     _new: bool = False  # the adapter was not there before
     _start: tuple[Any, int] | None = None  # what its recipe is found by, and how much had been reported
 
@@ -139,8 +138,8 @@ class AdapterFile:
         tuner: Any = model._modules.get("base_model")
         if casts and self._kept_by(model) and alone(tuner, config) and not tuner.waiting:
             (header,) = self.saved.heads.values()
-            self._jobs = jobs_of(casts, header.tensors) if as_it_is(model, config, self.outline) else None
-        return self._jobs is not None
+            self._pouring = pouring_of(casts, header.tensors) if as_it_is(model, config, self.outline) else None
+        return self._pouring is not None
 
     def _outlined(
         self, config: PeftConfig, place: Callable[[bool], Placed], outline: Mapping[str, Tensor]
@@ -169,8 +168,8 @@ class AdapterFile:
             self._check_base(model, strict)
             state = self.saved.read(self.options.get("torch_device"), own=self._new)
             result = _IncompatibleKeys([], [])
-            if self._jobs is not None:
-                poured_into(model, self.name, self._jobs, state)
+            if self._pouring is not None:
+                poured_into(model, self.name, self._pouring, state)
             else:
                 result = set_peft_model_state_dict(
                     model,
@@ -232,7 +231,7 @@ class AdapterFile:
         """Keep what has been worked out, if nothing had to be said and every tensor has found its place."""
         known, tuner = self._known, model._modules.get("base_model")
         places = list(known.keys.values()) if known is not None and known.keys and not any(result) else []
-        whole = self._jobs is not None or (known is not None and 0 < len(places) == len(known.places))
+        whole = self._pouring is not None or (known is not None and 0 < len(places) == len(known.places))
         if (
             whole
             and tuner is not None
@@ -241,7 +240,7 @@ class AdapterFile:
             and self._kept_by(model)
         ):
             (header,) = self.saved.heads.values()
-            recipe = recipe_of(tuner, self.name, self._start[0], header, places, self._jobs)
+            recipe = recipe_of(tuner, self.name, self._start[0], header, places, self._pouring)
             if recipe is not None:
                 Recipes.of(tuner).note(recipe)
 
@@ -362,8 +361,7 @@ def _check_prompt(config: PeftConfig, outline: Mapping[str, Tensor], name: str) 
 
 def taken_back(model: nn.Module, config: PeftConfig) -> Callable[[nn.Module | None, str], None]:
     """What takes a new PeftModel off a model again, which is then as it is now."""
-    restore, before = snapshot(model), _copied(config.__dict__)
-    adapted = bool(hosts(model))
+    (restore, adapted), before = snapshot(model), _copied(config.__dict__)
 
     def undo(wrapped: Any, name: str) -> None:
         if adapted and wrapped is not None:

@@ -26,7 +26,7 @@ from .fill import Found, checked, fill
 from .hub import fetch
 from .layer import tuner_layers
 from .parts import joined, repeated, split, written
-from .pour import Job, pour
+from .pour import Pouring, pour
 from .renames import found_again, of_now
 
 __all__ = [
@@ -207,10 +207,10 @@ def as_it_is(model: nn.Module, config: Any, outline: Mapping[str, Tensor]) -> bo
     return of_now(config, fused(_unwrap(model)[0], outline)) is outline
 
 
-def poured_into(model: nn.Module, adapter_name: str, jobs: list[Job], state: Mapping[str, Tensor]) -> None:
+def poured_into(model: nn.Module, adapter_name: str, pouring: Pouring, state: Mapping[str, Tensor]) -> None:
     """Write a checkpoint's tensors, which nobody else has, into a new adapter as its molds say."""
     with sharded.summoned(_unwrap(model)[0], write=True):
-        pour(adapter_name, jobs, state)
+        pour(adapter_name, pouring, state)
 
 
 def _arranged(

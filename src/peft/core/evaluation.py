@@ -24,9 +24,9 @@ def evaluate(model: nn.Module, new: str | None) -> None:
     if new is None or not usual or not all(isinstance(m, BaseTunerLayer) for m in layers):
         model.eval()
         return
-    for layer in layers:
-        if layer.training and any(p.cache for p in layer.adapters.values()):
-            layer.eval()  # which forgets what is kept
+    keeping = [layer for layer in layers if layer.training for p in layer.adapters.values() if p.cache]
+    for layer in keeping:
+        layer.eval()  # which forgets what is kept
     homes = [(x, home) for x in layers for key, home in x._modules.items() if key not in x._below and home is not None]
     inner = [home for layer, home in homes if layer.training]
     inner += [m for layer, home in homes if not layer.training for m in [home._modules.get(new)] if m is not None]

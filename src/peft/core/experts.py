@@ -225,11 +225,12 @@ def left_out(search: Search) -> list[str]:
         return []  # `rewrite` has seen them: what is left is excluded
     if search.selector.regex is not None or not (search.all_linear or entries & {*_MIXTRAL, *_QWEN, _BOTH}):
         return []
-    taken = {target.name for target in search.targets}
+    places = [(path, module) for path, module in search.modules if "expert" in path.lower()]
+    taken = {target.name for target in search.targets} if places else set()
     found = []
-    for path, module in search.modules:
+    for path, module in places:
         base = innermost(module)
-        if "expert" not in path.lower() or supported(base) or search.exclude.find(path) is not None:
+        if supported(base) or search.exclude.find(path) is not None:
             continue
         stacked = (name for name, dims in storage.parameters(base) if dims == 3)
         found += [f"{path}.{name}" for name in stacked if f"{path}.{name}" not in taken]

@@ -74,15 +74,22 @@ def _shapes(model: nn.Module, replaced: Collection[str]) -> dict[str, str]:
     endings, found = tuple(replaced), dict[str, str]()
     outside: str | None = None
     for prefix, module in original_modules(model):
-        path = prefix[:-1]
-        if outside is not None and path.startswith(outside):
-            continue
-        if path and endings and path.endswith(endings):
-            outside = prefix
-            continue
+        if endings:
+            path = prefix[:-1]
+            if outside is not None and path.startswith(outside):
+                continue
+            if path and path.endswith(endings):
+                outside = prefix
+                continue
         if module._parameters or not module._modules:
-            found.update([(prefix + name, "x".join(map(str, shape)) or "1") for name, shape in _own(module)])
+            for name, shape in _own(module):
+                found[prefix + name] = _text(shape)
     return found
+
+
+@functools.lru_cache(maxsize=1024)  # a model has few
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "1"
 
 
 def _own(module: nn.Module) -> Iterable[tuple[str, tuple[int, ...]]]:

@@ -14,6 +14,7 @@ from .stack import Adapter, BufferDict, SavedBuffers, Slot, Stack, tensors_below
 from .views import ModuleDict, ParameterDict, Template
 
 _MODULES, _PARAMETERS = Template(nn.ModuleDict(), ModuleDict), Template(celled(nn.ParameterDict()), ParameterDict)
+_PLAIN = frozenset([bool, int, float, str, type(None)])
 _BUFFERS, _SAVED = Template(celled(BufferDict())), Template(celled(SavedBuffers()))
 
 
@@ -30,7 +31,11 @@ class Homes(AdapterHost):
 
     def _file(self, key: str, name: str, value: Any, p: Adapter) -> None:
         """Put a tensor or module where `p.<key>` finds it; plain values go into p itself."""
-        if type(value) is nn.Identity and key in self._home_order and key not in self._modules:
+        if type(value) in _PLAIN:
+            p.__dict__[key] = value
+            if key not in self._plain:
+                self.__dict__["_plain"] = self._plain | {key}
+        elif type(value) is nn.Identity and key in self._home_order and key not in self._modules:
             p.idle = (*p.idle, key)
         elif isinstance(value, nn.Module):
             home = self._idle_home(key) or self._home(key, _MODULES)
@@ -48,8 +53,7 @@ class Homes(AdapterHost):
             self._home(key, _SAVED if isinstance(value, nn.Buffer) else _BUFFERS)[name] = value
         else:
             p.__dict__[key] = value
-            if key not in self._plain:
-                self.__dict__["_plain"] = self._plain | {key}
+            self.__dict__["_plain"] = self._plain | {key}
 
     def _home(self, key: str, template: Template) -> Any:
         home = self._modules.get(key)

@@ -6,13 +6,15 @@ Which adapters are *loaded*, which are *active* and which are *trainable* are th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, repeat
+from operator import attrgetter, is_
 from typing import Any, ClassVar
 
 from torch import nn
 
 from .lean import Lean
 
-_TRAIN = nn.Module.train
+_TRAIN, _modules = nn.Module.train, attrgetter("_modules")
 _changes = 0  # of what layers there are, and what tensors their adapters have, in any model
 
 
@@ -131,16 +133,19 @@ def below(model: nn.Module) -> tuple[list[nn.Module], bool]:
     """A module and all below it, each once, level by level, without the modules of adapters; whether some stand at
     several places. The quickest walk there is, for whom names and order do not matter."""
     seen: dict[int, nn.Module] = {id(model): model}
-    level, places = [model], 1
+    level, places, kinds = [model], 1, dict[type, bool]()
     while level:
-        if any(issubclass(kind, AdapterHost) for kind in set(map(type, level))):
-            tables = [{k: m._modules[k] for k in m._below} if isinstance(m, AdapterHost) else m._modules for m in level]
-        else:
-            tables = [m._modules for m in level if m._modules]
-        children = [child for table in tables for child in table.values() if child is not None]
+        new_kinds = set(map(type, level)).difference(kinds)
+        kinds.update(zip(new_kinds, map(issubclass, new_kinds, repeat(AdapterHost)), strict=True))
+        own: list[Any] = [m for m in level if kinds[type(m)]]
+        plain = [m for m in level if not kinds[type(m)]] if own else level
+        children = [*chain.from_iterable(map(dict.values, map(_modules, plain)))]
+        children += [m._modules[k] for m in own for k in m._below]
+        if any(map(is_, children, repeat(None))):
+            children = [child for child in children if child is not None]
         places += len(children)
         new = dict(zip(map(id, children), children, strict=True))
-        level = [child for key, child in new.items() if key not in seen]
+        level = [*new.values()] if seen.keys().isdisjoint(new) else [m for key, m in new.items() if key not in seen]
         seen.update(new)
     return list(seen.values()), places > len(seen)
 

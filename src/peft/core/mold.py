@@ -82,7 +82,7 @@ class Mold:
                 weight: Any = module._parameters["weight"]
                 sizes = [(k, module.__dict__[k]) for k in _SHAPES]
                 self.parts.append((key, sizes, weight.shape, weight.dtype, weight.device))
-        self.tensors = [(key, shape, dtype) for key, _, shape, dtype, _ in self.parts if shape is not None]
+        self.tensors: list[Any] = [(key, shape, dtype) for key, _, shape, dtype, _ in self.parts if shape is not None]
 
     @classmethod
     def of(cls, layer: BaseTunerLayer, name: str, meta: bool) -> Mold | None:
@@ -241,9 +241,10 @@ class Casting:
             up, _, leaf = target.path.rpartition(".")
             parent = parents.get(up)
             if parent is None:
-                parent = parents[up] = self._at(up)
-            if views.reads_weights(parent):
-                return False
+                parent = self._at(up)
+                if views.reads_weights(parent):
+                    return False
+                parents[up] = parent
             layer = mold.layer(target.module)
             mold.add(layer, target.path, self.tables)
             fresh.append(layer)

@@ -24,33 +24,38 @@ _kind = attrgetter("dtype", "device")
 
 
 class Job(NamedTuple):
-    """What a new adapter is in one layer: the form, and which tensors of the file are its parts, in their order."""
+    """What a new adapter is in one layer."""
 
     layer: BaseTunerLayer
     path: str
     base: nn.Module
     form: Any
     mold: Mold
-    parts: list[tuple[str, torch.dtype]]
 
 
-def jobs_of(found: list[Cast], layout: Layout) -> list[Job] | None:
+class Pouring(NamedTuple):
+    """What a new adapter is in all layers; by which keys a file has its tensors, of which kind they are, and where."""
+
+    jobs: list[Job]
+    keys: list[str]
+    kinds: list[tuple[torch.dtype, torch.device]]
+
+
+def pouring_of(casts: list[Cast], layout: Layout) -> Pouring | None:
     """What goes where, if a file holds the tensors of these layers and no others; None where there is more to ask."""
-    jobs, count = [], 0
-    plain = {id(c.mold): c.mold for c in found}.values()
-    if not found or not all(map(_named_alike, plain)) or any(c.form[-1].type == "meta" for c in found):
+    parts = [(c, *tensor) for c in casts for tensor in c.mold.tensors]
+    keys = [f"{PREFIX}{cast.path}.{key}.weight" for cast, key, _, _ in parts]
+    infos = [*map(layout.get, keys)]
+    if not len(set(keys)) == len(keys) == len(layout) or None in infos:
         return None
-    for layer, path, form, mold in found:
-        parts = []
-        for key, shape, dtype in mold.tensors:
-            name = f"{PREFIX}{path}.{key}.weight"
-            info = layout.get(name)
-            if info is None or info.shape != shape or not info.dtype.is_floating_point:
-                return None
-            parts.append((name, dtype))
-        count += len(parts)
-        jobs.append(Job(layer, path, layer._modules["base_layer"], form, mold, parts))  # type: ignore[arg-type]
-    return jobs if count == len(layout) else None
+    found: list[Any] = infos
+    alike = [info.shape for info in found] == [shape for _, _, shape, _ in parts]
+    numbers = all(dtype.is_floating_point for dtype in {info.dtype for info in found})
+    held = all(form[-1].type != "meta" for form in {cast.form for cast in casts})
+    if not (alike and numbers and held and all(map(_named_alike, {id(c.mold): c.mold for c in casts}.values()))):
+        return None
+    jobs = [Job(layer, path, layer._modules["base_layer"], form, mold) for layer, path, form, mold in casts]  # type: ignore[arg-type]
+    return Pouring(jobs, keys, [(dtype, cast.form[-1]) for cast, _, _, dtype in parts])
 
 
 def _named_alike(mold: Mold) -> bool:
@@ -58,11 +63,6 @@ def _named_alike(mold: Mold) -> bool:
     kind = type(mold.method)
     own = (kind.checkpoint_key, kind.parts, kind.written)
     return own == (Method.checkpoint_key, Method.parts, Method.written) and not mold.method.copies
-
-
-def kinds_of(jobs: list[Job]) -> list[tuple[torch.dtype, torch.device]]:
-    """Of which dtype and where the parameters of all layers are to be."""
-    return [(dtype, job.form[-1]) for job in jobs for _, dtype in job.parts]
 
 
 def parameters(found: list[Any], kinds: list[tuple[torch.dtype, torch.device]]) -> list[nn.Parameter]:
@@ -76,10 +76,10 @@ def parameters(found: list[Any], kinds: list[tuple[torch.dtype, torch.device]]) 
     return found
 
 
-def pour(name: str, jobs: list[Job], state: Mapping[str, Tensor]) -> None:
+def pour(name: str, pouring: Pouring, state: Mapping[str, Tensor]) -> None:
     """Put the tensors of a file, which nobody else has, into the places of those without memory."""
-    made = iter(parameters([state[key] for job in jobs for key, _ in job.parts], kinds_of(jobs)))
-    for job in jobs:
+    made = iter(parameters([state[key] for key in pouring.keys], pouring.kinds))
+    for job in pouring.jobs:
         modules: Any = job.layer._modules
         for key, *_ in job.mold.tensors:
             table = modules[key]._modules[name]._parameters

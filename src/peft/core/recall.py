@@ -21,12 +21,12 @@ from .base_state import WRAPPERS
 from .entries import Entry
 from .fingerprint import HASH, SHAPES
 from .header import Header
-from .host import AdapterHost, below, changed, changes
+from .host import AdapterHost, below, changed, changes, standing
 from .layer import BaseTunerLayer
 from .method import Method
 from .mold import Filling, Mold, form_of
 from .pattern import settings, tables
-from .pour import Job, kinds_of, parameters
+from .pour import Job, Pouring, parameters
 from .tuner import BaseTuner
 
 Key = tuple[dict[str, Any], bool]
@@ -34,6 +34,7 @@ _STEPS = ("inject_adapter", "_create_and_replace", "_inject_parameters", "before
 _steps = attrgetter(*_STEPS, "plan_of.__func__", "injection")
 # What is looked at in many objects at once, without a step of Python's for each.
 _modules, _parameters, _training = attrgetter("_modules"), attrgetter("_parameters"), attrgetter("training")
+_shape = attrgetter("shape")
 _form, _sizes, _adapters = (
     attrgetter("shape", "dtype", "device"),
     attrgetter("in_features", "out_features"),
@@ -61,20 +62,22 @@ class Standing:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules, again = below(model)
-        self.hosts = [m for m in self.modules if isinstance(m, AdapterHost)]
-        inner = [m for m in self.modules if m._modules and not isinstance(m, AdapterHost)]
+        self.hosts = standing(self.modules)
+        kinds = {kind for kind in set(map(type, self.modules)) if issubclass(kind, AdapterHost)}
+        usual = [m for m in self.modules if type(m) not in kinds]
+        inner, self._owners = [m for m in usual if m._modules], [m for m in usual if m._parameters]
         self._children = [(m, dict(m._modules)) for m in inner]
-        self.layered = all(isinstance(m, BaseTunerLayer) for m in self.hosts)
-        self._below = [(m, {k: m._modules[k] for k in m._below}) for m in self.hosts]
-        self._shapes = [(m, _shapes(m)) for m in self.modules if m._parameters and not isinstance(m, AdapterHost)]
-        self._held = [p for m, _ in self._shapes for p in m._parameters.values() if p is not None]
-        tied = again or len({p.data_ptr() for p in self._held}) < len(self._held)
+        self._bases, self._owned = self._standing(), self._parameters()
+        held = [p for p in self._owned[0] if p is not None]
+        tied = again or len({*map(Tensor.data_ptr, held)}) < len(held)
         wrapped = any(not WRAPPERS.isdisjoint(kids) for _, kids in self._children)
-        told = [p for p in self._held if type(p) is not nn.Parameter or p.__dict__]
+        told = [p for p in held if type(p) is not nn.Parameter or p.__dict__]
         self.plain = not (tied or wrapped or any(map(sharded.is_spread, told)))
-        self._inner, self._owners = [*inner, *self.hosts], [m for m, _ in self._shapes]
-        self._layers = [m for m in self.hosts if isinstance(m, BaseTunerLayer)]
-        self._others = [m for m in self.hosts if not isinstance(m, BaseTunerLayer)]
+        self._inner = [*inner, *self.hosts]
+        layers = {kind for kind in kinds if issubclass(kind, BaseTunerLayer)}
+        self._layers = [m for m in self.hosts if type(m) in layers]
+        self._others = [m for m in self.hosts if type(m) not in layers]
+        self.layered = not self._others
         self._seen: tuple[list[Any], list[Any]] | None = None
 
     def has(self, name: str) -> bool:
@@ -115,15 +118,24 @@ class Standing:
 
     def holds(self) -> bool:
         """Whether all of it is as it was."""
+        (held, facts), (before, known) = self._parameters(), self._owned
         return (
             all(m._modules == kids for m, kids in self._children)
-            and all(m._modules[k] is kid for m, kids in self._below for k, kid in kids.items())
-            and all(_shapes(m) == shapes for m, shapes in self._shapes)
+            and all(map(is_, self._standing(), self._bases))
+            and facts == known
+            and all(map(is_, held, before))
         )
 
+    def _standing(self) -> list[Any]:
+        """What stands below the layers and wrappers."""
+        return [m._modules[k] for m in self.hosts for k in m._below]
 
-def _shapes(m: nn.Module) -> list[Any]:
-    return [(k, id(p), None if p is None else p.shape) for k, p in m._parameters.items()]
+    def _parameters(self) -> tuple[list[Any], list[Any]]:
+        """The parameters of the model's own modules; how many each has, their names and shapes."""
+        tables = [*map(_parameters, self._owners)]
+        held = [*chain.from_iterable(map(dict.values, tables))]
+        shapes = map(_shape, [p for p in held if p is not None])
+        return held, [*map(len, tables), *chain.from_iterable(tables), *shapes]
 
 
 class Recipe:
@@ -132,17 +144,17 @@ class Recipe:
     Arguments:
         key: what they have in common.
         header: of the first one's file.
-        jobs: what is to be done in each layer.
+        pouring: what is to be done in each layer.
         standing: the model.
         stored: what placing the first has written into its configuration.
     """
 
-    def __init__(self, key: Key, header: Header, jobs: list[Job], standing: Standing, stored: dict[str, Any]):
-        self.key, self.layout, self.jobs, self.standing = key, header.tensors, jobs, standing
+    def __init__(self, key: Key, header: Header, pouring: Pouring, standing: Standing, stored: dict[str, Any]):
+        self.key, self.layout, self.standing = key, header.tensors, standing
+        self.jobs, self._keys, self._kinds = pouring
         self.base, self.stored = base_of(header), stored
-        self._bases = [job.base for job in jobs]
-        self._keys, self._kinds = [key for job in jobs for key, _ in job.parts], kinds_of(jobs)
-        self._told = [job for job in jobs if job.mold.method.written.__func__ is not Method.written]
+        self._bases = [job.base for job in self.jobs]
+        self._told = [job for job in self.jobs if job.mold.method.written.__func__ is not Method.written]
 
     def fits(self, key: Key, header: Header, name: str) -> bool:
         """Whether the next adapter is like the first, and the model as it was."""
@@ -221,7 +233,12 @@ def alone(tuner: Any, config: Any) -> bool:
 
 
 def recipe_of(
-    tuner: Any, name: str, key: Key, header: Header, places: list[tuple[Entry, str]], jobs: list[Job] | None = None
+    tuner: Any,
+    name: str,
+    key: Key,
+    header: Header,
+    places: list[tuple[Entry, str]],
+    pouring: Pouring | None = None,
 ) -> Recipe | None:
     """The recipe of an adapter that has just been filled, silently; None where something is out of the ordinary.
 
@@ -231,32 +248,32 @@ def recipe_of(
         key: what the next adapter must have in common with it.
         header: of its file.
         places: where its tensors are, each with its key.
-        jobs: what has been done for it in each layer, where that is known.
+        pouring: what has been done for it in each layer, where that is known.
     """
     config = tuner.peft_config[name]
-    if jobs is None and (not alone(tuner, config) or tuner.waiting or len(places) != len(header.tensors)):
+    if pouring is None and (not alone(tuner, config) or tuner.waiting or len(places) != len(header.tensors)):
         return None
     stored = {k: v for k, v in config.__dict__.items() if k in key[0] and v != key[0][k]}
     standing = Standing(tuner.model)
     if not standing.plain or not stored.keys() <= {"target_modules"}:
         return None
-    jobs = _jobs(name, places, not tables(config)) if jobs is None else jobs
-    if jobs is None or sum(len(j.parts) for j in jobs) != len(header.tensors):
+    pouring = _pouring(name, places, not tables(config)) if pouring is None else pouring
+    if pouring is None or len(pouring.keys) != len(header.tensors):
         return None
-    plain = all(map(_ordinary, {id(job.mold): job.mold for job in jobs}.values()))
-    return Recipe(key, header, jobs, standing, stored) if plain else None
+    plain = all(map(_ordinary, {id(job.mold): job.mold for job in pouring.jobs}.values()))
+    return Recipe(key, header, pouring, standing, stored) if plain else None
 
 
-def _jobs(name: str, places: list[tuple[Entry, str]], alike: bool) -> list[Job] | None:
+def _pouring(name: str, places: list[tuple[Entry, str]], alike: bool) -> Pouring | None:
     """What is to be done in each layer; None if one of them is out of the ordinary."""
     keys = {(id(entry.owner), entry.attr): (key, entry.tensor.dtype) for entry, key in places}
     layers = {id(entry.layer): entry.layer for entry, _ in places}
     molds: dict[Any, Mold | None] = {}
-    jobs = []
+    found = Pouring([], [], [])
     for layer in layers.values():
         p = layer.adapters.get(name) if isinstance(layer, BaseTunerLayer) else None
         base = layer._modules.get("base_layer")
-        form = None if base is None else form_of(base)
+        form: Any = None if base is None else form_of(base)
         if not isinstance(layer, BaseTunerLayer) or p is None or base is None or form is None:
             return None
         like = form, 0 if alike else id(p.settings)
@@ -270,8 +287,10 @@ def _jobs(name: str, places: list[tuple[Entry, str]], alike: bool) -> list[Job] 
         parts = [keys[id(owner), "weight"] for owner in owners if (id(owner), "weight") in keys]
         if len(parts) != len(homes):
             return None
-        jobs.append(Job(layer, p.path, base, form, mold, parts))
-    return jobs
+        found.jobs.append(Job(layer, p.path, base, form, mold))
+        found.keys.extend(key for key, _ in parts)
+        found.kinds.extend((dtype, form[-1]) for _, dtype in parts)
+    return found
 
 
 def _ordinary(mold: Mold) -> bool:

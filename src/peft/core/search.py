@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import Parameter, is_lazy
 
 from ..errors import listing
 from . import storage, views
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 _MAMBA_FUSED = frozenset({"out_proj", "conv1d"})
 _MAMBA_METHODS = frozenset({"LORA", "ADALORA", "XLORA", "RANDLORA"})
+_SETTLED = frozenset([Parameter, type(None)])  # classes of parameters that have a shape
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
@@ -214,7 +215,8 @@ class Search:
     def _problem(self, path: str, module: nn.Module) -> str | None:
         """Why this module cannot be adapted, or None."""
         kind = kind_of(type(module))
-        if module._parameters and any(map(is_lazy, module._parameters.values())):  # type: ignore[arg-type]
+        held = module._parameters.values()
+        if not _SETTLED.issuperset(map(type, held)) and any(map(is_lazy, held)):  # type: ignore[arg-type]
             raise ValueError(
                 f"target_modules selects '{path}', a {type(module).__name__} whose weight has no shape yet. Run the "
                 "model once on a batch before adapting it."

@@ -23,14 +23,15 @@ _TABLES = (
 )
 
 
-def snapshot(model: nn.Module) -> Callable[[], None]:
-    """What puts a model back as it is now; the numbers in its tensors are not copied.
+def snapshot(model: nn.Module) -> tuple[Callable[[], None], bool]:
+    """What puts a model back as it is now, the numbers in its tensors aside; and whether it has adapters.
 
     Arguments:
         model: any model; its children are looked at too.
     """
     found = below(model)[0]
-    found = list(model.modules()) if standing(found) else found
+    adapted = bool(standing(found))
+    found = list(model.modules()) if adapted else found
     owned = [(own, own.copy()) for own in map(vars, found)]
     tables = [(table, table.copy()) for own, _ in owned for table in map(own.get, _TABLES) if table]
     flags = [(p, p.requires_grad) for m in found for p in m._parameters.values() if p is not None]
@@ -52,4 +53,4 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         if settings is not None:
             config.__dict__.update(settings)
 
-    return restore
+    return restore, adapted

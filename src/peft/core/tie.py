@@ -63,15 +63,16 @@ def inside(module: Any) -> Any:
 
 def innermost(module: Any) -> Any:
     """The module of the model itself, below tuner layers and wrappers of trained copies."""
-    while True:
-        inner = module._modules.get("base_layer")
+    while below := module._modules:
+        inner = below.get("base_layer")
         if inner is None:
-            inner = module._modules.get("original_module")
+            inner = below.get("original_module")
         if inner is None:
-            inner = module._modules.get("token_adapter")
+            inner = below.get("token_adapter")
         if inner is None:
-            return module
+            break
         module = inner
+    return module
 
 
 def input_embedding(model: Any, modules: Iterable[tuple[str, nn.Module]]) -> tuple[str, nn.Module] | None:

@@ -34,8 +34,12 @@ class Placing:
         """(parent, name of the child, child) of a path; the parent of the model itself is None."""
         if not path:
             return None, "", self.model
-        parent_path, _, leaf = path.rpartition(".")
-        parent = inside(self.model.get_submodule(parent_path) if parent_path else self.model)
+        *above, leaf = path.split(".")
+        parent = self.model
+        for name in above:
+            child = parent._modules.get(name)
+            parent = parent.get_submodule(name) if child is None else child
+        parent = inside(parent)
         return parent, leaf, parent._modules[leaf]
 
     def put(self, parent: nn.Module | None, leaf: str, module: nn.Module, instead_of: nn.Module) -> None:
