@@ -48,8 +48,8 @@ def open_linear(inner: Stack, x: Tensor, gated: bool = False) -> tuple[Tensor, T
     base = inner.layer._modules["base_layer"]
     if not is_ordinary(base):
         return None
-    W, b = base._parameters.get("weight"), base._parameters.get("bias")
-    if type(W) is not nn.Parameter or W.dtype is not x.dtype:
+    W, b = base._parameters.get("weight"), base._parameters.get("bias", base)  # which some libraries take away
+    if type(W) is not nn.Parameter or W.dtype is not x.dtype or b is base:
         return None
     if x.dim() < 2 or type(x) not in _KNOWN or x.is_nested or is_autocast(x):
         return None
