@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoHaConfig, LoraConfig, OFTConfig, functional, inject_adapter_in_model
+from peft import LoHaConfig, LoraConfig, OFTConfig, functional, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 X = torch.linspace(-1, 1, 12).view(2, 6)
@@ -33,6 +33,11 @@ def made(dtype: torch.dtype = torch.float32, **configs: Any) -> Net:
     for layer in layers(model):
         layer.set_adapter(list(layer.adapters))
     return model.eval()
+
+
+def plain() -> Net:
+    torch.manual_seed(0)
+    return Net()
 
 
 def lora(bias: bool = False) -> LoraConfig:
@@ -139,3 +144,37 @@ def test_a_bare_model_s_adapter_is_deleted_likewise():
     merged = answer(model)
     functional.delete_adapter(model, "one", "lora_")
     assert torch.equal(answer(model), merged)
+
+
+def dora(seed: int) -> LoraConfig:
+    torch.manual_seed(seed)
+    return LoraConfig(r=2, target_modules=["fc", "emb"], use_dora=True, init_lora_weights=False)
+
+
+def test_one_adapter_is_merged_for_good_while_another_that_does_not_commute_is_active():
+    model = get_peft_model(plain(), dora(0), "one").eval()
+    model.add_adapter("two", dora(1))
+    expected = answer(model)
+    model.set_adapter("two")
+    torch.testing.assert_close(answer(model.merge_and_unload(adapter_names=["one"])), expected)
+
+
+def test_what_is_merged_beside_the_active_adapters_stays_in_a_merge_for_good():
+    model = get_peft_model(plain(), lora(), "one").eval()
+    model.add_adapter("two", loha())
+    model.merge_adapter(["one", "two"])
+    expected = answer(model)
+    torch.testing.assert_close(answer(model.merge_and_unload()), expected)
+
+
+def test_a_merge_for_good_that_is_refused_leaves_what_was_merged():
+    model = get_peft_model(plain(), lora(), "one").eval()
+    model.add_adapter("two", lora())
+    model.merge_adapter(["one"])
+    before = answer(model)
+    with torch.no_grad():
+        model.base_model.model.conv.lora_A["two"].weight[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        model.merge_and_unload(adapter_names=["two"])
+    assert torch.equal(answer(model), before)
+    assert all(layer.merged_adapters == ["one"] for layer in layers(model))

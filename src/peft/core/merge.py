@@ -137,7 +137,7 @@ class Mergeable(Blocks, Forgetful):
 
     def _merge_here(self, names: tuple[str, ...], keep: bool) -> None:
         """`_merge`, with all weights in place."""
-        self.check_merge(names)
+        self.check_merge(names, stay=keep)
         if self._disabled and keep:  # the base stays the base until the layer is enabled
             wanted = [*self.merged_adapters, *names]
             self.check_finite(tuple(wanted))
@@ -164,12 +164,17 @@ class Mergeable(Blocks, Forgetful):
         self.__dict__["_merged"] = before + list(names)
         self._replan()
 
-    def check_merge(self, names: tuple[str, ...]) -> None:
-        """Raise if merging these adapters is impossible or would change the output."""
+    def check_merge(self, names: tuple[str, ...], stay: bool = True) -> None:
+        """Raise if merging these adapters is impossible or would change the output.
+
+        Arguments:
+            names: the adapters.
+            stay: whether the other active ones stay at work.
+        """
         base = self.get_base_layer()
         self.view.check_stored(base, self._where())
         live = [n for n in self._active if n in self.adapters and n not in self.merged_adapters]
-        rest = [n for n in live if n not in names]
+        rest = [n for n in live if stay and n not in names]
         for name in names:
             self.adapters[name].method.refuse_merge(self.adapters[name])
         prefix = tuple(live[: len(names)]) == names

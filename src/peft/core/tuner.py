@@ -325,19 +325,24 @@ class BaseTuner(Switching, Combined, nn.Module):
         Arguments:
             progressbar: show progress.
             safe_merge: kept for compatibility: every merge is checked, and nothing is written before all checks hold.
-            adapter_names: which; None means the active ones.
+            adapter_names: which, and no others; None means those at work, merged or active.
             quantized: what quantised weights become, as for `merge_adapter`.
             calibration: what a compensated merge may look at, as for `merge_adapter`.
             report: filled with what the storage of each quantised layer has changed, by its path.
         """
-        self._check_merge_names(adapter_names)
-        names = self.active_adapters if adapter_names is None else adapter_names
+        names = list(self._at_work() if adapter_names is None else adapter_names)
+        self._check_merge_names(names if adapter_names is None else adapter_names)
         layers = self._mergeable(quantized, calibration)
         model = unloading.unload(self, progressbar, names)
         found = rounding.told(layers)
         if report is not None:
             report.update(found)
         return model
+
+    def _at_work(self) -> list[str]:
+        """The adapters whose updates a forward has: what is merged, and what is active on top."""
+        layers = [layer for _, layer in self.layers() if not layer.disable_adapters]
+        return list(dict.fromkeys([n for layer in layers for n in layer.merged_adapters] + self.active_adapters))
 
     def unload(self) -> nn.Module:
         """Return the base model without any trace of adapters, and without merging them."""

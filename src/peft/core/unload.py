@@ -21,6 +21,7 @@ from .walking import walk
 from .wrappers import AuxiliaryTrainingWrapper
 
 Holder = tuple[nn.Module, str]
+Work = list[tuple[BaseTunerLayer, tuple[str, ...]]]  # layers, and what is merged into each
 
 
 def check_together(layer: Any, names: Sequence[str]) -> None:
@@ -71,15 +72,11 @@ def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
     """The base model with plain layers, after writing `names` into its weights (None: without merging)."""
     found = list(tuner_layers(tuner.model))
     layers = [layer for _, layer in found if isinstance(layer, BaseTunerLayer)]
-    for layer in layers:
-        if layer.merged and (
-            layer.disable_adapters or names is None or any(n not in names for n in layer.merged_adapters)
-        ):
-            layer.unmerge()
     tied = tied_to_embedding(tuner.model)
-    if names is not None:
-        with one_scratch():
-            _merge_for_good(tuner.model, layers, names, progressbar)
+    with one_scratch():
+        work = _unmerged(tuner.model, layers, names)
+        if names is not None:
+            _merge_for_good(tuner.model, work, names, progressbar)
     several = places(tuner.model)
     for path, layer in reversed(found):
         take_out(tuner, path, layer, names, several)
@@ -94,20 +91,40 @@ def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
     return model
 
 
-def _merge_for_good(model: nn.Module, layers: list[BaseTunerLayer], names: list[str], progressbar: bool) -> None:
-    """Compute and check every block of every layer first; only then write."""
-    work = []
-    for layer in layers:
-        own = tuple(n for n in names if n in layer.adapters and n not in layer.merged_adapters)
-        if own:
-            with onload_layer(layer, write=False):
-                layer.check_merge(own)
-                layer.check_finite(own)
-        work.append((layer, own))
+def _unmerged(model: nn.Module, layers: list[BaseTunerLayer], names: list[str] | None) -> Work:
+    """The layers without merges that are not wanted, and what is to be merged into each, computed and checked.
+
+    All layers are as they were if a check fails.
+    """
+    work: Work = []
+    before = [list(layer.merged_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            if layer.merged and (
+                layer.disable_adapters or names is None or any(n not in names for n in layer.merged_adapters)
+            ):
+                layer.unmerge()
+            mine = tuple(n for n in names or () if n in layer.adapters and n not in layer.merged_adapters)
+            if mine:
+                with onload_layer(layer, write=False):
+                    layer.check_merge(mine, stay=False)
+                    layer.check_finite(mine)
+            work.append((layer, mine))
+    except BaseException:
+        if any(before):
+            untie(layers, [name for merged in before for name in merged], shared(model))
+        for layer, merged in zip(layers, before, strict=True):
+            layer.go_back(merged)
+        raise
+    return work
+
+
+def _merge_for_good(model: nn.Module, work: Work, names: list[str], progressbar: bool) -> None:
+    """Write what was checked."""
     groups = shared(model)
-    untie(layers, names, groups)
-    for layer, own in progress(work, progressbar):
-        layer._merge(own, keep=False)
+    untie([layer for layer, _ in work], names, groups)
+    for layer, mine in progress(work, progressbar):
+        layer._merge(mine, keep=False)
     retie(model, groups, work)
 
 
@@ -128,7 +145,7 @@ def _update_of(layer: BaseTunerLayer, names: Sequence[str]) -> frozenset[Any]:
 def retie(
     model: nn.Module,
     groups: dict[Any, list[Holder]],
-    work: list[tuple[BaseTunerLayer, tuple[str, ...]]],
+    work: Work,
     equal: Callable[[Any, Any], bool] = torch.equal,
 ) -> None:
     """Share again what is still equal after a merge.

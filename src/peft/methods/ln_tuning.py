@@ -124,10 +124,10 @@ class LNTuningLayer(BaseTunerLayer):
         self.check_active(names)
         super().activate(names, inference_mode)
 
-    def check_merge(self, names: tuple[str, ...]) -> None:
+    def check_merge(self, names: tuple[str, ...], stay: bool = True) -> None:
         self.check_active([*self.merged_adapters, *names])
         rest = [n for n in self._live_names() if n not in names]
-        if rest:
+        if rest and stay:
             raise ValueError(f"Merging {list(names)} at {self._where()!r} while {rest} runs would do nothing yet.")
 
     def tiles(self, names: tuple[str, ...], into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:

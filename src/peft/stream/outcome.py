@@ -72,7 +72,7 @@ class Outcome:
         work = [(layer, tuple(n for n in names if n in layer.adapters)) for layer in layers]
         work = [(layer, own) for layer, own in work if own]
         for layer, own in work:
-            layer.check_merge(own)
+            layer.check_merge(own, stay=False)
         together = unloading.tied_to_embedding(tuner.model)
         self._merge(tuner.model, layers, work, names)
         several = places(tuner.model)

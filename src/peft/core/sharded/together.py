@@ -77,10 +77,10 @@ class Together(Mergeable):
         with self._opened(write=True, mesh=False):
             super()._restore()
 
-    def check_merge(self, names: tuple[str, ...]) -> None:
+    def check_merge(self, names: tuple[str, ...], stay: bool = True) -> None:
         """As `Mergeable.check_merge`."""
         with self._opened():
-            super().check_merge(names)
+            super().check_merge(names, stay)
 
     def original_weight(self) -> Tensor:
         """The base weight without any merged adapter, (..., O, I), whole."""

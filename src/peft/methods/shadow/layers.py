@@ -124,7 +124,7 @@ class ShadowLayer(BaseTunerLayer):
         run: Any = Run(self, mine) if mine else self._modules["base_layer"]
         return run(*args, **kwargs)
 
-    def check_merge(self, names: tuple[str, ...]) -> None:
+    def check_merge(self, names: tuple[str, ...], stay: bool = True) -> None:
         for name in names:
             self.adapters[name].method.refuse_merge(self.adapters[name])
 
