@@ -472,6 +472,23 @@ def test_hooks_of_the_base_see_all_rows_in_their_order():
         close(found, apart(model, x, names), 1e-5)
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("key", ["weight", "bias"])
+def test_what_is_no_parameter_of_the_base_is_found(key, learns):
+    model, x, names = several(), LINEAR.x(), BATCHES["equal"]
+    base = layer_of(model).base_layer
+    for step in range(2):
+        if step:
+            value = torch.randn_like(getattr(base, key))
+            delattr(base, key)
+            setattr(base, key, value)
+        if learns:
+            parameters(model)
+        with torch.set_grad_enabled(learns):
+            close(model(x, adapter_names=names), apart(model, x, names), 1e-5)
+
+
 def test_a_compiled_graph_holds_all_adapters():
     model, x, names = several(), LINEAR.x(), BATCHES["equal"]
     with torch.no_grad():

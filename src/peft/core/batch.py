@@ -119,9 +119,11 @@ class MixedBatch(nn.Module):
         if type(base) is not nn.Linear or nn.Linear.forward is not FORWARD or "forward" in base.__dict__:
             return None
         held, shape = base._parameters, x.shape
-        W, b = held.get("weight"), held.get("bias")
-        if base._forward_hooks or base._forward_pre_hooks or any(EVERYWHERE) or type(W) is not nn.Parameter:
-            return None  # other hooks are for gradients
+        W = held.get("weight")
+        if base._forward_hooks or base._forward_pre_hooks or any(EVERYWHERE):  # other hooks are for gradients
+            return None
+        if type(W) is not nn.Parameter or "bias" not in held:  # which some libraries take away
+            return None
         banks: Banks | None = ledger.ready.pop(id(self), None) if ledger.numbers else None
         if banks is None or banks.table is not m:
             banks = ledger.take(self, True)
@@ -136,12 +138,12 @@ class MixedBatch(nn.Module):
         if steps is None:
             ledger.give_back(self, banks)
             return None
-        return banks.over(x, W, b, steps)
+        return banks.over(x, W, held["bias"], steps)
 
     def _ordinary(self, base: Any) -> bool:
         """Whether calling what stands below is a plain product with a plain weight, and nothing follows it."""
         plain = type(self.view) is LinearView and is_ordinary(base)
-        return plain and type(base._parameters.get("weight")) is nn.Parameter
+        return plain and type(base._parameters.get("weight")) is nn.Parameter and "bias" in base._parameters
 
     def _learnt(self, banks: Banks, x: Tensor, groups: Groups) -> Tensor | None:
         """The same in training, where one operation is all of it."""

@@ -9,20 +9,24 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
+
 
 def transformed() -> bool:
     """True where only plain operations may be used: under compile, torch.func or forward-mode differentiation."""
-    return torch.compiler.is_compiling() or lifted()
+    return torch.compiler.is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def lifted() -> bool:
     """Whether torch.func or forward-mode differentiation gives operations another meaning; not for graphs."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def eager() -> bool:
     """Whether operations run as they are written: not `transformed`, not traced, and under no autocast."""
-    return not (transformed() or torch._C._is_any_autocast_enabled() or torch._C._is_tracing())
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return False
+    return not (torch._C._is_any_autocast_enabled() or torch._C._is_tracing())
 
 
 def is_autocast(x: Tensor) -> bool:
