@@ -213,6 +213,35 @@ def test_disable_adapter_gives_the_base_and_restores_everything():
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainable_token_indices": [1, 3]},
+        {"trainable_token_indices": {"embed_tokens": [1, 3]}, "modules_to_save": ["norm"]},
+        {"trainable_token_indices": [1], "ensure_weight_tying": True},
+        {"target_modules": ["lm_head"], "trainable_token_indices": [1]},
+    ],
+    ids=str,
+)
+def test_trained_tokens_are_back_after_disable(changes):
+    base = tiny("LlamaForCausalLM", tie_word_embeddings="ensure_weight_tying" in changes)
+    want = logits(base)
+    model = get_peft_model(base, lora(**{"target_modules": ["q_proj"], **changes})).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "delta" in name or "modules_to_save" in name:
+                p.add_(1)
+    adapted = logits(model)
+    for again in (False, True):
+        with model.disable_adapter():
+            assert torch.equal(logits(model), want)
+            if again:
+                with model.disable_adapter():
+                    assert torch.equal(logits(model), want)
+                assert torch.equal(logits(model), want) and model.get_model_status().enabled is False
+        assert torch.equal(logits(model), adapted) and model.get_model_status().enabled is True
+
+
 def test_an_adapter_for_inference_stays_frozen_through_disable():
     model = get_peft_model(mlp(), lora(inference_mode=True))
     assert not any(p.requires_grad for p in model.parameters())

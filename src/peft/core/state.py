@@ -18,16 +18,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     Layers that are placed meanwhile are left as the others were.
     """
-    before: dict[Any, bool] = {}
     roster, call = _alike(model)
     every = None if roster is None else call.disabled
     found = roster.others if roster is not None else [layer for _, layer in tuner_layers(model)]
+    before: dict[Any, bool] = {layer: layer.disable_adapters for layer in found}  # of a wrapper, what its layer says
     try:
         if roster is not None:
             call.disabled = True
             call.switch(roster.layers, off=True)
         for layer in found:
-            before[layer] = layer.disable_adapters
             layer._set_disabled(True)
         yield
     finally:
