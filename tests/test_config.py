@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from peft import LoraConfig, PeftConfig, PeftType, PromptLearningConfig, TaskType, registry
+from peft import LoraConfig, PeftConfig, PeftType, PromptLearningConfig, TaskType, config, registry
 from peft.config import PeftConfigMixin
 from peft.core import defaults, hub
 from peft.errors import PeftStrictError, PeftWarning, UnknownFieldWarning, set_strict
@@ -322,3 +322,19 @@ def test_default_targets_have_the_known_values():
     assert defaults.targets_by_model_type("LORA")["gemma4"] == r".*language_model\..*\.(q_proj|v_proj)"
     assert defaults.targets_by_model_type("WAVEFT")["gpt2"] == ["mlp.c_proj"]
     assert "mixtral" not in defaults.targets_by_model_type("ADALORA")
+
+
+VALUES = [
+    *(None, True, 3, 1.5, float("nan"), 'é"\n,\\', "", PeftType.LORA, [], {}, [1, "a,\n  b", None], ["é", 'x", "y']),
+    *({"b": 1, "a": "x,\n    y"}, {"a": {"b": [1, {"c": []}]}}, [[1, 2], []], {"a": None, "b": float("inf")}, [{}]),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_a_file_is_written_as_json_writes_it(value):
+    values = {"z": value, "a": 1, "m": [value], "b": {"key": value}}
+    assert config._json(values) == json.dumps(values, indent=2, sort_keys=True)
+    assert config._json({"z": value}) == json.dumps({"z": value}, indent=2, sort_keys=True)
+    copied = config._copied(value)
+    assert repr(copied) == repr(value) and type(copied) is type(value)
+    assert copied is not value or not isinstance(value, (list, dict))

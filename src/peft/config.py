@@ -12,13 +12,14 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
 from .core import hub
 from .core.commit import folders, writing
 from .core.defaults import CONFIG_NAME
 from .errors import UnknownFieldWarning, nearest, report
-from .known import Content, known, note
+from .known import SCALARS, Content, copier, known, note, same
 from .types import PeftType, TaskType
 from .version import __version__
 
@@ -309,9 +310,6 @@ def _changes_the_result(name: str, value: Any) -> bool:
     return bool(value) and (name.startswith("use_") or name.endswith(("_config", "_pattern", "_bias", "enable_lora")))
 
 
-_SCALARS = frozenset([type(None), bool, int, float, str])
-
-
 @dataclass
 class _Box:
     value: Any
@@ -319,21 +317,34 @@ class _Box:
 
 def _copied(value: Any) -> Any:
     """A field's value, which shares nothing with it; configurations in it as dictionaries."""
-    return value if type(value) in _SCALARS else dataclasses.asdict(_Box(value))["value"]
+    if type(value) in SCALARS:
+        return value
+    copy = copier(value)
+    return copy(value) if copy in (list, set, dict, tuple, same) else dataclasses.asdict(_Box(value))["value"]
 
 
 def _json(values: dict[str, Any]) -> str:
     """As `json.dumps(values, indent=2, sort_keys=True)`, most of it by the encoder that knows no lines."""
-    plain = {k: v for k, v in values.items() if type(v) in _SCALARS}
+    plain = {k: v for k, v in values.items() if type(v) in SCALARS or isinstance(v, Enum)}
     lines = json.dumps(plain, sort_keys=True, separators=(_LINE, ": "))[1:-1].split(_LINE) if plain else []
     found = dict(zip(sorted(plain), lines, strict=True))
     for key, value in values.items():
         if key not in plain:
-            text = json.dumps(_plain(value), indent=2, sort_keys=True).replace("\n", "\n  ")
-            found[key] = f"{json.dumps(key)}: {text}"
+            found[key] = f"{json.dumps(key)}: {_lines(_plain(value))}"
     return "{\n  " + _LINE.join(found[key] for key in sorted(found)) + "\n}" if found else "{}"
 
 
+def _lines(value: Any) -> str:
+    """A field's value over several lines; of plain values by the encoder that knows no lines."""
+    if type(value) in (list, dict) and value:
+        inner = value.values() if type(value) is dict else value
+        if SCALARS.issuperset(map(type, inner)):
+            text = json.dumps(value, sort_keys=True, separators=(_DEEPER, ": "))
+            return f"{text[0]}\n    {text[1:-1]}\n  {text[-1]}"
+    return json.dumps(value, indent=2, sort_keys=True).replace("\n", "\n  ") if value else json.dumps(value)
+
+
+_DEEPER = ",\n    "
 _LINE = ",\n  "  # no text holds it: lines are escaped there
 
 

@@ -94,12 +94,12 @@ def copier(value: Any) -> Callable[[Any], Any]:
     if plain and (type(value) is not dict or all(type(v) in SCALARS for v in value.values())):
         return type(value)
     if isinstance(value, Enum):
-        return _same
+        return same
     own = type(value).__module__.startswith(f"{__package__}.") and type(getattr(value, "__dict__", None)) is dict
     return _twin if own and all(type(v) in SCALARS for v in vars(value).values()) else copy.deepcopy
 
 
-def _same(value: Any) -> Any:
+def same(value: Any) -> Any:
     """A value that needs no copy."""
     return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ..errors import listing
 from . import sharded
-from .layer import AdapterHost
+from .host import Holding
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})  # names that torch puts in
 
@@ -93,15 +94,18 @@ def _base(model: nn.Module) -> nn.Module:
 
 def _walk(module: nn.Module, original: str, live: str) -> Iterator[tuple[str, str, nn.Module]]:
     """(original prefix, live prefix, module) of everything that belongs to the base model."""
-    stack = [(original, live, module)]
+    stack: list[tuple[str, str, Any]] = [(original, live, module)]
+    holds = Holding()
     while stack:
-        original, live, module = stack.pop()
-        while isinstance(module, AdapterHost):
-            name = module._below[0]
-            module, live = module._modules[name], f"{live}{name}."  # type: ignore[assignment]
-        yield original, live, module
-        children = module._modules
-        for name in reversed(children) if children else ():
-            child = children[name]
-            if child is not None:
-                stack.append((original if name in WRAPPERS else f"{original}{name}.", f"{live}{name}.", child))
+        original, live, found = stack.pop()
+        while holds[type(found)]:
+            name = found._below[0]
+            found, live = found._modules[name], f"{live}{name}."
+        yield original, live, found
+        if children := found._modules:
+            inner = [
+                (original if name in WRAPPERS else f"{original}{name}.", f"{live}{name}.", child)
+                for name, child in children.items()
+                if child is not None
+            ]
+            stack += inner[::-1]

@@ -19,7 +19,7 @@ from . import sharded
 from .base_state import get_base_model_state_dict, set_base_model_state_dict
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .embeddings import embedding_tensors
-from .entries import Entry, entries_of, mapped, plain, walk
+from .entries import Entry, entries_of, mapped, plain, tensors_of, walk
 from .experts import fused
 from .files import INDEX_NAME, Saved, open_weights
 from .fill import Found, checked, fill
@@ -87,8 +87,8 @@ def _own_state(
     config = adapter_config(root, adapter_name)
     entries = entries_of(root, config, adapter_name)
     entries += embedding_tensors(root, config, adapter_name, save_embedding_layers, Entry)
-    tensors = _gathered(entries, state_dict) if state_dict is not None else [e.tensor for e in entries]
-    none = [(e, t) for e, t in zip(entries, tensors, strict=True) if not t.numel()]
+    tensors = _gathered(entries, state_dict) if state_dict is not None else tensors_of(entries)
+    none = [(e, t) for e, t in zip(entries, tensors, strict=True) if 0 in t.shape]
     empty = [e.key for e, t in none if not sharded.shape(t).numel() and not _no_rank(e, t)]
     if empty:
         raise ValueError(
@@ -99,7 +99,8 @@ def _own_state(
     beside = root.__dict__.get("prompts")  # what stands beside the model writes its own
     own: dict[str, Tensor] = {} if beside is None else beside.for_file(adapter_name)
     for key, e, value in zip(keys, entries, tensors, strict=True):
-        own.update(split(e, key, sharded.full(value).detach()))
+        whole = value if type(value) is nn.Parameter and not value.__dict__ else sharded.full(value)
+        own.update(split(e, key, whole.detach()))
         if e.adapter is None or e.adapter.method.copies:
             own.update(repeated(e, key, config))
     return own

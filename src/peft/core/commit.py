@@ -44,7 +44,7 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _staged(target: Path) -> Iterator[Path]:
     with writing(target):
-        stage = Path(tempfile.mkdtemp(prefix=PREFIX, dir=target))
+        stage = Path(tempfile.mkdtemp(prefix=PREFIX, dir=os.fspath(target)))
     try:
         with _named(target):
             yield stage
@@ -104,13 +104,13 @@ def _replaced(target: Path, moving: list[str]) -> list[str]:
 
 
 def _put_list(stage: Path, moving: list[str], replaced: list[str]) -> None:
-    draft = stage / f".{LIST}"
+    draft = os.path.join(stage, f".{LIST}")
     with open(draft, "w", encoding="utf-8") as handle:
         json.dump({"moving": moving, "replaced": replaced}, handle)
         handle.flush()
         if durable():
             os.fsync(handle.fileno())
-    os.replace(draft, stage / LIST)
+    os.replace(draft, os.path.join(stage, LIST))
     flush_folder(stage)
 
 
@@ -273,9 +273,9 @@ def make_folders(*places: Place) -> list[Path]:
     try:
         for place in places:
             with writing(place):
-                path = Path(place)
-                if path.is_dir():
+                if os.path.isdir(place):
                     continue
+                path = Path(place)
                 missing = [p for p in (path, *path.parents) if not os.path.lexists(p)]
                 for folder in reversed(missing):
                     folder.mkdir()
@@ -309,7 +309,7 @@ def check_writable(place: Place) -> None:
     """Raise UnwritableError for what can be seen without writing: a file on the way, or no permission."""
     path = Path(place)
     with writing(place):
-        above = next((p for p in (path, *path.absolute().parents) if _there(p)), path)
+        above = path if _there(path) else next(filter(_there, path.absolute().parents), path)
         if above.is_dir() and not os.access(above, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(above))
         if above != path and not above.is_dir():

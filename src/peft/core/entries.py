@@ -41,6 +41,12 @@ class Entry(NamedTuple):
         return self.owner._buffers[self.attr] if found is None else found  # type: ignore[return-value]
 
 
+def tensors_of(entries: list[Entry]) -> list[Tensor]:
+    """The tensor of each, as `Entry.tensor` has it."""
+    found = [entry.owner._parameters.get(entry.attr) for entry in entries]
+    return [entry.tensor if tensor is None else tensor for entry, tensor in zip(entries, found, strict=True)]
+
+
 def walk(model: nn.Module, adapter_name: str, layers: Layers | None = None) -> list[Entry]:
     """Every tensor that the model's layers have filed under an adapter, in the order of the modules.
 
@@ -50,14 +56,13 @@ def walk(model: nn.Module, adapter_name: str, layers: Layers | None = None) -> l
         layers: the model's, where the caller has looked for them.
     """
     layers = list(tuner_layers(model)) if layers is None else layers
-    seams = _seams(layers)
-    return [
-        Entry(join(start, slot.key), join(path, slot.live), slot.owner, slot.attr, layer, p, slot.key)
-        for path, layer in layers
-        for start in (_stated(path, seams) if seams else path,)
-        for p in (layer.adapters.get(adapter_name) if isinstance(layer, BaseTunerLayer) else None,)
-        for slot in layer.slots(adapter_name)
-    ]
+    seams, found = _seams(layers), list[Entry]()
+    for path, layer in layers:
+        start = _stated(path, seams) if seams else path
+        p = layer.adapters.get(adapter_name) if isinstance(layer, BaseTunerLayer) else None
+        for key, live, owner, attr in layer.slots(adapter_name):
+            found.append(Entry(join(start, key), join(path, live), owner, attr, layer, p, key))
+    return found
 
 
 def entries_of(root: nn.Module, config: Any, adapter_name: str) -> list[Entry]:

@@ -106,7 +106,7 @@ def _shards(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
     shards: list[dict[str, Tensor]] = [{}]
     room = limit
     for key, tensor in state.items():
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         if size > room and shards[-1]:
             shards.append({})
             room = limit

@@ -96,7 +96,8 @@ def _own(module: nn.Module) -> Iterable[tuple[str, tuple[int, ...]]]:
     """The parameters of one module; of a linear layer those that it stands for, however they are stored."""
     if type(module) is nn.Linear:
         sizes = module.out_features, module.in_features
-        return [("weight", sizes), ("bias", sizes[:1])][: 2 if module._parameters.get("bias") is not None else 1]
+        whole = "bias" in module._parameters and module._parameters["bias"] is not None
+        return (("weight", sizes), ("bias", sizes[:1])) if whole else (("weight", sizes),)
     return _stated(module)
 
 

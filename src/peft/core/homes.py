@@ -126,8 +126,9 @@ class Homes(AdapterHost):
                     found.append(Slot(key_of(key), f"{key}.{name}", home, name))  # type: ignore[arg-type]
                 continue
             if not child._modules and not child._buffers:
-                own = [attr for attr, q in child._parameters.items() if q is not None]
-                found += [Slot(key_of(f"{key}.{a}"), f"{key}.{name}.{a}", child, a) for a in own]
+                for a, q in child._parameters.items():
+                    if q is not None:
+                        found.append(Slot(key_of(f"{key}.{a}"), f"{key}.{name}.{a}", child, a))
                 continue
             for owner, leaf, attr in tensors_below(child):
                 found.append(Slot(key_of(f"{key}.{unwrapped(leaf)}"), f"{key}.{name}.{leaf}", owner, attr))

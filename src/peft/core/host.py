@@ -164,18 +164,26 @@ def hosts(model: nn.Module) -> list[Any]:
 def tuner_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(path, layer) of every tuner layer and wrapper below a module; its cost does not depend on how many adapters
     are loaded, because the walk never enters an adapter's own modules."""
-    stack: list[tuple[str, nn.Module]] = [(prefix, module)]
-    seen: set[int] = set()
+    stack: list[tuple[str, Any]] = [(prefix, module)]
+    seen, holds = set[int](), Holding()
     while stack:
         path, m = stack.pop()
-        if id(m) in seen:
+        key = id(m)
+        if key in seen:
             continue
-        seen.add(id(m))
+        seen.add(key)
         children = m._modules
-        if isinstance(m, AdapterHost):
+        if holds[type(m)]:
             yield path, m
             children = {k: children[k] for k in m._below}
-        for name in reversed(children):
-            child = children[name]
-            if child is not None and (child._modules or isinstance(child, AdapterHost)):
-                stack.append((f"{path}.{name}" if path else name, child))
+        start = f"{path}." if path else ""
+        inner = [(start + k, c) for k, c in children.items() if c is not None and (c._modules or holds[type(c)])]
+        stack += inner[::-1]
+
+
+class Holding(dict[type, bool]):
+    """Whether a class is one of hosts, looked up once for each."""
+
+    def __missing__(self, kind: type) -> bool:
+        found = self[kind] = issubclass(kind, AdapterHost)
+        return found

@@ -144,6 +144,7 @@ def _laid_out(tensors: Mapping[str, Tensor]) -> Layout:
         end = here + tensor.nbytes
         infos[name] = Info(tensor.dtype, tuple(tensor.shape), here, end)
         here = end
+    infos.__dict__["size"] = here
     return infos
 
 
