@@ -23,7 +23,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 KEYS = ("evaluation", "forward", "backward")
-MOST = {"DoRA": (3, 14, 8), "LoHa": (4, 4, 13), "LoKr": (5, 7, 9), "BOFT": (4, 10, 18), "OFT": (2, 16, 16)}
+MOST = {"DoRA": (3, 11, 8), "LoHa": (4, 4, 13), "LoKr": (5, 7, 9), "BOFT": (4, 10, 18), "OFT": (2, 16, 16)}
 
 
 def adapted(model: nn.Module, name: str, targets: list[str]) -> nn.Module:
@@ -61,8 +61,9 @@ def token_methods() -> Iterator[Numbers]:
 class Counting(TorchDispatchMode):
     """Counts operations that compute; those that look at memory in another way are free."""
 
-    FREE = ("view", "_unsafe_view", "t", "transpose", "detach", "alias", "expand", "unsqueeze", "slice", "permute",
-            "reshape", "select", "as_strided", "diagonal", "unbind", "split", "squeeze")  # fmt: skip
+    FREE = ("view", "_unsafe_view", "t", "transpose", "detach", "alias", "expand", "unsqueeze", "slice",
+            "permute", "reshape", "select", "as_strided", "diagonal", "unbind", "split",
+            "split_with_sizes", "squeeze")  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()

@@ -38,19 +38,30 @@ def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
     parts = [w.float() @ A.mT for w in tiles(W)]
     cross = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
     if W.dim() == 2 and type(s) is float:
-        return _expanded(cross, squares, A, B, s).clamp_min_(0).sqrt_()
+        inner = torch.addmm(cross, B, A @ A.mT, beta=2 * s, alpha=s * s)
+        return inner.mul_(B).sum(-1).add_(squares).clamp_min_(0).sqrt_()
     return (squares + ((cross * (2 * s) + (B @ (A @ A.mT)) * (s * s)) * B).sum(-1)).clamp_min(0).sqrt()
 
 
-def _expanded(cross: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """The squares of `norms` of a matrix, which rounding may make negative, from cross = W A'."""
-    inner = torch.addmm(cross, B, A @ A.mT, beta=2 * s, alpha=s * s)
-    return inner.mul_(B).sum(-1).add_(squares)
+def _over(squares: Tensor) -> Tensor:
+    """One over their roots, in their own memory; where a row is zero its direction does not matter: its length is 1."""
+    return torch.threshold_(squares, 0, 1).rsqrt_()
 
 
-def _lengths(squares: Tensor) -> Tensor:
-    """Their roots, in their own memory; where a row is zero its direction does not matter, and its length is 1."""
-    return squares.masked_fill_(squares <= 0, 1).sqrt_()
+def _joined(
+    x: Tensor, kept: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float, squares: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(z = W x + s B h, h = A kept, 1 / |V|), all three from three products, in which the rows of A join those of x.
+
+    Where x ends they give A W' + s/2 A A' B', and |V|^2 = |W|^2 + 2 s of its scalar products with B.
+    """
+    parts = (x.shape[0], A.shape[0])
+    both = torch.cat((x, A))
+    zs, hs = F.linear(both, W), F.linear(both if kept is x else torch.cat((kept, A)), A)
+    (z, half), (h, gram) = zs.split_with_sizes(parts), hs.split_with_sizes(parts)
+    gram.mul_(0.5)
+    zs.addmm_(hs, B.mT, alpha=s)
+    return z, h, _over(torch.add(squares, half.mul_(B.mT).sum(0), alpha=2 * s))
 
 
 def plain(
@@ -86,7 +97,7 @@ def linear(
         return found
     if transformed() or not torch.is_grad_enabled():
         return plain(F.linear(x, W, b), x, A, B, scale, p, m / n, b)
-    return _linear(x, W, b, A, B, scale, p, m, n, None)
+    return fused(x, W, b, A, B, scale, p, m, n, None)
 
 
 def normed(
@@ -99,7 +110,7 @@ def normed(
     if not thin.ordinary(x, A, B, scale) or x.dtype is not torch.float32 or type(W) not in thin.PLAIN or transformed():
         return None
     found = None if "cpu" in choice.devices else squares()
-    return None if found is None else _linear(x, W, b, A, B, scale, p, m, None, found)
+    return None if found is None else fused(x, W, b, A, B, scale, p, m, None, found)
 
 
 def folded(A: Tensor, B: Tensor, scale: Any, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +148,12 @@ def _rows(t: Tensor) -> Tensor:
 def _dropped(x: Tensor, mask: Tensor | None, p: float, A: Tensor) -> Tensor:
     """dropout(x) of a mask that was drawn, in A's dtype."""
     x = x.to(A.dtype)  # a product of two dtypes costs torch a copy more
-    return x if mask is None else mask.to(A.dtype).mul_(x).mul_(1 / (1.0 - p))
+    return x if mask is None else mask.to(A.dtype).mul_(x).mul_(_share(p))
+
+
+def _share(p: float) -> float:
+    """What dropout multiplies the elements with that it keeps, if there are any."""
+    return 1 / (1.0 - p) if p < 1 else 0.0
 
 
 class _Add(torch.autograd.Function):
@@ -174,7 +190,7 @@ class _Add(torch.autograd.Function):
         if needs[6]:
             z = F.linear(h, B).mul_(s).add_(y)
             of_m = _rows(g * (z if b is None else z.sub_(b))).sum(0) / n
-        of_x, of_A, of_B = _thin(inner, kept, mask, A, B, h, s, p, needs[1:4])
+        of_x, of_A, of_B = _thin(_rows(inner), _rows(kept), mask, A, B, _rows(h), s, p, needs[1:4])
         of_b = (_rows(g).sum(0) - _rows(inner).sum(0)).to(grad.dtype) if needs[8] else None
         of_x = None if of_x is None else of_x.to(x.dtype).view(x.shape)
         return inner.to(grad.dtype) if needs[0] else None, of_x, of_A, of_B, None, None, of_m, None, of_b
@@ -186,61 +202,61 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
         scale, p, m, n, squares = rest
-        flat = x.reshape(-1, x.shape[-1])
-        (k, d), rows, reach = (
-            W.shape,
-            flat.shape[0],
-            whole.reach(W, A) if not p and thin.ordinary(x, A, B, scale) else math.inf,
-        )
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        (k, d), rows, reach = W.shape, flat.shape[0], math.inf
+        if not p and (n is None or thin.ordinary(x, A, B, scale)):
+            reach = whole.reach(W, A)
         mask = _mask(flat, p) if p else None
-        h = F.linear(_dropped(flat, mask, p, A), A)
-        ctx.summed = rows * d >= reach
+        kept = _dropped(flat, mask, p, A) if p else flat
+        ctx.summed, ctx.scale, ctx.p = rows * d >= reach, scale, p
+        over = None if n is None else n.reciprocal()
         if rows * (k + d) >= reach:
-            V = whole.weight(W, A, B, scale)
-            z, n = F.linear(flat, V), _lengths(V.square().sum(1)) if n is None else n
+            V, h = whole.weight(W, A, B, scale), F.linear(kept, A)
+            z, over = F.linear(flat, V), _over(V.square().sum(1)) if over is None else over
+        elif over is None:
+            z, h, over = _joined(flat, kept, W, A, B, scale, squares)
         else:
-            z = F.linear(flat if n is not None else torch.cat([flat, A]), W)
-            if n is None:
-                z, cross = z.narrow(0, 0, rows), z.narrow(0, rows, A.shape[0])
-                n = _lengths(_expanded(cross.t(), squares, A, B, scale))
+            z, h = F.linear(flat, W), F.linear(kept, A)
             z = z.addmm_(h, B.mT, alpha=scale) if type(scale) is float else z.addmm_(h * scale, B.mT)
-        ctx.scale, ctx.p = scale, p
-        gain = m / n
-        ctx.save_for_backward(x, W, b, A, B, m, n, gain, mask, h, z)
+        gain = m * over
+        ctx.save_for_backward(x, W, b, A, B, m, over, gain, mask, h, z)
         out = z * gain if b is None else torch.addcmul(b, z, gain)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out if flat is x else out.view(*x.shape[:-1], k)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, b, A, B, m, n, gain, mask, h, z = ctx.saved_tensors
+        x, W, b, A, B, m, over, gain, mask, h, z = ctx.saved_tensors
         needs, s, p = ctx.needs_input_grad, ctx.scale, ctx.p
         if torch.is_grad_enabled():
 
             def plainly(x: Tensor, b: Tensor | None, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
                 kept = _dropped(x, None if mask is None else mask.view(x.shape), p, A)
-                return _gained(F.linear(x, W, b), kept, A, B, s, m / n, b)
+                return _gained(F.linear(x, W, b), kept, A, B, s, m * over, b)
 
             wanted = (needs[0], *needs[2:5], needs[7])
             of_x, of_b, of_A, of_B, of_m = differentiable(plainly, (x, b, A, B, m), wanted, grad)
             return of_x, None, of_b, of_A, of_B, None, None, of_m, None, None
-        g, kept = grad.reshape(-1, grad.shape[-1]), _dropped(x.reshape(-1, x.shape[-1]), mask, p, A)
+        g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        kept = _dropped(flat, mask, p, A) if p else flat
+        of_m = (g * z).sum(0) * over if needs[7] else None  # first, so that the next product gets the memory of this
         inner = g * gain
         of_x, of_A, of_B = _thin(inner, kept, mask, A, B, h, s, p, (needs[0] and not ctx.summed, *needs[3:5]))
         if needs[0]:
             of_x = inner @ whole.weight(W, A, B, s) if of_x is None else of_x.addmm_(inner, W)
             of_x = of_x.view(x.shape)
-        of_m = (g * z).sum(0) / n if needs[7] else None
         return of_x, None, g.sum(0) if needs[2] else None, of_A, of_B, None, None, of_m, None, None
 
 
-_add, _linear = node(_Add), node(_Linear)
+_add, fused = node(_Add), node(_Linear)
 
 
 def _thin(
     g: Tensor, kept: Tensor, mask: Tensor | None, A: Tensor, B: Tensor, h: Tensor, s: Any, p: float, needs: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of s B A kept with respect to x, A and B for an incoming g; `kept` is x where the mask is, scaled."""
-    g, h, kept = _rows(g), _rows(h), _rows(kept)
+    """Gradients of s B A kept with respect to x, A and B for an incoming g; `kept` is x where the mask is, scaled.
+
+    All are of rows.
+    """
     back = torch.addmm(h, g, B, beta=0, alpha=s) if type(s) is float else (g @ B) * s
     of_B = of_x = None
     if needs[2]:
@@ -248,5 +264,5 @@ def _thin(
     of_A = back.mT @ kept if needs[1] else None
     if needs[0]:
         of_x = back @ A
-        of_x = of_x if mask is None else of_x.mul_(mask.view(of_x.shape).to(of_x.dtype)).mul_(1 / (1.0 - p))
+        of_x = of_x if mask is None else of_x.mul_(mask.view(of_x.shape).to(of_x.dtype)).mul_(_share(p))
     return of_x, of_A, of_B

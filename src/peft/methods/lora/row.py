@@ -1,15 +1,15 @@
-"""A single row through LoRA or DoRA in evaluation, as in decoding: one function from the layer to the products.
+"""A single row through LoRA or DoRA in evaluation, as in decoding, and DoRA's training: few functions to the products.
 
 A large matrix leaves nothing of the layers' state in the caches, and each object that is looked at costs as much as
 many instructions. So what was found when the layer's state changed lies in one tuple, and one function asks whether it
 still holds: the modules in their places, without hooks or patches, and torch running operations as they are written.
-Where it does not, and for everything but a single row, the method's `forward` decides, which makes what DoRA keeps.
+Where it does not, and for everything else, the method's `forward` decides, which makes what DoRA keeps.
 """
 
 from __future__ import annotations
 
 from operator import is_not
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import _C, Tensor, nn
@@ -19,10 +19,10 @@ from ...core.direct import EVERYWHERE, FORWARD
 from ...core.kept import still
 from ...core.stack import Adapter, Stack
 from ...core.views import Linear
-from ...kernels import choice
+from ...kernels import choice, scaled
 from ...kernels.thin import PLAIN, WIDE
 
-peek_interpreter_stack, get = _C._functorch.peek_interpreter_stack, dict.get
+peek, get = _C._functorch.peek_interpreter_stack, dict.get
 owner = Tensor.untyped_storage
 Place = tuple[dict[str, Any], str, Any]  # a table, and what it is to have under a key
 
@@ -32,21 +32,24 @@ class Row(Stack):
 
     last: Adapter
     inner: Stack
+    learn: ClassVar[Any] = None  # what makes the output where gradients are wanted, if that is no affair of `forward`
     _written = -1  # plain values of adapters that had been set when they were read
 
     def __init__(self, stack: Stack):
         self.__dict__.update(stack.__dict__)
         self.long = stack
-        self._noted: tuple[Any, ...] | None = None
+        self._notes: list[tuple[Any, ...] | None] = [None, None]  # without and with gradients
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_written": -1, "_noted": None}  # a copied module has a table of its own
+        return {**self.__dict__, "_notes": [None, None]}  # a copied module has a table of its own
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        learns = torch.is_grad_enabled()
+        if learns and self.learn is None:
             return self.last.method.forward(self.last, self.inner, x)
-        noted = self._noted if self._written == Adapter.written else self._note()
-        if noted is None or x.is_nested or x.numel() != noted[0]:
+        noted = self._notes[learns] if self._written == Adapter.written else None
+        noted = self._note(learns) if noted is None else noted
+        if not noted or x.is_nested or not (learns or x.numel() == noted[0]):
             return self.long(x)
         d, scale, kept, base, A, B, held, held_A, held_B, hooks, tables, keys, wanted = noted
         W, a, up = held.get("weight"), held_A.get("weight"), held_B.get("weight")  # which some libraries take away
@@ -57,18 +60,14 @@ class Row(Stack):
             return self.long(x)
         if not (type(base) is nn.Linear and type(A) is type(B) is Linear and nn.Linear.forward is FORWARD):
             return self.long(x)
-        if any(hooks) or any(EVERYWHERE) or any(map(is_not, map(get, tables, keys), wanted)):
+        if any(map(is_not, map(get, tables, keys), wanted)):
             return self._anew(x)
-        if (
-            type(x) not in PLAIN
-            or not x.is_cpu
-            or forward_ad._current_level >= 0
-            or _C._is_any_autocast_enabled()
-            or _C._is_tracing()
-            or "cpu" in choice.devices
-            or peek_interpreter_stack() is not None
-        ):
+        if any(hooks) or any(EVERYWHERE) or _C._is_tracing() or "cpu" in choice.devices or type(x) not in PLAIN:
             return self.long(x)
+        if not x.is_cpu or forward_ad._current_level >= 0 or _C._is_any_autocast_enabled() or peek() is not None:
+            return self.long(x)
+        if learns:
+            return self.learn(x, W, b, a, up, scale, kept)
         v = x.view(-1)
         if kept is None:
             y = W.mv(v) if b is None else torch.addmv(b, W, v)
@@ -83,15 +82,29 @@ class Row(Stack):
 
     def _anew(self, x: Tensor) -> Tensor:
         """The long way, after which the next row looks at everything anew."""
-        self._written = -1
+        self._notes = [None, None]
         return self.long(x)
 
-    def _note(self) -> tuple[Any, ...] | None:
-        self.__dict__.update(_written=Adapter.written, _noted=None)
+    def _note(self, learns: bool) -> tuple[Any, ...] | None:
+        """What `__call__` takes; nothing where there is no short way, None where there is none yet."""
+        if self._written != Adapter.written:
+            self.__dict__.update(_written=Adapter.written, _notes=[None, None])
+        p = self.last
+        self._notes[learns] = ()
+        if p.hot is not None and self.extra is None and p.method.by_row(p) and not (learns and p.method.drop_rate(p)):
+            base, A, B, _, hooks = p.hot
+            places = self._places()
+            kept = self._taught(places) if learns else self._kept(places)
+            held = [module._parameters for module in (base, A, B)]
+            lists = zip(*places, strict=True)
+            noted = (base.in_features, p.scaling, kept, base, A, B, *held, hooks, *lists)
+            self._notes[learns] = noted if kept is not None or type(self) is Row else None
+        return self._notes[learns]
+
+    def _places(self) -> list[Place]:
+        """Where the modules stand that the long way would call, and what would make more of them than products."""
         p, modules = self.last, self.layer._modules
-        if p.hot is None or self.extra is not None or not p.method.by_row(p):
-            return None
-        base, A, B, _, hooks = p.hot
+        base, A, B, *_ = p.hot
         home = modules.get("lora_dropout")
         drop = None if home is None else home._modules.get(p.name)
         places: list[Place] = [(modules, "base_layer", base), (modules, "lora_dropout", home)]
@@ -101,33 +114,58 @@ class Row(Stack):
         places += [] if home is None else [(home._modules, p.name, drop)]
         places += [] if drop is None or type(drop) is nn.Identity else [(drop.__dict__, "training", False)]
         places += [(module.__dict__, "forward", None) for module in (base, A, B)]
-        places += [(module.__dict__, "_forward_hooks", None) for module in (A, B)]
-        kept = self._kept(places)
-        if kept is None and type(self) is not Row:
-            self._written = -1
-            return None
-        held = [module._parameters for module in (base, A, B)]
-        tables, keys, wanted = zip(*places, strict=True)
-        self._noted = (base.in_features, p.scaling, kept, base, A, B, *held, hooks, tables, keys, wanted)
-        return self._noted
+        return [*places, *((module.__dict__, "_forward_hooks", None) for module in (A, B))]
 
     def _kept(self, places: list[Place]) -> tuple[Any, ...] | None:
         """What is kept beside the tensors, and how these were when it was made; what it is kept of joins the places."""
         return None
 
+    _taught = _kept
+
 
 class Gained(Row):
-    """The same under a gain for each out-feature (DoRA), for as long as the one that evaluation keeps holds."""
+    """The same under a gain for each out-feature (DoRA), for as long as the one that evaluation keeps holds.
+
+    In training the gain is made of the tensors as they are, and of the square norms that are kept of W.
+    """
+
+    def learn(self, x: Tensor, W: Any, b: Any, a: Any, up: Any, scale: float, kept: tuple[Any, ...]) -> Tensor:
+        """m / |V| V x + b, V = W + scale B A, where gradients are wanted."""
+        m, squares, *marks = kept
+        if W.requires_grad or x.dtype is not torch.float32 or m.dtype is not x.dtype:
+            return self.long(x)
+        if [W._version, W.data_ptr(), owner(W)._cdata] != marks:
+            return self._anew(x)
+        return scaled.fused(x, W, b, a, up, scale, 0.0, m, None, squares)
+
+    def _taught(self, places: list[Place]) -> tuple[Any, ...] | None:
+        p, W = self.last, self.last.hot[0]._parameters.get("weight")
+        if p.layer is not self.layer or type(W) is not nn.Parameter or p.method.squares_now(p, W) is None:
+            return None
+        found, M = p.cache.get("noted"), p.lora_magnitude_vector
+        if found is None or found.tensors[0][0] is not W or type(M.weight) is not nn.Parameter:
+            return None
+        places += self._beside(M, (p.hot[0], M))
+        _, version, address, memory = found.tensors[0]
+        return (M.weight, found.value, version, address, memory.cdata)
+
+    def _beside(self, M: nn.Module, modules: tuple[nn.Module, ...]) -> list[Place]:
+        """Where the magnitude stands, the weights of these modules, and what tells of merges."""
+        d = self.layer.__dict__
+        weights = [(of._parameters, "weight", of._parameters.get("weight")) for of in modules]
+        return [
+            *standing(self.layer._modules, "lora_magnitude_vector", self.last, M),
+            *weights,
+            (d, "_saved", d.get("_saved")),
+        ]
 
     def _kept(self, places: list[Place]) -> tuple[Any, ...] | None:
         p, layer = self.last, self.layer
         if p.layer is not layer or still(p) is None:
             return None
         found, M = p.cache["kept"], p.lora_magnitude_vector
-        places += standing(layer._modules, "lora_magnitude_vector", p, M)
-        places += [(of._parameters, "weight", of._parameters.get("weight")) for of in (*p.hot[:3], M)]
+        places += self._beside(M, (*p.hot[:3], M))
         places += [(p.cache, "kept", found), (layer.__dict__, "training", False)]
-        places += [(layer.__dict__, "_saved", layer.__dict__.get("_saved"))]
         tensors = [held for _, key, held in places if key == "weight"]
         then = {id(t): marks for t, *marks in found.tensors}
         seen = {(id(table), key) for table, key, _ in places}
