@@ -11,9 +11,11 @@ from torch import nn
 
 from peft import (
     LoraConfig,
+    LoraModel,
     LoraRuntimeConfig,
     PeftModel,
     PeftWarning,
+    functional,
     get_layer_status,
     get_model_status,
     get_peft_model,
@@ -360,6 +362,20 @@ def test_injection_changes_the_model_itself():
     assert "fc1.lora_A.default.weight" in dict(base.named_parameters())
     inject_adapter_in_model(lora(), base, "second")
     assert list(base.peft_config) == ["default", "second"]
+
+
+@pytest.mark.parametrize("make", [lambda c, m: inject_adapter_in_model(c, m), lambda c, m: LoraModel(m, c, "default")])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_injected_adapter_has_the_dtype_of_the_weights_until_it_is_cast(make, dora):
+    model = make(lora(use_dora=dora), mlp().bfloat16()).eval()
+    x = torch.randn(4, 6).bfloat16()
+    own = [p for n, p in model.named_parameters() if "lora_" in n]
+    assert {p.dtype for p in own} == {torch.bfloat16}
+    with torch.no_grad():
+        before = model(x)
+        functional.cast_adapter_dtype(model, "default")
+        assert {p.dtype for p in own} == {torch.float32}
+        torch.testing.assert_close(model(x), before, rtol=0.05, atol=0.05)
 
 
 def test_the_origin_is_noted_and_changes_are_warned_of():

@@ -79,6 +79,8 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put adapter layers into a model, which is changed and returned itself, without a PeftModel around it.
 
+    The adapter has the dtype of the weights; `peft.functional.cast_adapter_dtype` makes float32 of half precision.
+
     Arguments:
         peft_config: the adapter's configuration.
         model: any model; it gets the attribute `peft_config`.

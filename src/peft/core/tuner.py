@@ -66,7 +66,7 @@ class BaseTuner(Switching, Combined, nn.Module):
         adapter_name: str,
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
-        autocast_adapter_dtype: bool = True,
+        autocast_adapter_dtype: bool = False,
         undo: list[Callable[[], Any]] | None = None,
     ) -> None:
         super().__init__()

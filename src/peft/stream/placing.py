@@ -168,7 +168,9 @@ def _check_base(model: nn.Module, source: Source) -> None:
 def _added(tuner: Any, model: nn.Module, source: Source) -> Any:
     kind: Any = tuner_class(source.config.peft_type)
     if tuner is None:
-        return kind(model, {source.name: source.config}, source.name, low_cpu_mem_usage=True)
+        return kind(
+            model, {source.name: source.config}, source.name, low_cpu_mem_usage=True, autocast_adapter_dtype=True
+        )
     if not isinstance(tuner, kind) and (kind.alone or type(tuner).alone):
         only = kind if kind.alone else type(tuner)
         raise CheckpointError(
