@@ -183,9 +183,9 @@ class AdapterFile:
         except BaseException:
             undo()
             raise
-        self._note(model, result)
+        found = self._note(model, result)
         if not is_trainable:
-            evaluate(model, self.name if self._new else None)
+            evaluate(model, self.name if self._new else None, found)
         return result
 
     def like_another(self, model: PeftModel, config: PeftConfig, is_trainable: bool) -> _IncompatibleKeys | None:
@@ -227,8 +227,11 @@ class AdapterFile:
         apart = self.renames or self.options.get("ignore_mismatched_sizes") or len(self.saved.heads) != 1
         return not apart and "base_model" in model._modules and "prompts" not in model.__dict__
 
-    def _note(self, model: PeftModel, result: _IncompatibleKeys) -> None:
-        """Keep what has been worked out, if nothing had to be said and every tensor has found its place."""
+    def _note(self, model: PeftModel, result: _IncompatibleKeys) -> list[nn.Module] | None:
+        """Keep what has been worked out, if nothing had to be said and every tensor has found its place.
+
+        Returns the modules of the model, adapters' aside, if that has found them.
+        """
         known, tuner = self._known, model._modules.get("base_model")
         places = list(known.keys.values()) if known is not None and known.keys and not any(result) else []
         whole = self._pouring is not None or (known is not None and 0 < len(places) == len(known.places))
@@ -243,6 +246,9 @@ class AdapterFile:
             recipe = recipe_of(tuner, self.name, self._start[0], header, places, self._pouring)
             if recipe is not None:
                 Recipes.of(tuner).note(recipe)
+                alone = len(model._modules) == len(tuner._modules) == 1
+                return [model, tuner, *recipe.standing.modules] if alone else None
+        return None
 
     def _check_base(self, model: PeftModel, strict: bool | None) -> None:
         replaced = getattr(model.peft_config[self.name], "modules_to_save", None) or ()

@@ -10,14 +10,15 @@ from .host import AdapterHost, below, standing
 from .layer import BaseTunerLayer
 
 
-def evaluate(model: nn.Module, new: str | None) -> None:
+def evaluate(model: nn.Module, new: str | None, found: list[nn.Module] | None = None) -> None:
     """`model.eval()`, in one walk; where all but a new adapter is in evaluation already, no other adapter is visited.
 
     Arguments:
         model: a model with adapters.
         new: the adapter that has just been added to it; None if there is none.
+        found: its modules as `below` gives them, where they are known.
     """
-    found, _ = below(model)
+    found = below(model)[0] if found is None else found
     layers = standing(found)
     kinds: dict[Any, bool] = {kind: issubclass(kind, AdapterHost) for kind in set(map(type, found))}
     usual = all(kind.train is (BaseTunerLayer if host else nn.Module).train for kind, host in kinds.items())

@@ -83,6 +83,8 @@ class Mold:
                 sizes = [(k, module.__dict__[k]) for k in _SHAPES]
                 self.parts.append((key, sizes, weight.shape, weight.dtype, weight.device))
         self.tensors: list[Any] = [(key, shape, dtype) for key, _, shape, dtype, _ in self.parts if shape is not None]
+        held = self.tensors if start is None else []
+        self.empty = [(key, torch.empty(shape, dtype=dtype, device="meta")) for key, shape, dtype in held]
 
     @classmethod
     def of(cls, layer: BaseTunerLayer, name: str, meta: bool) -> Mold | None:
@@ -114,11 +116,12 @@ class Mold:
 
     def add(self, layer: BaseTunerLayer, path: str, tables: list[dict[str, Any]]) -> None:
         """The adapter, frozen, in a layer of the form; `tables` receives what holds its parameters."""
-        made: dict[str, Tensor] = {
-            key: _part(nn.Parameter, torch.empty(shape, dtype=dtype, device=device), False)
-            for key, _, shape, dtype, device in self.parts
-            if shape is not None
-        }
+        if self.start is None:  # without memory one stands for all
+            empty = self.empty
+        else:
+            parts = [part for part in self.parts if part[2] is not None]
+            empty = [(key, torch.empty(shape, dtype=dtype, device=device)) for key, _, shape, dtype, device in parts]
+        made: dict[str, Tensor] = {key: _part(nn.Parameter, tensor, False) for key, tensor in empty}
         self._put(layer, path, tables, self.name, iter(made.values()), layer.__dict__["training"])
         if self.start is not None:
             self.start(made)

@@ -187,7 +187,7 @@ def again(p: Adapter) -> Callable[[dict[str, Tensor]], None] | None:
     if kind is not True and kind is not False:
         return None
     A, B = _held(p)
-    down, up = (1 / math.sqrt(factor[0].numel()) for factor in (A, B))
+    down, up = (1 / math.sqrt(factor.numel() // len(factor)) for factor in (A, B))
 
     def draw(made: dict[str, Tensor]) -> None:
         made["lora_A"].uniform_(-down, down)
