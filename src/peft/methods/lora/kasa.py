@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.kept import lasting
 from ...core.method import Site, low_rank
 from ...core.stack import Adapter, Stack
 from ...core.terms import Term, summed
@@ -62,7 +63,10 @@ class KaSA(LoRA):
         up = B * (p.held("lora_diag") * p.scaling)[..., None, :]
         return torch.cat([A, Q], -2), torch.cat([up, -P], -1)
 
-    def apart(self, p: Adapter) -> tuple[Term, ...]:
+    def terms(self, p: Adapter) -> tuple[Term, ...]:
+        """What is added, and what is taken out; in evaluation both together, which is kept."""
+        if lasting(p):
+            return ((*self.together(p), 1.0),)
         (A, B), (Q, P) = self.own_factors(p), self.first_factors(p)
         return (A, B, p.held("lora_diag") * p.scaling), (Q, P, -1.0)
 

@@ -23,10 +23,8 @@ from ...core.files import keys_in_hand
 from ...core.kept import kept, lasting, still
 from ...core.method import LowRank, Method, Site
 from ...core.stack import Adapter, Stack
-from ...core.terms import Term, over
 from ...core.views import PLAIN, Linear
 from ...kernels import lowrank
-from ...kernels.modes import is_autocast, transformed
 from . import init as starts
 from . import room
 from .row import Row
@@ -197,8 +195,7 @@ class LoRA(LowRank):
                 rate = 0.0 if drop is None or not drop.training or type(drop) is nn.Identity else drop.p
                 alike = a.dtype is x.dtype and not rate
                 if p.__dict__["subtracts"]:
-                    simple = alike and W.dtype is x.dtype and not (is_autocast(x) or transformed())
-                    return over(x, W, bias, self.terms(p)) if simple else self.onto(p, inner, inner(x), x)
+                    a, b = self.together(p)
                 y = None if graph else lowrank.ready(x, W, bias, a, b, p.scaling, rate)
                 if y is not None:
                     return y
@@ -210,17 +207,12 @@ class LoRA(LowRank):
                 return y
         return self.onto(p, inner, inner(x), x)
 
-    def terms(self, p: Adapter) -> tuple[Term, ...]:
-        """What is added, and what an initialisation takes out; in evaluation both together, which is kept."""
-        found = still(p, "factors")
+    def together(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """`factors`; evaluation keeps them."""
+        found: tuple[Tensor, Tensor] | None = still(p, "factors")
         if found is None and lasting(p):
             found = kept(p, lambda: self.factors(p), what="factors")
-        return self.apart(p) if found is None else ((*found, self.scaling(p)),)
-
-    def apart(self, p: Adapter) -> tuple[Term, ...]:
-        """Each by itself."""
-        (A, B), (A0, B0), s = self.own_factors(p), self.first_factors(p), self.scaling(p)
-        return (A, B, s), (A0.to(A.dtype), B0.to(B.dtype), -s)
+        return self.factors(p) if found is None else found
 
     def by_modules(self, p: Adapter) -> bool:
         """Whether lora_A and lora_B have to be called."""
