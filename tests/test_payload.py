@@ -12,12 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from peft.core import files, header, payload
 from peft.core.header import read_header
+from peft.errors import PeftWarning
 
 KINDS = {
     "one kind": {"a": torch.arange(3000.0), "b": torch.ones(2, 5), "c": torch.tensor(2.0), "none": torch.zeros(0, 4)},
     "several": {"a": torch.arange(1001, dtype=torch.uint8), "b": torch.ones(7).double(), "c": torch.ones(3).half()},
     "whole chunks": {"a": torch.arange(1024.0), "b": -torch.arange(1024.0)},
     "nothing": {"none": torch.zeros(0, 4)},
+    "small and large": {f"{i:02}": torch.full((n,), float(i)) for i, n in enumerate([3, 1500, 0, 900, 200, 5000, 0])},
+    "large of several": {"a": torch.arange(2001).double(), "b": torch.arange(3001).half(), "c": torch.ones(9).bool()},
 }
 
 
@@ -32,23 +35,21 @@ def sum_of(raw: bytes) -> int:
     return sum((2 * (i // 512) + 1) * word for i, word in enumerate(words)) % 2**64
 
 
-@pytest.fixture(params=[2**20, 4096, 0], ids=["one block", "many blocks", "where it is"])
+@pytest.fixture(params=[2**20, 2**13, 4096], ids=["one block", "several", "many"])
 def block(request, monkeypatch):
-    """How much is read or written at once; nothing waits from another test. Files larger than it are not copied."""
-    monkeypatch.setattr(payload, "BLOCK", request.param or 2**20)
+    """How much is read or written at once; nothing waits from another test. Larger files are read where they are."""
+    monkeypatch.setattr(payload, "BLOCK", request.param)
     monkeypatch.setattr(payload, "_waiting", [])
     yield request.param
     payload._waiting.clear()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_written_is_read_again_each_tensor_in_its_own_memory(tmp_path, monkeypatch, block, kind):
+def test_what_is_written_is_read_again_each_tensor_in_its_own_memory(tmp_path, block, kind):
     state, file = KINDS[kind], tmp_path / "a.safetensors"
     head = written(file, state)
     raw = file.read_bytes()[head.start :]
     assert head.metadata["checksum"] == f"{head.tensors.names}-{sum_of(raw):016x}"
-    if not block:
-        monkeypatch.setattr(payload, "BLOCK", -1)
     got = files.Saved({str(file): head}).read(own=True)
     for found in (got, load_file(file), files.read_weights(file)):
         assert found.keys() == state.keys() and all(torch.equal(found[k], v) for k, v in state.items())
@@ -56,6 +57,19 @@ def test_what_is_written_is_read_again_each_tensor_in_its_own_memory(tmp_path, m
     assert all(t.untyped_storage().nbytes() == t.nbytes and t.storage_offset() == 0 for t in got.values())
     places = [t.data_ptr() for t in got.values() if t.nbytes]
     assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("name", ["00", "05", "06"])
+def test_numbers_that_are_not_finite_are_told_of_each_tensor(tmp_path, block, name, own, bad):
+    state, file = {k: v.clone() for k, v in KINDS["small and large"].items()}, tmp_path / "a.safetensors"
+    state["06"] = torch.ones(1)
+    state[name][-1] = bad
+    saved = files.Saved({str(file): written(file, state)})
+    with pytest.warns(PeftWarning, match=f"in '{name}'"):
+        got = saved.read(own=own)
+    assert all(torch.equal(got[k].nan_to_num(), v.nan_to_num()) for k, v in state.items())
 
 
 def test_a_file_leaves_no_numbers_in_the_next(tmp_path, block):
@@ -74,8 +88,9 @@ def test_each_bit_counts(tmp_path, block, place):
     raw = bytearray(file.read_bytes())
     raw[start + place if place >= 0 else -1] ^= 8
     file.write_bytes(raw)
-    with pytest.raises(ValueError, match="damaged"):
-        files.read_weights(file)
+    for own in (True, False):
+        with pytest.raises(ValueError, match="damaged"):
+            files.Saved({str(file): read_header(file)}).read(own=own)
 
 
 def test_chunks_that_change_places_count(tmp_path, block):
@@ -87,12 +102,13 @@ def test_chunks_that_change_places_count(tmp_path, block):
         files.read_weights(file)
 
 
-def test_a_file_that_becomes_shorter_says_so(tmp_path):
+@pytest.mark.parametrize("kind", ["one kind", "small and large", "large of several"])
+def test_a_file_that_becomes_shorter_says_so(tmp_path, block, kind):
     file = tmp_path / "a.safetensors"
-    saved = files.Saved({str(file): written(file, KINDS["one kind"])})
+    saved = files.Saved({str(file): written(file, KINDS[kind])})
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(ValueError, match="became shorter"):
-        saved.read()
+        saved.read(own=True)
 
 
 def test_a_start_at_any_place_is_read(tmp_path):
@@ -106,6 +122,23 @@ def test_a_start_at_any_place_is_read(tmp_path):
     assert torch.equal(
         files.read_weights(tmp_path / "whole.safetensors")["a"], files.read_weights(tmp_path / "odd.safetensors")["a"]
     )
+
+
+def test_tensors_at_any_place_are_read(tmp_path, block):
+    """Nor the tensors in it: one byte before numbers of eight."""
+    state = {"a": torch.ones(1, dtype=torch.uint8), "b": torch.arange(1500).double(), "c": torch.arange(400).double()}
+    raw, head, here = b"", {}, 0
+    for name, tensor in state.items():
+        part = bytes(tensor.view(torch.uint8).tolist())
+        code = {torch.uint8: "U8", torch.float64: "F64"}[tensor.dtype]
+        head[name] = {"dtype": code, "shape": [len(tensor)], "data_offsets": [here, here + len(part)]}
+        raw, here = raw + part, here + len(part)
+    text = json.dumps(head).encode()
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw)
+    for own in (True, False):
+        got = files.Saved({str(file): read_header(file)}).read(own=own)
+        assert all(torch.equal(got[k], v) for k, v in state.items())
 
 
 def test_memory_is_lent_to_one_reader_at_a_time(tmp_path):

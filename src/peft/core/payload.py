@@ -27,8 +27,14 @@ _clones = getattr(torch, "_foreach_clone", None) or (lambda tensors: [t.clone() 
 
 def data_of(file: str | os.PathLike[str], header: Header) -> Tensor:
     """A file's data as bytes, (size,): pages of it are read when they are looked at."""
+    if os.path.getsize(file) < header.size:
+        raise _shorter(file)
     whole = torch.from_file(os.fspath(file), shared=False, size=header.size, dtype=torch.uint8)
     return whole[header.start :]
+
+
+def _shorter(file: str | os.PathLike[str]) -> ValueError:
+    return ValueError(f"{file} became shorter while it was read. Download or save it again.")
 
 
 @contextmanager
@@ -74,7 +80,7 @@ def _read(file: str | os.PathLike[str], header: Header, memory: memoryview) -> N
         while memory:
             count = handle.readinto(memory)
             if not count:
-                raise ValueError(f"{file} became shorter while it was read. Download or save it again.")
+                raise _shorter(file)
             memory = memory[count:]
 
 
