@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from peft.core.pattern import Selector, Table, suffixes
 from peft.core.plan import compact
 from peft.core.replicate import replicate
@@ -491,6 +491,44 @@ def test_the_first_key_wins():
     assert pattern_value({"q.*": 1, "q_proj": 2}, "a.q_proj", 0) == 1
     assert pattern_value({"q_proj": 2, "q.*": 1}, "a.q_proj", 0) == 2
     assert pattern_value(None, "a", 5) == pattern_value({}, "a", 5) == 5
+
+
+def attention() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, batch_first=True)})
+
+
+@pytest.mark.parametrize(
+    ("tables", "rank", "alpha", "unused"),
+    [
+        ({"rank_pattern": {"attn": 3}, "alpha_pattern": {"at+n": 5}}, 3, 5, []),
+        ({"rank_pattern": {"out_proj": 3}, "alpha_pattern": {".*out_proj": 5}}, 2, 4, ["'out_proj'", "'.*out_proj'"]),
+        ({"rank_pattern": {"attn": 3, "attn.base_layer.out_proj": 1}}, 1, 4, []),
+        ({"module_config": {"attn": {"r": 3, "lora_alpha": 5}, ".*out_proj": {"r": 1}}}, 1, 5, []),
+    ],
+)
+def test_the_out_projection_has_the_settings_of_its_attention(tables, rank, alpha, unused):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnmatchedTargetWarning)
+        model = get_peft_model(attention(), LoraConfig(r=2, lora_alpha=4, target_modules=["attn"], **tables))
+    out = model.base_model.model.attn.base_layer.out_proj
+    assert (out.r["default"], out.lora_alpha["default"], out.lora_A["default"].weight.shape) == (rank, alpha, (rank, 8))
+    told = [str(w.message) for w in caught]
+    assert len(told) == len(unused) and all(key in text for key, text in zip(unused, told, strict=True))
+
+
+def test_a_conversion_names_an_out_projection_of_another_rank():
+    config = LoraConfig(r=2, target_modules=["attn"], rank_pattern={"attn": 3}, init_lora_weights=False)
+    model, x = get_peft_model(attention(), config).eval(), torch.randn(2, 3, 8)
+    with torch.no_grad():
+        model.base_model.model.attn.base_layer.out_proj.lora_A["default"].weight[1:] = 0
+    with pytest.warns(UserWarning, match="is a LoRA already"):
+        new, state = convert_to_lora(model, 0.99999)
+    again = get_peft_model(attention(), new).eval()
+    set_peft_model_state_dict(again, state)
+    answers = [m.base_model.model.attn(x, x, x)[0] for m in (model, again)]
+    assert again.base_model.model.attn.base_layer.out_proj.r == {"default": 1}
+    torch.testing.assert_close(*answers)
 
 
 def test_settings_without_patterns_are_the_configuration_itself():

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.pattern import special
 from ..core.targets import match
 from ..core.views import view_of
 from ..methods.lora.config import LoraConfig
@@ -56,13 +57,13 @@ def plain_config(configs: list[Any], ranks: dict[str, int], usual: int | None = 
         found = [e for c in configs for e in getattr(c, name, None) or ()]
         values[name] = list(dict.fromkeys(found)) or None
     usual = usual or Counter(ranks.values()).most_common(1)[0][0]
-    special = {pattern(path, ranks): r for path, r in ranks.items() if r != usual}
+    named = {pattern(path, ranks): r for path, r in special(ranks, usual).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the sources' configurations have said it
         return LoraConfig(
             **{
                 **values,
-                **dict(r=usual, lora_alpha=usual, rank_pattern=special, alpha_pattern=dict(special)),
+                **dict(r=usual, lora_alpha=usual, rank_pattern=named, alpha_pattern=dict(named)),
                 **changes,
             }
         )

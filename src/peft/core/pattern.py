@@ -24,6 +24,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "block_size_pattern": ("block_size",),
     "lambda_pattern": ("delora_lambda",),
 }
+_BASE = "base_layer"  # the name in a path below which a target's parts are
 _PLAIN = re.compile(r"[\w.\-]*")
 _ENDLESS = re.compile(r"\)[*+{]|([*+}].*){4}")  # a repeated group, or many repeats
 # Where a key matches: the whole name or all after a dot; all after a dot alone; or anywhere.
@@ -221,11 +222,38 @@ def _state(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return dict(vars(config)), {field: dict(value) for field, value in tables(config).items()}
 
 
+def part_of(path: str) -> str | None:
+    """The path of the target that the module there is a part of, as attention's out-projection is; None if of none."""
+    target, found, _ = f".{path}".partition(f".{_BASE}.")
+    return target[1:] if found else None
+
+
+def holding(keys: Table, field: str, path: str) -> list[str]:
+    """The keys that hold for the target or the part at `path`, the first of which counts; all of `module_config`.
+
+    A part of a target (attention's out-projection) has the target's settings, but for keys that name its own path.
+    """
+    found, target = keys.matches(path), part_of(path)
+    if target is None:
+        return found
+    if field == "module_config":
+        return keys.matches(target) + found
+    return [key for key in found if _BASE in key] or keys.matches(target)
+
+
+def special(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """The values, by path, that a table has to hold where all others are the usual one."""
+    given = ((path, value, part_of(path)) for path, value in values.items())
+    return {
+        path: value for path, value, whole in given if value != (usual if whole is None else values.get(whole, usual))
+    }
+
+
 def _changes(config: Any, path: str) -> dict[str, Any]:
     """What the tables of a configuration change for one module; `module_config` has the last word."""
     changes: dict[str, Any] = {}
     for field, patterns in tables(config).items():
-        found = table(patterns, field, config).matches(path)
+        found = holding(table(patterns, field, config), field, path)
         if field == "module_config":
             for key in found:
                 changes.update(patterns[key])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from ..errors import NoMatchingPeftModuleError, UnmatchedTargetWarning, listing, nearest, report
 from . import experts, views
 from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from .pattern import Selector, suffixes, table, tables
+from .pattern import Selector, holding, part_of, suffixes, table, tables
 from .plan import Plan, Target
 from .search import Search
 from .tie import innermost
@@ -208,9 +208,10 @@ def _unmatched(plan: Plan, search: Search) -> dict[str, Missing]:
     for field, patterns in patterned.items():
         keys, used = table(patterns, field, search.config), set()
         for name in targets:
-            used.update(keys.matches(name))
+            used.update(holding(keys, field, name))
         if unused := [key for key in keys.keys if key not in used]:
-            result[field] = [(key, targets, True) for key in unused]
+            whole = [name for name in targets if part_of(name) is None]
+            result[field] = [(key, whole, True) for key in unused]
     return result
 
 
@@ -219,7 +220,12 @@ def _parts(target: Target) -> list[str]:
     base = innermost(target.module)
     if target.parameter is not None or not views.supported(base):
         return [target.name]
-    return [target.name, *(f"{target.name}.{part}" for part in views.view_of(base).parts(base))]
+    view, below = views.view_of(base), f"{target.name}.base_layer".lstrip(".")
+    return [
+        target.name,
+        *(f"{target.name}.{part}" for part in view.parts(base)),
+        *(f"{below}.{child}" for child in view.read_children),
+    ]
 
 
 def _unsaved(search: Search) -> list[str]:

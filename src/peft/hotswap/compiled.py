@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..core.layer import BaseTunerLayer, tuner_layers
-from ..core.pattern import settings, tables
+from ..core.pattern import settings, special, tables
 
 
 def prepare_model_for_compiled_hotswap(
@@ -97,6 +97,7 @@ def true_ranks(model: nn.Module, name: str, config: Any) -> Any:
         return config
     new = copy.copy(config)
     new.r, new.lora_alpha = Counter(found.values()).most_common(1)[0][0]
-    new.rank_pattern = {"^" + re.escape(path): r for path, (r, _) in found.items() if r != new.r}
-    new.alpha_pattern = {"^" + re.escape(path): a for path, (_, a) in found.items() if a != new.lora_alpha}
+    for i, (field, usual) in enumerate((("rank_pattern", new.r), ("alpha_pattern", new.lora_alpha))):
+        own = special({path: pair[i] for path, pair in found.items()}, usual)
+        setattr(new, field, {"^" + re.escape(path): value for path, value in own.items()})
     return new
