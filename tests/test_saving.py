@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks.measure import calls
 from peft import LoraConfig, PeftModel, PeftWarning, get_peft_model, get_peft_model_state_dict
 from peft.core import files
 from peft.core.files import write_weights
@@ -60,6 +61,17 @@ def contents(folder: Path):
 
 
 # The file ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_save_takes_few_calls_for_each_layer(tmp_path):
+    """Of Python and C functions, for its two tensors' names, places in the file, and numbers."""
+    counts = []
+    for layers in (8, 40):
+        base = nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers)))
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=[str(i) for i in range(layers)]))
+        for _ in range(3):  # what is made once for a process, or a folder, is there then
+            counts.append(calls(lambda m=model, n=layers: m.save_pretrained(tmp_path / str(n))))
+    assert (counts[5] - counts[2]) / 32 <= 105
 
 
 def test_the_same_adapter_is_the_same_bytes(tmp_path):
