@@ -33,6 +33,7 @@ from .rows import (
 BIASES = ("lora-bias", "dora-bias", "beft")  # they give a bias to layers without one, which cannot be merged
 HALVES = tuple(m for m in FEW if m not in BIASES)
 HALF = (torch.bfloat16, torch.float16)
+CAST = ("linear", "linear-Conv1D", "conv-2d", "embedding", "attention-packed")
 each_cell = pytest.mark.parametrize("method, name", cells())
 each_mergeable = pytest.mark.parametrize("method, name", cells(merged=True))
 few_cells = pytest.mark.parametrize("method, name", cells(FEW))
@@ -114,6 +115,21 @@ def test_merged_is_forward(method, name):
         close(plain(x), wanted)
     assert not list(tuner_layers(plain)) and not any(METHODS[method].prefix in n for n, _ in plain.named_parameters())
     assert plain.state_dict().keys() == layout.model().state_dict().keys()
+
+
+@pytest.mark.parametrize("method, name", [c for c in cells() if c[1] in CAST])
+def test_adapters_that_are_cast_with_their_model_run_and_merge(method, name):
+    layout = LAYOUTS[name]
+    for dtype in HALF:
+        model, x = adapted(method, layout).to(dtype), layout.x(dtype)
+        given = x.clone().requires_grad_() if x.is_floating_point() else x
+        wanted = model(given)
+        assert wanted.dtype is dtype
+        wanted.float().square().sum().backward()
+        if METHODS[method].merges:
+            with torch.no_grad():
+                model.merge_adapter()
+                close(model(x), wanted, 6e-2 if dtype is torch.bfloat16 else 2e-2)
 
 
 @pytest.mark.parametrize("method, name", cells(HALVES, merged=True))

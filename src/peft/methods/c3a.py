@@ -92,6 +92,7 @@ class C3A(Delta):
         if not inner.view.dense:
             return super().onto(p, inner, y, x)
         K, b = p.held("c3a_kernel"), p.block_size
+        K = K.to(torch.promote_types(K.dtype, torch.float32))  # a model cast after all has kernels in half precision
         parts = x.to(K.dtype).unflatten(-1, (-1, b))
         waves = torch.fft.rfft(parts.reshape(-1, *parts.shape[-2:]))  # (batch, v, f)
         # a product of matrices (in / b, out / b) for each frequency
