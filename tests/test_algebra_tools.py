@@ -16,12 +16,15 @@ from conformance.layouts import LAYOUTS
 from conformance.oracles import METHODS
 from conformance.rows import adapted, train, tuner_layers
 from peft import (
+    AdaLoraConfig,
     IA3Config,
     LoHaConfig,
     LoraConfig,
+    MissConfig,
     PeftModel,
     PeftWarning,
     PromptTuningConfig,
+    RandLoraConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -455,6 +458,26 @@ def test_scales_come_back_from_nested_blocks_and_errors() -> None:
             pass
     with pytest.raises(ValueError, match="LoraLayer"), rescale_adapter_scale(net(), 2):
         pass
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdaLoraConfig(target_modules=["0", "2"], init_r=3, target_r=2, total_step=9),
+        LoHaConfig(target_modules=["0", "2"], r=2),
+        MissConfig(target_modules=["0", "2"], r=2),
+        RandLoraConfig(target_modules=["0", "2"], r=2),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_the_scalings_of_other_methods_follow(config: Any) -> None:
+    made = model(config)
+    last, x = made.base_model.model[2], torch.randn(3, 8)
+    base = last.base_layer(x)
+    update = last(x) - base
+    with rescale_adapter_scale(made, 0.5):
+        torch.testing.assert_close(last(x) - base, update / 2)
+    torch.testing.assert_close(last(x) - base, update)
 
 
 def test_a_scale_that_is_set_inside_stays_and_a_prepared_one_is_the_same_tensor() -> None:
