@@ -169,6 +169,8 @@ MISTAKES = [
          trainable_token_indices={"emb": [3, 1, 3]}),
     wrap("a token from both ends", ValueError, ("trainable_token_indices", "token 3", "as 3 and as -6"),
          trainable_token_indices={"emb": [3, -6]}),
+    wrap("tokens of a target", TypeError, ("trainable_token_indices", "'body.emb'", "exclude it from target_modules"),
+         target_modules=["up", "emb"], trainable_token_indices={"emb": [1]}),
     wrap("tokens as text", TypeError, ("trainable_token_indices", "whole numbers", "['a']"),
          trainable_token_indices={"emb": ["a"]}),
     wrap("a tuple of tokens by name", TypeError, ("trainable_token_indices", "whole numbers", "3"),

@@ -378,6 +378,12 @@ def test_an_injected_adapter_has_the_dtype_of_the_weights_until_it_is_cast(make,
         torch.testing.assert_close(model(x), before, rtol=0.05, atol=0.05)
 
 
+def test_a_value_of_the_target_that_is_none_is_one():
+    model = get_peft_model(nn.Sequential(nn.Embedding(4, 3)), lora(target_modules=["0"]))
+    layer = model.base_model.model[0]
+    assert layer.max_norm is None and layer.padding_idx is None and not hasattr(layer, "max_norms")
+
+
 def test_the_origin_is_noted_and_changes_are_warned_of():
     base = mlp()
     base.name_or_path = "here"

@@ -27,6 +27,8 @@ from .shown import Shown
 from .stack import Adapter, Finish, InPlace, Stack, Values
 from .views import LABELS, ModuleDict, ParameterDict, view_of
 
+_MISSING = object()
+
 
 class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
     """Stands where the target stood; holds it as `base_layer` and every adapter's tensors under the peer's names.
@@ -132,9 +134,9 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
             # torch's fused encoder layer asks this before it reads attention weights past our forward
             return self.get_base_layer()._qkv_same_embed_dim and self.planned() is None and not is_mixed(self.call)
         if not name.startswith("_") and name != "weight" and name != "bias":
-            found = getattr(self.get_base_layer(), name, None)
+            found = getattr(self.get_base_layer(), name, _MISSING)  # None is a value, as of an embedding's max_norm
             plain = isinstance(found, nn.Module) or not callable(found) or name in self.view.methods
-            if found is not None and plain:
+            if found is not _MISSING and plain:
                 return found
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

@@ -22,7 +22,7 @@ from .roster import Roster
 from .shared import SharedTensors, Sight, is_late, shared_home, shared_of
 from .targets import settings
 from .tie import Place, innermost, places, tied_modules
-from .tokens import TokenRows, TrainableTokensWrapper
+from .tokens import TokenRows, TrainableTokensWrapper, check_untargeted
 from .whole import Placing
 from .wrappers import ModulesToSaveWrapper
 
@@ -303,6 +303,7 @@ class Injection(Casting, Placing):
 
     def _place_tokens(self, path: str, indices: list[int], share: nn.Parameter | None) -> nn.Parameter:
         parent, leaf, found = self.get(path)
+        check_untargeted(path, found)
         if isinstance(found, TrainableTokensWrapper):
             wrapper = found
             self.undo.append(lambda: wrapper.token_adapter._drop(self.name))

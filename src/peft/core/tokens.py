@@ -216,6 +216,15 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return getattr(self.token_adapter, name)
 
 
+def check_untargeted(path: str, module: nn.Module) -> None:
+    """Raise TypeError if an adapter changes all rows of a module: its tokens would be trained twice over."""
+    if isinstance(module, BaseTunerLayer):
+        raise TypeError(
+            f"trainable_token_indices trains rows of {path!r}, or of what shares its weight, and {path!r} is a target "
+            "of an adapter as a whole. Choose one: exclude it from target_modules, or leave the tokens out."
+        )
+
+
 def check_disjoint(layer: BaseTunerLayer, names: Sequence[str]) -> None:
     """Raise ValueError if two of these adapters claim the same token."""
     seen: dict[int, str] = {}
