@@ -268,7 +268,7 @@ def test_whatever_changes_is_seen_by_the_next_step(change, rows):
         took, y = short(model, x)
         if "adapter" not in change and change not in ("a merge", "none active", "a switch"):
             never = {"another weight", "double precision"}  # of W gradients are wanted; single precision alone is taken
-            assert took == (change in STILL - never and (turn == 1 or change != "other weights"))
+            assert took == (change in (STILL | {"dropout"}) - never and (turn == 1 or change != "other weights"))
         found = gradients(y, model, x)
         run = layer._run or layer.base_layer
         wanted = gradients(getattr(run, "long", run)(x), model, x)
@@ -276,6 +276,28 @@ def test_whatever_changes_is_seen_by_the_next_step(change, rows):
             assert (one is None) == (other is None)
             if one is not None:
                 torch.testing.assert_close(one, other, rtol=2e-2 if "half" in change else 1e-4, atol=1e-5)
+
+
+def test_dropout_goes_the_short_way_of_training():
+    model = adapted(8, use_dora=True, lora_dropout=0.5).train()
+    layer = model.base_model.model[0]
+    x = torch.randn(6, 8, requires_grad=True)
+    model(x)
+    for rate in (0.5, 0.25, "evaluation"):
+        if rate == "evaluation":
+            model.eval()
+        else:
+            layer.lora_dropout["default"].p = rate
+        made = []
+        for long in (False, True):
+            torch.manual_seed(1)
+            took, y = (False, layer._run.long(x)) if long else short(model, x)
+            assert took != long
+            made.append(gradients(y, model, x))
+        for one, other in zip(*made, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        torch.manual_seed(2)
+        assert torch.equal(model(x), made[0][0]) == (rate == "evaluation")
 
 
 TENSORS = {

@@ -91,9 +91,9 @@ class Row(Stack):
             self.__dict__.update(_written=Adapter.written, _notes=[None, None])
         p = self.last
         self._notes[learns] = ()
-        if p.hot is not None and self.extra is None and p.method.by_row(p) and not (learns and p.method.drop_rate(p)):
+        if p.hot is not None and self.extra is None and p.method.by_row(p):
             base, A, B, _, hooks = p.hot
-            places = self._places()
+            places = self._places(learns)
             kept = self._taught(places) if learns else self._kept(places)
             held = [module._parameters for module in (base, A, B)]
             lists = zip(*places, strict=True)
@@ -101,18 +101,18 @@ class Row(Stack):
             self._notes[learns] = noted if kept is not None or type(self) is Row else None
         return self._notes[learns]
 
-    def _places(self) -> list[Place]:
+    def _places(self, learns: bool) -> list[Place]:
         """Where the modules stand that the long way would call, and what would make more of them than products."""
         p, modules = self.last, self.layer._modules
         base, A, B, *_ = p.hot
         home = modules.get("lora_dropout")
-        drop = None if home is None else home._modules.get(p.name)
+        drop = dropout(home, p)
         places: list[Place] = [(modules, "base_layer", base), (modules, "lora_dropout", home)]
         places += [
             place for key, module in (("lora_A", A), ("lora_B", B)) for place in standing(modules, key, p, module)
         ]
-        places += [] if home is None else [(home._modules, p.name, drop)]
-        places += [] if drop is None or type(drop) is nn.Identity else [(drop.__dict__, "training", False)]
+        places += [] if home is None else [(home._modules, p.name, home._modules.get(p.name))]
+        places += [] if drop is None or learns else [(drop.__dict__, "training", False)]
         places += [(module.__dict__, "forward", None) for module in (base, A, B)]
         return [*places, *((module.__dict__, "_forward_hooks", None) for module in (A, B))]
 
@@ -131,12 +131,13 @@ class Gained(Row):
 
     def learn(self, x: Tensor, W: Any, b: Any, a: Any, up: Any, scale: float, kept: tuple[Any, ...]) -> Tensor:
         """m / |V| V x + b, V = W + scale B A, where gradients are wanted."""
-        m, squares, *marks = kept
+        m, squares, drop, *marks = kept
         if W.requires_grad or x.dtype is not torch.float32 or m.dtype is not x.dtype:
             return self.long(x)
         if [W._version, W.data_ptr(), owner(W)._cdata] != marks:
             return self._anew(x)
-        return scaled.fused(x, W, b, a, up, scale, 0.0, m, None, squares)
+        rate = drop.p if drop is not None and drop.training else 0.0
+        return scaled.fused(x, W, b, a, up, scale, rate, m, None, squares)
 
     def _taught(self, places: list[Place]) -> tuple[Any, ...] | None:
         p, W = self.last, self.last.hot[0]._parameters.get("weight")
@@ -147,7 +148,8 @@ class Gained(Row):
             return None
         places += self._beside(M, (p.hot[0], M))
         _, version, address, memory = found.tensors[0]
-        return (M.weight, found.value, version, address, memory.cdata)
+        drop = dropout(self.layer._modules.get("lora_dropout"), p)
+        return (M.weight, found.value, drop, version, address, memory.cdata)
 
     def _beside(self, M: nn.Module, modules: tuple[nn.Module, ...]) -> list[Place]:
         """Where the magnitude stands, the weights of these modules, and what tells of merges."""
@@ -175,6 +177,12 @@ class Gained(Row):
             return None
         versions, addresses, owners = zip(*(then[id(t)] for t in tensors), strict=True)
         return (tensors[-1], *found.value[1:], versions + addresses, tuple(o.cdata for o in owners))
+
+
+def dropout(home: nn.Module | None, p: Adapter) -> Any:
+    """The adapter's dropout, if it has one that does something in training."""
+    found = None if home is None else home._modules.get(p.name)
+    return None if type(found) is nn.Identity else found
 
 
 def standing(modules: dict[str, Any], key: str, p: Adapter, module: nn.Module) -> list[Place]:
