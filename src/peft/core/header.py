@@ -93,7 +93,12 @@ class Layout(dict[str, Info]):
     @functools.cached_property
     def factors(self) -> torch.Tensor:
         """What each chunk of the data counts in the checksum, (chunks,) int64: the odd numbers."""
-        return torch.arange(1, 2 * -(-self.size // CHUNK) + 1, 2, device="cpu")
+        return _odd(-(-self.size // CHUNK))
+
+
+@functools.lru_cache(maxsize=8)
+def _odd(count: int) -> torch.Tensor:
+    return torch.arange(1, 2 * count + 1, 2, device="cpu")
 
 
 class Header(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..core.host import hosts
 from ..core.layer import BaseTunerLayer, tuner_layers
 from ..core.pattern import settings, special, tables
 
@@ -86,12 +87,16 @@ def true_ranks(model: nn.Module, name: str, config: Any) -> Any:
     """
     if config.peft_type != "LORA":
         return config
+    alike = not tables(config)
+    held = [layer.adapters.get(name) for layer in hosts(model) if isinstance(layer, BaseTunerLayer)]
+    plain = [p.__dict__ for p in held if p is not None and "r" in p.__dict__]
+    if alike and all(p["r"] == config.r and p["lora_alpha"] == config.lora_alpha for p in plain):
+        return config
     found = {
         p.path: (int(p.r), p.lora_alpha)
         for _, layer in tuner_layers(model)
         if isinstance(layer, BaseTunerLayer) and (p := layer.adapters.get(name)) is not None and "r" in p.__dict__
     }
-    alike = not tables(config)
     said = {path: config if alike else settings(config, path) for path in found}
     if all((said[path].r, said[path].lora_alpha) == pair for path, pair in found.items()):
         return config
