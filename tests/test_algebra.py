@@ -95,6 +95,17 @@ def test_variants_of_lora_are_themselves(fields: dict[str, Any], kind: str) -> N
     assert torch.allclose(made(x), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", PRUNED)
+def test_a_single_source_is_not_pruned_and_needs_no_density(kind: str) -> None:
+    made = model(lora())
+    x = torch.randn(4, 6)
+    expected = made(x).detach()
+    combined(made, ["x1"], [1.0], kind)
+    assert torch.allclose(made(x), expected, atol=1e-6)
+    with pytest.raises(TypeError, match="density"):
+        made.add_weighted_adapter(["x1", "mix"], [1.0, 1.0], "other", combination_type=kind)
+
+
 def test_an_initialisation_from_the_base_weight_is_not_repeated() -> None:
     made = model(lora(init_lora_weights="pissa"))
     x = torch.randn(4, 6)

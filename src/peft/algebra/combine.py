@@ -46,8 +46,8 @@ class Recipe:
     energy: float | None = None
     advice: str = "Give a larger svd_rank, or combination_type='exact'."
 
-    def check(self) -> None:
-        """Raise ValueError or TypeError for what cannot be."""
+    def check(self, prunes: bool = True) -> None:
+        """Raise ValueError or TypeError for what cannot be; `prunes`: whether there is anything to prune."""
         if self.kind not in TYPES:
             raise ValueError(
                 f"combination_type={self.kind!r} is unknown.{nearest(str(self.kind), TYPES)} Use one of "
@@ -57,7 +57,7 @@ class Recipe:
             raise ValueError(f"svd_rank={self.rank!r} is no rank. Give a whole number of at least 1, or None.")
         if self.clamp is not None and not 0 <= self.clamp <= 1:
             raise ValueError(f"svd_clamp={self.clamp!r} is no quantile. Give a number in [0, 1], or None.")
-        pruned = self.kind.startswith(("ties", "dare", "magnitude"))
+        pruned = prunes and self.kind.startswith(("ties", "dare", "magnitude"))
         if pruned and self.density is None:
             raise TypeError(f"combination_type={self.kind!r} prunes: give `density`, the share of entries to keep.")
         if pruned and not isinstance(self.density, (int, float)):

@@ -77,7 +77,8 @@ def add_weighted_adapter(
     Everything is computed before the model is touched, and an error leaves it as it was.
     """
     shares = _checked(tuner, adapters, weights, adapter_name)
-    recipe.check()
+    as_it_is = len(adapters) == 1 and recipe.rank is None and recipe.energy is None
+    recipe.check(prunes=not as_it_is)
     configs = [tuner.peft_config[name] for name in adapters]
     layers = updates(tuner.model, shares)
     modules = updates(tuner.model, shares, whole=True)
@@ -86,7 +87,7 @@ def add_weighted_adapter(
         raise ValueError(
             f"The adapters {listing(adapters)} have no weights to combine, or change weights and replace whole modules."
         )
-    if len(adapters) == 1 and recipe.rank is None and recipe.energy is None:
+    if as_it_is:
         recipe = Recipe("linear" if configs[0].peft_type == "LORA" else "exact")
     if tokens or modules or _closed(configs, layers):
         config, report = _same_method(tuner, configs, modules or layers), Report()
