@@ -41,15 +41,16 @@ class LoRA(LowRank):
 
     def build(self, site: Site) -> dict[str, Any]:
         c, m, view = site.settings, site.module, site.view
-        bias = bool(c.lora_bias)
-        beside = {"lora_embedding_bias": nn.Parameter(torch.empty(view.shape(m)[0], **site.kwargs))}
+        bias, beside = bool(c.lora_bias), dict[str, Any]()
+        if bias and view.infix:
+            beside["lora_embedding_bias"] = nn.Parameter(torch.empty(view.shape(m)[0], **site.kwargs))
         root = math.sqrt(c.r) if c.use_rslora else c.r
         return {
             **starts.room(site),
             "lora_dropout": site.dropout("lora_dropout"),
             f"lora_{view.infix}A": view.down(m, c.r, **site.kwargs),
             f"lora_{view.infix}B": view.up(m, c.r, bias, **site.kwargs),
-            **(beside if bias and view.infix else {}),
+            **beside,
             "r": c.r,
             "lora_alpha": c.lora_alpha,
             "scaling": c.lora_alpha / root,
