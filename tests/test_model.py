@@ -244,6 +244,16 @@ def test_trained_tokens_are_back_after_disable(changes):
         assert torch.equal(logits(model), adapted) and model.get_model_status().enabled is True
 
 
+def test_what_is_disabled_is_unloaded_as_the_base():
+    x, base = torch.randn(4, 6), mlp()
+    want = base(x)
+    model = get_peft_model(base, lora(modules_to_save=["head"]))
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["default"].weight.add_(1)
+    model.base_model.disable_adapter_layers()
+    assert torch.equal(model.unload()(x), want)
+
+
 def test_an_adapter_for_inference_stays_frozen_through_disable():
     model = get_peft_model(mlp(), lora(inference_mode=True))
     assert not any(p.requires_grad for p in model.parameters())

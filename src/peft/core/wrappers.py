@@ -177,8 +177,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The active adapter's copy, or the original if none is active."""
+        """The active adapter's copy, or the original if none is active, or is disabled without a merge."""
         names = [n for n in (adapter_names or self._active) if n in self.adapters]
+        if self._disabled and not merge:
+            return self.original_module
         if len(names) > 1:
             self.check_active(names)
         return self.adapters[names[0]] if names else self.original_module
