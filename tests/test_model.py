@@ -15,6 +15,7 @@ from peft import (
     LoraRuntimeConfig,
     PeftModel,
     PeftWarning,
+    TrainableTokensConfig,
     functional,
     get_layer_status,
     get_model_status,
@@ -242,6 +243,24 @@ def test_trained_tokens_are_back_after_disable(changes):
                     assert torch.equal(logits(model), want)
                 assert torch.equal(logits(model), want) and model.get_model_status().enabled is False
         assert torch.equal(logits(model), adapted) and model.get_model_status().enabled is True
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(target_modules=["q_proj"], trainable_token_indices=[1, 3]),
+        lora(target_modules=["embed_tokens"], ensure_weight_tying=True),
+        TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 3]),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_tensors_of_tied_layers_are_trainable_again_after_enabling(config):
+    model = get_peft_model(tiny("LlamaForCausalLM", tie_word_embeddings=True), copy.deepcopy(config))
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    model.base_model.disable_adapter_layers()
+    assert not any(p.requires_grad for p in model.parameters())
+    model.base_model.enable_adapter_layers()
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
 
 
 def test_what_is_disabled_is_unloaded_as_the_base():

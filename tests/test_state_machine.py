@@ -382,7 +382,7 @@ class Histories(RuleBasedStateMachine):
             self._gives_the_base()
         plain = self.model.unload()
         found, wanted = plain.state_dict(), self.base.state_dict()
-        for name in self.active:  # a module trained as a whole stays in place of the original
+        for name in self.active if self.kept is None else ():  # a module trained as a whole stays where it runs
             wanted.update(self.loaded[name].copy)
         assert found.keys() == wanted.keys() and all(torch.equal(found[k], v) for k, v in wanted.items())
         if not self.copies:

@@ -119,8 +119,9 @@ class AdapterHost(Lean):
         if enabled:
             self._set_disabled(False)
             flags, self._trainable = self._trainable or {}, None
-            for name, flag in flags.items():
-                self.set_requires_grad(name, flag)
+            for name in flags:
+                if flags[name]:  # others are frozen already, or another layer that shares their tensors has them trained
+                    self.set_requires_grad(name, True)
         else:
             names = self._get_available_adapters()
             flags = {n: any(q.requires_grad for q in self.adapter_parameters(n)) for n in names}
