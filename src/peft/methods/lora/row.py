@@ -24,6 +24,8 @@ from ...kernels.thin import PLAIN, WIDE
 
 peek, get = _C._functorch.peek_interpreter_stack, dict.get
 owner = Tensor.untyped_storage
+HOMES = ("lora_A", "lora_B", "lora_dropout")
+NEVER = {"training": False}  # in place of a dropout that is not there
 Place = tuple[dict[str, Any], str, Any]  # a table, and what it is to have under a key
 
 
@@ -51,30 +53,33 @@ class Row(Stack):
         noted = self._note(learns) if noted is None else noted
         if not noted or x.is_nested or not (learns or x.numel() == noted[0]):
             return self.long(x)
-        d, scale, kept, base, A, B, held, held_A, held_B, hooks, tables, keys, wanted = noted
+        d, scale, kept, hooks, beside, base, A, B, held, held_A, held_B, of_base, of_A, of_B, m, name, *homes = noted
+        home_A, home_B, home_drop, in_A, in_B, of_drop = homes
         W, a, up = held.get("weight"), held_A.get("weight"), held_B.get("weight")  # which some libraries take away
         b, dtype, shape = held.get("bias", held), x.dtype, x.shape
-        if not (type(W) is type(a) is type(up) is nn.Parameter and (b is None or type(b) is nn.Parameter)):
-            return self.long(x)
-        if not (W.dtype is a.dtype is up.dtype is dtype and dtype in WIDE and shape[-1] == d and len(shape) > 1):
-            return self.long(x)
-        if not (type(base) is nn.Linear and type(A) is type(B) is Linear and nn.Linear.forward is FORWARD):
-            return self.long(x)
-        if any(map(is_not, map(get, tables, keys), wanted)):
-            return self._anew(x)
-        if any(hooks) or any(EVERYWHERE) or _C._is_tracing() or "cpu" in choice.devices or type(x) not in PLAIN:
+        same = type(W) is type(a) is type(up) is nn.Parameter and (b is None or type(b) is nn.Parameter)
+        same = same and W.dtype is a.dtype is up.dtype is dtype and dtype in WIDE and shape[-1] == d and len(shape) > 1
+        same = same and type(base) is nn.Linear and type(A) is type(B) is Linear and nn.Linear.forward is FORWARD
+        same = same and m["base_layer"] is base and m["lora_A"] is home_A and m["lora_B"] is home_B
+        same = same and in_A[name] is A and in_B[name] is B and m.get("lora_dropout") is home_drop
+        more_than = of_drop["training"] or "forward" in of_base or "forward" in of_A or "forward" in of_B or any(hooks)
+        more_than = more_than or "_forward_hooks" in of_A or "_forward_hooks" in of_B or any(EVERYWHERE)
+        if not same or more_than or _C._is_tracing() or "cpu" in choice.devices or type(x) not in PLAIN:
             return self.long(x)
         if not x.is_cpu or forward_ad._current_level >= 0 or _C._is_any_autocast_enabled() or peek() is not None:
             return self.long(x)
+        if beside and any(map(is_not, map(get, beside[0], beside[1]), beside[2])):
+            return self._anew(x)
         if learns:
             return self.learn(x, W, b, a, up, scale, kept)
         v = x.view(-1)
         if kept is None:
             y = W.mv(v) if b is None else torch.addmv(b, W, v)
             return y.addmv_(up, a.mv(v), alpha=scale).view(*shape[:-1], -1)
-        m, gain, gained, marks, owners = kept
-        now = (W._version, a._version, up._version, m._version, W.data_ptr(), a.data_ptr(), up.data_ptr(), m.data_ptr())
-        if now != marks or (owner(W)._cdata, owner(a)._cdata, owner(up)._cdata, owner(m)._cdata) != owners:
+        size, gain, gained, marks = kept
+        seen = (W._version, a._version, up._version, size._version, W.data_ptr(), a.data_ptr(), up.data_ptr())
+        now = (*seen, size.data_ptr(), owner(W)._cdata, owner(a)._cdata, owner(up)._cdata, owner(size)._cdata)
+        if now != marks:
             return self._anew(x)
         y = W.mv(v)
         y = y.mul_(gain) if b is None else torch.addcmul(b, y, gain)
@@ -93,28 +98,18 @@ class Row(Stack):
         self._notes[learns] = ()
         if p.hot is not None and self.extra is None and p.method.by_row(p):
             base, A, B, _, hooks = p.hot
-            places = self._places(learns)
+            modules = self.layer._modules
+            homes = [modules.get(key) for key in HOMES]
+            inside = [None if home is None else home._modules for home in homes]
+            drop = dropout(homes[2], p)
+            places: list[Place] = [] if inside[2] is None else [(inside[2], p.name, inside[2].get(p.name))]
             kept = self._taught(places) if learns else self._kept(places)
-            held = [module._parameters for module in (base, A, B)]
-            lists = zip(*places, strict=True)
-            noted = (base.in_features, p.scaling, kept, base, A, B, *held, hooks, *lists)
+            own = [module._parameters for module in (base, A, B)] + [module.__dict__ for module in (base, A, B)]
+            of_drop = NEVER if drop is None or learns else drop.__dict__
+            noted = (base.in_features, p.scaling, kept, hooks, tuple(zip(*places, strict=True)), base, A, B, *own)
+            noted += (modules, p.name, *homes, *inside[:2], of_drop)
             self._notes[learns] = noted if kept is not None or type(self) is Row else None
         return self._notes[learns]
-
-    def _places(self, learns: bool) -> list[Place]:
-        """Where the modules stand that the long way would call, and what would make more of them than products."""
-        p, modules = self.last, self.layer._modules
-        base, A, B, *_ = p.hot
-        home = modules.get("lora_dropout")
-        drop = dropout(home, p)
-        places: list[Place] = [(modules, "base_layer", base), (modules, "lora_dropout", home)]
-        places += [
-            place for key, module in (("lora_A", A), ("lora_B", B)) for place in standing(modules, key, p, module)
-        ]
-        places += [] if home is None else [(home._modules, p.name, home._modules.get(p.name))]
-        places += [] if drop is None or learns else [(drop.__dict__, "training", False)]
-        places += [(module.__dict__, "forward", None) for module in (base, A, B)]
-        return [*places, *((module.__dict__, "_forward_hooks", None) for module in (A, B))]
 
     def _kept(self, places: list[Place]) -> tuple[Any, ...] | None:
         """What is kept beside the tensors, and how these were when it was made; what it is kept of joins the places."""
@@ -170,13 +165,16 @@ class Gained(Row):
         places += [(p.cache, "kept", found), (layer.__dict__, "training", False)]
         tensors = [held for _, key, held in places if key == "weight"]
         then = {id(t): marks for t, *marks in found.tensors}
-        seen = {(id(table), key) for table, key, _ in places}
+        seen = {(id(table), key) for table, key, _ in places} | {
+            (id(layer._modules), k) for k in ("base_layer", *HOMES)
+        }
+        seen |= {(id(layer._modules[key]._modules), p.name) for key in HOMES[:2]}
         if then.keys() != {id(t) for t in tensors} or not seen >= {
             (id(table), key) for table, key, _ in found.places if table is not p.__dict__
         }:
             return None
         versions, addresses, owners = zip(*(then[id(t)] for t in tensors), strict=True)
-        return (tensors[-1], *found.value[1:], versions + addresses, tuple(o.cdata for o in owners))
+        return (tensors[-1], *found.value[1:], (*versions, *addresses, *(o.cdata for o in owners)))
 
 
 def dropout(home: nn.Module | None, p: Adapter) -> Any:
