@@ -119,8 +119,8 @@ class AdapterHost(Lean):
         if enabled:
             self._set_disabled(False)
             flags, self._trainable = self._trainable or {}, None
-            for name in flags:
-                if flags[name]:  # others are frozen already, or another layer that shares their tensors has them trained
+            for name, flag in flags.items():
+                if flag:  # what is not is frozen already, unless a layer that shares its tensors has them trained
                     self.set_requires_grad(name, True)
         else:
             names = self._get_available_adapters()
