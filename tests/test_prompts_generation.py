@@ -136,11 +136,10 @@ def test_generate_is_greedy_choice_by_whole_forwards(family, method):
     assert torch.equal(model.generate(text, **more), wanted)
     assert torch.equal(model.generate(input_ids=text, attention_mask=torch.ones_like(text), **more), wanted)
     assert torch.equal(model.generate(input_ids=text, max_length=11, do_sample=False, **tasks(method, 2)), wanted)
-    if method in IN_FRONT:
-        assert torch.equal(model.generate(input_ids=text, use_cache=False, **more), wanted)
-    else:
-        with pytest.raises(ValueError, match="use_cache"):
-            model.generate(input_ids=text, use_cache=False, **more)
+    assert torch.equal(model.generate(input_ids=text, use_cache=False, **more), wanted)
+    assert torch.equal(model.generate(input_ids=text, prefill_chunk_size=2, **more), wanted)
+    model.generation_config.eos_token_id = int(wanted[0, 7])
+    assert torch.equal(model.generate(input_ids=text, eos_token_id=None, **more), wanted)
 
 
 @each_model

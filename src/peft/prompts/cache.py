@@ -66,16 +66,16 @@ def asked_for(model: nn.Module, given: dict[str, Any], text: int) -> Any:
     from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 
     default = getattr(model, "generation_config", None)
-    kind = _setting(given, default, "cache_implementation")
+    kind = setting(given, default, "cache_implementation")
     if kind is None:
         return None
-    settings = _setting(given, default, "cache_config")
+    settings = setting(given, default, "cache_config")
     kind = {"sliding_window": "static", "hybrid": "static"}.get(kind, kind)
     if kind not in KINDS:
         raise ValueError(f"cache_implementation={kind!r} is none of {', '.join(map(repr, KINDS))}.")
     config, away = text_config(model), kind.startswith("offloaded")
-    longest = max(_setting(given, default, name) or 0 for name in ("max_length", "max_cache_len"))
-    room = max(text + (_setting(given, default, "max_new_tokens") or 20), text + longest)
+    longest = max(setting(given, default, name) or 0 for name in ("max_length", "max_cache_len"))
+    room = max(text + (setting(given, default, "max_new_tokens") or 20), text + longest)
     _take_out(given, default)
     if kind == "quantized":
         settings = {"config": config, "backend": "quanto", **(settings or {})}
@@ -85,7 +85,7 @@ def asked_for(model: nn.Module, given: dict[str, Any], text: int) -> Any:
     return DynamicCache(config=config, offloading=True) if away else None
 
 
-def _setting(given: dict[str, Any], default: Any, name: str) -> Any:
+def setting(given: dict[str, Any], default: Any, name: str) -> Any:
     """A setting of generation: by name, in the configuration that is given, or in the model's."""
     found = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(default, name, None))
     return next((value for value in found if value is not None), None)

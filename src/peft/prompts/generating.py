@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .cache import asked_for
+from .cache import asked_for, setting
 from .checkpointed import checkpoints
 from .inputs import batch_of, behind_keys, checked_tasks, in_front
 from .mixed import hide
@@ -38,13 +38,17 @@ def generate(prompts: Prompts, run: Callable[..., Any], args: tuple[Any, ...], g
     chosen = front, cached = prompts.chosen(given)
     if chosen == (None, None):
         return run(*args, **{k: v for k, v in given.items() if k not in OURS})
-    given = {k: v for k, v in given.items() if v is not None and k not in OURS - {"task_ids"}}
+    settings = getattr(prompts.model, "generation_config", None)  # a None for one of them overrides the model's value
+    kept = {k: v for k, v in given.items() if v is not None or hasattr(settings, k)}
+    given = {k: v for k, v in kept.items() if k not in OURS - {"task_ids"}}
     args = _named(args, given)
     task_ids = given.pop("task_ids", None)
     batch = batch_of(given)
     _give_mask(prompts.model, given)
     two = bool(getattr(prompts.model.config, "is_encoder_decoder", False))
     ids, prompts.call.virtual = given.get("input_ids"), chosen.tokens
+    if (front is not None or two) and setting(given, settings, "prefill_chunk_size"):
+        given["prefill_chunk_size"] = None  # transformers cuts ids into chunks, and these are embeddings
     if front is not None:
         made = front.prompt(batch, checked_tasks(front, task_ids, batch))[:, : front.num_virtual_tokens]
         given = hide(prompts.model, front, in_front(prompts, given, made), "attention_mask", True)
@@ -108,8 +112,7 @@ def _lengths(model: nn.Module, out: dict[str, Any], tokens: int) -> None:
 def _cached(prompts: Prompts, encoder: Any, given: dict[str, Any], batch: int, two: bool) -> dict[str, Any]:
     model, out = prompts.model, dict(given)
     config = out.get("generation_config") or getattr(model, "generation_config", None)
-    if out.get("use_cache", getattr(config, "use_cache", True)) is False:
-        raise ValueError("use_cache=False: prefix tuning lives in the cache of keys and values. Leave use_cache out.")
+    out["use_cache"] = True  # the prompt lives there; without a cache the tokens would be the same
     if checkpoints(model):
         raise ValueError(
             "The model is in training mode with gradient checkpointing, whose layers take no cache, but prefix tuning "
