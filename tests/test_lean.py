@@ -13,6 +13,7 @@ from torch import nn
 from benchmarks.measure import calls
 from benchmarks.models import stack
 from peft import LoraConfig, get_peft_model
+from peft.core import mold
 from peft.core.deferred import Deferred
 from peft.core.layer import BaseTunerLayer
 from peft.core.lean import TABLES, Lean
@@ -217,6 +218,16 @@ def test_tracked_objects_and_calls_per_layer():
     one, two = stack(100, 8), stack(300, 8)
     entered = [calls(lambda m=m: get_peft_model(m, config())) for m in (one, two)]
     assert (entered[1] - entered[0]) / 200 <= 120
+
+
+def test_what_a_load_asks_of_each_cast_is_made_for_loads_alone(monkeypatch):
+    made = []
+    monkeypatch.setattr(mold, "Cast", lambda *facts: made.append(facts))
+    get_peft_model(stack(3, 8), config())
+    assert not made
+    with mold.casts_told() as told:
+        get_peft_model(stack(3, 8), config())
+    assert len(made) == len(told) == 3
 
 
 def test_a_second_adapter_asks_no_layer_to_follow_a_switch_first():

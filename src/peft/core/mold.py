@@ -215,7 +215,7 @@ class Casting:
         parents: dict[str, nn.Module] = {}
         fresh: list[BaseTunerLayer] = []
         added: list[BaseTunerLayer] = []
-        casts: list[Cast] = []
+        told, casts = _told.get(), []
         self.undo.append(partial(self._taken_out, fresh, added))
         patterns = bool(tables(config))
         with torch.no_grad():
@@ -231,9 +231,9 @@ class Casting:
                     yield target
                     if form is not None and key not in molds and len(self.full) == before + 1:
                         mold = molds[key] = Mold.of(self.full[-1], self.name, self.meta)
-                if mold is not None:
+                if mold is not None and told is not None:  # else for nothing, and the memory would stay taken
                     casts.append(Cast(self.placed[-1], path, form, mold))
-        if (told := _told.get()) is not None and len(casts) == len(targets):
+        if told is not None and len(casts) == len(targets):
             told[:] = casts
 
     def _cast(
