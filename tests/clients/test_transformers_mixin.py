@@ -339,3 +339,15 @@ def test_names_of_tensors_hold_the_prefix_by_which_transformers_knows_them(own):
     new = {name for name in added if ".base_layer." not in name}
     assert new and all("mine" in name for name in new)
     assert all(prefix in name for name in new)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_trained_tokens_of_tied_embeddings_are_still_one_after_a_load(trainable, tmp_path):
+    tied = {"tie_word_embeddings": True}
+    model = llama(**tied)
+    model.add_adapter(config(trainable_token_indices=[3, 5]))
+    moved(model, size=0.5).save_pretrained(tmp_path)
+    found = llama(**tied)
+    found.load_adapter(str(tmp_path), is_trainable=trainable)
+    torch.testing.assert_close(logits(found.eval()), logits(model), rtol=0, atol=0)
+    assert sum("trainable_tokens_delta" in n for n, _ in found.named_parameters()) == 1

@@ -20,6 +20,7 @@ from .mold import Casting
 from .replicate import check_repeated, replicate
 from .roster import Roster
 from .shared import SharedTensors, Sight, is_late, shared_home, shared_of
+from .stack import Adapter
 from .targets import settings
 from .tie import Place, innermost, places, tied_modules
 from .tokens import TokenRows, TrainableTokensWrapper, check_untargeted
@@ -301,7 +302,7 @@ class Injection(Casting, Placing):
             )
         return path
 
-    def _place_tokens(self, path: str, indices: list[int], share: nn.Parameter | None) -> nn.Parameter:
+    def _place_tokens(self, path: str, indices: list[int], share: Adapter | None) -> Adapter:
         parent, leaf, found = self.get(path)
         check_untargeted(path, found)
         if isinstance(found, TrainableTokensWrapper):
@@ -311,12 +312,11 @@ class Injection(Casting, Placing):
             wrapper = TrainableTokensWrapper(found, self.name, self.tuner.call)
             self.put(parent, leaf, wrapper, found)
         layer = wrapper.token_adapter
-        site = self.site(layer, None, path)
-        p = layer.add_adapter(self.name, TokenRows(indices, share), site, init=not self.meta)
+        p = layer.add_adapter(self.name, TokenRows(indices, share), self.site(layer, None, path), init=not self.meta)
         if share is not None:
             layer.shares = layer.shares | {self.name}
         layer.set_requires_grad(self.name, False)
-        return p.trainable_tokens_delta
+        return p
 
     # ---- the rest ----------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ class TokenRows(Method):
 
     Arguments:
         indices: the tokens.
-        share: the rows of a tied layer, to be trained as one with these.
+        share: the adapter of a tied layer, whose rows are trained as one with these.
         at_base: whether the rows start as the base's; else random.
         argument: the name of the field that gave the tokens, for messages.
     """
@@ -35,7 +35,7 @@ class TokenRows(Method):
     def __init__(
         self,
         indices: Sequence[int],
-        share: nn.Parameter | None = None,
+        share: Adapter | None = None,
         at_base: bool = True,
         argument: str = "trainable_token_indices",
     ):
@@ -54,8 +54,9 @@ class TokenRows(Method):
                 f"{self.argument} has {bad}, but {site.path!r} has only {count} tokens (0 to {count - 1})."
             )
         _check_once(self.indices, count, site.path, self.argument)
-        held = self.share
-        if held is None:
+        if self.share is not None:
+            held: nn.Parameter = self.share.trainable_tokens_delta
+        else:
             held = nn.Parameter(torch.empty(len(self.indices), width, **site.kwargs))
         index = torch.tensor(
             [i % count for i in self.indices], device=None if site.device.type == "meta" else site.device
@@ -73,7 +74,18 @@ class TokenRows(Method):
         p.layer._modules["trainable_tokens_delta"][p.name] = other.trainable_tokens_delta
 
     def _rows(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        return p.held_buffer("token_indices"), p.held("trainable_tokens_delta")
+        new = p.held("trainable_tokens_delta")
+        if self.share is not None and isinstance(new, nn.Parameter):  # a replica's is a plain tensor
+            new = self._tied(p, new, self.share.held("trainable_tokens_delta"))
+        return p.held_buffer("token_indices"), new
+
+    def _tied(self, p: Adapter, own: Tensor, shared: Tensor) -> Tensor:
+        """The shared rows: loaders that put new parameters in place know one name of a tied one."""
+        if own is shared or not isinstance(shared, nn.Parameter):
+            return own
+        if not torch.compiler.is_dynamo_compiling():
+            p.layer._modules["trainable_tokens_delta"][p.name] = shared
+        return shared
 
     def exact_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """(A, B) with B A the update: the changes of the rows, times a unit vector for each token."""
