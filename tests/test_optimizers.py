@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftWarning, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.optimizers.lorafa import LoraFAOptimizer
 
@@ -139,8 +139,15 @@ def test_each_pair_has_the_scaling_of_its_layer():
     assert found["base_model.model.n.weight"] is None
 
 
-def test_lorafa_learns_and_saves_its_state():
+def test_lorafa_tells_of_a_frozen_factor_that_is_zero():
     model = adapted(init_lora_weights=True)
+    with pytest.warns(PeftWarning, match=r"lora_embedding_A.*learn nothing"):
+        create_lorafa_optimizer(model, 4, 6, 1e-2)
+    create_lorafa_optimizer(adapted(), 4, 6, 1e-2)  # warnings are errors here
+
+
+def test_lorafa_learns_and_saves_its_state():
+    model = adapted(init_lora_weights=True, target_modules=["a", "c"])
     made = create_lorafa_optimizer(model, 4, 6, lr=1e-2)
     losses = []
     for _ in range(10):

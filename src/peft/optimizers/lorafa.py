@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..errors import PeftWarning
 from .pairs import pairs
 
 DELTA = 1e-8
@@ -134,7 +135,9 @@ def create_lorafa_optimizer(
     """
     if use_rslora is not None:
         _check_rslora(model, use_rslora)
-    scaling = {name: pair.scaling for pair in pairs(model, embeddings=True) for name in pair.names}
+    found = pairs(model, embeddings=True)
+    scaling = {name: pair.scaling for pair in found for name in pair.names}
+    _tell_dead([pair.names[0] for pair in found if not pair.A.any()])
     names, params = [], []
     for name, p in model.named_parameters():
         if "lora_A" in name or "lora_embedding_A" in name:
@@ -151,6 +154,16 @@ def create_lorafa_optimizer(
         "weight_decay": weight_decay,
     }
     return LoraFAOptimizer([group], lr=lr)
+
+
+def _tell_dead(names: list[str]) -> None:
+    """Warn of frozen factors that are zero, as an embedding's first one is at its start: their updates stay zero."""
+    if names:
+        text = (
+            f"LoRA-FA freezes {names[0]!r}, which is zero ({len(names)} such factors in all): their updates stay zero "
+            "and learn nothing. Leave embeddings to another optimizer, or give them numbers first: init_lora_weights=False."
+        )
+        warnings.warn(text, PeftWarning, stacklevel=3)
 
 
 def _check_rslora(model: Any, given: bool) -> None:
