@@ -161,7 +161,7 @@ def _tell_dead(names: list[str]) -> None:
     if names:
         text = (
             f"LoRA-FA freezes {names[0]!r}, which is zero ({len(names)} such factors in all): their updates stay zero "
-            "and learn nothing. Leave embeddings to another optimizer, or give them numbers first: init_lora_weights=False."
+            "and learn nothing. Leave embeddings to another optimizer, or start with numbers: init_lora_weights=False."
         )
         warnings.warn(text, PeftWarning, stacklevel=3)
 
