@@ -120,6 +120,21 @@ def test_the_names_that_clients_import_are_the_same_objects():
     assert issubclass(ModulesToSaveWrapper, AuxiliaryTrainingWrapper)
 
 
+@pytest.mark.parametrize("method", registry.METHODS.values(), ids=str)
+def test_a_method_s_classes_are_where_the_method_is(method):
+    for entry in filter(None, (method.config, method.tuner)):
+        place, _, name = str(entry).partition(":")
+        folder = place.removeprefix("peft.methods.").split(".")[0]
+        if place.startswith("peft.methods."):
+            exec(f"from peft.tuners.{folder} import {name}", {})
+
+
+def test_import_star_brings_the_helpers():
+    namespace: dict = {}
+    exec("from peft.helpers import *", namespace)
+    assert {"rescale_adapter_scale", "disable_input_dtype_casting", "update_signature"} <= namespace.keys()
+
+
 def test_import_star_brings_every_name():
     namespace: dict = {}
     exec("from peft import *", namespace)

@@ -24,7 +24,15 @@ _NAMES = {
     "peft.methods.lora.monteclora": "MontecloraTrainerMixin",
     "peft.model": "PeftModel",
 }
-__getattr__, __dir__, _ = lazy.names(__name__, _NAMES)
+__getattr__, __dir__, _later = lazy.names(__name__, _NAMES)
+__all__ = [
+    *_later,
+    "check_if_peft_model",
+    "disable_input_dtype_casting",
+    "update_forward_signature",
+    "update_generate_signature",
+    "update_signature",
+]
 
 METHODS = ("forward", "generate", "all")
 
