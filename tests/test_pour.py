@@ -12,6 +12,7 @@ from torch import nn
 import test_recall as recall
 from benchmarks.measure import calls
 from peft import LoraConfig, PeftModel, get_peft_model, loading
+from peft.core.deferred import Deferred
 from peft.core.recall import Recipes
 
 WEIGHTS = recall.WEIGHTS
@@ -177,8 +178,9 @@ def test_damage_and_a_faulty_adapter_leave_the_model_as_it_was(tmp_path, poured)
 
 
 @pytest.mark.usefixtures("no_garbage")
-def test_a_load_takes_few_calls_for_each_layer(tmp_path):
+def test_a_load_takes_few_calls_for_each_layer(tmp_path, monkeypatch):
     """Of Python and C functions, with all that is made for the layers and remembered of them."""
+    monkeypatch.setattr(Deferred, "at_once", False)  # as in a process that has compiled nothing yet
     counts = []
     for blocks in (4, 20):
         recall.save(tmp_path / str(blocks), blocks=blocks)

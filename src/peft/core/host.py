@@ -166,7 +166,8 @@ def tuner_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any
     """(path, layer) of every tuner layer and wrapper below a module; its cost does not depend on how many adapters
     are loaded, because the walk never enters an adapter's own modules."""
     stack: list[tuple[str, Any]] = [(prefix, module)]
-    seen, holds = set[int](), Holding()
+    seen: set[int] = set()
+    holds = Holding()
     while stack:
         path, m = stack.pop()
         key = id(m)
