@@ -82,11 +82,11 @@ class Bank:
                 for at, factors in parts:
                     y = grouped.update(y, x, None, None, at, self.scale, *factors)  # type: ignore
                 return y
-        made = self._made if self._made is not None and not gradients else self.stacked()
         if not gradients and self.G is None and not transformed():
             for add, given in self.steps(groups, x.numel() // max(1, x.shape[-1])):
                 y = add(y, x, *given[:-1], own)
             return y
+        made = self._made if self._made is not None and not gradients else self.stacked()
         held = made if self.G is None else (*made, self.G)
         for at in self.at(groups):
             a, b, *g = held if at.slots is None else [t.index_select(0, at.slots) for t in held]
@@ -96,12 +96,12 @@ class Bank:
     def steps(self, groups: Groups, rows: int) -> Steps:
         """What adds the updates to y in place without gradients: of the adapters that take part, by some input's size.
 
+        Of factors without gains.
+
         Arguments:
             groups: the batch.
             rows: of features, in the input.
         """
-        if self.G is not None:
-            return [(self.add, (groups, True))]
         held, known = self.stacked(), self._steps
         size = rows.bit_length()
         if known is None or known[0] is not groups or known[1] != size or known[2] is not held:
@@ -219,7 +219,7 @@ class Banks:
 
 
 def _steps(bank: Any, groups: Groups, rows: int) -> Steps:
-    return bank.steps(groups, rows) if isinstance(bank, Bank) else [(bank.add, (groups, True))]
+    return bank.steps(groups, rows) if isinstance(bank, Bank) and bank.G is None else [(bank.add, (groups, True))]
 
 
 def _usable(layer: Any, A: Tensor, B: Tensor, scale: Any, gain: Tensor | None = None) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..known import SCALARS
 from .cells import celled
 from .host import AdapterHost, changed
 from .sharded import unwrapped
@@ -14,7 +15,6 @@ from .stack import Adapter, BufferDict, SavedBuffers, Slot, Stack, tensors_below
 from .views import ModuleDict, ParameterDict, Template
 
 _MODULES, _PARAMETERS = Template(nn.ModuleDict(), ModuleDict), Template(celled(nn.ParameterDict()), ParameterDict)
-_PLAIN = frozenset([bool, int, float, str, type(None)])
 _BUFFERS, _SAVED = Template(celled(BufferDict())), Template(celled(SavedBuffers()))
 
 
@@ -31,7 +31,7 @@ class Homes(AdapterHost):
 
     def _file(self, key: str, name: str, value: Any, p: Adapter) -> None:
         """Put a tensor or module where `p.<key>` finds it; plain values go into p itself."""
-        if type(value) in _PLAIN:
+        if type(value) in SCALARS:
             p.__dict__[key] = value
             if key not in self._plain:
                 self.__dict__["_plain"] = self._plain | {key}

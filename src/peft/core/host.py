@@ -134,12 +134,10 @@ def below(model: nn.Module) -> tuple[list[nn.Module], bool]:
     """A module and all below it, each once, level by level, without the modules of adapters; whether some stand at
     several places. The quickest walk there is, for whom names and order do not matter."""
     seen: dict[int, nn.Module] = {id(model): model}
-    level, places, kinds = [model], 1, dict[type, bool]()
+    level, places, holds = [model], 1, Holding()
     while level:
-        new_kinds = set(map(type, level)).difference(kinds)
-        kinds.update(zip(new_kinds, map(issubclass, new_kinds, repeat(AdapterHost)), strict=True))
-        own: list[Any] = [m for m in level if kinds[type(m)]]
-        plain = [m for m in level if not kinds[type(m)]] if own else level
+        own: list[Any] = [m for m in level if holds[type(m)]]
+        plain = [m for m in level if not holds[type(m)]] if own else level
         children = [*chain.from_iterable(map(dict.values, map(_modules, plain)))]
         children += [m._modules[k] for m in own for k in m._below]
         if any(map(is_, children, repeat(None))):
@@ -153,8 +151,8 @@ def below(model: nn.Module) -> tuple[list[nn.Module], bool]:
 
 def standing(modules: Sequence[nn.Module]) -> list[Any]:
     """Those of the modules that `below` gives which hold adapters."""
-    kinds = {kind for kind in set(map(type, modules)) if issubclass(kind, AdapterHost)}
-    return [m for m in modules if type(m) in kinds] if kinds else []
+    holds = Holding()
+    return [m for m in modules if holds[type(m)]]
 
 
 def hosts(model: nn.Module) -> list[Any]:

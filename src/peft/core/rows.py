@@ -71,10 +71,10 @@ class Groups(Mapping[str, Tensor]):
         key = (order, width, kind)
         found: Tensor | None = self.tables.get(key)
         if found is None:
-            found = self.tables[key] = torch.zeros(self.total, len(order), width, dtype=kind, device=self.device)
+            bits = torch.zeros(self.total, len(order), width, dtype=kind, device=self.device)
             for slot, name in enumerate(order):
-                found[self[name], slot] = -1
-            found = self.tables[key] = found.flatten(1)
+                bits[self[name], slot] = -1
+            found = self.tables[key] = bits.flatten(1)
         return found
 
     def segments(self, order: tuple[str, ...]) -> list[Segments]:
