@@ -6,6 +6,7 @@ import copy
 import types
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -137,6 +138,84 @@ def test_files_hold_the_ranks_that_were_kept_and_answer_as_before(tmp_path):
     loaded.save_pretrained(tmp_path / "again")
     state = peft.load_peft_weights(tmp_path)
     assert all(torch.equal(v, state[k]) for k, v in peft.load_peft_weights(tmp_path / "again").items())
+
+
+def test_a_file_of_fewer_ranks_comes_back_over_the_adapter_that_has_all(tmp_path):
+    model = fit(wrapped(), 12).eval()
+    model.save_pretrained(tmp_path)
+    x, _ = data()
+    expected, places = model(x).y, {n: id(p) for n, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.base_model.allocator("default").adapters:
+            p.lora_E += 1
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert {n: id(p) for n, p in model.named_parameters()} == places
+    torch.testing.assert_close(model(x).y, expected)
+
+    other = wrapped()
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    torch.testing.assert_close(other.eval()(x).y, expected)
+    assert other.peft_config["default"].rank_pattern == model.peft_config["default"].rank_pattern
+    for again in (model, other):
+        again.save_pretrained(tmp_path / "again")
+        state = peft.load_peft_weights(tmp_path)
+        assert all(torch.equal(v, state[k]) for k, v in peft.load_peft_weights(tmp_path / "again").items())
+
+
+@pytest.mark.parametrize("by_tensors", [True, False])
+def test_a_file_of_all_ranks_over_an_adapter_that_was_cut_is_saved_whole(by_tensors, tmp_path):
+    early = fit(wrapped(), 2).eval()
+    early.save_pretrained(tmp_path)
+    model = fit(wrapped(), 12)
+    if by_tensors:
+        peft.set_peft_model_state_dict(model, peft.load_peft_weights(tmp_path))
+    else:
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert model.peft_config["default"].rank_pattern is None
+    model.save_pretrained(tmp_path / "again")
+    state = peft.load_peft_weights(tmp_path / "again")
+    assert all(torch.equal(v, state[k]) for k, v in peft.load_peft_weights(tmp_path).items())
+
+
+def test_a_file_with_broken_ranks_leaves_the_adapter_as_it_was(tmp_path):
+    model = fit(wrapped(), 12)
+    model.save_pretrained(tmp_path)
+    state = {k: v[:-1] if "lora_A" in k else v for k, v in peft.load_peft_weights(tmp_path).items()}
+    safetensors.torch.save_file(state, tmp_path / "adapter_model.safetensors")
+    other = wrapped()
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_adapter(tmp_path, "default", is_trainable=True)
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+    assert other.peft_config["default"].rank_pattern is None
+
+
+def test_training_goes_on_with_the_step_and_the_averages_that_the_optimizer_has_kept():
+    x, labels = data()
+
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            model(x, labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def optimizer_of(model):
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    whole, half = wrapped(), wrapped()
+    steps(whole, optimizer_of(whole), 12)
+    first = optimizer_of(half)
+    steps(half, first, 5)
+    kept = copy.deepcopy((half.state_dict(), first.state_dict()))
+    again = wrapped()
+    again.load_state_dict(kept[0])
+    second = optimizer_of(again)
+    second.load_state_dict(kept[1])
+    steps(again, second, 7)
+    assert again.base_model.allocator("default").steps == 12
+    assert again.peft_config["default"].rank_pattern == whole.peft_config["default"].rank_pattern
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+    assert not any("sensitivity" in key for held in second.state.values() for key in held)  # of no use any more
 
 
 def test_a_layer_that_lost_every_rank_is_saved_and_loaded(tmp_path):

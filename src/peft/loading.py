@@ -75,6 +75,7 @@ class AdapterFile:
     _pouring: Pouring | None = None  # what goes where, if the adapter and the file are the usual ones
     _new: bool = False  # the adapter was not there before
     _start: tuple[Any, int] | None = None  # what its recipe is found by, and how much had been reported
+    _spread: tuple[Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], ...] = ()  # what methods make of its tensors
 
     @classmethod
     def of(
@@ -86,9 +87,15 @@ class AdapterFile:
         return cls(saved, name, renames or None, options, model)
 
     @property
-    def outline(self) -> dict[str, Tensor]:
+    def outline(self) -> Mapping[str, Tensor]:
         """The tensors without their numbers, as the model is to see them."""
-        return renamed(self.saved.outline, self.renames)
+        return self._seen(self.saved.outline)
+
+    def _seen(self, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        found: Mapping[str, Tensor] = renamed(state, self.renames)
+        for spread in self._spread:
+            found = spread(found)
+        return found
 
     @no_collection()
     def load(
@@ -173,7 +180,7 @@ class AdapterFile:
             else:
                 result = set_peft_model_state_dict(
                     model,
-                    renamed(state, self.renames),
+                    self._seen(state),
                     adapter_name=self.name,
                     ignore_mismatched_sizes=self.options.get("ignore_mismatched_sizes", False),
                     low_cpu_mem_usage=meta,
@@ -186,6 +193,25 @@ class AdapterFile:
         found = self._note(model, result)
         if not is_trainable:
             evaluate(model, self.name if self._new else None, found)
+        return result
+
+    def over(
+        self, model: PeftModel, model_id: str | os.PathLike[str], is_trainable: bool, meta: bool
+    ) -> _IncompatibleKeys:
+        """Write the file over the adapter of its name, which keeps its settings; as for `load_adapter`."""
+        kept = model.peft_config[self.name]
+        try:
+            own = PeftConfig.from_pretrained(model_id, **hub_arguments(self.options))
+        except ValueError:
+            own = None  # no configuration lies beside the weights, which suffice to fill an adapter that is there
+        companions = getattr(model._tuner, "companions", {}).values() if type(own) is type(kept) else ()
+        self._spread = tuple(partial(c.spread, self.name, own) for c in companions)
+        self.foresee(model)
+        if own is not None:
+            self._check_settings(model_id, own, kept)
+        result = self.fill(model, lambda: None, is_trainable, meta)
+        for companion in companions:
+            companion.taken_over(self.name, own)
         return result
 
     def like_another(self, model: PeftModel, config: PeftConfig, is_trainable: bool) -> _IncompatibleKeys | None:
@@ -272,12 +298,8 @@ class AdapterFile:
             )
             report(ChangedConfigWarning, text, self.options.get("strict"), stacklevel=4)
 
-    def check_settings(self, model_id: str | os.PathLike[str], kept: PeftConfig) -> None:
+    def _check_settings(self, model_id: str | os.PathLike[str], own: PeftConfig, kept: PeftConfig) -> None:
         """Warn if the tensors were trained with other settings than the adapter has that they are written into."""
-        try:
-            own = PeftConfig.from_pretrained(model_id, **hub_arguments(self.options))
-        except ValueError:
-            return  # no configuration lies beside the weights, which suffice to fill an adapter that is there
         values = [(n, getattr(own, n, None), getattr(kept, n, None)) for n in _settings(kept)]
         values += _starts(own, kept)
         other = [f"{n}={a!r} instead of {b!r}" for n, a, b in values if a != b and (a or b)]

@@ -172,9 +172,7 @@ class Persistent:
         kwargs = {"torch_device": torch_device, **kwargs}
         file = AdapterFile.of(self.get_base_model(), model_id, adapter_name, key_mapping, kwargs)
         if adapter_name in self.peft_config:
-            file.foresee(self)
-            file.check_settings(model_id, self.peft_config[adapter_name])
-            result = file.fill(self, lambda: None, is_trainable, low_cpu_mem_usage)
+            result = file.over(self, model_id, is_trainable, low_cpu_mem_usage)
         else:
             config, content = read_config(model_id, is_trainable, kwargs)
             set_runtime(config, ephemeral_gpu_offload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,43 @@ def test_training_that_goes_on_from_a_checkpoint_is_equal_to_the_bit(method, tmp
     assert {name: id(p) for name, p in halved.named_parameters()} == parameters  # the optimizer holds them
     assert same(trainable(halved), trainable(whole))
     assert losses(second) == losses(first)
+
+
+def test_training_with_adalora_goes_on_after_ranks_were_cut(tmp_path):
+    settings = peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", target_modules=TARGETS, init_r=6, target_r=2, tinit=1, tfinal=2, total_step=6
+    )
+    first = get_peft_model(llama(), settings)
+    trainer_of(first, tmp_path, save_steps=4).train()
+    folder = tmp_path / "checkpoint-4"
+    half = peft.PeftConfig.from_pretrained(folder).rank_pattern
+    torch.manual_seed(9)
+    model = get_peft_model(llama(), dataclasses.replace(settings, rank_pattern=None))
+    trainer_of(model, tmp_path / "more", max_steps=4).train(resume_from_checkpoint=str(folder))  # the weights alone
+    loaded = PeftModel.from_pretrained(llama(), folder)
+    torch.testing.assert_close(tiny.logits(model.eval()), tiny.logits(loaded))
+
+    trainer_of(model, tmp_path / "more", max_steps=6).train(resume_from_checkpoint=str(folder))
+    budget = model.base_model.rankallocator
+    assert budget.steps == 6 and model.peft_config["default"].rank_pattern == half  # none is cut after step 4
+    assert sum(int((p.lora_E != 0).sum()) for p in budget.adapters) == 2 * len(budget.adapters)
+
+
+def test_the_best_checkpoint_of_adalora_comes_back_at_the_end(tmp_path):
+    settings = peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", target_modules=TARGETS, init_r=6, target_r=2, tinit=1, tfinal=1, total_step=6
+    )
+    model = get_peft_model(llama(), settings)
+    best = trainer_of(
+        model, tmp_path, save_steps=2, eval_steps=2, eval_strategy="steps", load_best_model_at_end=True,
+        eval_dataset=Lines(), metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    best.train()
+    folder = best.state.best_model_checkpoint
+    loaded = PeftModel.from_pretrained(llama(), folder)
+    torch.testing.assert_close(tiny.logits(model.eval()), tiny.logits(loaded))
+    model.save_pretrained(tmp_path / "end")
+    assert same(tensors(tmp_path / "end"), tensors(Path(folder)))
 
 
 def test_the_newest_checkpoint_is_found_by_itself(tmp_path):

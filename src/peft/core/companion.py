@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 
 class Companion:
@@ -18,6 +20,19 @@ class Companion:
 
     def added(self, name: str, undo: list[Callable[[], Any]]) -> None:
         """An adapter of the method has been placed; `undo` receives what takes back what is done here."""
+
+    def spread(self, name: str, own: Any, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A file's tensors as an adapter of the method, which is there already, holds them.
+
+        Arguments:
+            name: the adapter.
+            own: the configuration beside the file.
+            state: key in files -> tensor, which may be on the meta device.
+        """
+        return state
+
+    def taken_over(self, name: str, own: Any) -> None:
+        """Such a file, with `own` beside it, has been written into the adapter."""
 
     def completed(self, output: Any) -> Any:
         """The model's output, with what the method adds to it."""

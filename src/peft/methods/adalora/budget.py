@@ -6,6 +6,7 @@ is its importance. A rank's is that of its E and the means of those of its row o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from ...core.layer import tuner_layers
 from ...core.stack import Adapter
 from .config import AdaLoraConfig
 from .method import FACTORS
+
+_STEP, _MEAN, _CHANGE = "adalora_step", "adalora_sensitivity", "adalora_uncertainty"  # in an optimiser's state
 
 
 class RankAllocator:
@@ -48,6 +51,23 @@ class RankAllocator:
         """Whether every factor has a gradient."""
         return all(getattr(p, name).grad is not None for p in self.adapters for name in FACTORS)
 
+    def recall(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Go on from what the state of an optimiser, which was saved and loaded again, has noted."""
+        noted = {(p.path, name): state.get(getattr(p, name), {}) for p in self.adapters for name in FACTORS}
+        if not self.steps and all(_STEP in held for held in noted.values()):
+            self.steps = max(held[_STEP] for held in noted.values())
+            self.averages = {key: (held[_MEAN], held[_CHANGE]) for key, held in noted.items() if _MEAN in held}
+
+    def note(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Leave the step and the averages in the state of the optimiser, which goes where training is to be resumed."""
+        for p in self.adapters:
+            for name in FACTORS:
+                held, pair = state[getattr(p, name)], self.averages.get((p.path, name))
+                found = {} if pair is None else {_MEAN: pair[0], _CHANGE: pair[1]}
+                for key in (_MEAN, _CHANGE):
+                    held.pop(key, None)
+                held.update({_STEP: self.steps, **found})
+
     def update_and_allocate(self, t: int, measure: bool = True) -> None:
         """What follows step t: measure, and cut ranks where the schedule says so.
 
@@ -57,6 +77,7 @@ class RankAllocator:
 
         Raises ValueError if a gradient is missing.
         """
+        self.steps = t
         end = int(self.peft_config.total_step or 0) - self.peft_config.tfinal
         if t < end and measure:
             self.measure()

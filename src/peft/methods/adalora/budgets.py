@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ...core.companion import Companion
+from ...core.entries import PREFIX
 from ...errors import PeftWarning, report
 from .budget import RankAllocator
 from .method import FACTORS, AdaLoRA
@@ -85,8 +87,9 @@ class Budgets(Companion):
         for name in self._trained():
             budget = self.allocator(name)
             if budget.adapters and id(budget.adapters[0].lora_E) in held and budget.ready():
-                budget.steps += 1
-                budget.update_and_allocate(budget.steps)
+                budget.recall(optimizer.state)
+                budget.update_and_allocate(budget.steps + 1)
+                budget.note(optimizer.state)
                 self.measured, self.passes = True, 0
 
     def resize_modules_by_rank_pattern(self, rank_pattern: dict[str, list[bool]], adapter_name: str) -> None:
@@ -114,6 +117,39 @@ class Budgets(Companion):
                 if len(flags) in state_dict[name].shape:
                     state_dict[name] = state_dict[name][:, flags] if ".lora_B" in name else state_dict[name][flags]
         return state_dict
+
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    def spread(self, name: str, own: Any, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The factors of a file, which holds the ranks that were kept, in their places among all ranks.
+
+        The other ranks have an E of zero, and the A and B that the adapter has.
+        """
+        flags, found = _flags(own), dict(state)
+        for p in self._of(name):
+            kept = flags.get(f"{p.path}.lora_E")
+            if kept is None or p.lora_E.numel() != len(kept):
+                continue
+            for key in FACTORS:
+                for full in (f"{PREFIX}{p.path}.{key}", f"{p.path}.{key}"):
+                    if full in found:
+                        found[full] = _METHOD.among_all(p, key, found[full], kept)
+        return found
+
+    def taken_over(self, name: str, own: Any) -> None:
+        """Only the ranks of the file are at work; they are those that files hold from now on."""
+        if name not in self.tuner.peft_config or not self._of(name):
+            return
+        flags = _flags(own)
+        for p in self._of(name):
+            kept = flags.get(f"{p.path}.lora_E")
+            vars(p)["kept"] = kept if kept is not None and p.lora_E.numel() == len(kept) else None
+        self.tuner.peft_config[name].rank_pattern = flags or None
+
+    def _of(self, name: str) -> list[Any]:
+        """The layers' shares of an adapter, if it is of this method."""
+        mine = hasattr(self.tuner.peft_config.get(name), "orth_reg_weight")
+        return self.allocator(name).adapters if mine else []
 
     # ---- the loss ----------------------------------------------------------------------------------------------
 
@@ -144,6 +180,11 @@ class Budgets(Companion):
                 "Call model.base_model.update_and_allocate(step) after optimizer.step() and before zero_grad()."
             )
             report(PeftWarning, text, strict=False, stacklevel=5)
+
+
+def _flags(config: Any) -> dict[str, list[bool]]:
+    """{path of a layer's lora_E: whether each rank was kept}, as a configuration beside a file tells it."""
+    return dict(config.rank_pattern or {})
 
 
 def _follow(optimizer: Any, args: Any, kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core import sharded
 from ...core.method import LowRank, Site
 from ...core.stack import Adapter, Stack
 from .config import kept
@@ -70,6 +71,25 @@ class AdaLoRA(LowRank):
             return value
         index = torch.tensor(p.kept, device=value.device)
         return value[:, index] if key == "lora_B" else value[index]
+
+    def among_all(self, p: Adapter, key: str, value: Tensor, kept: list[bool]) -> Tensor:
+        """A factor of the ranks that were kept among all ranks of p: the others have no E, and p's A and B."""
+        held, index = getattr(p, key).detach(), torch.tensor(kept)
+        axis = 1 if key == "lora_B" else 0
+        if sharded.is_spread(held) or value.shape != (*held.shape[:axis], sum(kept), *held.shape[axis + 1 :]):
+            return value
+        full = torch.zeros_like(held) if key == "lora_E" else held.clone()
+        full = full.to(value.device)
+        return full.index_copy(axis, index.nonzero().squeeze(-1).to(value.device), value.to(full.dtype))
+
+    def written(self, p: Adapter) -> None:
+        """Ranks that come back with a file are files' again."""
+        if p.kept is None:
+            return
+        E = sharded.full(p.lora_E.detach()).flatten().cpu()
+        if len(p.kept) != len(E) or E[~torch.tensor(p.kept)].any():
+            vars(p)["kept"], pattern = None, p.settings.rank_pattern or {}
+            p.settings.rank_pattern = {k: v for k, v in pattern.items() if k != f"{p.path}.lora_E"} or None
 
     def disorder(self, p: Adapter) -> list[Tensor]:
         """How far A and B are from orthogonal: the norm of A A' - I, and of B' B - I."""
