@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from peft import LoraConfig, PeftConfig, PeftType, PromptLearningConfig, TaskType, config, registry
+from peft import (
+    DeloraConfig,
+    LoraConfig,
+    OSFConfig,
+    PeftConfig,
+    PeftType,
+    PromptLearningConfig,
+    TaskType,
+    VeraConfig,
+    config,
+    registry,
+)
 from peft.config import PeftConfigMixin
 from peft.core import defaults, hub
 from peft.errors import PeftStrictError, PeftWarning, UnknownFieldWarning, set_strict
@@ -157,6 +168,30 @@ def test_runtime_config_of_a_file_is_ignored(tmp_path):
     folder = write(tmp_path, {"peft_type": "LORA", "runtime_config": {"ephemeral_gpu_offload": True}})
     with pytest.warns(UnknownFieldWarning, match="runtime_config"):
         assert LoraConfig.from_pretrained(folder).runtime_config.ephemeral_gpu_offload is False
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "q", "layers_to_transform": [0]},
+        {"target_modules": ["q"], "layers_pattern": "layers"},
+    ],
+)
+def test_a_choice_of_layers_without_effect_goes_from_a_file(fields, tmp_path):
+    with pytest.raises(ValueError, match="layers_"):
+        VeraConfig(**fields)
+    with pytest.warns(PeftWarning, match="in a file of VeraConfig has no effect"):
+        config = VeraConfig.from_pretrained(write(tmp_path, {"peft_type": "VERA", **fields}))
+    assert config.layers_to_transform is None and config.layers_pattern is None
+
+
+def test_a_share_stays_a_share_and_a_scale_may_be_a_fraction_in_files(tmp_path):
+    OSFConfig(effective_rank=1.0).save_pretrained(tmp_path / "share")
+    assert type(PeftConfig.from_pretrained(tmp_path / "share").effective_rank) is float  # 1 would be one direction
+    DeloraConfig(delora_lambda=0.5).save_pretrained(tmp_path / "scale")
+    assert PeftConfig.from_pretrained(tmp_path / "scale").delora_lambda == 0.5
+    LoraConfig(lora_alpha=16.0).save_pretrained(tmp_path / "whole")
+    assert type(PeftConfig.from_pretrained(tmp_path / "whole").lora_alpha) is int
 
 
 def test_an_unknown_argument_is_a_type_error():

@@ -261,11 +261,12 @@ def test_a_prompt_that_is_larger_than_its_file_is_refused(tmp_path, kind, field)
             PeftModel.from_pretrained(llama(), tmp_path)
 
 
-def test_what_a_file_lacks_starts_as_a_new_adapter_does(tmp_path):
+@pytest.mark.parametrize("low", [True, False])
+def test_what_a_file_lacks_starts_as_a_new_adapter_does(low, tmp_path):
     saved(tmp_path, init_lora_weights=True)
     rewrite(tmp_path, lambda state: {k: v + 1 for k, v in state.items() if "fc1" in k})
     with pytest.warns(PeftWarning, match=r"lacks 2 tensors(.|\n)*They keep the values they had"):
-        model = PeftModel.from_pretrained(mlp(), tmp_path)
+        model = PeftModel.from_pretrained(mlp(), tmp_path, low_cpu_mem_usage=low)
     assert not any(p.is_meta for p in model.parameters())
     layer = model.base_model.model.fc2
     assert not layer.lora_B["default"].weight.any() and layer.lora_A["default"].weight.any()

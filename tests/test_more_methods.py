@@ -7,7 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft import DeftConfig, HiraConfig, PeftModel, PveraConfig, UniLoraConfig, get_peft_model
+from peft import (
+    DeftConfig,
+    HiraConfig,
+    PeftModel,
+    PveraConfig,
+    SupertuningConfig,
+    TinyLoraConfig,
+    UniLoraConfig,
+    get_peft_model,
+)
 
 
 def plain() -> nn.Sequential:
@@ -83,6 +92,26 @@ def test_places_of_uni_lora_come_from_the_file_or_from_the_seed(tmp_path, saved,
         tensors[key] = (tensors[key] + 1) % 5
         save_file(tensors, path)
         assert not torch.equal(PeftModel.from_pretrained(plain(), tmp_path).eval()(X), model(X))
+
+
+@pytest.mark.filterwarnings("ignore:save_projection=False")
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "kind, field, fields, key",
+    [
+        (UniLoraConfig, "save_indices", {"r": 2, "theta_d_length": 5}, "unilora_indices_A"),
+        (TinyLoraConfig, "save_projection", {"u": 4}, "tinylora_P"),
+        (SupertuningConfig, "save_precomputed_indices", {"sparsity": 0.5}, "supertuning_indices"),
+    ],
+)
+def test_each_adapter_of_a_layer_says_what_its_file_holds(kind, field, fields, key, first, tmp_path):
+    model = get_peft_model(plain(), kind(**{field: first}, **fields, **TARGETS))
+    model.add_adapter("other", kind(**{field: not first}, **fields, **TARGETS))
+    model.save_pretrained(tmp_path)
+    model.set_adapter("other")
+    for folder, holds in ((tmp_path, first), (tmp_path / "other", not first)):
+        assert any(key in name for name in load_file(folder / "adapter_model.safetensors")) is holds
+    assert torch.equal(PeftModel.from_pretrained(plain(), tmp_path / "other").eval()(X), model.eval()(X))
 
 
 def test_the_vector_of_uni_lora_is_dealt_out_evenly_and_only_as_a_whole():

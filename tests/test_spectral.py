@@ -37,6 +37,7 @@ TARGETS = {"target_modules": ["up", "down"]}
 CASES = [
     (PsoftConfig, {"r": 3}),
     (PsoftConfig, {"r": 3, "psoft_svd": "lowrank"}),
+    (PsoftConfig, {"r": 1}),  # nothing to turn, magnitudes alone
     (TinyLoraConfig, {"u": 4}),
     (TinyLoraConfig, {"u": 4, "save_projection": False, "weight_tying": 0.5}),
     (OSFConfig, {"effective_rank": 2}),

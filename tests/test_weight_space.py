@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -204,6 +205,17 @@ def test_an_expression_for_sizes_matches_only_what_follows_a_dot(kind, key, size
         layers = [layer for _, layer in tuner_layers(get_peft_model(base, config))]
     found = [p.shape[-1] for layer in layers for n, p in layer.named_parameters() if n.endswith(".default")]
     assert found == sizes
+
+
+def test_the_whole_name_of_a_layer_gives_its_size_where_no_expression_does():
+    """As in the original library: the order of the keys does not count for it."""
+    base = nn.Sequential(nn.Sequential(nn.Linear(12, 12)))
+    for pattern, size in (({"0.0": 2, "0": 3}, 3), ({"0.0": 2, "1": 3}, 2)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = C3AConfig(target_modules=["0.0"], block_size=6, block_size_pattern=pattern)
+            layer = get_peft_model(copy.deepcopy(base), config).base_model.model[0][0]
+        assert layer.c3a_kernel["default"].shape[-1] == size
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ KINDS = {
 def checked_fields(kind: type, values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The values, whole numbers as integers.
 
-    Files of other releases and other programs are not stricter than this: every field may be null, and `alpha` may be a
-    fraction.
+    Files of other releases and other programs are not stricter than this: every field may be null, and scales (`alpha`,
+    `lambda`) may be fractions.
 
     Arguments:
         kind: the class of the configuration.
@@ -40,7 +40,7 @@ def checked_fields(kind: type, values: Mapping[str, Any], origin: str) -> dict[s
             continue
         if kinds == {"a whole number"} and isinstance(value, bool):
             value = checked[name] = int(value)
-        if "a whole number" in kinds and isinstance(value, float) and value.is_integer():
+        if "a whole number" in kinds and (_scale(name) or "a number" not in kinds) and _whole(value):
             value = checked[name] = int(value)
         if not any(isinstance(value, KINDS[k]) for k in kinds) or (isinstance(value, int) and abs(value) >= 2**63):
             raise TypeError(
@@ -48,6 +48,14 @@ def checked_fields(kind: type, values: Mapping[str, Any], origin: str) -> dict[s
                 "is expected. Restore the file, or save the adapter again."
             )
     return checked
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+def _scale(name: str) -> bool:
+    return "alpha" in name or "lambda" in name
 
 
 @functools.cache
@@ -59,7 +67,7 @@ def _allowed(kind: type) -> dict[str, set[str]]:
         return {}
     found = {name: _kinds(hint) for name, hint in hints.items()}
     return {
-        name: kinds | ({"a number"} if "alpha" in name and "a whole number" in kinds else set())
+        name: kinds | ({"a number"} if _scale(name) and "a whole number" in kinds else set())
         for name, kinds in found.items()
         if kinds
     }

@@ -102,10 +102,10 @@ class AdapterFile:
         self, config: PeftConfig, place: Callable[[bool], Placed], is_trainable: bool, meta: bool
     ) -> tuple[Any, _IncompatibleKeys]:
         """`placed`, then `fill`: the model with the adapter in it, and what `load_adapter` returns."""
-        model, undo = self.placed(config, place, meta)
+        model, undo = self.placed(config, place)
         return model, self.fill(model, undo, is_trainable, meta)
 
-    def placed(self, config: PeftConfig, place: Callable[[bool], Placed], keep_empty: bool) -> Placed:
+    def placed(self, config: PeftConfig, place: Callable[[bool], Placed]) -> Placed:
         """(the model with the adapter in it, what takes it out again); the adapter's tensors still wait for the file.
 
         The adapter is made without memory first and held against the file's head. It is made with first values if
@@ -114,7 +114,6 @@ class AdapterFile:
         Arguments:
             config: the adapter's configuration.
             place: adds the adapter, on the meta device if told so.
-            keep_empty: leave what the file does not bring on the meta device.
         """
         outline, self._new = self.outline, True
         _check_prompt(config, outline, self.name)
@@ -127,7 +126,7 @@ class AdapterFile:
                     return model, undo
                 lacking = self.foresee(model, outline)
                 _check_room(lacking, model, outline)
-                if not lacking or keep_empty:
+                if not lacking:
                     complete(model, self.name, lacking)
                     return model, undo
             except BaseException:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .config import PeftConfig, describe
-from .errors import nearest
+from .errors import PeftWarning, nearest, report
 from .types import PeftType
 
 MODULE_CONFIG = describe(
@@ -74,6 +75,15 @@ class TargetConfig(PeftConfig):
         check_tables(self)
         self.check()
         self._check_module_config()
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Files may choose layers where the choice has no effect; such fields go, with a word."""
+        if dropped := idle(kwargs):
+            text = "a string as `target_modules` chooses the layers, too, and a pattern needs `layers_to_transform`"
+            what = f"{' and '.join(dropped)} in a file of {cls.__name__} has no effect: {text}."
+            report(PeftWarning, what, stacklevel=5)
+        return super().check_kwargs(**{**kwargs, **dict.fromkeys(dropped)})
 
     def check(self) -> None:
         """Refuse what cannot be right; a method's own fields."""
@@ -180,16 +190,22 @@ def check_bias(config: Any, *own: str) -> None:
         )
 
 
+def idle(values: Mapping[str, Any]) -> list[str]:
+    """The fields that choose layers where something else has chosen them, or none are numbered."""
+    if isinstance(values.get("target_modules"), str):
+        return [name for name in ("layers_to_transform", "layers_pattern") if values.get(name) is not None]
+    alone = values.get("layers_pattern") and values.get("layers_to_transform") is None
+    return ["layers_pattern"] if alone else []
+
+
 def check_layers(config: Any) -> None:
     """Raise if the fields that choose layers contradict each other."""
-    if isinstance(config.target_modules, str):
-        for name in ("layers_to_transform", "layers_pattern"):
-            if getattr(config, name) is not None:
-                raise ValueError(
-                    f"`{name}` cannot be used when `target_modules` is a str. Give a list of names, or write the "
-                    "layers into the regular expression."
-                )
-    if config.layers_pattern and config.layers_to_transform is None:
+    for name in idle(vars(config)):
+        if isinstance(config.target_modules, str):
+            raise ValueError(
+                f"`{name}` cannot be used when `target_modules` is a str. Give a list of names, or write the "
+                "layers into the regular expression."
+            )
         raise ValueError(
             "When `layers_pattern` is specified, `layers_to_transform` must also be specified. Give the numbers of "
             "the layers, or leave both out."

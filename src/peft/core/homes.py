@@ -50,7 +50,7 @@ class Homes(AdapterHost):
                 home = self._modules[key] = celled(nn.ParameterDict(home._modules))
             home[name] = value
         elif isinstance(value, Tensor):
-            self._home(key, _SAVED if isinstance(value, nn.Buffer) else _BUFFERS)[name] = value
+            self._home(key, _SAVED if isinstance(value, nn.Buffer) else _BUFFERS).hold(name, value)
         else:
             p.__dict__[key] = value
             self.__dict__["_plain"] = self._plain | {key}
@@ -122,7 +122,7 @@ class Homes(AdapterHost):
                 continue
             child = home._modules.get(name)  # type: ignore[union-attr]
             if child is None:
-                if name in home and type(home) is not BufferDict:  # type: ignore[operator]
+                if name in home and not (isinstance(home, BufferDict) and home.unsaved(name)):  # type: ignore[operator]
                     found.append(Slot(key_of(key), f"{key}.{name}", home, name))  # type: ignore[arg-type]
                 continue
             if not child._modules and not child._buffers:

@@ -145,7 +145,8 @@ class Table:
         """All keys that match the name, in the dictionary's order."""
         found = {self._plain[s] for s in self._readings(name) if s in self._plain} if self._plain else set()
         found.update(i for i, regex in self._regex if regex.match(name))
-        return [self.keys[i] for i in sorted(found)]
+        keys = [self.keys[i] for i in sorted(found)]
+        return keys if self._whole else sorted(keys, key=name.__eq__)  # there a name of its own is asked for last
 
     def _readings(self, name: str) -> Iterator[str]:
         """The name and what follows its dots, also with dots where keys of that length have some."""

@@ -339,9 +339,17 @@ class Values(MutableMapping[str, Any]):
 
 
 class BufferDict(nn.Module):
-    """Tensors by adapter name that move with the module and are not saved."""
+    """Tensors by adapter name that move with the module and are not saved, but for those that ask for it."""
 
     saved = False
+
+    def hold(self, name: str, value: Tensor) -> None:
+        """Take an adapter's tensor, saved if it is an `nn.Buffer`; other adapters may have chosen otherwise."""
+        self.register_buffer(name, value, persistent=isinstance(value, nn.Buffer))
+
+    def unsaved(self, name: str) -> bool:
+        """Whether it holds a tensor of this adapter that files leave out."""
+        return name in self._buffers and name in self._non_persistent_buffers_set
 
     def __contains__(self, name: str) -> bool:
         return name in self._buffers

@@ -31,8 +31,8 @@ class Contents:
         self.form = ([(t.shape, t.dtype) for t in self.tensors], [keys for _, keys in self.adapters])
 
     def _add(self, layer: BaseTunerLayer, p: Adapter) -> None:
-        homes = (home for home in layer._modules.values() if type(home) is BufferDict)
-        self.tensors += [home[p.name] for home in homes if p.name in home]
+        homes = (home for home in layer._modules.values() if isinstance(home, BufferDict))
+        self.tensors += [home[p.name] for home in homes if home.unsaved(p.name)]
         scales = [k for k in layer._plain if isinstance(p.__dict__.get(k), Tensor)]
         self.tensors += [p.__dict__[k] for k in sorted(scales)]
         self.adapters.append((p, tuple(sorted(k for k in layer._plain if k in p.__dict__ and k not in scales))))

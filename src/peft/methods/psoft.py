@@ -86,7 +86,7 @@ class OrthLayer(nn.Module):
 class PSOFT(LowRank):
     """W' = W + B (R - I) A."""
 
-    neutral_zeros, keeps_factors = False, True
+    neutral_zeros, keeps_factors, may_be_empty = False, True, frozenset({"psoft_R.weight"})  # empty where r is 1
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
