@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .cache import asked_for, setting
+from .cache import asked_for, prefix_cache, setting
 from .checkpointed import checkpoints
 from .inputs import batch_of, behind_keys, checked_tasks, in_front
 from .mixed import hide
 from .running import OURS
+from .settled import Settled, by_ids
 
 if TYPE_CHECKING:
     from .holder import Prompts
 
+SHOWN = ("output_attentions", "output_hidden_states")
 LENGTHS = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
 
 
@@ -49,6 +51,8 @@ def generate(prompts: Prompts, run: Callable[..., Any], args: tuple[Any, ...], g
     ids, prompts.call.virtual = given.get("input_ids"), chosen.tokens
     if (front is not None or two) and setting(given, settings, "prefill_chunk_size"):
         given["prefill_chunk_size"] = None  # transformers cuts ids into chunks, and these are embeddings
+    if not two and ids is not None and by_ids(front, given, settings):
+        front, cached = None, Settled(prompts, chosen, ids, task_ids)
     if front is not None:
         made = front.prompt(batch, checked_tasks(front, task_ids, batch))[:, : front.num_virtual_tokens]
         given = hide(prompts.model, front, in_front(prompts, given, made), "attention_mask", True)
@@ -115,7 +119,7 @@ def _cached(prompts: Prompts, encoder: Any, given: dict[str, Any], batch: int, t
     out["use_cache"] = True  # the prompt lives there; without a cache the tokens would be the same
     if checkpoints(model):
         raise ValueError(
-            "The model is in training mode with gradient checkpointing, whose layers take no cache, but prefix tuning "
+            "The model is in training mode with gradient checkpointing, whose layers take no cache, but the prompt "
             "lives there. Call `model.eval()` before generating."
         )
     wanted = (out.get(n, getattr(config, n, None)) or 1 for n in ("num_beams", "num_return_sequences"))
@@ -126,12 +130,15 @@ def _cached(prompts: Prompts, encoder: Any, given: dict[str, Any], batch: int, t
     if hasattr(model, "_get_initial_cache_position"):  # transformers 4 takes a filled cache for the text's beginning
         text_at = torch.arange(longest, device=out["attention_mask"].device)
         out["cache_position"] = text_at + encoder.num_virtual_tokens
+    settled = isinstance(encoder, Settled)
+    filled = encoder.filled(model, rows, empty) if settled else prefix_cache(model, encoder, rows, empty)
     if not two:
-        return behind_keys(model, encoder, out, rows, "attention_mask", empty)
+        return behind_keys(model, encoder, out, rows, "attention_mask", filled)
     if "encoder_outputs" not in out:
         encode: Any = model.get_encoder()  # type: ignore[operator]
         text = {n: out[n] for n in ("input_ids", "inputs_embeds", "attention_mask") if n in out}
-        out["encoder_outputs"] = encode(**text, return_dict=True)
+        shown = {n: setting(out, config, n) for n in SHOWN}
+        out["encoder_outputs"] = encode(**text, **shown, return_dict=True)
     start: Tensor | None = out.get("decoder_input_ids")
     out["decoder_attention_mask"] = out["attention_mask"].new_ones(batch, 1 if start is None else start.shape[1])
-    return behind_keys(model, encoder, out, rows, "decoder_attention_mask", empty)
+    return behind_keys(model, encoder, out, rows, "decoder_attention_mask", filled)

@@ -128,7 +128,7 @@ def moved(positions: Tensor, k: int) -> Tensor:
 
 
 def behind_keys(
-    model: nn.Module, encoder: Any, given: dict[str, Any], rows: int, mask: str, empty: Any = None
+    model: nn.Module, encoder: Any, given: dict[str, Any], rows: int, mask: str, filled: Any = None
 ) -> dict[str, Any]:
     """The arguments with a filled cache, whose keys the mask counts and the text's positions follow.
 
@@ -138,10 +138,10 @@ def behind_keys(
         given: the arguments by name.
         rows: how many rows the cache has.
         mask: the name of the mask over the cache and the text; a decoder's text has positions of its own.
-        empty: the cache to be filled; None makes one that grows.
+        filled: the cache; None makes one that grows.
     """
     out, k = dict(given), encoder.num_virtual_tokens
-    out["past_key_values"] = prefix_cache(model, encoder, rows, empty)
+    out["past_key_values"] = prefix_cache(model, encoder, rows) if filled is None else filled
     if out.get(mask) is not None:
         out[mask] = padded(out[mask], k, 1)
     if mask == "attention_mask" and out.get("position_ids") is not None:

@@ -1,0 +1,80 @@
+"""A prompt in front of the text, settled in the cache before `generate` starts.
+
+Then the text stays ids, which some ways to decode ask for: who proposes tokens appends them to the ids, and what
+penalises the text's own tokens looks them up there. The first tokens of a decoder see none of the later ones, so that
+their keys and values are the same whether the text is there or not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .cache import prefix_cache, setting
+from .inputs import checked_tasks, in_front
+from .mixed import Mixed
+
+if TYPE_CHECKING:
+    from .holder import Prompts
+    from .joined import Chosen
+
+PROPOSE = ("prompt_lookup_num_tokens", "assistant_early_exit")
+PENALTIES = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}  # and what is none
+
+
+def proposed(given: dict[str, Any], settings: Any) -> bool:
+    """Whether tokens are proposed in advance, by a smaller model, by early layers or from the text.
+
+    Arguments:
+        given: the arguments of `generate`.
+        settings: the model's own of generation.
+
+    Raises ValueError if they are and the text is padded: transformers then cuts the mask as if there were no prompt.
+    """
+    if given.get("assistant_model") is None and all(setting(given, settings, n) is None for n in PROPOSE):
+        return False
+    if not bool(given["attention_mask"].all()):
+        raise ValueError(
+            "Assisted generation takes one text, and behind a prompt it may not be padded. Leave out the tokens where "
+            "the attention_mask is 0."
+        )
+    return True
+
+
+def by_ids(front: Any, given: dict[str, Any], settings: Any) -> bool:
+    """Whether the way to decode needs the text behind the prompt `front` as ids; the rest as for `proposed`."""
+    if proposed(given, settings):
+        return front is not None
+    penalised = any(setting(given, settings, n) not in (None, none) for n, none in PENALTIES.items())
+    return penalised and front is not None and not isinstance(front, Mixed)
+
+
+class Settled:
+    """Stands in the place of an encoder of keys and values, and fills a cache by running the prompt.
+
+    Arguments:
+        prompts: of the model.
+        chosen: the prompts of the call, one in front of the text and perhaps keys and values.
+        ids: of the text.
+        task_ids: the task of each sample, or None.
+    """
+
+    def __init__(self, prompts: Prompts, chosen: Chosen, ids: Tensor, task_ids: Any) -> None:
+        self.prompts, self.chosen, self.ids, self.task_ids = prompts, chosen, ids, task_ids
+        self.num_virtual_tokens = chosen.tokens
+
+    @torch.no_grad()
+    def filled(self, model: nn.Module, rows: int, empty: Any) -> Any:
+        """The cache that holds the prompt, `empty` or one that grows, for a batch of `rows`."""
+        (front, cached), none = self.chosen, self.ids[:, :0]
+        batch = len(none)
+        made = front.prompt(batch, checked_tasks(front, self.task_ids, batch))[:, : front.num_virtual_tokens]
+        given = in_front(self.prompts, {"input_ids": none}, made)
+        given = {n: v.repeat_interleave(rows // batch, 0) for n, v in given.items()}
+        if cached is not None:
+            empty = prefix_cache(model, cached, rows, empty)
+        self.prompts.call.ids = none  # there is no text yet in which an adapter could start
+        mask = none.new_ones(rows, self.num_virtual_tokens)
+        return model(**given, attention_mask=mask, past_key_values=empty, use_cache=True).past_key_values
