@@ -149,7 +149,7 @@ def test_whole_modules_follow_their_adapter():
         answers.append(logits(model))
     assert not torch.equal(*answers)
     assert isinstance(model.lm_head, peft.utils.ModulesToSaveWrapper)
-    with pytest.raises(ValueError, match="runs one of them"):
+    with pytest.raises(ValueError, match="Only one adapter can be active"):
         model.set_adapter(["one", "two"])
     model.disable_adapters()
     assert torch.equal(logits(model), logits(llama()))
@@ -351,3 +351,20 @@ def test_trained_tokens_of_tied_embeddings_are_still_one_after_a_load(trainable,
     found.load_adapter(str(tmp_path), is_trainable=trainable)
     torch.testing.assert_close(logits(found.eval()), logits(model), rtol=0, atol=0)
     assert sum("trainable_tokens_delta" in n for n, _ in found.named_parameters()) == 1
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_adapters_with_and_without_whole_modules_are_switched(first):
+    model = llama()
+    configs = {"a": config(modules_to_save=["lm_head"]), "b": config()}
+    for name in (first, "ab".replace(first, "")):
+        model.add_adapter(configs[name], adapter_name=name)
+        moved(model)
+    plain, head = model.lm_head.original_module, model.lm_head.modules_to_save["a"]
+    assert not torch.equal(plain.weight, head.weight)
+    for names, runs in (("a", head), ("b", plain), (["b", "a"], head), (["b"], plain)):
+        model.set_adapter(names)
+        assert model.active_adapters() == ([names] if isinstance(names, str) else names)
+        assert model.lm_head.weight is runs.weight and head.weight.requires_grad is (runs is head)
+        hidden = model.model(tiny.IDS).last_hidden_state
+        torch.testing.assert_close(model(tiny.IDS).logits, hidden @ runs.weight.T)

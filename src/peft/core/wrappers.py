@@ -96,16 +96,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             )
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Run and train the copy of one adapter.
+        """Run and train the copy of one adapter; the original if none of the adapters has a copy here.
 
-        Raises ValueError for several names, or for one that has no copy here.
+        Raises ValueError if several of them have.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if len(names) != 1 or names[0] not in self.adapters:
-            raise ValueError(
-                f"{self.path!r} holds copies for {sorted(self.adapters)} and runs one of them; got {adapter_names!r}."
-            )
-        self.activate(tuple(names), inference_mode)
+        self.activate((adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names), inference_mode)
 
     def activate(self, names: tuple[str, ...], inference_mode: bool = False) -> None:
         """Run the one of `names` that has a copy here, or the original if none has."""
