@@ -250,3 +250,46 @@ def test_a_model_without_a_name_is_saved_as_null(tmp_path):
 def test_the_magnitude_is_printed_as_usual():
     text = str(adapted(use_dora=True))
     assert "(default): lora.dora.DoraLinearLayer()" in text
+
+
+@pytest.mark.parametrize("names", [["linear1.weight"], ["linear1.weight", "linear2.weight"], ["out_proj.weight"]])
+def test_parameters_of_modules_whose_parent_reads_them_are_adapted(names):
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)).eval()
+
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(3))
+    model = adapted(net(), target_modules=[], target_parameters=names)
+    want = model(x)  # with gradients the modules are called one by one
+    assert not torch.allclose(want, net()(x), atol=1e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), want)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x), net()(x))
+        torch.testing.assert_close(model.merge_and_unload()(x), want)
+
+
+def test_the_bias_beside_an_adapted_parameter_is_trained_as_it_is_saved():
+    model = adapted(target_modules=[], target_parameters=["0.weight"], bias="lora_only")
+    assert model.base_model.model[0].base_layer.bias.requires_grad
+    assert not model.base_model.model[2].bias.requires_grad
+    assert "base_model.model.0.base_layer.bias" in get_peft_model_state_dict(model)
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_an_adapter_with_dropout_is_loaded_beside_one_without(low, tmp_path):
+    def alike() -> nn.Module:  # the second layer is made like the first
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    for name, rate in (("plain", 0.0), ("dropped", 0.5)):
+        adapted(alike(), target_modules=["0", "1"], lora_dropout=rate).save_pretrained(tmp_path / name)
+    model = peft.PeftModel.from_pretrained(alike(), tmp_path / "plain")
+    want = model(X)
+    model.load_adapter(tmp_path / "dropped", "other", low_cpu_mem_usage=low)
+    assert torch.equal(model(X), want)
+    model.set_adapter("other")
+    alone = peft.PeftModel.from_pretrained(alike(), tmp_path / "dropped")
+    assert torch.equal(model(X), alone(X))
+    model.train()
+    assert not torch.equal(model(X), model(X))

@@ -67,7 +67,7 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
         d["view"], d["call"], d["adapters"] = view_of(innermost, parameter, self._whole), call or Call(), {}
         if parameter is not None:
             d["parameter_name"] = parameter
-        if read:
+        if read and parameter in (None, "weight"):  # no parent reads another parameter
             d["_read"], d["_off"] = read, False  # what the class says of it is guarded in graphs
         if (kind := self.packed) is not None:
             kind.adopt(innermost)
@@ -106,6 +106,8 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias; b' where the parent reads it."""
+        if self.parameter_name is not None:  # a matrix alone
+            return self.get_base_layer().bias  # type: ignore[return-value]
         if self._read and (graph := self._read_in_graph()) is not None:
             return graph.bias()
         if self._read and not self._disabled and (self.planned() is not None or self.call.only is not None):
@@ -116,7 +118,7 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
         run = self.planned()
         if self.call.only is not None:
             return self.stack((self.call.only,))
-        return run.stack if isinstance(run, Finish) else run
+        return run.stack if isinstance(run, (Finish, InPlace)) else run
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -102,6 +102,8 @@ class Mold:
         """Whether the adapter can be added to a layer that stands there already."""
         modules = layer._modules
         homes = [modules[key] for key, *_ in self.parts if key in modules]
+        if len(homes) < len(self.parts) and any(p.idle for p in layer.adapters.values()):
+            return False  # a new home may have to hold what others do without
         alike = type(layer) is self.kind and layer.parameter_name is None and layer.call is self.call
         return alike and not any(k in modules for k in self.idle) and all(type(h) is views.ModuleDict for h in homes)
 

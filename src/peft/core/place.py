@@ -330,7 +330,7 @@ class Injection(Casting, Placing):
             named = self.model.named_parameters()
             chosen: list[Any] = [p for n, p in named if n.rpartition(".")[2] == "bias" and id(p) not in idle]
         else:
-            chosen = [b for layer in self.placed if (b := layer.view.bias(layer.get_base_layer())) is not None]
+            chosen = [b for layer in self.placed if (b := layer.get_base_layer()._parameters.get("bias")) is not None]
         before = [p.requires_grad for p in chosen]
         for p in chosen:
             p.requires_grad_(True)
