@@ -13,10 +13,10 @@ import peft
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from .configs import METHODS
-from .tiny import IDS, TARGETS, llama, logits, moved
+from .tiny import IDS, TARGETS, llama, llama_config, logits, moved, seeded
 
 accelerate = pytest.importorskip("accelerate")
-pytest.importorskip("transformers", "4.57")
+transformers = pytest.importorskip("transformers", "4.57")
 pytestmark = pytest.mark.filterwarnings("ignore:The embeddings are saved")
 
 MORE = {
@@ -28,7 +28,7 @@ MORE = {
     "psoft": peft.PsoftConfig(r=2, target_modules=["q_proj"]),
     "hira": peft.HiraConfig(r=2, target_modules=TARGETS),
 }
-ALL = {**{name: c for name, c in METHODS.items() if name not in ("parameter", "bias")}, **MORE}
+ALL = {**{name: c for name, c in METHODS.items() if name != "bias"}, **MORE}
 
 
 def away(where: str, folder: Path) -> Any:
@@ -53,7 +53,7 @@ def test_a_method_runs_and_merges_over_weights_that_lie_elsewhere(method, tmp_pa
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "oft", "head", "ln_tuning", "hira"])
+@pytest.mark.parametrize("method", ["lora", "dora", "oft", "head", "ln_tuning", "hira", "parameter"])
 def test_a_method_is_trained_over_weights_that_lie_elsewhere(method, tmp_path):
     gradients = []
     for base in (llama(attention_bias=True), away("cpu", tmp_path)):
@@ -74,3 +74,29 @@ def test_a_copy_of_a_module_that_lies_elsewhere_holds_numbers_of_its_own(tmp_pat
     assert torch.equal(head.modules_to_save["default"].weight, llama(attention_bias=True).lm_head.weight)
     model.base_model.model.lm_head.modules_to_save["default"].weight.data.zero_()
     assert not logits(model.eval()).any()
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_fused_experts_that_lie_elsewhere_are_adapted(where, tmp_path):
+    def base() -> Any:
+        settings = {"intermediate_size": 12, "num_local_experts": 3, "num_experts_per_tok": 2}
+        config = transformers.MixtralConfig(**{**llama_config().to_dict(), "model_type": "mixtral", **settings})
+        return seeded(transformers.MixtralForCausalLM, config)
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    here = moved(get_peft_model(base(), copy.deepcopy(config)), size=0.4)
+    here.save_pretrained(tmp_path / "adapter")
+    place = torch.device("cpu")
+    far = accelerate.cpu_offload(base(), place) if where == "cpu" else accelerate.disk_offload(base(), tmp_path, place)
+    model = PeftModel.from_pretrained(far, tmp_path / "adapter", is_trainable=True)
+    plain = logits(base())
+    assert not torch.allclose(logits(here), plain, atol=1e-2)
+    torch.testing.assert_close(logits(model), logits(here))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    gradients = []
+    for m in (here, model):
+        m(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append({n: p.grad for n, p in m.named_parameters() if "lora_" in n})
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(logits(model.merge_and_unload()), logits(here), rtol=1e-4, atol=1e-4)

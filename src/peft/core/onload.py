@@ -35,6 +35,18 @@ def onload_layer(layer: nn.Module, write: bool = True) -> Iterator[None]:
             hook.post_forward(module, None)
 
 
+@contextmanager
+def kept_here(module: nn.Module) -> Iterator[None]:
+    """Inside the block a module's weights are here, and its forward leaves them as they are put in its place."""
+    hook = module.__dict__["_hf_hook"]
+    with onload_layer(module, write=False):
+        try:
+            module.__dict__["_hf_hook"] = _staying(hook)
+            yield
+        finally:
+            module.__dict__["_hf_hook"] = hook
+
+
 def _below(module: nn.Module) -> list[nn.Module]:
     """A module and all below it, each once; `modules`, without names."""
     found = [module]
@@ -75,7 +87,10 @@ def own_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
 def _staying(hook: Any) -> Any:
     """A hook that moves inputs as this one does, and no weights."""
     new = copy.copy(hook)
-    new.offload, new.weights_map = False, None
+    if hasattr(new, "hooks"):
+        new.hooks = tuple(_staying(h) for h in new.hooks)
+    if hasattr(new, "offload"):
+        new.offload, new.weights_map = False, None
     return new
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import PeftWarning
 from .. import storage
+from ..onload import kept_here
 from .linear import Layer, LinearView, Pair
 from .make import diagonal, linear_module
 
@@ -93,6 +94,14 @@ class ParameterView(LinearView):
         """Run `outer`, which is m or stands around it, with tensors in place of m's parameters."""
         if (kind := storage.named(m, self.name)) is not None:
             return kind.run(m, values, lambda: outer(*args, **kwargs))
+        if "_hf_hook" in m.__dict__:
+            with kept_here(m):
+                return self._in_place(m, values, outer, args, kwargs)
+        return self._in_place(m, values, outer, args, kwargs)
+
+    def _in_place(
+        self, m: Layer, values: Mapping[str, Tensor], outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         held = m._parameters if all(name in m._parameters for name in values) else m.__dict__
         before = {name: held[name] for name in values}
         try:
