@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 from .core import hub
 from .core.commit import folders, writing
 from .core.defaults import CONFIG_NAME
-from .errors import UnknownFieldWarning, nearest, report
+from .errors import IncompleteError, UnknownFieldWarning, nearest, report
 from .known import SCALARS, Content, copier, known, note, same
 from .types import PeftType, TaskType
 from .version import __version__
@@ -220,7 +220,7 @@ class PeftConfigMixin:
         if peft_type is not None:
             return registry.config_class(peft_type)
         if cls in (PeftConfigMixin, PeftConfig, PromptLearningConfig):
-            raise TypeError(
+            raise IncompleteError(
                 f"The {cls.__name__} config that is trying to be loaded is missing required keys: 'peft_type'{where}. "
                 "Call from_pretrained of the method's own class, such as LoraConfig."
             )
@@ -364,14 +364,13 @@ def _parsed(raw: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         values = json.loads(raw.decode("utf-8-sig"))  # some editors put a mark in front
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"'{path}' is not valid JSON: {error}. Restore the file, or save the adapter again."
-        ) from error
+        text = f"'{path}' is not valid JSON. Restore the file, or save the adapter again. "
+        if isinstance(error, json.JSONDecodeError):
+            raise json.JSONDecodeError(text + error.msg, error.doc, error.pos) from error
+        raise ValueError(text + str(error)) from error
     if not isinstance(values, dict):
-        raise ValueError(
-            f"'{path}' holds a {type(values).__name__} where the fields of a configuration (a JSON object) are "
-            "expected."
-        )
+        kind = type(values).__name__
+        raise ValueError(f"'{path}' holds a {kind} where the fields of a configuration (a JSON object) are expected.")
     return values
 
 

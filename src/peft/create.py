@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .config import PeftConfig, check_config
+from .errors import IncompleteError
 from .names import check_adapter_name, warn_about_name
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, config_class, tuner_class
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     """The configuration that a dictionary describes; `peft_type` names its class."""
+    if "peft_type" not in config_dict:
+        raise IncompleteError("config_dict has no 'peft_type', which says of which method it is, such as 'LORA'.")
     return config_class(config_dict["peft_type"])(**config_dict)
 
 
@@ -98,7 +101,10 @@ def inject_adapter_in_model(
     tuner = tuner_class(_method(peft_config))
     if tuner.uses_shared_state:
         raise ValueError(f"{tuner.__name__} shares tensors between layers, which only a PeftModel can hold.")
-    tuner(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+    from .core.snapshot import whole
+
+    with whole(model):
+        tuner(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
     return model
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,6 +32,34 @@ class MisfitError(PeftError, RuntimeError, ValueError):
     def __init__(self, facts: str, advice: str = ""):
         super().__init__(facts + advice)
         self.facts = facts
+
+
+class UnknownNameError(PeftError, ValueError, KeyError):
+    """A name that nothing has: of an adapter, of a method, of a task."""
+
+    __str__ = Exception.__str__  # a KeyError would print the quoted text
+
+
+class WrongKindError(PeftError, TypeError, ValueError):
+    """An argument that is of another type than what it says."""
+
+
+class IncompleteError(PeftError, TypeError, KeyError):
+    """A description lacks what tells its kind."""
+
+    __str__ = Exception.__str__
+
+
+class OutOfRangeError(PeftError, ValueError, IndexError):
+    """A number that counts something beyond its end."""
+
+
+class NothingToDoError(PeftError, NotImplementedError, AttributeError):
+    """What a method has nothing to do for; `hasattr` says so too."""
+
+
+class PatternError(PeftError, ValueError, re.error):
+    """Text that is no regular expression."""
 
 
 class UnwritableError(PeftError, OSError):
@@ -120,6 +149,23 @@ def nearest(word: str, choices: Iterable[str]) -> str:
         lower = {c.lower(): c for c in pool}
         close = [lower[m] for m in difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)]
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_adapters(names: Iterable[Any], known: Iterable[str], use: str = "") -> None:
+    """Raise UnknownNameError for the first of the names that is no adapter.
+
+    Arguments:
+        names: the adapters that are asked for.
+        known: those that there are.
+        use: what for, to stand behind the name.
+    """
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            hint = nearest(str(name), known)
+            raise UnknownNameError(
+                f"There is no adapter {name!r}{use}.{hint} The model has {listing(known) or 'none'}."
+            )
 
 
 def check_spelling(given: Iterable[str], function: Callable[..., Any], others: Iterable[str]) -> None:

@@ -170,7 +170,10 @@ class AdapterFile:
     def fill(self, model: PeftModel, undo: Callable[[], Any], is_trainable: bool, meta: bool) -> _IncompatibleKeys:
         """Read the tensors and write them into the adapter; if that fails, `undo` puts the model back as it was."""
         strict = self.options.get("strict")
+        steps = [undo]
         try:
+            if not (is_trainable or self._new):
+                steps.append(evaluate(model, None))  # before anything is written
             self._check_base(model, strict)
             state = self.saved.read(self.options.get("torch_device"), own=self._new)
             result = _IncompatibleKeys([], [])
@@ -186,12 +189,13 @@ class AdapterFile:
                     strict=strict,
                     known=self._known,
                 )
+            found = self._note(model, result)
+            if self._new and not is_trainable:
+                evaluate(model, self.name, found)
         except BaseException:
-            undo()
+            for step in steps:
+                step()
             raise
-        found = self._note(model, result)
-        if not is_trainable:
-            evaluate(model, self.name if self._new else None, found)
         return result
 
     def over(
@@ -238,13 +242,13 @@ class AdapterFile:
             undo.append(partial(recipe.take_out, self.name))
             recipe.place(tuner, self.name, config, made, is_trainable)
             tuner._join(tuner.kind_of(config).companion, self.name, undo)
+            if not is_trainable and (model.training or tuner.training or not recipe.evaluating()):
+                evaluate(model, None)
         except BaseException:
             for step in reversed(undo):
                 step()
             tuner.peft_config.pop(self.name)
             raise
-        if not is_trainable and (model.training or tuner.training or not recipe.evaluating()):
-            model.eval()
         return _IncompatibleKeys([], [])
 
     def _kept_by(self, model: PeftModel) -> bool:
@@ -386,14 +390,7 @@ def _check_prompt(config: PeftConfig, outline: Mapping[str, Tensor], name: str) 
         )
 
 
-def taken_back(model: nn.Module, config: PeftConfig) -> Callable[[nn.Module | None, str], None]:
+def taken_back(model: nn.Module, config: PeftConfig) -> Callable[[], Any]:
     """What takes a new PeftModel off a model again, which is then as it is now."""
-    (restore, adapted), before = snapshot(model), _copied(config.__dict__)
-
-    def undo(wrapped: Any, name: str) -> None:
-        if adapted and wrapped is not None:
-            wrapped.base_model.delete_adapter(name)
-        restore()
-        config.__dict__.update(before)
-
-    return undo
+    restore, before = snapshot(model), _copied(config.__dict__)
+    return lambda: (restore(), config.__dict__.update(before))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import lazy
+from .errors import check_adapters
 from .model import PeftModel
 
 _NAMES = {
@@ -20,14 +21,12 @@ class PeftMixedModel(PeftModel):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make exactly these adapters active, in this order; they become trainable unless `inference_mode`."""
-        for name in (adapter_name,) if isinstance(adapter_name, str) else adapter_name:
-            self._known(name)
+        check_adapters((adapter_name,) if isinstance(adapter_name, str) else adapter_name, self.peft_config)
         self._tuner.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Remove adapters; nothing is removed if one of the names is unknown."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
-            self._known(name)
+        check_adapters(names, self.peft_config)
         for name in names:
             super().delete_adapter(name)

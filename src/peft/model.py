@@ -20,8 +20,9 @@ from .core import sharded
 from .core.call import BASE, first_tensor
 from .core.embeddings import recorded_vocabulary
 from .core.layer import tuner_layers
+from .core.snapshot import whole
 from .core.state import adapter_parameters, disabled
-from .errors import listing, nearest
+from .errors import WrongKindError, check_adapters, listing, nearest
 from .names import check_adapter_name, warn_about_name
 from .persist import Persistent
 from .registry import tuner_class
@@ -65,14 +66,10 @@ class PeftModel(Persistent, nn.Module):
 
             return first_prompt(self, model, peft_config, adapter_name)
         tuner = tuner_class(peft_config.peft_type)  # type: ignore[arg-type]
-        self.base_model = tuner(
-            model,
-            {adapter_name: peft_config},
-            adapter_name,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
-        self._prepare(model)
+        with whole(model):
+            made = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": autocast_adapter_dtype}
+            self.base_model = tuner(model, {adapter_name: peft_config}, adapter_name, **made)
+            self._prepare(model)
 
     def _prepare(self, model: nn.Module) -> None:
         """Set the base model up for layers that are trained in it."""
@@ -101,6 +98,14 @@ class PeftModel(Persistent, nn.Module):
     def peft_config(self) -> dict[str, PeftConfig]:
         """The configurations by adapter name."""
         return self._tuner.peft_config
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, PeftConfig]) -> None:
+        """Also how a PeftModel that is put around this one shares its configurations."""
+        tuner = self._tuner
+        tuner.peft_config = configs
+        if "peft_config" in getattr(tuner, "model", self).__dict__:
+            tuner.model.peft_config = configs
 
     @property
     def active_adapters(self) -> list[str]:
@@ -147,12 +152,12 @@ class PeftModel(Persistent, nn.Module):
 
     def adapter_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter by their names in this model; an optimizer for it takes their values."""
-        self._known(adapter_name)
+        check_adapters([adapter_name], self.peft_config)
         return adapter_parameters(self, adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every layer of the adapter can be written as a LoRA."""
-        self._known(adapter_name)
+        check_adapters([adapter_name], self.peft_config)
         asked = [
             layer.supports_lora_conversion(adapter_name) if hasattr(layer, "supports_lora_conversion") else False
             for _, layer in tuner_layers(self.base_model)
@@ -225,7 +230,8 @@ class PeftModel(Persistent, nn.Module):
 
     def _check_names(self, names: Any, first: torch.Tensor | None, tuner: Any) -> None:
         if not isinstance(names, (list, tuple)):
-            raise TypeError(f"adapter_names must be a list with one name per sample, but is {type(names).__name__}.")
+            kind = type(names).__name__
+            raise WrongKindError(f"adapter_names must be a list with one name per sample, but is {kind}.")
         if self.training:
             raise ValueError("adapter_names is for inference, but the model is in training mode. Call `model.eval()`.")
         if first is not None and first.shape[0] != len(names):
@@ -278,13 +284,13 @@ class PeftModel(Persistent, nn.Module):
     def _add_adapter(self, adapter_name: str, peft_config: PeftConfig, meta: bool, autocast: bool, undo: list) -> None:
         """`add_adapter`; `undo` receives the steps that take it back."""
         self._admit(adapter_name, peft_config)
-        self._tuner.peft_config[adapter_name] = peft_config
+        undo.append(lambda: self._tuner.peft_config.pop(adapter_name, None))
         try:
+            self._tuner.peft_config[adapter_name] = peft_config
             self._place(adapter_name, peft_config, meta, autocast, undo)
         except BaseException:
             self._tuner.peft_config.pop(adapter_name, None)
             raise
-        undo.append(lambda: self._tuner.peft_config.pop(adapter_name))
 
     def _admit(self, adapter_name: str, peft_config: PeftConfig) -> None:
         """Check a new adapter's name and method; the task's head becomes a part of its configuration."""
@@ -324,11 +330,11 @@ class PeftModel(Persistent, nn.Module):
         if "prompts" in self.__dict__ and isinstance(adapter_name, (list, tuple)):
             return self._tuner.set_adapter(adapter_name, inference_mode=inference_mode)
         if not isinstance(adapter_name, str):
-            raise TypeError(
+            raise WrongKindError(
                 f"set_adapter takes one name, but got {type(adapter_name).__name__}. For several active adapters use "
                 "`model.base_model.set_adapter([...])`."
             )
-        self._known(adapter_name)
+        check_adapters([adapter_name], self.peft_config)
         self._tuner.set_adapter(adapter_name, inference_mode=inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -337,15 +343,8 @@ class PeftModel(Persistent, nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. After the last one the model behaves as the base model."""
-        self._known(adapter_name)
+        check_adapters([adapter_name], self.peft_config)
         self._tuner.delete_adapter(adapter_name)
-
-    def _known(self, adapter_name: str) -> None:
-        if adapter_name not in self.peft_config:
-            raise ValueError(
-                f"There is no adapter {adapter_name!r}.{nearest(str(adapter_name), self.peft_config)} "
-                f"Existing adapters: {listing(self.peft_config) or 'none'}."
-            )
 
     # Gradient checkpointing -------------------------------------------------------------------------------
 

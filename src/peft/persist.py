@@ -21,7 +21,15 @@ from .core.defaults import CONFIG_NAME
 from .core.files import CONFIG_HASH, SHARD_SIZE, check_written, config_hash, write_weights
 from .core.fingerprint import fingerprint
 from .core.hub import DOWNLOAD_ARGUMENTS, hub_arguments
-from .errors import PeftWarning, check_spelling, listing, nearest, report
+from .errors import (
+    PeftWarning,
+    UnknownNameError,
+    WrongKindError,
+    check_spelling,
+    listing,
+    nearest,
+    report,
+)
 from .known import Content
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -123,6 +131,7 @@ class Persistent:
             key_mapping: {regular expression: replacement} for the keys of the file.
             kwargs: `subfolder`, `revision`, `token` ..., `ignore_mismatched_sizes`, `strict`, `torch_device`.
         """
+        from .core.snapshot import noted_already
         from .loading import AdapterFile, taken_back
 
         check_spelling(kwargs, Persistent.from_pretrained.__func__, FOR_LOADING)  # type: ignore[attr-defined]
@@ -138,11 +147,11 @@ class Persistent:
 
         def place(meta: bool) -> tuple[Any, Callable[[], Any]]:
             try:
-                wrapped = kind(model, config, adapter_name, autocast_adapter_dtype, meta)
+                with noted_already(model):
+                    return kind(model, config, adapter_name, autocast_adapter_dtype, meta), undo
             except BaseException:
-                undo(None, adapter_name)
+                undo()
                 raise
-            return wrapped, lambda: undo(wrapped, adapter_name)
 
         file.check_config(content)
         file.autocast = autocast_adapter_dtype
@@ -218,13 +227,13 @@ def selected(model: PeftModel, names: list[str] | None) -> list[str]:
     """The adapters to save; raises ValueError naming those that do not exist."""
     known = list(model.peft_config)
     if isinstance(names, str):
-        raise TypeError(f"selected_adapters must be a list of names, got the string {names!r}. Use [{names!r}].")
+        raise WrongKindError(f"selected_adapters must be a list of names, got the string {names!r}. Use [{names!r}].")
     if names is None:
         return known
     unknown = [n for n in names if n not in known]
     if unknown:
         hint = nearest(unknown[0], known)
-        raise ValueError(
+        raise UnknownNameError(
             f"selected_adapters holds {listing(unknown)}, which are no adapters of this model.{hint} It has "
             f"{listing(known)}."
         )

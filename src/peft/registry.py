@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from .errors import nearest
+from .errors import UnknownNameError, nearest
 from .types import PeftType, TaskType
 
 
@@ -154,7 +154,7 @@ def lookup(peft_type: str | PeftType) -> Method:
     names = [t.value for t in PeftType]
     peft_type = OLDER.get(peft_type, peft_type)
     if peft_type not in names:
-        raise ValueError(
+        raise UnknownNameError(
             f"peft_type is {peft_type!r}, which is no known method.{nearest(str(peft_type), names)} Use one of "
             f"{', '.join(names)}."
         )

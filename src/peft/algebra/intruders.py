@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.layer import tuner_layers
-from ..errors import nearest
+from ..errors import check_adapters
 from ..names import check_adapter_name
 from .combine import Result
 from .factors import Spectrum, exactly
@@ -69,8 +69,7 @@ def reduce_intruder_dimension(
 
 def _check(tuner: Any, old: str, new: str) -> None:
     configs = tuner.peft_config
-    if old not in configs:
-        raise ValueError(f"There is no adapter {old!r}.{nearest(old, configs)} The model has {sorted(configs)}.")
+    check_adapters([old], configs)
     if configs[old].peft_type != "LORA":
         kind = getattr(configs[old].peft_type, "value", configs[old].peft_type)
         raise ValueError(f"The adapter {old!r} is {kind}; intruder dimensions are reduced for LoRA only.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import nearest
+from ..errors import check_adapters
 from .combine import Recipe
 from .conversion import check_rank
 from .weighted import Report, add_weighted_adapter
@@ -30,11 +30,7 @@ def resize(model: Any, rank: float, adapter_name: str = "default", new_adapter_n
     check_rank(rank)
     tuner = tuner_of(model)
     configs = tuner.peft_config
-    if adapter_name not in configs:
-        raise ValueError(
-            f"There is no adapter {adapter_name!r}.{nearest(str(adapter_name), configs)} The model has "
-            f"{sorted(configs)}."
-        )
+    check_adapters([adapter_name], configs)
     kind = str(getattr(configs[adapter_name].peft_type, "value", configs[adapter_name].peft_type))
     if kind != "LORA":
         raise ValueError(

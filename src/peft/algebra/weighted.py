@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.layer import BaseTunerLayer, tuner_layers
 from ..core.tokens import TokenRows
 from ..core.wrappers import ModulesToSaveWrapper
-from ..errors import PeftWarning, listing, nearest
+from ..errors import PeftWarning, check_adapters, listing
 from ..names import check_adapter_name
 from .combine import Recipe, Result, blended, combine
 from .lora import biases, checked_targets, even, parts, plain_config, union
@@ -120,12 +120,7 @@ def _checked(tuner: Any, adapters: Any, weights: Any, name: str) -> dict[str, fl
         raise ValueError(f"There is an adapter {name!r} already. Delete it first, or choose another adapter_name.")
     if not adapters:
         raise ValueError("adapters is empty. Name at least one adapter to combine.")
-    unknown = [n for n in adapters if n not in tuner.peft_config]
-    if unknown:
-        raise ValueError(
-            f"There is no adapter {unknown[0]!r}.{nearest(str(unknown[0]), tuner.peft_config)} The model has "
-            f"{sorted(tuner.peft_config)}."
-        )
+    check_adapters(adapters, tuner.peft_config)
     weights = weights.tolist() if isinstance(weights, Tensor) else list(weights)
     if len(weights) != len(adapters):
         raise ValueError(f"There are {len(adapters)} adapters but {len(weights)} weights. Give one weight for each.")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..errors import PeftWarning, listing, nearest, report
+from ..errors import PeftWarning, WrongKindError, check_adapters, listing, report
 from . import sharded
 from .base_state import get_base_model_state_dict, set_base_model_state_dict
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -25,6 +25,7 @@ from .files import INDEX_NAME, Saved, open_weights
 from .fill import Found, checked, fill
 from .hub import fetch
 from .layer import tuner_layers
+from .onload import brought
 from .parts import joined, repeated, split, written
 from .pour import Pouring, pour
 from .renames import found_again, of_now
@@ -99,6 +100,7 @@ def _own_state(
     beside = root.__dict__.get("prompts")  # what stands beside the model writes its own
     own: dict[str, Tensor] = {} if beside is None else beside.for_file(adapter_name)
     for key, e, value in zip(keys, entries, tensors, strict=True):
+        value = brought(e.owner, e.attr, value) if value.is_meta else value
         whole = value if type(value) is nn.Parameter and not value.__dict__ else sharded.full(value)
         own.update(split(e, key, whole.detach()))
         if e.adapter is None or e.adapter.method.copies:
@@ -272,14 +274,10 @@ def adapter_config(model: nn.Module, adapter_name: str) -> Any:
     """The configuration of an adapter of the model; raises ValueError naming the adapters that exist."""
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping):
-        raise ValueError(
+        raise WrongKindError(
             f"{type(model).__name__} has no adapters. Expected a PeftModel or a model with injected layers."
         )
-    if adapter_name not in configs:
-        raise ValueError(
-            f"There is no adapter {adapter_name!r}.{nearest(adapter_name, configs)} Existing adapters: "
-            f"{listing(configs) or 'none'}."
-        )
+    check_adapters([adapter_name], configs)
     return configs[adapter_name]
 
 

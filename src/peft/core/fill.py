@@ -12,6 +12,7 @@ from ..errors import MisfitError, MissingTensorsWarning, PeftWarning, Unexpected
 from . import sharded
 from .entries import PREFIX, Entry, base_tensors, plain
 from .layer import AdapterHost, BaseTunerLayer
+from .onload import stored
 from .tie import storage_key
 from .views import PLAIN
 
@@ -58,9 +59,17 @@ def fill(
     with torch.no_grad():
         homes: dict[int, torch.device] = {}
         ready = [(e, v if _assigned(e) else as_held(v, e.tensor)) for e, v in found.values()]
-        for entry, value in ready:
-            if not (alone and _put(entry, value, homes, own)):
-                _write(entry, value)
+        before: list[tuple[Tensor, Tensor]] = []
+        try:
+            for entry, value in ready:
+                if not (alone and _put(entry, value, homes, own)):
+                    if not (fresh or entry.tensor.is_meta or sharded.is_spread(entry.tensor)):
+                        before.append((entry.tensor, entry.tensor.detach().clone()))
+                    _write(entry, value)
+        except BaseException:
+            for tensor, was in before:
+                tensor.copy_(was)
+            raise
     return missing, unexpected
 
 
@@ -241,6 +250,7 @@ def _put(entry: Entry, value: Tensor, homes: dict[int, torch.device], own: bool)
         or type(here) is not nn.Parameter
         or not here.is_meta
         or here.shape != value.shape
+        or "_hf_hook" in entry.owner.__dict__
     ):
         return False
     key = id(entry.layer)
@@ -259,6 +269,8 @@ def _write(entry: Entry, value: Tensor) -> None:
     here = entry.tensor
     if not _assigned(entry) and sharded.shape(here) == value.shape:
         sharded.put(here, value)
+        return
+    if stored(entry.owner, entry.attr, here, value):
         return
     new = value.detach().to(device=_home(entry), dtype=here.dtype, copy=True)
     new = sharded.like(new, here) if sharded.is_mesh(here) else new

@@ -150,9 +150,9 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
         p.shared = site.shared
         site = self._noting(site)
         built = method.build(site)
-        self.adapters[name] = p
-        self._forget_plans()
         try:
+            self.adapters[name] = p
+            self._forget_plans()
             for key, value in built.items():
                 self._file(key, name, value, p)
             with torch.no_grad(), self._in_sight():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import WrongKindError, check_adapters
 from . import onestep, storage
 from .blocks import Blocks
 from .kept import Forgetful
@@ -260,6 +261,7 @@ class Mergeable(Blocks, Forgetful):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What adapter `adapter` adds to the weight, in the stored layout."""
+        check_adapters([adapter], self.adapters)
         p = self.adapters[adapter]
         base = self.get_base_layer()
         W = self.original_weight()
@@ -280,7 +282,7 @@ def adapters_to_merge(layer: Any, adapter_names: Sequence[str] | None) -> list[s
     Raises TypeError for a string.
     """
     if isinstance(adapter_names, str):
-        raise TypeError(
+        raise WrongKindError(
             f"adapter_names must be a list of names, got the string {adapter_names!r}. Use [{adapter_names!r}]."
         )
     names = list(layer.active_adapters if adapter_names is None else adapter_names)

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from ..errors import PatternError
+
 # The field of a table, and the fields that its values stand for (the first that the configuration has).
 TABLES: dict[str, tuple[str, ...]] = {
     "rank_pattern": ("r", "effective_rank"),
@@ -82,7 +84,7 @@ def compiled(pattern: str, field: str) -> Any:
     try:
         plain = re.compile(pattern)
     except re.error as error:
-        raise ValueError(
+        raise PatternError(
             f"{field}={pattern!r} is not a regular expression: {error}. Mend it, or pass a list of module names."
         ) from error
     return Watched(plain, field) if _ENDLESS.search(pattern) and find_spec("regex") else plain

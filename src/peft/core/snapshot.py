@@ -1,12 +1,17 @@
-"""A model as it is now: its modules, tensors, hooks and flags, to be put back if a load fails."""
+"""A model as it is now: its modules, tensors, hooks and flags, to be put back if a change fails."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .host import below, standing
+from .deferred import Deferred
+from .host import AdapterHost, below, changed, standing
+from .layer import BaseTunerLayer
 
 _TABLES = (
     "_modules",
@@ -23,34 +28,127 @@ _TABLES = (
 )
 
 
-def snapshot(model: nn.Module) -> tuple[Callable[[], None], bool]:
-    """What puts a model back as it is now, the numbers in its tensors aside; and whether it has adapters.
+_PLAIN = (dict, list, set)
+
+
+_noted_by_caller: ContextVar[nn.Module | None] = ContextVar("noted_by_caller", default=None)
+
+
+@contextmanager
+def noted_already(model: nn.Module) -> Iterator[None]:
+    """In the block, `whole` leaves it to the caller to put this model back."""
+    token = _noted_by_caller.set(model)
+    try:
+        yield
+    finally:
+        _noted_by_caller.reset(token)
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Put a model back as it was if the block fails, the numbers in its tensors aside."""
+    if _noted_by_caller.get() is model:
+        yield
+        return
+    restore = snapshot(model)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+@contextmanager
+def unchanged(owner: Any, layers: Sequence[Any]) -> Iterator[None]:
+    """Put what holds adapters back as it was if the block fails: switches, adapters, and merges that were undone.
+
+    Arguments:
+        owner: what switches the adapters.
+        layers: what holds them.
+    """
+    restore = noted_of(layers, [owner])
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """What puts a model back as it is now, the numbers in its tensors aside.
 
     Arguments:
         model: any model; its children are looked at too.
     """
     found = below(model)[0]
-    adapted = bool(standing(found))
-    found = list(model.modules()) if adapted else found
-    owned = [(own, own.copy()) for own in map(vars, found)]
-    tables = [(table, table.copy()) for own, _ in owned for table in map(own.get, _TABLES) if table]
-    flags = [(p, p.requires_grad) for m in found for p in m._parameters.values() if p is not None]
-    config = getattr(model, "config", None)
-    settings = dict(config.__dict__) if hasattr(config, "__dict__") else None
+    found = list(model.modules()) if standing(found) else found
+    return _noted(found, [model], found, [])
+
+
+def noted_of(layers: Sequence[Any], others: Sequence[Any] = ()) -> Callable[[], None]:
+    """What puts these back as they are now, whose base layers stay as they are where nothing is merged."""
+    homes = [m for x in layers for key, m in x._modules.items() if m is not None and key not in x._below]
+    inner = [*homes]
+    for m in inner:  # grows on the way
+        inner += [child for child in m._modules.values() if child is not None]
+    merged = [x.get_base_layer() for x in layers if x.merged and isinstance(x, BaseTunerLayer)]
+    return _noted([*layers, *homes, *merged], others, [*inner, *merged], merged)
+
+
+def _noted(
+    modules: Sequence[Any], others: Sequence[Any], holding: Sequence[nn.Module], merged: Sequence[nn.Module]
+) -> Callable[[], None]:
+    """What puts modules and other objects back as they are now.
+
+    Arguments:
+        modules: their attributes, children, tensors and hooks.
+        others: their attributes, and their configuration's.
+        holding: whose tensors' flags count.
+        merged: whose tensors may get other memory.
+    """
+    layers = [m for m in modules if isinstance(m, BaseTunerLayer)]
+    calls = {id(c): c for x in (*layers, *others) if isinstance(c := x.__dict__.get("call"), Deferred)}
+    for call in calls.values():
+        call.settle()
+    settings = [c for x in others if hasattr(c := getattr(x, "config", None), "__dict__")]
+    adapters = [p for layer in layers for p in layer.adapters.values()]
+    own = [*(m for m in modules if isinstance(m, AdapterHost)), *others]
+    inner = [(v, v.copy()) for holder in own for v in vars(holder).values() if type(v) in _PLAIN and v]
+    objects = [(vars(x), vars(x).copy()) for x in (*others, *settings, *calls.values(), *adapters)]
+    owned = [(values, values.copy()) for values in map(vars, modules)]
+    tables = [(table, table.copy()) for values, _ in owned for table in map(values.get, _TABLES) if table]
+    tensors = _tensors(holding, merged)
 
     def restore() -> None:
-        for own, values in owned:
-            for name in own.keys() - values.keys():
-                del own[name]
-            own.update(values)
-            for table in filter(None, map(own.get, _TABLES)):
+        for values, before in objects + owned:
+            for name in values.keys() - before.keys():
+                del values[name]
+            values.update(before)
+        for values, _ in owned:
+            for table in filter(None, map(values.get, _TABLES)):
                 table.clear()
-        for table, kept in tables:
-            table.update(kept)
-        for parameter, flag in flags:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
-        if settings is not None:
-            config.__dict__.update(settings)
+        for content, kept in inner + tables:
+            content.clear()
+            (content.extend if isinstance(content, list) else content.update)(kept)
+        tensors()
+        changed()
+        for layer in layers:
+            layer._replan()
 
-    return restore, adapted
+    return restore
+
+
+def _tensors(holding: Sequence[nn.Module], merged: Sequence[nn.Module]) -> Callable[[], None]:
+    """What gives the parameters of `holding` their flags, and those of `merged` their memory."""
+    flags = [(p, p.requires_grad) for m in holding for p in m._parameters.values() if p is not None]
+    memory = [(p, p.data) for m in merged for p in m._parameters.values() if type(p) is nn.Parameter]
+
+    def restore() -> None:
+        for p, flag in flags:
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)
+        for p, data in memory:
+            if type(data) is Tensor and p.data_ptr() != data.data_ptr():
+                p.data = data
+
+    return restore

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import nearest
+from ..errors import check_adapters
 from .layer import tuner_layers
 
 
@@ -73,5 +73,5 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
             if isinstance(tensor, nn.Parameter):
                 found[f"{path}.{live}" if path else live] = tensor
     if not found:
-        raise ValueError(f"There is no adapter {name!r}.{nearest(name, known)} The model has {sorted(known)}.")
+        check_adapters([name], known - {name})
     return found

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..errors import PeftWarning, nearest
+from ..errors import PeftWarning, check_adapters
 from . import unload as unloading
 from .roster import Roster
+from .snapshot import noted_of, unchanged
 
 
 class Switching:
@@ -34,12 +35,7 @@ class Switching:
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         check_once(names)
-        unknown = [n for n in names if n not in self.peft_config]
-        if unknown:
-            raise ValueError(
-                f"There is no adapter {unknown[0]!r}.{nearest(unknown[0], self.peft_config)} The model has "
-                f"{sorted(self.peft_config)}."
-            )
+        check_adapters(names, self.peft_config)
         chosen = adapter_name if isinstance(adapter_name, str) else list(adapter_name)
         if self._switched(names, inference_mode):
             self.active_adapter = chosen
@@ -49,9 +45,10 @@ class Switching:
             unloading.check_together(layer, names)
         if any(layer.merged for layer in layers):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+        with unchanged(self, layers):
             self._unmerge(layers)
-        for layer in layers:
-            layer.activate(names, inference_mode)
+            for layer in layers:
+                layer.activate(names, inference_mode)
         self.active_adapter = chosen
         if (call := self.__dict__.get("call")) is not None:
             call.merged, call.frozen = False, False
@@ -74,18 +71,25 @@ class Switching:
         call = self.__dict__.get("call")
         if call is None or len(names) != 1 or call.merged or call.disabled is not False:
             return False
-        roster, known = self.roster(), list(self.peft_config)
+        roster, known, turned = self.roster(), list(self.peft_config), list[Any]()
         for layer in roster.others:
             unloading.check_together(layer, names)
+        restore = noted_of(roster.others) if roster.others else None
         try:
             if not (inference_mode and call.frozen and roster.looks_frozen(known)):
-                roster.train(known, () if inference_mode else names)
-        except (KeyError, AttributeError):  # a wrapper holds the parameters elsewhere
-            return False
-        for layer in roster.others:
-            layer.activate(names, inference_mode)
+                roster.train(known, () if inference_mode else names, turned)
+            for layer in roster.others:
+                layer.activate(names, inference_mode)
+            call.switch(roster.layers, names=names)
+        except BaseException as error:
+            for parameter, was in turned:
+                parameter.requires_grad = was
+            if restore is not None:
+                restore()
+            if isinstance(error, (KeyError, AttributeError)):  # a wrapper holds the parameters elsewhere
+                return False
+            raise
         call.frozen = inference_mode
-        call.switch(roster.layers, names=names)
         return True
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -94,22 +98,31 @@ class Switching:
         Raises ValueError for a name that the model does not have.
         """
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        unknown = [n for n in names if n not in self.peft_config]
-        if unknown:
-            raise ValueError(f"There is no adapter {unknown[0]!r}.{nearest(unknown[0], self.peft_config)}")
-        for _, layer in self.layers():
-            layer.set_requires_grad(names, requires_grad)
+        check_adapters(names, self.peft_config)
+        turned: list[Any] = []
+        try:
+            for _, layer in self.layers():
+                turned += [(p, p.requires_grad) for name in names for p in layer.adapter_parameters(name)]
+                layer.set_requires_grad(names, requires_grad)
+        except BaseException:
+            for parameter, was in turned:
+                parameter.requires_grad = was
+            raise
 
     def disable_adapter_layers(self) -> None:
         """Run as the base model, with nothing trainable, until `enable_adapter_layers`."""
         self._warn_of_bias()
-        for _, layer in self.layers():
-            layer.enable_adapters(False)
+        self._enable(False)
 
     def enable_adapter_layers(self) -> None:
         """Run with the active adapters again; what was trainable and merged before is so again."""
-        for _, layer in self.layers():
-            layer.enable_adapters(True)
+        self._enable(True)
+
+    def _enable(self, enabled: bool) -> None:
+        layers = [layer for _, layer in self.layers()]
+        with unchanged(self, layers):
+            for layer in layers:
+                layer.enable_adapters(enabled)
 
     def _warn_of_bias(self) -> None:
         trained = [n for n in self.active_adapters if getattr(self.peft_config.get(n), "bias", "none") != "none"]
@@ -127,11 +140,7 @@ class Switching:
 
         Raises ValueError for an unknown name, or while the adapter is merged.
         """
-        if adapter_name not in self.peft_config:
-            raise ValueError(
-                f"Adapter {adapter_name!r} does not exist.{nearest(adapter_name, self.peft_config)} "
-                f"The model has {sorted(self.peft_config)}."
-            )
+        check_adapters([adapter_name], self.peft_config)
         layers = [layer for _, layer in self.layers()]
         if any(adapter_name in layer.merged_adapters for layer in layers):
             raise ValueError(
@@ -147,10 +156,11 @@ class Switching:
                 stacklevel=3,
             )
         active = tuple(n for n in remaining if n in self.peft_config)
-        for layer in layers:
-            layer.delete_adapter(adapter_name, active)
-            if follows:  # otherwise what the other adapters train stays as it is
-                layer.activate(active)
+        with unchanged(self, layers):
+            for layer in layers:
+                layer.delete_adapter(adapter_name, active)
+                if follows:  # otherwise what the other adapters train stays as it is
+                    layer.activate(active)
         del self.peft_config[adapter_name]
         self.active_adapter = remaining[0] if len(remaining) == 1 else remaining
 

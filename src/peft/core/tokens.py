@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import OutOfRangeError
 from .call import Call
 from .layer import BaseTunerLayer
 from .method import Method, Site
@@ -50,7 +51,7 @@ class TokenRows(Method):
         count, width = site.view.shape(site.module)[:: -1 if site.view.infix else 1]
         bad = [i for i in self.indices if not -count <= i < count]
         if bad:
-            raise ValueError(
+            raise OutOfRangeError(
                 f"{self.argument} has {bad}, but {site.path!r} has only {count} tokens (0 to {count - 1})."
             )
         _check_once(self.indices, count, site.path, self.argument)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from ..errors import nearest
+from ..errors import check_adapters, nearest
 from ..registry import tuner_class
 from . import rounding
 from . import unload as unloading
@@ -23,6 +23,7 @@ from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
 from .rounding import MergeError
 from .shared import shared_of
+from .snapshot import unchanged
 from .switch import Switching, check_once
 from .targets import match
 from .walking import model_type
@@ -295,12 +296,7 @@ class BaseTuner(Switching, Combined, nn.Module):
         if isinstance(names, str):
             raise TypeError(f"adapter_names must be a list of names, got the string {names!r}. Use [{names!r}].")
         check_once(names or ())
-        unknown = [n for n in names or () if n not in self.peft_config]
-        if unknown:
-            raise ValueError(
-                f"There is no adapter {unknown[0]!r} to merge.{nearest(unknown[0], self.peft_config)} "
-                f"The model has {sorted(self.peft_config)}."
-            )
+        check_adapters(names or (), self.peft_config, " to merge")
         unloading.check_merge(self.layers(), self.active_adapters if names is None else names)
 
     def unmerge_adapter(self) -> None:
@@ -309,7 +305,8 @@ class BaseTuner(Switching, Combined, nn.Module):
         if not any(layer.merged for layer in layers):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._unmerge(layers)
+        with unchanged(self, layers):
+            self._unmerge(layers)
 
     def merge_and_unload(
         self,

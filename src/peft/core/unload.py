@@ -15,6 +15,7 @@ from .blocks import one_scratch
 from .layer import BaseTunerLayer, tuner_layers
 from .lent import own
 from .onload import onload_layer
+from .snapshot import whole
 from .tie import Place, input_embedding, places, storage_key, tied_modules
 from .tokens import check_disjoint
 from .walking import walk
@@ -77,16 +78,20 @@ def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
         work = _unmerged(tuner.model, layers, names)
         if names is not None:
             _merge_for_good(tuner.model, work, names, progressbar)
-    several = places(tuner.model)
-    for path, layer in reversed(found):
-        take_out(tuner, path, layer, names, several)
-    model = tuner.model
-    passing.let_go(model)
+    with whole(tuner if isinstance(tuner, nn.Module) else tuner.model):
+        several = places(tuner.model)
+        for path, layer in reversed(found):
+            take_out(tuner, path, layer, names, several)
+        model = tuner.model
+        passing.let_go(model)
+        settle(model, tied)
     hooks = tuner.__dict__.get("hooks", [])
     while hooks:
         hooks.pop().remove()
-    settle(model, tied)
-    if hasattr(model, "peft_config"):
+    while hasattr(type(within := model._modules.get("base_model")), "unload"):  # a PeftModel that this one stood around
+        within.peft_config.clear()
+        model = within.model
+    if "peft_config" in model.__dict__:
         del model.peft_config
     return model
 

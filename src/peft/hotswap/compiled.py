@@ -14,6 +14,7 @@ from torch import nn
 from ..core.host import hosts
 from ..core.layer import BaseTunerLayer, tuner_layers
 from ..core.pattern import settings, special, tables
+from ..core.snapshot import whole
 
 
 def prepare_model_for_compiled_hotswap(
@@ -41,20 +42,26 @@ def prepare_model_for_compiled_hotswap(
     if not adapters:
         raise ValueError("The model has no adapter layers, so there is nothing to prepare. Add an adapter first.")
     roomy = {p: p.method.roomy(p, target_rank) for p in adapters} if target_rank is not None else {}
-    for p in adapters:
-        if isinstance(p.__dict__.get("scaling"), (int, float)):
-            device = next((s.tensor.device for s in p.layer.slots(p.name)), None)
-            p.__dict__["scaling"] = torch.tensor(float(p.__dict__["scaling"]), device=device)
-        for slot in p.layer.slots(p.name):
-            value = roomy.get(p, {}).get(slot.key)
-            if value is not None and value.shape != slot.tensor.shape:
-                _resize(slot.owner, value.shape[0], value.shape[1])
-                slot.owner._parameters[slot.attr] = nn.Parameter(value, requires_grad=slot.tensor.requires_grad)
-        p.layer._replan()
+    with whole(model):
+        for p in adapters:
+            _make_room(p, roomy.get(p, {}))
     if target_rank is not None:
         for one in config.values() if isinstance(config, dict) else [config] if config is not None else []:
             one.r = target_rank
             one.rank_pattern = dict.fromkeys(one.rank_pattern or {}, target_rank)
+
+
+def _make_room(p: Any, tensors: dict[str, Any]) -> None:
+    """Make an adapter's scaling a tensor, and put these tensors in place of smaller ones, by key."""
+    if isinstance(p.__dict__.get("scaling"), (int, float)):
+        device = next((s.tensor.device for s in p.layer.slots(p.name)), None)
+        p.__dict__["scaling"] = torch.tensor(float(p.__dict__["scaling"]), device=device)
+    for slot in p.layer.slots(p.name):
+        value = tensors.get(slot.key)
+        if value is not None and value.shape != slot.tensor.shape:
+            _resize(slot.owner, value.shape[0], value.shape[1])
+            slot.owner._parameters[slot.attr] = nn.Parameter(value, requires_grad=slot.tensor.requires_grad)
+    p.layer._replan()
 
 
 def _check_compiled(model: nn.Module, check: str) -> None:

@@ -28,7 +28,7 @@ from ..core.call import BASE
 from ..core.checkpoint import get_peft_model_state_dict
 from ..core.hub import DOWNLOAD_ARGUMENTS
 from ..core.layer import BaseTunerLayer, tuner_layers
-from ..errors import listing, nearest
+from ..errors import UnknownNameError, listing, nearest
 from .compatible import unlike
 from .compiled import prepare_model_for_compiled_hotswap
 from .exchange import Contents, exchange
@@ -295,7 +295,7 @@ class AdapterPool:
 
     def _check_known(self, name: str) -> None:
         if name not in self:
-            raise ValueError(
+            raise UnknownNameError(
                 f"There is no adapter {name!r} in the pool.{nearest(str(name), list(self))} It has "
                 f"{listing(list(self)) or 'none'}. Register it first."
             )

@@ -49,7 +49,7 @@ def create_loraplus_optimizer(
         {"params": parts["B"], "weight_decay": decay, "lr": fast},
         {"params": parts["vector"], "weight_decay": 0.0, "lr": fast},
     ]
-    optimizer = optimizer_cls(groups, **kwargs)
+    optimizer = optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]  # which looks at it
     if optimizer_cls.__name__ in EIGHT_BIT:
         _keep_embeddings_exact(model)
     return optimizer

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..core import unload as unloading
 from ..core.call import Call
 from ..core.layer import tuner_layers
+from ..core.onload import onload_layer
 from ..core.switch import Switching
 from ..core.tie import places
 from ..core.whole import Placing
-from ..errors import PeftWarning, listing, report
+from ..errors import NothingToDoError, PeftWarning, UnknownNameError, check_adapters, listing, report
 from ..registry import tuner_class
 from ..types import TaskType
 from .checkpointed import Survivor
@@ -48,11 +49,13 @@ class Beside(Placing):
         prompts, name, config = self.tuner, self.name, self.tuner.peft_config[self.name]
         _check_task(config)
         fit(self.model, config)
-        encoder = tuner_class(config.peft_type).make(config, prompts.words)
+        with onload_layer(prompts.words, write=False):
+            place = next(prompts.words.parameters()).device
+            encoder = tuner_class(config.peft_type).make(config, prompts.words).to(place)
         if prompts.alone:
             self._freeze()
         self.whole_modules(config.modules_to_save or ())
-        prompts.encoders[name] = encoder.to(next(prompts.words.parameters()).device)
+        prompts.encoders[name] = encoder
         self.undo.append(partial(prompts.encoders.delete_adapter, name))
         for p in encoder.parameters():
             p.requires_grad_(False)
@@ -164,6 +167,7 @@ class Prompts(Switching):
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The prompt as files hold it."""
+        check_adapters([adapter_name], self.peft_config)
         return self.for_file(adapter_name)["prompt_embeddings"]
 
     @property
@@ -179,15 +183,17 @@ class Prompts(Switching):
 
     # What there cannot be ---------------------------------------------------------------------------------
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises NotImplementedError."""
-        raise NotImplementedError(NO_WEIGHT.format("merge"))
+    @property
+    def merge_and_unload(self) -> Any:
+        """Raises NothingToDoError, so that clients which ask whether there is such a method find none."""
+        raise NothingToDoError(NO_WEIGHT.format("merge"))
 
     merge_adapter = unmerge_adapter = merge_and_unload
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises NotImplementedError."""
-        raise NotImplementedError(NO_WEIGHT.format("add up"))
+    @property
+    def add_weighted_adapter(self) -> Any:
+        """Raises NothingToDoError, likewise."""
+        raise NothingToDoError(NO_WEIGHT.format("add up"))
 
     # Files ------------------------------------------------------------------------------------------------
 
@@ -217,7 +223,7 @@ class Prompts(Switching):
 
 def _check_task(config: Any) -> None:
     if config.task_type is None:
-        raise ValueError(
+        raise UnknownNameError(
             f"{type(config).__name__} needs a task_type: it says where the prompt goes and what labels are. Use one of "
             f"{listing(t.value for t in TaskType)}."
         )

@@ -16,7 +16,7 @@ from ...config import PeftConfig
 from ...core.checkpoint import load_peft_weights
 from ...core.files import staged, write_weights
 from ...core.seen import evaluating
-from ...errors import PeftWarning, listing, nearest, report
+from ...errors import PeftWarning, check_adapters, report
 from ...types import PeftType
 
 SAME = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
@@ -100,11 +100,7 @@ def initialize_kv_prefix_from_past_key_values(
 
 def _key_value_adapter(model: Any, adapter_name: str | None) -> tuple[str, Any]:
     name = model.active_adapter if adapter_name is None else adapter_name
-    if name not in model.peft_config:
-        raise ValueError(
-            f"There is no adapter {name!r}.{nearest(str(name), model.peft_config)} The model has "
-            f"{listing(model.peft_config)}."
-        )
+    check_adapters([name], model.peft_config)
     config = model.peft_config[name]
     if config.peft_type not in (PeftType.CARTRIDGE, PeftType.PREFIX_TUNING):
         raise ValueError(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...core.state import disabled
 from ...core.views import main_input
-from ...errors import PeftWarning, listing, nearest
+from ...errors import PeftWarning, check_adapters, listing, nearest
 from .calibration import Spot, has_inputs, hooked, spots
 from .pca import IncrementalPCA
 
@@ -148,8 +148,7 @@ def _config(model: nn.Module, name: str) -> Any:
     configs = getattr(model, "peft_config", None)
     if configs is None:
         raise ValueError("The model has no adapters, so pass `peft_config`.")
-    if name not in configs:
-        raise ValueError(f"There is no adapter {name!r}.{nearest(name, configs)} The model has {sorted(configs)}.")
+    check_adapters([name], configs)
     return configs[name]
 
 
