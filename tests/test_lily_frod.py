@@ -85,7 +85,15 @@ def test_a_deep_copy_shares_within_itself():
 
 def test_the_kind_of_a_layer_is_the_target_that_selects_it():
     assert suffix("layers.0.self_attn.out", ["out", "self_attn.out"]) == "self_attn.out"
-    assert suffix("layers.0.out", r".*\.out") == suffix("layers.0.out", None) == "out"
+    assert suffix("layers.0.out", "all-linear") == suffix("layers.0.out", None) == "out"
+
+
+def test_layers_that_an_expression_selects_share_by_their_shapes():
+    """As in the original library, which keeps one B for all of them when it reads the file."""
+    base = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6), "c": nn.Linear(6, 4)})
+    model = get_peft_model(nn.Sequential(base), LilyConfig(r=2, target_modules=r"0\.[abc]")).base_model.model[0]
+    B = [model[name].lily_B["default"].weight for name in "abc"]
+    assert B[0] is B[1] is not B[2]
 
 
 def test_it_cannot_be_merged_and_says_why():

@@ -124,17 +124,17 @@ class Sharing(Injection):
             p = layer.adapters[self.name]
             shapes = tuple(getattr(p, name).weight.shape for name in HOMES)
             kinds.setdefault((suffix(p.path, self.config.target_modules), shapes, p.stride_A), []).append(layer)
-        for alike in kinds.values():
+        for (_, _, stride), alike in kinds.items():
             for i, layer in enumerate(alike):
-                stride = layer.adapters[self.name].stride_A
                 for home, source in (("lily_A", alike[i - i % stride]), ("lily_B", alike[0])):
                     layer._modules[home]._modules[self.name] = source._modules[home]._modules[self.name]  # type: ignore
 
 
 def suffix(path: str, targets: Any) -> str:
-    """The target's name by which a path is selected; its last part, where targets are no list of names."""
-    names = () if targets is None or isinstance(targets, str) else targets
-    found = [name for name in names if f".{path}".endswith(f".{name}")]
+    """The target's name that selects a path; its last part for all linear layers, "" for an expression (as there)."""
+    if isinstance(targets, str):
+        return path.rpartition(".")[2] if targets.lower() == "all-linear" else ""
+    found = [name for name in targets or () if f".{path}".endswith(f".{name}")]
     return max(found, key=len, default=path.rpartition(".")[2])
 
 
