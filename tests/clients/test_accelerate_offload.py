@@ -100,3 +100,45 @@ def test_fused_experts_that_lie_elsewhere_are_adapted(where, tmp_path):
         gradients.append({n: p.grad for n, p in m.named_parameters() if "lora_" in n})
     torch.testing.assert_close(*gradients)
     torch.testing.assert_close(logits(model.merge_and_unload()), logits(here), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "p_tuning", "words"])
+def test_prompts_stand_before_words_that_lie_elsewhere(method, tmp_path):
+    config = {
+        "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        "p_tuning": peft.PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=8),
+        "words": peft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[4, 5], cpt_tokens_type_mask=[1, 2]),
+    }[method]
+    answers = []
+    for base in (llama(attention_bias=True), away("cpu", tmp_path)):
+        torch.manual_seed(0)
+        model = moved(get_peft_model(base, copy.deepcopy(config)))
+        answers.append(logits(model))
+        model.save_pretrained(tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(away("cpu", tmp_path), tmp_path / "adapter")
+        torch.testing.assert_close(logits(loaded.eval()), answers[-1])
+    torch.testing.assert_close(*answers)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_embeddings_that_lie_elsewhere_are_saved_and_loaded(where, tmp_path):
+    config = LoraConfig(r=2, target_modules=["embed_tokens"])
+    base = llama(attention_bias=True)
+    with torch.no_grad():
+        base.model.embed_tokens.weight.add_(1.0)  # new words, say
+    here = moved(get_peft_model(base, copy.deepcopy(config)))
+    here.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    model = PeftModel.from_pretrained(away(where, tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(model), logits(here))
+    model.save_pretrained(tmp_path / "again", save_embedding_layers=True)
+    loaded = PeftModel.from_pretrained(llama(attention_bias=True), tmp_path / "again")
+    torch.testing.assert_close(logits(loaded), logits(here))
+
+
+def test_an_adapter_that_lies_elsewhere_is_saved(tmp_path):
+    model = moved(get_peft_model(llama(), copy.deepcopy(ALL["head"])))
+    expected = logits(model)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), expected)

@@ -65,6 +65,15 @@ def brought(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     return tensor if hook is None else hook.weights_map[name].to(hook.execution_device)
 
 
+def stored(module: nn.Module, name: str, tensor: Tensor, value: Tensor) -> bool:
+    """Write a value for a tensor of a module into the place that a hook loads it from; False if none does."""
+    hook = next(iter(_hooks(module)), None)
+    if hook is None or not tensor.is_meta or tensor.shape != value.shape:
+        return False
+    _keep(hook, name, value.to(tensor.dtype, copy=True))
+    return True
+
+
 def used_at(module: nn.Module, tensor: Tensor) -> torch.device:
     """Where a tensor of a module is when the module runs."""
     hook = next(iter(_hooks(module)), None)
@@ -102,15 +111,19 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 def _take_back(module: nn.Module, hook: Any) -> None:
     """Write the weights of a module into the place that its hook loads them from."""
+    for name, tensor in module.named_parameters(recurse=hook.place_submodules):
+        _keep(hook, name, tensor)
+
+
+def _keep(hook: Any, name: str, tensor: Tensor) -> None:
     store = hook.weights_map
     data = getattr(store, "dataset", store)
     held: Any = getattr(data, "state_dict", data)
-    for name, tensor in module.named_parameters(recurse=hook.place_submodules):
-        key = getattr(store, "prefix", "") + name
-        value = tensor.detach().cpu()
-        if key in held or not getattr(data, "save_folder", None):
-            held[key] = value
-        elif key in data.index:
-            from accelerate.utils import offload_weight
+    key = getattr(store, "prefix", "") + name
+    value = tensor.detach().cpu()
+    if key in held or not getattr(data, "save_folder", None):
+        held[key] = value
+    elif key in data.index:
+        from accelerate.utils import offload_weight
 
-            offload_weight(value, key, data.save_folder, data.index)
+        offload_weight(value, key, data.save_folder, data.index)
