@@ -194,6 +194,13 @@ def test_a_share_stays_a_share_and_a_scale_may_be_a_fraction_in_files(tmp_path):
     assert type(PeftConfig.from_pretrained(tmp_path / "whole").lora_alpha) is int
 
 
+def test_starts_that_the_other_library_reads_in_capitals_are_read(tmp_path):
+    for given in ("Gaussian", "OLORA"):
+        assert LoraConfig(init_lora_weights=given).init_lora_weights == given.lower()
+        folder = write(tmp_path, {"peft_type": "LORA", "init_lora_weights": given})
+        assert LoraConfig.from_pretrained(folder).init_lora_weights == given.lower()
+
+
 def test_an_unknown_argument_is_a_type_error():
     with pytest.raises(TypeError, match="ranks"):
         LoraConfig(ranks=3)
