@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    RoadConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.core import blocks, onestep, recycled
 
 WIDE, TILE, SMALL = 512, 64 * 2**10, 48 * 2**10  # bytes; SMALL: of what has the size of an adapter
@@ -123,19 +134,100 @@ def test_the_shortest_way_leaves_what_the_long_one_does(
         assert torch.equal(weight(m), before)
 
 
+OTHERS = {
+    "lora and bias": CONFIGS["lora and bias"],
+    "ia3": IA3Config(target_modules=["0", "1"], feedforward_modules=["1"], init_ia3_weights=False),
+    "lokr": LoKrConfig(r=4, target_modules=["0", "1"], init_weights=False),
+    "vera": VeraConfig(r=8, target_modules=["0", "1"], init_weights=False),
+    "road": RoadConfig(group_size=8, target_modules=["0", "1"], init_weights=False),
+    "oft": OFTConfig(oft_block_size=8, target_modules=["0", "1"], init_weights=False),
+    "miss": MissConfig(r=8, target_modules=["0", "1"], init_weights=False),
+}
+
+
+def two_layers(kind: str, dtype: torch.dtype, width: int = 48) -> Any:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(width, width, dtype=dtype), nn.Linear(width, width, dtype=dtype))
+    return get_peft_model(base, copy.deepcopy(OTHERS[kind]))
+
+
+def numbers(m: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in m.named_parameters() if name.endswith(("weight", "bias"))}
+
+
+def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(v, two[k]) for k, v in one.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("tile", (TILE, 2**12))  # of one block, and of several
+def test_every_method_takes_the_shortest_way_and_leaves_what_the_long_one_does(
+    kind: str, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "CACHED_BYTES", tile)
+    short, long = two_layers(kind, dtype), two_layers(kind, dtype)
+    before = numbers(short)
+    assert onestep.ordinary(short.base_model.model[0], "default") is not None
+    taken = []
+    real = onestep.given_back
+    with monkeypatch.context() as only:
+        only.setattr(onestep, "given_back", lambda layer: taken.append(real(layer)) or taken[-1])
+        short.merge_adapter()
+        merged = numbers(short)
+        short.unmerge_adapter()
+    assert all(taken) and equal(numbers(short), before) and not equal(merged, before)
+    with monkeypatch.context() as only:
+        only.setattr(onestep, "ordinary", lambda *_: None)
+        long.merge_adapter()
+        assert equal(numbers(long), merged)
+        long.unmerge_adapter()
+        unloaded = numbers(long.merge_and_unload())
+    assert equal(numbers(short.merge_and_unload()), unloaded)
+
+
+def test_a_bias_that_a_second_merge_changes_comes_back() -> None:
+    m = two_layers("lokr", torch.float32)
+    m.add_adapter("b", copy.deepcopy(OTHERS["ia3"]))
+    layer = m.base_model.model[0]
+    before = numbers(layer.base_layer)
+    m.merge_adapter(["default"])
+    assert torch.equal(layer.base_layer.bias, before["bias"])
+    with pytest.warns(UserWarning, match="Already merged"):
+        m.merge_adapter(["b"])
+    assert not torch.equal(layer.base_layer.bias, before["bias"])
+    m.unmerge_adapter()
+    assert equal(numbers(layer.base_layer), before)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_layer_that_cannot_be_merged_for_good_leaves_all_as_they_were(kind: str) -> None:
+    m = two_layers(kind, torch.float32)
+    last = [p for n, p in m.named_parameters() if p.requires_grad][-1]
+    with torch.no_grad():
+        last.flatten()[0] = torch.nan
+    before = numbers(m)
+    with pytest.raises(ValueError, match="not finite"):
+        m.merge_and_unload()
+    now = numbers(m)
+    assert now.keys() == before.keys()
+    assert all(torch.equal(v.nan_to_num(7), before[k].nan_to_num(7)) for k, v in now.items())
+    assert not m.base_model.model[0].merged and not m.base_model.model[0].tied
+
+
 def unusual() -> dict[str, Any]:
     """Layers that the shortest way leaves to the long one."""
-    two, off, hooked, frozen = model(), model(), model(), model("lora and bias")
+    two, off, hooked = model(), model(), model()
     two.add_adapter("b", CONFIGS["lora"])
     two.base_model.set_adapter(["default", "b"])
     off.base_model.disable_adapter_layers()
     hooked.base_model.model[0].base_layer._hf_hook = object()
     merged = model()
     merged.merge_adapter()
-    return {"two active": two, "disabled": off, "offloaded": hooked, "bias": frozen, "merged": merged}
+    return {"two active": two, "disabled": off, "offloaded": hooked, "merged": merged}
 
 
-@pytest.mark.parametrize("name", ("two active", "disabled", "offloaded", "bias", "merged"))
+@pytest.mark.parametrize("name", ("two active", "disabled", "offloaded", "merged"))
 def test_what_is_not_ordinary_takes_the_long_way(name: str) -> None:
     assert onestep.ordinary(unusual()[name].base_model.model[0], "default") is None
 

@@ -67,16 +67,22 @@ def wide_bytes(W: Tensor) -> int:
     return max(4, W.element_size())
 
 
-def filled(fold: Fold, W: Tensor, place: Tensor) -> bool:
-    """Make W' of W, (O, I), in other memory of its form; False if not all of it is finite."""
+def filled(fold: Fold, W: Tensor, place: Tensor, known: bool = False) -> bool:
+    """Make W' of W, (O, I), in memory of its form, which may be its own; False if not all of it is finite.
+
+    Arguments:
+        known: that it is finite is known.
+    """
     out, inp = W.shape
     step = rows_of_a_tile(inp * wide_bytes(W), W.device)
     if step >= out:
-        return finite(folded([fold], W, ALL, place))
-    return all(
-        finite(folded([fold], W[start : start + step], slice(start, start + step), place[start : start + step]))
-        for start in range(0, out, step)
-    )
+        made = folded([fold], W, ALL, place)
+        return known or finite(made)
+    for start in range(0, out, step):
+        made = folded([fold], W[start : start + step], slice(start, start + step), place[start : start + step])
+        if not known and not finite(made):
+            return False
+    return True
 
 
 def finite(W: Tensor) -> bool:
@@ -112,8 +118,13 @@ def surely_finite(stack: Stack) -> bool:
     if not _dense(stack) or (view.one_hot and stack.bias() is not None):
         return False
     W = stack.layer.base_weight()
-    turn = folds(stack, W) if W.numel() and W.element_size() > 1 and not W.is_meta else None
-    if turn is None:
+    turn = folds(stack, W) if not W.is_meta else None
+    return turn is not None and bounded(turn, W)
+
+
+def bounded(turn: list[Fold], W: Tensor) -> bool:
+    """Whether what these make of W, (O, I), is finite, told from its largest number; False: that cannot tell."""
+    if not W.numel() or W.element_size() == 1:
         return False
     least, most = (t.item() for t in torch.aminmax(W))
     largest = max(-least, most)

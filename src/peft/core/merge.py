@@ -237,9 +237,11 @@ class Mergeable(Blocks, Forgetful):
 
     def _take_back(self) -> list[str]:
         """Give back the payload and say what was merged; a weight that was untied for the merge stays so."""
-        names, self._merged = list(self._merged), []
-        with onload_layer(self.get_base_layer()):
-            self._restore()
+        names = list(self._merged)
+        self.__dict__["_merged"] = []
+        if not onestep.given_back(self):
+            with onload_layer(self.get_base_layer()):
+                self._restore()
         self.__dict__["_saved"] = None
         return names
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import PeftWarning, report
-from . import passing
+from . import blocks, onestep, passing
 from .blocks import one_scratch
 from .layer import BaseTunerLayer, tuner_layers
 from .lent import own
@@ -75,9 +75,9 @@ def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
     layers = [layer for _, layer in found if isinstance(layer, BaseTunerLayer)]
     tied = tied_to_embedding(tuner.model)
     with one_scratch():
-        work = _unmerged(tuner.model, layers, names)
+        work, ready = _unmerged(tuner.model, layers, names)
         if names is not None:
-            _merge_for_good(tuner.model, work, names, progressbar)
+            _merge_for_good(tuner.model, work, ready, names, progressbar)
     with whole(tuner if isinstance(tuner, nn.Module) else tuner.model):
         several = places(tuner.model)
         for path, layer in reversed(found):
@@ -96,12 +96,13 @@ def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
     return model
 
 
-def _unmerged(model: nn.Module, layers: list[BaseTunerLayer], names: list[str] | None) -> Work:
+def _unmerged(model: nn.Module, layers: list[BaseTunerLayer], names: list[str] | None) -> tuple[Work, Ready]:
     """The layers without merges that are not wanted, and what is to be merged into each, computed and checked.
 
     All layers are as they were if a check fails.
     """
     work: Work = []
+    ready = Ready()
     before = [list(layer.merged_adapters) for layer in layers]
     try:
         for layer in layers:
@@ -110,7 +111,7 @@ def _unmerged(model: nn.Module, layers: list[BaseTunerLayer], names: list[str] |
             ):
                 layer.unmerge()
             mine = tuple(n for n in names or () if n in layer.adapters and n not in layer.merged_adapters)
-            if mine:
+            if mine and not ready.take(layer, mine):
                 with onload_layer(layer, write=False):
                     layer.check_merge(mine, stay=False)
                     layer.check_finite(mine)
@@ -121,15 +122,49 @@ def _unmerged(model: nn.Module, layers: list[BaseTunerLayer], names: list[str] |
         for layer, merged in zip(layers, before, strict=True):
             layer.go_back(merged)
         raise
-    return work
+    return work, ready
 
 
-def _merge_for_good(model: nn.Module, work: Work, names: list[str], progressbar: bool) -> None:
+class Ready:
+    """What has been found of ordinary layers, and the new weights of some: as many as a tile may hold half full.
+
+    Other weights, whose numbers no bound tells to be finite, are computed twice, so that none is written before all are
+    known to be.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, tuple[onestep.Change, Any]] = {}
+        self.room = blocks.TILE_BYTES // 2
+
+    def take(self, layer: Any, names: tuple[str, ...]) -> bool:
+        """Whether all is known that merging these adapters into a layer for good needs."""
+        change = onestep.ordinary(layer, names[0]) if len(names) == 1 else None
+        if change is None:
+            return False
+        made = None
+        with torch.no_grad():
+            if not change.bounded():
+                size = change.size if change.weight.is_cpu else self.room + 1
+                made = change.made() if size <= self.room else None
+                if made is None:
+                    return False
+                self.room -= size
+        self.found[id(layer)] = change, made
+        return True
+
+    def merged(self, layer: Any) -> bool:
+        """Merge what was found, if something was."""
+        found = self.found.pop(id(layer), None)
+        return found is not None and onestep.merged_for_good(layer, *found)
+
+
+def _merge_for_good(model: nn.Module, work: Work, ready: Ready, names: list[str], progressbar: bool) -> None:
     """Write what was checked."""
     groups = shared(model)
     untie([layer for layer, _ in work], names, groups)
     for layer, mine in progress(work, progressbar):
-        layer._merge(mine, keep=False)
+        if not ready.merged(layer):
+            layer._merge(mine, keep=False)
     retie(model, groups, work)
 
 

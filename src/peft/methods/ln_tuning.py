@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.blocks import finite
 from ..core.layer import BaseTunerLayer
 from ..core.method import Method, Site
 from ..core.onload import own_copy
@@ -132,9 +133,8 @@ class LNTuningLayer(BaseTunerLayer):
 
     def tiles(self, names: tuple[str, ...], into: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         for name in names:
-            for t in self._modules["ln_tuning_layers"][name].state_dict().values():  # type: ignore[index]
-                if not torch.isfinite(t).all():
-                    raise ValueError(f"The copy of {name!r} at {self._where()!r} is not finite. Nothing was merged.")
+            if not all(map(finite, self._modules["ln_tuning_layers"][name].state_dict().values())):  # type: ignore
+                raise ValueError(f"The copy of {name!r} at {self._where()!r} is not finite. Nothing was merged.")
         return iter(())
 
     def check_finite(self, names: tuple[str, ...]) -> None:
