@@ -10,6 +10,7 @@ from torch import nn
 
 from .core import storage
 from .core.layer import BaseTunerLayer, tuner_layers
+from .core.onload import below
 from .core.shared import SharedTensors
 from .core.tokens import TrainableTokensWrapper
 
@@ -96,7 +97,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """The numbers of trainable and of all parameters; shared ones count once, sharded and packed ones in
     full.
     """
-    found = {key: (grad, n) for module in model.modules() for key, grad, n in storage.counts(module)}
+    found: dict[Any, tuple[bool, int]] = {}
+    for module in below(model):
+        if module._parameters or storage.by_class(type(module)) is not None:
+            for key, grad, n in storage.counts(module):
+                found[key] = grad, n
     return sum(n for grad, n in found.values() if grad), sum(n for _, n in found.values())
 
 
@@ -106,7 +111,7 @@ def _layer_status(path: str, layer: Any) -> TunerLayerStatus:
     parameters = {n: [o._parameters[a] for o, a in found if a in o._parameters] for n, found in tensors.items()}
     return TunerLayerStatus(
         name=path,
-        module_type=repr(layer).partition("(")[0],
+        module_type=layer._get_name(),
         enabled=not layer.disable_adapters,
         active_adapters=list(layer.active_adapters),
         merged_adapters=list(layer.merged_adapters),

@@ -184,6 +184,8 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
         if adapter_name not in self.adapters and adapter_name not in self._active:
             return
         self._drop(adapter_name)
+        if adapter_name not in self._active and "_flag" not in self.__dict__:
+            return  # what runs is what ran before
         left = tuple(n for n in self._active if n != adapter_name)
         if new_active_adapters is None and self._active and not left and self.adapters:
             left = (next(iter(self.adapters)),)

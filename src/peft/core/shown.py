@@ -55,5 +55,8 @@ class Shown(nn.Module):
             children[name] = self._modules[name] if name in self._modules else getattr(self, name)
         children.update({k: v for k, v in self._modules.items() if k not in children and not isinstance(v, BufferDict)})
         shown.__dict__.update(self.__dict__, _modules=children)
-        text = nn.Module.__repr__(shown)
-        return f"{self.family}.{text}" if self.family else text
+        return nn.Module.__repr__(shown)
+
+    def _get_name(self) -> str:
+        name = self.__class__.__name__
+        return f"{self.family}.{name}" if self.family else name
