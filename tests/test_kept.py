@@ -246,3 +246,30 @@ def test_a_scaling_that_changes_is_noticed(alpha):
         if scale is not None:
             model.base_model.model[0].set_scale("default", scale)
         check(model)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_keeping_can_be_switched_off(rows):
+    from peft.helpers import DoraCaching
+
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], use_dora=True)).eval()
+    p, x = model.base_model.model[0].adapters["default"], torch.ones(rows, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)  # the shortest way of a row knows what is kept
+        with DoraCaching(False):
+            answer = model(x)
+            with DoraCaching():
+                assert torch.equal(model(x), answer)
+                assert set(KEPT) & set(p.cache)
+            model.base_model.model[0].lora_B["default"].weight.data.add_(1)  # which torch does not count
+            changed = model(x)
+        assert not torch.equal(changed, answer)
+    switch = DoraCaching()
+    switch(enabled=False)
+    try:
+        with torch.no_grad():
+            assert torch.equal(model(x), changed)
+    finally:
+        switch(enabled=True)

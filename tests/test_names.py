@@ -49,7 +49,7 @@ def test_deep_names_exist_or_are_known_to_be_missing(module, name):
 @pytest.mark.parametrize(
     ("statement", "reason"),
     [
-        ("from peft.helpers import DoraCaching", "comes with a later release"),
+        ("from peft.tuners.tuners_utils import BasePromptEncoder", "comes with a later release"),
         ("from peft.import_utils import is_transformers_dtensor_tp", "internal to the original library"),
         ("from peft.utils.integrations import TpInfo", "internal to the original library"),
         ("from peft.utils.constants import is_transformers_dtensor_tp", "internal to the original library"),

@@ -18,6 +18,7 @@ from .core.layer import BaseTunerLayer
 
 _NAMES = {
     "peft.algebra.scale": "rescale_adapter_scale",
+    "peft.core.kept": "DoraCaching",
     "peft.core.kappa": "KappaTuneSelector find_kappa_target_modules",
     "peft.methods.lora.layer": "LoraLayer",
     "peft.methods.lora.model": "LoraModel",

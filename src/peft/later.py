@@ -10,7 +10,6 @@ from importlib.util import find_spec
 NAMES = frozenset(
     [
         "BasePromptEncoder",
-        "DoraCaching",
         "_prepare_prompt_learning_config",
         "check_target_module_exists",
         "bloom_model_postprocess_past_key_value",

@@ -19,6 +19,40 @@ if TYPE_CHECKING:
 KEPT = ("kept", "factors")  # what an adapter may hold
 
 
+class Keeping:
+    """Whether evaluation keeps anything at all."""
+
+    def __init__(self) -> None:
+        self.on = True
+
+
+KEEPING = Keeping()
+
+
+class DoraCaching:
+    """Whether evaluation keeps what it computes from an adapter's tensors, DoRA's norms among it: it does by itself.
+
+    In a `with` statement it holds for the block; called, from then on.
+
+    Arguments:
+        enabled: False computes everything in each forward.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self.before.append(KEEPING.on)
+        KEEPING.on = self.enabled
+
+    def __exit__(self, *error: Any) -> None:
+        KEEPING.on = self.before.pop()
+
+    def __call__(self, enabled: bool = True) -> None:
+        KEEPING.on = enabled
+
+
 class Kept:
     """A value, and what it was made of, as that was; a copy of this holds nothing.
 
@@ -76,7 +110,7 @@ def kept(p: Adapter, make: Callable[[], Any], base: bool = False, what: str = "k
 
 def still(p: Adapter, what: str = "kept") -> Any:
     """What is kept, if it holds; else None."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not KEEPING.on:
         return None
     found = p.cache.get(what)
     if found is None:
@@ -89,7 +123,7 @@ def still(p: Adapter, what: str = "kept") -> Any:
 
 def lasting(p: Adapter) -> bool:
     """Whether what is made now may serve later forwards."""
-    return not (p.layer.training or torch.is_grad_enabled() or transformed())
+    return KEEPING.on and not (p.layer.training or torch.is_grad_enabled() or transformed())
 
 
 def places_of(p: Adapter) -> list[tuple[dict[str, Any], str]]:

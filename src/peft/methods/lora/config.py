@@ -280,7 +280,7 @@ class LoraConfig(PeftConfig):
         check_bias(self, "lora_only", *self.other_biases)
         init = self.init_lora_weights
         if isinstance(init, str) and init.lower() in ("gaussian", "olora"):  # as the other library reads them
-            self.init_lora_weights = init = init.lower()
+            self.init_lora_weights = init = init.lower()  # type: ignore[assignment]
         if init is None or isinstance(init, bool) or init in INIT:
             return
         if not (isinstance(init, str) and re.fullmatch(r"pissa_niter_\d+", init)):
