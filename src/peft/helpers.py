@@ -18,10 +18,10 @@ from .core.layer import BaseTunerLayer
 
 _NAMES = {
     "peft.algebra.scale": "rescale_adapter_scale",
-    "peft.core.kept": "DoraCaching",
     "peft.core.kappa": "KappaTuneSelector find_kappa_target_modules",
     "peft.methods.lora.layer": "LoraLayer",
     "peft.methods.lora.model": "LoraModel",
+    "peft.methods.magnitude": "DoraCaching",
     "peft.methods.lora.monteclora": "MontecloraTrainerMixin",
     "peft.model": "PeftModel",
 }

@@ -56,20 +56,7 @@ def fill(
             "set ensure_weight_tying=False in its configuration and name all these modules in target_modules."
         )
         report(PeftWarning, text, strict, stacklevel=4)
-    with torch.no_grad():
-        homes: dict[int, torch.device] = {}
-        ready = [(e, v if _assigned(e) else as_held(v, e.tensor)) for e, v in found.values()]
-        before: list[tuple[Tensor, Tensor]] = []
-        try:
-            for entry, value in ready:
-                if not (alone and _put(entry, value, homes, own)):
-                    if not (fresh or entry.tensor.is_meta or sharded.is_spread(entry.tensor)):
-                        before.append((entry.tensor, entry.tensor.detach().clone()))
-                    _write(entry, value)
-        except BaseException:
-            for tensor, was in before:
-                tensor.copy_(was)
-            raise
+    _write_all(found, alone, fresh, own)
     return missing, unexpected
 
 
@@ -260,6 +247,25 @@ def _put(entry: Entry, value: Tensor, homes: dict[int, torch.device], own: bool)
     new = value if like and own else value.detach().to(device=homes[key], dtype=here.dtype, copy=not own)
     entry.owner._parameters[entry.attr] = torch.Tensor._make_subclass(nn.Parameter, new, here.requires_grad)
     return True
+
+
+@torch.no_grad()
+def _write_all(found: Found, alone: bool, fresh: bool, own: bool) -> None:
+    """Write the tensors into their places; those of an adapter that was there before are as they were if that fails."""
+    homes: dict[int, torch.device] = {}
+    ready = [(e, v if _assigned(e) else as_held(v, e.tensor)) for e, v in found.values()]
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for entry, value in ready:
+            if not (alone and _put(entry, value, homes, own)):
+                here = entry.tensor
+                if not (fresh or here.is_meta or sharded.is_spread(here)):
+                    before.append((here, here.detach().to("cpu", copy=True)))  # no second copy lies on a GPU
+                _write(entry, value)
+    except BaseException:
+        for tensor, was in before:
+            tensor.copy_(was)
+        raise
 
 
 def _write(entry: Entry, value: Tensor) -> None:

@@ -29,30 +29,6 @@ class Keeping:
 KEEPING = Keeping()
 
 
-class DoraCaching:
-    """Whether evaluation keeps what it computes from an adapter's tensors, DoRA's norms among it: it does by itself.
-
-    In a `with` statement it holds for the block; called, from then on.
-
-    Arguments:
-        enabled: False computes everything in each forward.
-    """
-
-    def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
-        self.before: list[bool] = []
-
-    def __enter__(self) -> None:
-        self.before.append(KEEPING.on)
-        KEEPING.on = self.enabled
-
-    def __exit__(self, *error: Any) -> None:
-        KEEPING.on = self.before.pop()
-
-    def __call__(self, enabled: bool = True) -> None:
-        KEEPING.on = enabled
-
-
 class Kept:
     """A value, and what it was made of, as that was; a copy of this holds nothing.
 

@@ -20,11 +20,14 @@ def thin(x: Tensor, W: Tensor, b: Tensor | None, *terms: tuple[Tensor, Tensor, A
     It is for where `core.direct.open_linear` gives W and b, so that neither autocast nor a transform is in force.
     """
     y = F.linear(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), W, b)
+    rest: Tensor | None = None  # in a wider dtype, rounded once: terms may nearly cancel
     for h, B, s in terms:
         if type(s) is float and y.dtype is h.dtype and y.dtype is B.dtype:
             y = y.addmm_(h, B, alpha=s)
         else:
-            y = (y + h @ B * s).to(y.dtype)
+            rest = h @ B * s if rest is None else rest + h @ B * s
+    if rest is not None:
+        y = (y + rest).to(y.dtype)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -13,6 +13,8 @@ from .lowrank import transformed
 def projected(x: Tensor, basis: Tensor, within: bool) -> Tensor:
     """x, with the gradient and the tangent of its part within the span of a basis, or of the rest."""
     if not transformed():
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return x
         return _Projected.apply(x, basis, within)
     inside = basis @ (basis.mT @ x)
     part = inside if within else x - inside

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import views
-from ..core.kept import Kept, base_places
+from ..core.kept import KEEPING, Kept, base_places
 from ..core.method import Delta, LowRank
 from ..core.stack import Adapter
 from ..kernels.scaled import square
@@ -96,3 +96,27 @@ class Magnitude(nn.Module):
 
     def __repr__(self) -> str:
         return f"lora.dora.Dora{self.label}Layer()"
+
+
+class DoraCaching:
+    """Whether evaluation keeps what it computes from an adapter's tensors, DoRA's norms among it: it does by itself.
+
+    In a `with` statement it holds for the block; called, from then on.
+
+    Arguments:
+        enabled: False computes everything in each forward.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self.before.append(KEEPING.on)
+        KEEPING.on = self.enabled
+
+    def __exit__(self, *error: Any) -> None:
+        KEEPING.on = self.before.pop()
+
+    def __call__(self, enabled: bool = True) -> None:
+        KEEPING.on = enabled
