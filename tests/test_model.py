@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import peft
 from peft import (
     LoraConfig,
     LoraModel,
@@ -357,6 +358,21 @@ def test_status_of_layers_and_model():
     assert status.peft_types == {"default": "LORA"} and status.num_adapter_layers == 3
     assert (status.trainable_params, status.total_params) == model.get_nb_trainable_parameters()
     assert status.enabled is True and status.active_adapters == ["default"] and status.merged_adapters == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.UniLoraConfig(target_modules=["0", "1"], r=2, theta_d_length=16),
+        peft.TinyLoraConfig(target_modules=["0", "1"], r=2),
+    ],
+)
+def test_status_of_layers_that_share_all_they_train(config):
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), config)
+    for status in (model.get_model_status(), *model.get_layer_status()):
+        assert status.requires_grad == {"default": True} and status.devices == {"default": ["cpu"]}
+    model.set_requires_grad("default", False)
+    assert model.get_model_status().requires_grad == {"default": False}
 
 
 def test_status_shows_irregularities():

@@ -109,6 +109,9 @@ def _layer_status(path: str, layer: Any) -> TunerLayerStatus:
     names = sorted(layer._get_available_adapters())
     tensors = {n: [(s.owner, s.attr) for s in layer.slots(n)] for n in names}
     parameters = {n: [o._parameters[a] for o, a in found if a in o._parameters] for n, found in tensors.items()}
+    for n, p in getattr(layer, "adapters", {}).items():
+        shared = (home._parameters.get(n) for home in getattr(p, "shared", {}).values())
+        parameters[n] += [t for t in shared if t is not None]
     return TunerLayerStatus(
         name=path,
         module_type=layer._get_name(),
