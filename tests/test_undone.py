@@ -12,6 +12,7 @@ from torch import nn
 
 import peft
 from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model, inject_adapter_in_model
+from peft.core.deferred import Deferred
 from peft.core.layer import tuner_layers
 from peft.optimizers import create_loraplus_optimizer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -140,13 +141,18 @@ CHANGES = {
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a generator that is left
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_that_fails_anywhere_leaves_the_model_as_it_was(change, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "at_once"),  # once a program has been traced, layers follow switches at once
+    [*((change, False) for change in CHANGES), *((change, True) for change in CHANGES if change.startswith("switch"))],
+)
+def test_a_change_that_fails_anywhere_leaves_the_model_as_it_was(change, at_once, tmp_path, monkeypatch):
     make, act = CHANGES[change]
+    monkeypatch.setattr(Deferred, "at_once", at_once)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         saved = get_peft_model(net(), config(modules_to_save=["head"]))
         saved.save_pretrained(tmp_path)
+        act(make(), tmp_path)  # what is done once is no step of those that follow
         last = steps(partial(act, make(), tmp_path))
         came = 0
         for step in range(1, last - last // 20, max(last // 40, 1)):  # at the very end all is done

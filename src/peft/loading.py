@@ -119,9 +119,11 @@ class AdapterFile:
         _check_prompt(config, outline, self.name)
         before = _copied(config.__dict__)
         self._start = key_of(before, self.autocast), told()
-        with in_hand(outline), casts_told() as casts:
-            model, undo, moved = self._outlined(config, place, outline)
-            try:
+        made: list[Callable[[], Any]] = []
+        try:
+            with in_hand(outline), casts_told() as casts:
+                model, undo, moved = self._outlined(config, place, outline)
+                made.append(undo)
                 if self._is_poured(model, config, casts):
                     return model, undo
                 lacking = self.foresee(model, outline)
@@ -129,15 +131,16 @@ class AdapterFile:
                 if not lacking:
                     complete(model, self.name, lacking)
                     return model, undo
-            except BaseException:
-                undo()
-                raise
-            undo()
-            config.__dict__.update({**before, **moved})
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # all has been said the first time
-                self._known = None
-                return place(False)
+                made.pop()()
+                config.__dict__.update({**before, **moved})
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # all has been said the first time
+                    self._known = None
+                    return place(False)
+        except BaseException:
+            for step in made:
+                step()
+            raise
 
     def _is_poured(self, model: PeftModel, config: PeftConfig, casts: list[Cast]) -> bool:
         """Whether the file holds just what the adapter's molds say."""
@@ -169,11 +172,11 @@ class AdapterFile:
 
     def fill(self, model: PeftModel, undo: Callable[[], Any], is_trainable: bool, meta: bool) -> _IncompatibleKeys:
         """Read the tensors and write them into the adapter; if that fails, `undo` puts the model back as it was."""
-        strict = self.options.get("strict")
         steps = [undo]
         try:
+            strict = self.options.get("strict")
             if not (is_trainable or self._new):
-                steps.append(evaluate(model, None))  # before anything is written
+                steps = [undo, evaluate(model, None)]  # before anything is written
             self._check_base(model, strict)
             state = self.saved.read(self.options.get("torch_device"), own=self._new)
             result = _IncompatibleKeys([], [])

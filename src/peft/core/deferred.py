@@ -70,10 +70,14 @@ class Deferred:
         with _lock:
             if self._wanted is None:
                 return
-            layers, names, off = self._wanted
+            wanted = layers, names, off = self._wanted
             self._wanted = None
-            for layer in layers:
-                layer.follow(names, off)
+            try:
+                for layer in layers:
+                    layer.follow(names, off)
+            except BaseException:
+                self._wanted = wanted  # some still wait
+                raise
             self.plain = self._after
             _waiting.discard(self)
 

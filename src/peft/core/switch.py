@@ -72,6 +72,7 @@ class Switching:
         if call is None or len(names) != 1 or call.merged or call.disabled is not False:
             return False
         roster, known, turned = self.roster(), list(self.peft_config), list[Any]()
+        before = tuple(self.active_adapters)
         for layer in roster.others:
             unloading.check_together(layer, names)
         restore = noted_of(roster.others) if roster.others else None
@@ -86,6 +87,8 @@ class Switching:
                 parameter.requires_grad = was
             if restore is not None:
                 restore()
+            if call._wanted is not None:  # some layers may have followed
+                call.switch(roster.layers, names=before)
             if isinstance(error, (KeyError, AttributeError)):  # a wrapper holds the parameters elsewhere
                 return False
             raise
