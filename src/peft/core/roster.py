@@ -45,23 +45,20 @@ class Roster:
         """Whether nothing has been added or taken away since."""
         return self.changes == changes()
 
-    def train(self, known: Iterable[str], trained: Sequence[str], turned: list[Any]) -> None:
+    def train(self, known: Iterable[str], trained: Sequence[str]) -> None:
         """Make the parameters of the adapters `trained` trainable, and freeze those of all others that are known.
-
-        Arguments:
-            known: all adapters.
-            trained: those of them.
-            turned: receives (parameter, what it was) of those that are turned.
 
         Raises KeyError or AttributeError where a module does not hold its parameter any more.
         """
         for name in known:
-            for flag, places in zip((name in trained, False), self._of(name), strict=True):
-                for key, tables in places.items():
-                    for table in tables:
-                        if (parameter := table[key]).requires_grad is not flag:
-                            turned.append((parameter, not flag))
-                            parameter.requires_grad = flag
+            flag = name in trained
+            free, kept = self._of(name)
+            for key, tables in free.items():
+                for table in tables:
+                    table[key].requires_grad = flag
+            for key, tables in kept.items():
+                for table in tables:
+                    table[key].requires_grad = False
 
     def looks_frozen(self, known: Iterable[str]) -> bool:
         """Whether the first and the last parameter of each adapter is frozen."""

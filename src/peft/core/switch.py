@@ -71,26 +71,25 @@ class Switching:
         call = self.__dict__.get("call")
         if call is None or len(names) != 1 or call.merged or call.disabled is not False:
             return False
-        roster, known, turned = self.roster(), list(self.peft_config), list[Any]()
+        roster, known = self.roster(), list(self.peft_config)
         before = tuple(self.active_adapters)
         for layer in roster.others:
             unloading.check_together(layer, names)
         restore = noted_of(roster.others) if roster.others else None
         try:
             if not (inference_mode and call.frozen and roster.looks_frozen(known)):
-                roster.train(known, () if inference_mode else names, turned)
+                roster.train(known, () if inference_mode else names)
             for layer in roster.others:
                 layer.activate(names, inference_mode)
             call.switch(roster.layers, names=names)
         except BaseException as error:
-            for parameter, was in turned:
-                parameter.requires_grad = was
             if restore is not None:
                 restore()
             if call._wanted is not None:  # some layers may have followed
                 call.switch(roster.layers, names=before)
             if isinstance(error, (KeyError, AttributeError)):  # a wrapper holds the parameters elsewhere
                 return False
+            roster.train(known, () if call.frozen else before)
             raise
         call.frozen = inference_mode
         return True
