@@ -219,6 +219,24 @@ def prompted():
     return get_peft_model(decoder(), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
 
 
+def test_a_load_that_fails_takes_the_hooks_of_checkpointing_back(tmp_path):
+    settings = {"target_modules": ["q_proj"], "task_type": TaskType.CAUSAL_LM}
+    get_peft_model(decoder(), config(**settings)).save_pretrained(tmp_path)
+    other = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**other, "r": 5}))
+    model = decoder()
+    model.gradient_checkpointing_enable()
+    embedding = model.get_input_embeddings()
+    attributes, hooks = set(vars(model)), len(embedding._forward_hooks)
+    with warnings.catch_warnings(), pytest.raises(RuntimeError):
+        warnings.simplefilter("ignore")
+        PeftModel.from_pretrained(model, tmp_path)
+    assert set(vars(model)) == attributes and len(embedding._forward_hooks) == hooks
+    assert not list(tuner_layers(model)) and all(p.requires_grad for p in model.parameters())
+    get_peft_model(model, config(**settings))
+    assert len(embedding._forward_hooks) == hooks + 1
+
+
 def test_a_prompt_has_nothing_that_could_be_merged():
     model = prompted()
     assert not hasattr(model, "merge_and_unload") and not hasattr(model, "merge_adapter")

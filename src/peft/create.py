@@ -101,10 +101,10 @@ def inject_adapter_in_model(
     tuner = tuner_class(_method(peft_config))
     if tuner.uses_shared_state:
         raise ValueError(f"{tuner.__name__} shares tensors between layers, which only a PeftModel can hold.")
-    from .core.snapshot import whole
+    from .core.snapshot import placing
 
-    with whole(model):
-        tuner(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+    with placing(model) as undo:
+        tuner(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict, undo=undo)
     return model
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -97,6 +97,11 @@ def copier(value: Any) -> Callable[[Any], Any]:
         return same
     own = type(value).__module__.startswith(f"{__package__}.") and type(getattr(value, "__dict__", None)) is dict
     return _twin if own and all(type(v) in SCALARS for v in vars(value).values()) else copy.deepcopy
+
+
+def copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy of a configuration's fields, most of which are plain."""
+    return {k: v if type(v) in SCALARS else copier(v)(v) for k, v in values.items()}
 
 
 def same(value: Any) -> Any:

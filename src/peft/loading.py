@@ -29,10 +29,9 @@ from .core.pour import Pouring, pouring_of
 from .core.recall import Recipes, alone, base_of, key_of, recipe_of, usual
 from .core.renames import retargeted
 from .core.shared import late as drawing_late
-from .core.snapshot import snapshot
 from .core.tuner import BaseTuner
 from .errors import ChangedConfigWarning, NoMatchingPeftModuleError, OtherBaseWarning, report, told
-from .known import SCALARS, Content, copier
+from .known import Content, copied
 from .registry import tuner_class
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ class AdapterFile:
         """
         outline, self._new = self.outline, True
         _check_prompt(config, outline, self.name)
-        before = _copied(config.__dict__)
+        before = copied(config.__dict__)
         self._start = key_of(before, self.autocast), told()
         made: list[Callable[[], Any]] = []
         try:
@@ -160,7 +159,7 @@ class AdapterFile:
             moved = retargeted(self.base, config, outline)
             if not moved:
                 raise
-            config.__dict__.update(_copied(moved))
+            config.__dict__.update(copied(moved))
             return *_outlined(place), moved
 
     def foresee(self, model: PeftModel, outline: Mapping[str, Tensor] | None = None) -> list[Entry]:
@@ -318,11 +317,6 @@ class AdapterFile:
             report(ChangedConfigWarning, text, self.options.get("strict"), stacklevel=4)
 
 
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy of a configuration's fields, most of which are plain."""
-    return {k: v if type(v) in SCALARS else copier(v)(v) for k, v in values.items()}
-
-
 def _settings(config: PeftConfig) -> list[str]:
     """The fields that change what given tensors compute, as far as the tensors' names and shapes do not tell."""
     found = ["peft_type", *(n for n in _NO_NUMBERS if hasattr(config, n))]
@@ -391,9 +385,3 @@ def _check_prompt(config: PeftConfig, outline: Mapping[str, Tensor], name: str) 
             f"The prompt of adapter {name!r} does not fit: its configuration asks for {wanted} numbers, and the file "
             f"holds {tuple(found.shape)}. It belongs to another number of virtual tokens, or to another base model."
         )
-
-
-def taken_back(model: nn.Module, config: PeftConfig) -> Callable[[], Any]:
-    """What takes a new PeftModel off a model again, which is then as it is now."""
-    restore, before = snapshot(model), _copied(config.__dict__)
-    return lambda: (restore(), config.__dict__.update(before))

@@ -20,7 +20,7 @@ from .core import sharded
 from .core.call import BASE, first_tensor
 from .core.embeddings import recorded_vocabulary
 from .core.layer import tuner_layers
-from .core.snapshot import whole
+from .core.snapshot import Undo, placing, snapshot
 from .core.state import adapter_parameters, disabled
 from .errors import WrongKindError, check_adapters, listing, nearest
 from .names import check_adapter_name, warn_about_name
@@ -29,6 +29,7 @@ from .registry import tuner_class
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
 
 CHECKPOINTING = ("gradient_checkpointing_enable", "activation_checkpointing_enable")  # of transformers
+INPUTS = ("enable_input_require_grads", "get_input_embeddings")
 SPECIAL_ARGUMENTS = frozenset({"adapter_names", "alora_offsets", "task_ids"})
 
 
@@ -66,17 +67,18 @@ class PeftModel(Persistent, nn.Module):
 
             return first_prompt(self, model, peft_config, adapter_name)
         tuner = tuner_class(peft_config.peft_type)  # type: ignore[arg-type]
-        with whole(model):
+        with placing(model) as undo:
             made = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": autocast_adapter_dtype}
-            self.base_model = tuner(model, {adapter_name: peft_config}, adapter_name, **made)
-            self._prepare(model)
+            self.base_model = tuner(model, {adapter_name: peft_config}, adapter_name, undo=undo, **made)
+            self._prepare(model, undo)
 
-    def _prepare(self, model: nn.Module) -> None:
-        """Set the base model up for layers that are trained in it."""
-        if _checkpoints(model):
-            self.prepare_model_for_gradient_checkpointing(model)
+    def _prepare(self, model: nn.Module, undo: Undo) -> None:
+        """Set the base model up for layers that are trained in it; `undo` receives what takes that back."""
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             model.config.pretraining_tp = 1  # type: ignore[union-attr]
+        if _checkpoints(model) and any(hasattr(model, name) for name in INPUTS):
+            undo.append(snapshot(model))  # which of its modules get hooks is known to the model alone
+            self.prepare_model_for_gradient_checkpointing(model)
 
     @property
     def _tuner(self) -> Any:

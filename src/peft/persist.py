@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,31 +131,29 @@ class Persistent:
             key_mapping: {regular expression: replacement} for the keys of the file.
             kwargs: `subfolder`, `revision`, `token` ..., `ignore_mismatched_sizes`, `strict`, `torch_device`.
         """
-        from .core.snapshot import noted_already
-        from .loading import AdapterFile, taken_back
+        from .core.snapshot import attempts
+        from .loading import AdapterFile
 
         check_spelling(kwargs, Persistent.from_pretrained.__func__, FOR_LOADING)  # type: ignore[attr-defined]
         config, content = read_config(model_id, is_trainable, kwargs, config)
         if not isinstance(config, PeftConfig):
             raise ValueError(f"config must be a PeftConfig, but is {type(config).__name__}.")
         file = AdapterFile.of(model, model_id, adapter_name, key_mapping, kwargs)
-        undo = taken_back(model, config)
+        place, undo = attempts(
+            model, config, lambda meta: kind(model, config, adapter_name, autocast_adapter_dtype, meta)
+        )
         config.inference_mode = not is_trainable
         set_runtime(config, ephemeral_gpu_offload)
         by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING if cls.__name__ == "PeftModel" else {}
         kind: Any = by_task.get(config.task_type or "", cls)
 
-        def place(meta: bool) -> tuple[Any, Callable[[], Any]]:
-            try:
-                with noted_already(model):
-                    return kind(model, config, adapter_name, autocast_adapter_dtype, meta), undo
-            except BaseException:
-                undo()
-                raise
-
         file.check_config(content)
         file.autocast = autocast_adapter_dtype
-        return file.load(config, place, is_trainable, low_cpu_mem_usage)[0]
+        try:
+            return file.load(config, place, is_trainable, low_cpu_mem_usage)[0]
+        except BaseException:
+            undo()
+            raise
 
     def load_adapter(
         self: Any,
@@ -283,7 +281,7 @@ def save_adapter(
             check_written(files, state)
 
 
-@functools.lru_cache(maxsize=16)
+@lru_cache(maxsize=16)
 def _hash_of(raw: bytes) -> str:
     """The hash of a configuration file."""
     return config_hash(json.loads(raw))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ class Homes(AdapterHost):
         homes: list[tuple[str, Any]] = [(k, h) for k, h in self._modules.items() if k != "base_layer"]
         for key, home in homes:
             if name in home:
-                del home[name]
+                with suppress(AttributeError):  # of one that was not filed in full
+                    del home[name]
                 if not len(home):
                     del self._modules[key]
         self.adapters.pop(name, None)

@@ -332,9 +332,9 @@ class Injection(Casting, Placing):
         else:
             chosen = [b for layer in self.placed if (b := layer.get_base_layer()._parameters.get("bias")) is not None]
         before = [p.requires_grad for p in chosen]
+        self.undo.append(lambda: [p.requires_grad_(f) for p, f in zip(chosen, before, strict=True)])
         for p in chosen:
             p.requires_grad_(True)
-        self.undo.append(lambda: [p.requires_grad_(f) for p, f in zip(chosen, before, strict=True)])
 
     def _stored_layout(self) -> None:
         """`fan_in_fan_out` as the layers have it: files say so, and other programs read them."""
@@ -349,8 +349,8 @@ class Injection(Casting, Placing):
         )
         report(PeftWarning, text, strict=False, stacklevel=7)
         config = self.config
-        config.fan_in_fan_out = not stated
         self.undo.append(lambda: setattr(config, "fan_in_fan_out", stated))
+        config.fan_in_fan_out = not stated
 
     def _note(self, plan: Any) -> None:
         """What is stored once everything holds."""

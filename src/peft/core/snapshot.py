@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..known import copied
 from .deferred import Deferred
 from .host import AdapterHost, below, changed, standing
 from .layer import BaseTunerLayer
@@ -31,25 +33,82 @@ _TABLES = (
 _PLAIN = (dict, list, set)
 
 
-_noted_by_caller: ContextVar[nn.Module | None] = ContextVar("noted_by_caller", default=None)
+Undo = list[Callable[[], Any]]
+_of_caller: ContextVar[tuple[nn.Module, Undo] | None] = ContextVar("of_caller", default=None)
 
 
 @contextmanager
-def noted_already(model: nn.Module) -> Iterator[None]:
-    """In the block, `whole` leaves it to the caller to put this model back."""
-    token = _noted_by_caller.set(model)
+def taken_back_by(undo: Undo, model: nn.Module) -> Iterator[None]:
+    """In the block, `placing` adds the steps that put this model back to the caller's, who takes them."""
+    token = _of_caller.set((model, undo))
     try:
         yield
     finally:
-        _noted_by_caller.reset(token)
+        _of_caller.reset(token)
+
+
+@contextmanager
+def placing(model: nn.Module) -> Iterator[Undo]:
+    """Put a model back as it was if the block fails, which gets a list for the steps that take its own back."""
+    known = _of_caller.get()
+    if known is not None and known[0] is model:
+        yield known[1]
+        return
+    undo = first_steps(model)
+    try:
+        yield undo
+    except BaseException:
+        take_back(undo)
+        raise
+
+
+def first_steps(model: nn.Module, everything: bool = False) -> Undo:
+    """What has a model as it is now, once what will be placed in it has been taken out by steps that come after.
+
+    Arguments:
+        model: any model. One that holds no adapters yet notes its own attributes, as the steps of an injection
+            take back all else.
+        everything: note all of it, the numbers in its tensors aside.
+    """
+    found = below(model)[0]
+    if everything or standing(found):
+        return [snapshot(model)]
+    training = [vars(m) for m in found if m.training]
+    return [lambda: [values.update(training=True) for values in training], _noted([model], [model], [], [])]
+
+
+def take_back(undo: Undo) -> None:
+    """Take steps, the last first, and each once."""
+    while undo:
+        undo.pop()()
+
+
+def attempts(
+    model: nn.Module, config: Any, make: Callable[[bool], Any]
+) -> tuple[Callable[[bool], tuple[Any, Callable[[], None]]], Callable[[], None]]:
+    """What makes a PeftModel of a model as it is now, as often as need be, and what takes the last of them back.
+
+    Arguments:
+        model: the base model.
+        config: of the first adapter; its fields are put back, too.
+        make: makes the PeftModel, on the meta device if told so.
+    """
+    first, before = first_steps(model, config.is_prompt_learning), copied(config.__dict__)
+    undo: Undo = []
+    leave = partial(take_back, undo)
+
+    def place(meta: bool) -> tuple[Any, Callable[[], None]]:
+        leave()
+        undo.extend([partial(config.__dict__.update, before), *first])
+        with taken_back_by(undo, model):
+            return make(meta), leave
+
+    return place, leave
 
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """Put a model back as it was if the block fails, the numbers in its tensors aside."""
-    if _noted_by_caller.get() is model:
-        yield
-        return
     restore = snapshot(model)
     try:
         yield

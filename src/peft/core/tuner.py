@@ -23,7 +23,7 @@ from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
 from .rounding import MergeError
 from .shared import shared_of
-from .snapshot import unchanged
+from .snapshot import take_back, unchanged
 from .switch import Switching, check_once
 from .targets import match
 from .walking import model_type
@@ -133,8 +133,7 @@ class BaseTuner(Switching, Combined, nn.Module):
                 self.after_layers(model, adapter_name, low_cpu_mem_usage, undo)
                 self._join(self.kind_of(config).companion, adapter_name, undo)
             except BaseException:
-                for step in reversed(undo):
-                    step()
+                take_back(undo)
                 raise
 
     def _create_and_replace(

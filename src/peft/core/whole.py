@@ -55,8 +55,8 @@ class Placing:
             for owner, name in found or [(parent, leaf)]:
                 owner._modules[name] = new
 
-        swap(module)
         self.undo.append(lambda: swap(instead_of))
+        swap(module)
 
     def _freeze(self, modules: list[nn.Module] | None = None) -> None:
         tables = [m._parameters for m in (below(self.model)[0] if modules is None else modules) if m._parameters]
@@ -66,8 +66,8 @@ class Placing:
             for p in trainable:
                 p.requires_grad = flag  # requires_grad_ is not for weights that have no shape yet
 
-        put(False)
         self.undo.append(lambda: put(True))
+        put(False)
 
     def _named(self) -> tuple[list[tuple[str, nn.Module]], dict[str, list[str]]]:
         """Path and module of the model as it is now; further paths of modules that stand at several places."""

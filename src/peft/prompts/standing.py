@@ -78,7 +78,7 @@ def first_layers(peft_model: Any, name: str, autocast: bool, meta: bool, undo: U
     tuner.active_adapter = active
     _join(prompts, tuner)
     peft_model.base_model = tuner
-    peft_model._prepare(model)
+    peft_model._prepare(model, undo)
 
     def leave() -> None:
         peft_model.base_model, prompts.alone, prompts.active_adapter = model, True, active
