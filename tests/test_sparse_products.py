@@ -60,6 +60,7 @@ def no_dense(monkeypatch):
 
     for kind in Sparse.__subclasses__():
         monkeypatch.setattr(kind, "live_delta", refuse)
+        monkeypatch.setattr(kind, "whole_from", Sparse.whole_from)
 
 
 @each
@@ -88,6 +89,23 @@ def test_second_derivatives_are_the_definitions(name):
         return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
 
     close_each(twice(layer(x)), twice(by_definition(layer, x)), 1e-9)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["fourierft", "waveft"])
+def test_many_rows_take_one_product_with_the_whole_weight(name, grad, monkeypatch):
+    """Transforms of features are for each row, that of the update is not."""
+    layer, made = layer_of(name, SHAPES[1]), []
+    kind = type(layer.adapters["default"].method)
+    plain = kind.live_delta
+    monkeypatch.setattr(kind, "live_delta", lambda *a: made.append(0) or plain(*a))
+    x = torch.randn(800, SHAPES[1][0], dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        close(layer(x), by_definition(layer, x))
+        assert made == [0]
+        monkeypatch.setattr(kind, "whole_from", Sparse.whole_from)
+        close(layer(x), by_definition(layer, x))
+        assert made == [0]
 
 
 @each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -27,6 +28,9 @@ class Sparse(Delta):
 
     numbers_key: ClassVar[str]  # the tensor of numbers
     places_key: ClassVar[str]  # the derived tensor that their places follow from
+    whole_from: ClassVar[tuple[tuple[float, int], tuple[float, int]]] = ((math.inf, 0), (math.inf, 0))
+    """From how many numbers of input and output on one W' costs less than transforms of both: so many for each number
+    of W, and so many less; without gradients, and with them."""
 
     def numbers(self, p: Adapter) -> Tensor:
         """The numbers of S, (n), in the dtype of the computation."""
@@ -58,7 +62,9 @@ class Sparse(Delta):
         flat, form = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], shape[0])
         if itself and alike and flat.shape[0] == 1 and not torch.is_grad_enabled():
             return sparse.row(F.linear(flat, W, b), flat, values, found).view(form)
-        if values.shape[0] * SHARE[not itself] > W.numel():
+        many, fewer = self.whole_from[torch.is_grad_enabled()]
+        whole = alike and flat.shape[0] * sum(shape) > many * W.numel() - fewer
+        if whole or values.shape[0] * SHARE[not itself] > W.numel():
             dense = itself and alike and x.dtype in WIDE
             return F.linear(x, sparse.scattered(W, values, found), b) if dense else super().at_once(p, inner, x)
         if itself and alike and found.gains is None and type(self).given is Sparse.given:

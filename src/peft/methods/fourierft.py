@@ -55,6 +55,7 @@ class FourierFT(Sparse):
     by_rows = False
     numbers_key = "fourierft_spectrum"
     places_key = "indices"
+    whole_from = ((2.0, 12_000), (3.0, 80_000))
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
@@ -79,8 +80,20 @@ class FourierFT(Sparse):
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         c = p.held("fourierft_spectrum")
         *lead, out, inp = p.layer.view.shape(p.layer.get_base_layer())
-        S = draw.scatter(wide(c), p.held_buffer("indices"), (*lead, out, inp))
-        return (torch.fft.ifft2(S).real * p.fourierft_scaling)[..., rows, :].to(c.dtype)
+        at, inside = self._halves(p, (out, inp))
+        values = torch.cat([wide(c), wide(c)], -1) * inside
+        S = values.new_zeros(*lead, out * (inp // 2 + 1)).index_add(-1, at, values, alpha=p.fourierft_scaling / 2)
+        return torch.fft.irfft2(S.unflatten(-1, (out, -1)), s=(out, inp))[..., rows, :].to(c.dtype)
+
+    def _halves(self, p: Adapter, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """`halves` of the places, kept while they stay."""
+        held = p.held_buffer("indices")
+        if torch.compiler.is_compiling():
+            return halves(held.long(), *shape)
+        found = p.cache.get("halves")
+        if found is None or not found[0].of(held):
+            p.cache["halves"] = found = (Places(held), halves(held.long(), *shape))
+        return found[1]
 
     def numbers(self, p: Adapter) -> Tensor:
         return wide(p.held("fourierft_spectrum")) * p.fourierft_scaling
@@ -107,6 +120,13 @@ class FourierFT(Sparse):
 def wide(c: Tensor) -> Tensor:
     """In single precision at least."""
     return c if c.dtype is torch.float64 else c.float()
+
+
+def halves(at: Tensor, out: int, inp: int) -> tuple[Tensor, Tensor]:
+    """Re(IDFT(S)) has a spectrum whose halves are conjugate: half a number at (u, v) and at (-u, -v). Where those stand
+    in the first half, (2 n), and whether they do."""
+    (u, v), columns = torch.cat([at, torch.stack([-at[0] % out, -at[1] % inp])], 1), inp // 2 + 1
+    return torch.where(v < columns, u * columns + v, 0), v < columns
 
 
 def half(at: Tensor, n: int) -> tuple[Tensor, Tensor]:

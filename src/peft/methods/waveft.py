@@ -65,6 +65,7 @@ class WaveFT(Sparse):
     by_rows = False
     numbers_key = "waveft_spectrum"
     places_key = "waveft_indices"
+    whole_from = ((4.5, 0), (8.0, 0))
 
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
         """Nothing but a note on the configuration: how many coefficients each element of a weight gets."""
