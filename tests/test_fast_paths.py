@@ -48,7 +48,7 @@ def test_values_and_gradients_are_those_of_the_formulas(method, kind, rows):
     inputs = [*leaves(model).values(), x]
     y, wanted = model(x), expected(model, method, layout, x)
     close(y, wanted)
-    close_each(gradients(y, inputs), gradients(wanted, inputs), 1e-5)
+    close_each(gradients(y, inputs), gradients(wanted, inputs), 2e-5)  # much cancels in some sums of 3,456 products
     with torch.no_grad():
         close(model(x), wanted)  # once more, from what is kept
         close(model(x), wanted)

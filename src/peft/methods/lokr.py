@@ -16,19 +16,23 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import describe
 from ..core import draw
+from ..core.direct import open_linear
 from ..core.layer import name_layers
 from ..core.method import Site
 from ..core.stack import Adapter, Stack
 from ..core.thinned import Thinned
 from ..kernels import product
+from ..kernels.thin import WIDE
 from ..target_config import choice, rank
 from .loha import LycorisConfig, LycorisLayer, LycorisModel, core_shape
 
 NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+SMALL = 20_000  # numbers in W, up to which its gradient costs less than what it saves
 
 
 @dataclass
@@ -106,14 +110,26 @@ class LoKr(Thinned):
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         W1, W2 = self.pair(p)
         o1, o2, _, _ = p.sizes
+        W1 = W1 * p.scaling
         start, stop, _ = rows.indices(o1 * o2)
         if "lokr_w2" in p.forms and p.held("lokr_w2").dim() == 3 and not p.lead:
             W2 = W2[start // o1 : -(-stop // o1)]
-            D, skipped = torch.einsum("ab,pqt->paqbt", W1, W2).flatten(0, 1), start // o1 * o1
-            return D.flatten(1)[start - skipped : stop - skipped] * p.scaling
+            D, skipped = (W1[:, None, :, None] * W2[:, None, :, None]).flatten(0, 1), start // o1 * o1
+            return D.flatten(1)[start - skipped : stop - skipped]
         W1 = W1[..., start // o2 : -(-stop // o2), :]
-        D, skipped = torch.einsum("...ab,...pqt->...apbqt", W1, W2), start // o2 * o2
-        return D.flatten(-3).flatten(-3, -2)[..., start - skipped : stop - skipped, :] * p.scaling
+        D, skipped = W1[..., None, :, None, None] * W2[..., None, :, None, :, :], start // o2 * o2
+        return D.flatten(-3).flatten(-3, -2)[..., start - skipped : stop - skipped, :]
+
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        """Where rows are many beside W, and on a CPU, one product with W' costs less than small ones for each row."""
+        held = open_linear(inner, x) if x.is_cpu and x.dtype in WIDE and not self.thins(p) else None
+        if held is None or p.held(p.forms[0]).dtype is not x.dtype or torch.compiler.is_compiling():
+            return None
+        W, b = held
+        many = x.numel() // max(x.shape[-1], 1) * sum(W.shape) >= W.numel()
+        if not many or (W.numel() > SMALL and torch.is_grad_enabled()):
+            return None
+        return F.linear(x, W + self.delta(p, W), b)
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not inner.view.dense or self.thins(p):
