@@ -17,9 +17,12 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.direct import open_linear
 from ...core.files import keys_in_hand
+from ...core.kept import kept
 from ...core.method import LowRank, Site
 from ...core.stack import Adapter, Stack
 from ...errors import PeftWarning
@@ -28,6 +31,8 @@ from .deal import Deal, Unknown
 
 class AdaMSS(LowRank):
     """[W' | b'] = [W | b] + D."""
+
+    keeps_factors = True
 
     def build(self, site: Site) -> dict[str, Any]:
         c, (W, b) = site.settings, site.original()
@@ -120,7 +125,7 @@ class AdaMSS(LowRank):
     def up(self, p: Adapter) -> Tensor:
         """The B_k in the places of their rows, (..., O, all q)."""
         lead = p.layer.view.shape(p.layer.get_base_layer())[:-1]
-        return torch.block_diag(*p.held("adamss_B"))[self.places(p)].unflatten(0, lead)
+        return torch.block_diag(*p.held("adamss_B")).index_select(0, self.places(p)).unflatten(0, lead)
 
     def places(self, p: Adapter) -> Tensor:
         """Where the rows of the clusters belong; found now if the base weight was not there before."""
@@ -138,6 +143,17 @@ class AdaMSS(LowRank):
 
     def up_bias(self, p: Adapter) -> Tensor | None:
         inp = p.layer.view.shape(p.layer.get_base_layer())[-1]
-        if p.held_buffer("adamss_newB").shape[1] == inp:
-            return None
-        return self.up(p) @ self.down(p)[:, inp]
+        return self.up(p) @ self.down(p)[:, inp] if self.has_bias(p, inp) else None
+
+    def has_bias(self, p: Adapter, inp: int) -> bool:
+        """Whether N has a column for the bias."""
+        return bool(p.held_buffer("adamss_newB").shape[1] != inp)
+
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        held = None if torch.compiler.is_compiling() else open_linear(inner, x)
+        alike = p.held_buffer("adamss_newB").dtype is x.dtype
+        if held is None or not alike or not self.has_bias(p, x.shape[-1]):
+            return super().at_once(p, inner, x)
+        down, up = kept(p, lambda: (self.down(p), self.up(p)))  # the column of the bias is a bias of the first product
+        h = F.linear(x, down[:, :-1], down[:, -1]).flatten(0, -2)
+        return torch.addmm(F.linear(x, *held).flatten(0, -2), h, up.mT).unflatten(0, x.shape[:-1])
