@@ -91,15 +91,18 @@ class VBLoRA(LowRank):
                 f"The adapter {p.name!r} cannot be trained: it was saved with save_only_topk_weights=True, so other "
                 "logits are lost. Call `model.eval()`, or load a file with all logits."
             )
-        a, b = LOGITS
-        return kept(p, lambda: (self.pieces(p, a).flatten(-2), self.pieces(p, b).mT.flatten(-3, -2)), what="factors")
+        return kept(p, lambda: self.mixed(p), what="factors")
 
-    def pieces(self, p: Adapter, key: str) -> Tensor:
-        """The mixed vectors, (..., v), of logits (..., h)."""
-        logits = p.held(key)
+    def mixed(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """A and B of the vectors that their logits (..., h) mix, all of them at once."""
+        both = [p.held(key) for key in LOGITS]
+        logits = torch.cat([one.flatten(0, -2) for one in both])
         top, at = logits.topk(p.topk, -1)
         bank = p.vblora_vector_bank.to(logits.device, logits.dtype)
-        return (top.softmax(-1)[..., None, :] @ F.embedding(at, bank)).squeeze(-2)
+        vectors = (top.softmax(-1)[..., None] * F.embedding(at, bank)).sum(1)
+        a, b = (one.shape[:-1] for one in both)
+        A, B = vectors.split([a.numel(), b.numel()])
+        return A.view(*a[:-1], -1), B.view(*b, -1).mT.flatten(-3, -2)
 
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("vblora_dropout")
