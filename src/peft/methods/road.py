@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from ..config import describe
 from ..core.defaults import BNB_LAYERS
+from ..core.kept import kept
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Method, Site
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
 from ..kernels import pairs
+from ..kernels.modes import eager
 from ..target_config import TargetConfig, choice, rank
 
 RoadVariant = Literal["road_1", "road_2", "road_4"]
@@ -100,13 +102,16 @@ class RoAd(Method):
             found = pairs.turned(y, theta, alpha, p.group_size // 2, EACH[p.variant])
             if found is not None:
                 return found
-        c, d = (inner.spread(t) for t in self.turn(p))
-        return (y * c + swapped(y, -c.dim(), p.group_size) * d).to(y.dtype)
+        c, d = (inner.spread(t) for t in kept(p, lambda: self.turn(p)))
+        other = swapped(y, -c.dim(), p.group_size)
+        if y.dtype is c.dtype and not torch.is_grad_enabled() and eager():
+            return other.mul_(d).addcmul_(y, c)  # which is a copy
+        return (y * c + other * d).to(y.dtype)
 
 
 def swapped(t: Tensor, axis: int, group: int) -> Tensor:
     """t with the halves of each group swapped along an axis that is counted from the end."""
-    return t.unflatten(axis, (-1, 2, group // 2)).flip(axis - 1).flatten(axis - 2, axis)
+    return t.unflatten(axis, (-1, 2, group // 2)).roll(1, axis - 1).flatten(axis - 2, axis)
 
 
 class RoadLayer(BaseTunerLayer):

@@ -91,18 +91,7 @@ class VBLoRA(LowRank):
                 f"The adapter {p.name!r} cannot be trained: it was saved with save_only_topk_weights=True, so other "
                 "logits are lost. Call `model.eval()`, or load a file with all logits."
             )
-        return kept(p, lambda: self.mixed(p), what="factors")
-
-    def mixed(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        """A and B of the vectors that their logits (..., h) mix, all of them at once."""
-        both = [p.held(key) for key in LOGITS]
-        logits = torch.cat([one.flatten(0, -2) for one in both])
-        top, at = logits.topk(p.topk, -1)
-        bank = p.vblora_vector_bank.to(logits.device, logits.dtype)
-        vectors = (top.softmax(-1)[..., None] * F.embedding(at, bank)).sum(1)
-        a, b = (one.shape[:-1] for one in both)
-        A, B = vectors.split([a.numel(), b.numel()])
-        return A.view(*a[:-1], -1), B.view(*b, -1).mT.flatten(-3, -2)
+        return kept(p, lambda: mixed(p), what="factors")
 
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("vblora_dropout")
@@ -120,12 +109,20 @@ class VBLoRA(LowRank):
     def join(self, p: Adapter, key: str, parts: list[Tensor]) -> Tensor:
         at, weights = parts[0].long(), parts[1]
         last = (1 - weights.sum(-1, keepdim=True)).clamp_min(0)
-        held = p.held(key)
-        logits = torch.full((*at.shape[:-1], held.shape[-1]), -torch.inf, dtype=held.dtype, device=weights.device)
+        logits = weights.new_full((*at.shape[:-1], (held := p.held(key)).shape[-1]), -torch.inf, dtype=held.dtype)
         return logits.scatter(-1, at, torch.cat((weights, last), -1).log().to(held.dtype))
 
     def written(self, p: Adapter) -> None:
         p.__dict__["only_topk"] = bool(p.vblora_logits_A.flatten()[: p.vblora_logits_A.shape[-1]].isinf().any())
+
+
+def mixed(p: Adapter) -> tuple[Tensor, Tensor]:
+    """A and B of the vectors that their logits (..., h) mix, all of them at once."""
+    a, b = (p.held(key) for key in LOGITS)
+    top, at = torch.cat([a.flatten(0, -2), b.flatten(0, -2)]).topk(p.topk, -1)
+    vectors = (top.softmax(-1)[..., None] * F.embedding(at, p.vblora_vector_bank.to(a.device, a.dtype))).sum(1)
+    A, B = vectors.split([a.shape[:-1].numel(), b.shape[:-1].numel()])
+    return A.view(*a.shape[:-2], -1), B.view(*b.shape[:-1], -1).mT.flatten(-3, -2)
 
 
 class VBLoRALayer(BaseTunerLayer):
