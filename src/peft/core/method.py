@@ -327,6 +327,10 @@ class LowRank(Delta):
         """(A, B)."""
         raise NotImplementedError
 
+    def kernels(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """`factors`, those of a convolution perhaps in its shape."""
+        return self.factors(p)
+
     def scaling(self, p: Adapter) -> Any:
         """The factor of B A: a number, or a tensor of one element."""
         return 1.0
@@ -380,21 +384,10 @@ class LowRank(Delta):
         if not self.whole and inner.view.groups(inner.base) != 1:
             y = super().onto(p, inner, y, x)
             return y if extra is None else (y + inner.spread(extra * scale)).to(y.dtype)
-        A, B = self.factors(p)
         rate = self.drop_rate(p)
         if inner.view.dense:
+            A, B = self.factors(p)
             if extra is not None:
                 y = (y + extra * scale).to(y.dtype)
             return lowrank.add(y, x, A, B, scale, rate)
-        update = low_rank(inner, x, A, B, rate)
-        if extra is not None:
-            update = update + inner.spread(extra)
-        return (y + update * scale).to(y.dtype)
-
-
-def low_rank(inner: Stack, x: Tensor, A: Tensor, B: Tensor, rate: float = 0.0) -> Tensor:
-    """B A dropout(x) in the factors' dtype, on any layout that can be split into activations."""
-    x, factor = inner.drop(x, rate, A.dtype)
-    h = inner.linear(x, A)
-    h = h if factor is None else h * factor.to(h.dtype)
-    return inner.view.rows(h, B)
+        return (y + inner.low_rank(x, *self.kernels(p), rate, scale, extra)).to(y.dtype)

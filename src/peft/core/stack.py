@@ -231,6 +231,17 @@ class Stack:
         x = x.to(dtype) if x.is_floating_point() else x
         return self.view.drop(x, rate) if rate else (x, None)
 
+    def low_rank(
+        self, x: Tensor, A: Tensor, B: Tensor, rate: float = 0.0, scale: Any = 1.0, bias: Tensor | None = None
+    ) -> Tensor:
+        """scale (B A dropout(x) + bias) in the factors' dtype, on any layout that can be split into activations."""
+        x, factor = self.drop(x, rate, A.dtype)
+        h = self.linear(x, A)
+        h = h if factor is None else h * factor.to(h.dtype)
+        if type(scale) is float and scale == 1.0:
+            return self.view.rows(h, B, bias)
+        return self.view.rows(h * scale, B, None if bias is None else bias * scale)
+
     def gate(self, changed: Tensor, W: Tensor) -> Tensor:
         """The weight that a shortcut makes its output with, in place of the base's."""
         return changed

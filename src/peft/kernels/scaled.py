@@ -23,12 +23,13 @@ TILE_ELEMENTS = 16 * 2**20
 def tiles(W: Tensor) -> tuple[Tensor, ...]:
     """W in blocks of rows, so that a cast to float32 never holds a second copy of a large weight."""
     per_row = max(1, W.numel() // W.shape[-2])
-    return W.split(max(1, TILE_ELEMENTS // per_row), dim=-2)
+    return (W,) if W.numel() <= TILE_ELEMENTS else W.split(max(1, TILE_ELEMENTS // per_row), dim=-2)
 
 
 def square(W: Tensor) -> Tensor:
     """|W_o|^2 of each row, float32."""
-    return torch.cat([w.float().square().sum(-1) for w in tiles(W)], -1)
+    parts = [w.float().square().sum(-1) for w in tiles(W)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:

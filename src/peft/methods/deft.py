@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import describe
 from ..core.kept import kept
 from ..core.layer import BaseTunerLayer, name_layers
-from ..core.method import LowRank, Site, low_rank
+from ..core.method import LowRank, Site
 from ..core.stack import Adapter, Stack
 from ..target_config import choice, number, probability
 from .additive import AdditiveConfig, AdditiveModel
@@ -104,7 +104,7 @@ class DEFT(LowRank):
         Q, taken = self.removed(p)
         given = (p.held("deft_R") * p.deft_scaling).to(Q.dtype)
         if inner.view.groups(inner.base) == 1:
-            return (y + low_rank(inner, x, given, Q, rate) - low_rank(inner, x, taken, Q)).to(y.dtype)
+            return (y + inner.low_rank(x, given, Q, rate) - inner.low_rank(x, taken, Q)).to(y.dtype)
         thin, factor = inner.drop(x, rate, Q.dtype)
         update = inner.linear(thin, Q @ given)
         update = update if factor is None else update * factor

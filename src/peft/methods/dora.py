@@ -27,7 +27,7 @@ from ..core.stack import Adapter, Stack
 from ..kernels import scaled
 from ..kernels.scaled import tiles
 from .lora.row import Gained, Row
-from .magnitude import Gaining, Magnitude
+from .magnitude import Gaining, Magnitude, product
 
 
 class DoRA(Gaining):
@@ -85,7 +85,7 @@ class DoRA(Gaining):
         special = p.layer.view.norm_product(base, A, B) if self.of.whole else None
         if special is not None:
             return torch.linalg.vector_norm(base.weight.float().flatten(1) + s * special, dim=-1)[rows]
-        base_square = self.squares(p, W, rows)
+        base_square = self.base_square(p, W, rows)
         W, B = (W, B) if rows == slice(None) else (W[..., rows, :], B[..., rows, :])
         return scaled.norms(W, base_square, A, B, s)
 
@@ -101,8 +101,7 @@ class DoRA(Gaining):
 
     def safe_norm(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
         """|V| with 1 in place of 0."""
-        n = self.norm(p, rows).detach()  # from the tangents of forward mode, too
-        return n.masked_fill(n == 0, 1)
+        return torch.threshold(self.norm(p, rows).detach(), 0, 1)  # from the tangents of forward mode, too
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         return self.of.delta(p, W, rows)
@@ -151,7 +150,7 @@ class DoRA(Gaining):
             A, B = of.factors(p)
             n, scale = self.safe_norm(p), of.scaling(p)
             return scaled.add(y, x, A, B, scale, self.drop_rate(p), self.magnitude(p), n, b)
-        gain = inner.spread(self.gain(p))
-        b = None if b is None else inner.spread(b)  # b' in full: what `of` adds to y has its own bias in it
-        z = self.of.onto(p, inner, y if b is None else (y - b).to(y.dtype), x) * gain
-        return (z if b is None else z + b).to(y.dtype)
+        gain = self.gain(p) if inner.packed else kept(p, lambda: self.gain(p), base=True)
+        z, g = self.of.onto(p, inner, y, x), inner.spread(gain)
+        # b' in full: what `of` adds to y has its own bias in it
+        return (z * g).to(y.dtype) if b is None else product(z, g, inner.spread(b - b * gain)).to(y.dtype)

@@ -39,6 +39,16 @@ class Gaining(Delta):
             p.cache.update(key=key, square=square(W))
         return p.cache["square"]
 
+    def base_square(self, p: Adapter, W: Tensor, rows: slice) -> Tensor:
+        """`squares`, quickly where that of a whole weight is asked for which stands in its layer."""
+        base = p.layer.get_base_layer()
+        plain = type(base._parameters.get("weight")) is nn.Parameter and "_hf_hook" not in base.__dict__
+        if rows == slice(None) and plain and not (p.layer.packed or torch.compiler.is_compiling()):
+            found = self.squares_now(p, W)
+            if found is not None:
+                return found
+        return self.squares(p, W, rows)
+
     def squares_now(self, p: Adapter, W: Tensor) -> Tensor | None:
         """The same of all rows, found quickly, for the weight W of a dense layer; None while merged. Not for graphs."""
         if p.layer._saved is not None:
@@ -50,6 +60,12 @@ class Gaining(Delta):
                 return squares
             noted = p.cache["noted"] = Kept(squares, p.layer, base_places(p)[:2])  # the third tells of merges
         return noted.value
+
+
+def product(z: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    """z g + b, of any dtypes; in one operation where no gradient is wanted, which takes one pass more of that."""
+    once = b.dtype is z.dtype is g.dtype and not torch.is_grad_enabled()
+    return torch.addcmul(b, z, g) if once else z * g + b
 
 
 class Magnitude(nn.Module):

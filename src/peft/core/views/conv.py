@@ -59,7 +59,7 @@ class ConvView(LinearView):
         return raw.flatten(1)
 
     def raw(self, m: Layer, W: Tensor) -> Tensor:
-        return W.unflatten(-1, (-1, *m.kernel_size))
+        return W if W.dim() > 2 else W.unflatten(-1, (-1, *m.kernel_size))
 
     def refuse_low_rank(self, m: Layer) -> None:
         if m.groups != 1:
@@ -90,8 +90,8 @@ class ConvView(LinearView):
         eye = torch.eye(self.shape(m)[-1], dtype=x.dtype, device=x.device)
         return [self.linear(m, x, eye).movedim(-1 - self.dims, -1).flatten(0, -2)]  # patches
 
-    def rows(self, h: Tensor, B: Tensor) -> Tensor:
-        return self.function(h, B.view(*B.shape, *[1] * self.dims))
+    def rows(self, h: Tensor, B: Tensor, b: Tensor | None = None) -> Tensor:
+        return self.function(h, B if B.dim() > 2 else B.view(*B.shape, *[1] * self.dims), b)
 
     def spread(self, m: Layer, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * self.dims)

@@ -131,9 +131,9 @@ class LinearView:
         """`vectors` of one of `read_children`, in a call of its parent m."""
         raise NotImplementedError
 
-    def rows(self, h: Tensor, B: Tensor) -> Tensor:
-        """B on the feature axis of an output h, (..., r) -> (..., O)."""
-        return F.linear(h, B)
+    def rows(self, h: Tensor, B: Tensor, b: Tensor | None = None) -> Tensor:
+        """B h + b on the feature axis of an output h, (..., r) -> (..., O)."""
+        return F.linear(h, B, b)
 
     def spread(self, m: Layer, v: Tensor) -> Tensor:
         """(O,) shaped to broadcast over an output."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.kept import lasting
-from ...core.method import Site, low_rank
+from ...core.method import Site
 from ...core.stack import Adapter, Stack
 from ...core.terms import Term, summed
 from .method import LoRA, hooked
@@ -85,7 +85,7 @@ class KaSA(LoRA):
         if not rate and inner.view.groups(inner.base) == 1:
             return super(LoRA, self).onto(p, inner, y, x)
         (A, B), (Q, P) = self.own_factors(p), self.first_factors(p)
-        update = low_rank(inner, x, A, B * (p.held("lora_diag") * p.scaling)[..., None, :], rate)
+        update = inner.low_rank(x, A, B * (p.held("lora_diag") * p.scaling)[..., None, :], rate)
         return (y + update - inner.linear(x, P @ Q)).to(y.dtype)
 
 

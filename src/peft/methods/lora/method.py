@@ -113,6 +113,13 @@ class LoRA(LowRank):
         m = p.layer.get_base_layer()
         return view.A(m, A, blocks[0]), view.B(m, B, blocks[1])
 
+    def kernels(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        own = type(self).factors is LoRA.factors and type(self).own_factors is LoRA.own_factors and not p.subtracts
+        view, m = p.layer.view, p.layer.get_base_layer()
+        if own and view.kernel(m) and view.groups(m) == 1:
+            return p.held("lora_A").weight, p.held("lora_B").weight
+        return self.factors(p)
+
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         A, B = self.own_factors(p)
         if not p.__dict__["subtracts"]:

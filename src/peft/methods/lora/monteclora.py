@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.method import Site, low_rank
+from ...core.method import Site
 from ...core.stack import Adapter, Stack
 from ...errors import PeftWarning
 from ...kernels import lowrank
@@ -107,7 +107,7 @@ class MonteCLoRA(InTraining):
         if inner.view.dense:
             y = y if extra is None else (y + extra * p.scaling).to(y.dtype)
             return lowrank.add(y, x, A, B, p.scaling, self.drop_rate(p))
-        update = low_rank(inner, x, A, B, self.drop_rate(p))
+        update = inner.low_rank(x, A, B, self.drop_rate(p))
         update = update if extra is None else update + inner.spread(extra)
         return (y + update * p.scaling).to(y.dtype)
 
