@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 MANY_ROWS = 32  # of an input, from which on a second dense product costs more than adding two matrices
+FEW_NUMBERS = 2**14  # in a weight, up to which it always does
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,8 @@ class Delta(Method):
         low = self.short(p)
         if low is not None:
             return lowrank.linear(x, W, b, *low) if low[0].dtype is W.dtype or not W.requires_grad else None
-        if not torch.compiler.is_compiling() and x.numel() < MANY_ROWS * x.shape[-1]:
+        few = x.numel() < MANY_ROWS * x.shape[-1] and W.numel() > FEW_NUMBERS
+        if few and not torch.compiler.is_compiling():
             return None
         D = self.live_delta(p, W)
         if D.dtype is W.dtype and D.dtype in (torch.float32, torch.float64):

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import lowrank, onto
+from ..kernels.thin import WIDE
 from .direct import open_linear
+from .method import LowRank
 
 if TYPE_CHECKING:
-    from .stack import Stack
+    from .stack import Adapter, Stack
 
-Term = tuple[Tensor, Tensor, Any]  # (A, B, g): B diag(g) A, or g B A for a number g
+SMALL = 2**13  # numbers in a weight, which one product with the whole of costs least for any number of rows
+Term = tuple[Tensor, Tensor, Any]  # (A, B, g): B g A for a matrix g, B diag(g) A, or g B A for a number g
 
 
 def summed(inner: Stack, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
@@ -25,7 +28,45 @@ def summed(inner: Stack, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
     """
     held = open_linear(inner, x)
     alike = all(A.dtype is x.dtype is B.dtype for A, B, _ in terms)
-    return None if held is None or not (alike or not torch.is_grad_enabled()) else over(x, *held, terms)
+    if held is None or not (alike or not torch.is_grad_enabled()):
+        return None
+    W, b = held
+    many = x.numel() * sum(W.shape) > W.numel() * x.shape[-1] or W.numel() <= SMALL
+    if len(terms) > 1 and many and x.is_cpu and alike and x.dtype in WIDE and not torch.compiler.is_compiling():
+        return F.linear(x, W + _update(terms), b)
+    return over(x, W, b, terms)
+
+
+class Between(LowRank):
+    """W' = W + B M A, of which M alone is learnt."""
+
+    keeps_factors = True
+
+    def middle(self, p: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+        """(A, M, B)."""
+        raise NotImplementedError
+
+    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        A, M, B = self.middle(p)
+        return (M @ A.to(M.dtype)).to(A.dtype), B
+
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        """In training M acts on what is between A and B, so that neither needs a gradient."""
+        held = open_linear(inner, x) if torch.is_grad_enabled() and not self.drop_rate(p) else None
+        if held is not None and type(self).onto is LowRank.onto:
+            A, M, B = self.middle(p)
+            if A.dtype is M.dtype is B.dtype is x.dtype and M.dim() == 2:
+                return over(x, *held, [(A, B, M)])
+        return super().at_once(p, inner, x)
+
+
+def _update(terms: Sequence[Term]) -> Tensor:
+    """The sum of the terms by itself: what cancels in it does so before W is added."""
+    (A, B, g), *rest = terms
+    D = (B * g) @ A
+    for A, B, g in rest:
+        D = torch.addmm(D, B * g, A)
+    return D
 
 
 def over(x: Tensor, W: Tensor, b: Tensor | None, terms: Sequence[Term]) -> Tensor:
@@ -36,6 +77,6 @@ def over(x: Tensor, W: Tensor, b: Tensor | None, terms: Sequence[Term]) -> Tenso
     for A, B, gain in terms:
         h = F.linear(flat if flat.dtype is A.dtype else flat.to(A.dtype), A)
         if isinstance(gain, Tensor) and gain.dim():
-            h, gain = h * gain, 1.0
+            h, gain = (h * gain if gain.dim() == 1 else F.linear(h, gain)), 1.0
         made.append((h, B.mT, gain))
     return onto.thin(x, W, b, *made)

@@ -81,7 +81,7 @@ class FourierFT(Sparse):
         c = p.held("fourierft_spectrum")
         *lead, out, inp = p.layer.view.shape(p.layer.get_base_layer())
         at, inside = self._halves(p, (out, inp))
-        values = torch.cat([wide(c), wide(c)], -1) * inside
+        values = (wide(c).unsqueeze(-2) * inside).flatten(-2)
         S = values.new_zeros(*lead, out * (inp // 2 + 1)).index_add(-1, at, values, alpha=p.fourierft_scaling / 2)
         return torch.fft.irfft2(S.unflatten(-1, (out, -1)), s=(out, inp))[..., rows, :].to(c.dtype)
 
@@ -124,9 +124,9 @@ def wide(c: Tensor) -> Tensor:
 
 def halves(at: Tensor, out: int, inp: int) -> tuple[Tensor, Tensor]:
     """Re(IDFT(S)) has a spectrum whose halves are conjugate: half a number at (u, v) and at (-u, -v). Where those stand
-    in the first half, (2 n), and whether they do."""
-    (u, v), columns = torch.cat([at, torch.stack([-at[0] % out, -at[1] % inp])], 1), inp // 2 + 1
-    return torch.where(v < columns, u * columns + v, 0), v < columns
+    in the first half, (2 n), and whether they do, (2, n)."""
+    (u, v), columns = torch.stack([at, torch.stack([-at[0] % out, -at[1] % inp])], 1), inp // 2 + 1
+    return torch.where(v < columns, u * columns + v, 0).flatten(), v < columns
 
 
 def half(at: Tensor, n: int) -> tuple[Tensor, Tensor]:

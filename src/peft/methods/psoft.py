@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ..config import describe
 from ..core.layer import BaseTunerLayer, name_layers
-from ..core.method import LowRank, Site
+from ..core.method import Site
 from ..core.stack import Adapter, Stack
+from ..core.terms import Between
 from ..errors import PeftWarning
 from ..kernels.rotations import cayley, series, skew
 from ..target_config import choice, number, probability
@@ -83,10 +84,10 @@ class OrthLayer(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.ones(*lead, r, **kwargs)))
 
 
-class PSOFT(LowRank):
+class PSOFT(Between):
     """W' = W + B (R - I) A."""
 
-    neutral_zeros, keeps_factors, may_be_empty = False, True, frozenset({"psoft_R.weight"})  # empty where r is 1
+    neutral_zeros, may_be_empty = False, frozenset({"psoft_R.weight"})  # empty where r is 1
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
@@ -125,8 +126,7 @@ class PSOFT(LowRank):
 
     def rotation(self, p: Adapter) -> Tensor:
         """R, (..., r, r)."""
-        c, held = p.settings, p.held("psoft_R")
-        C: Tensor = held.weight
+        c, held, C = p.settings, p.held("psoft_R"), p.held("psoft_R").weight
         if c.psoft_orth:
             Q = skew(C, p.r)
             if c.cayley_neumann_eps is not None and c.use_cayley_neumann:
@@ -135,9 +135,9 @@ class PSOFT(LowRank):
         C = C * held.vector_b[..., None] if c.psoft_mag_b else C
         return C * held.vector_a[..., None, :] if c.psoft_mag_a else C
 
-    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+    def middle(self, p: Adapter) -> tuple[Tensor, Tensor, Tensor]:
         R, A = self.rotation(p), p.held_buffer("psoft_A")
-        return (R @ A.to(R.dtype) - A).to(A.dtype), p.held_buffer("psoft_B")
+        return A, R - torch.eye(p.r, dtype=R.dtype, device=R.device), p.held_buffer("psoft_B")
 
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("psoft_dropout")

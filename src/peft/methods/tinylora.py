@@ -117,7 +117,7 @@ class TinyLoRA(LowRank):
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         A, B, P = (p.held_buffer(f"tinylora_{name}") for name in "ABP")
         v = p.referred("v") if torch.compiler.is_dynamo_compiling() else p.shared[p.vector].tensor(p.name)
-        R = torch.einsum("t,trs->rs", v.to(P.device, P.dtype), P)
+        R = (v.to(P.device, P.dtype) @ P.flatten(1)).view(P.shape[1:])
         return ((B @ R).mT, A.mT) if p.layer.view.infix else (R @ A, B)
 
     def drop_rate(self, p: Adapter) -> float:
