@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import keys
 from .encoder import BasePromptEncoder
 from .fitting import text_config
 
@@ -29,8 +30,7 @@ def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int, empty:
     """
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-    own = "forward" in model.__dict__ or torch.compiler.is_compiling()  # its own may hold a model: it is not remembered
-    if not (_takes_cache(model.forward) if own else _class_takes_cache(type(model).forward)):
+    if not takes_cache(model):
         raise ValueError(
             f"{type(model).__name__} takes no past_key_values, so there is no place for a prefix. Use prompt tuning."
         )
@@ -38,19 +38,31 @@ def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int, empty:
     pairs = layers_of(encoder, rows, model.dtype, bool(getattr(config, "is_encoder_decoder", False)))
     sliding = getattr(config, "layer_types", None) is not None
     cache = empty or (DynamicCache(config=config) if sliding else DynamicCache())
+    held = keys.shapes(config)
     for i, (key, value) in enumerate(pairs):
-        cache.update(key, value, i)
+        layer = cache.layers[i] if sliding and i < len(cache.layers) else None
+        found = keys.room(layer, None if held is None else held[i], (key.shape[1], key.shape[3]))
+        if found is not None:
+            cache.update(key[:, : found[0], :, : found[1]], value[:, : found[0], :, : found[1]], i)
     if not getattr(config, "is_encoder_decoder", False):
         return cache
     return EncoderDecoderCache(cache, DynamicCache())
 
 
-def _takes_cache(forward: Any) -> bool:
+def takes_cache(model: nn.Module) -> bool:
+    """Whether the model's forward takes a cache; one that hands on whatever it gets does if a module of it does."""
+    own = "forward" in model.__dict__ or torch.compiler.is_compiling()  # its own may hold a model: it is not remembered
+    named, anything = (_taken if own else _taken_by_class)(model.forward if own else type(model).forward)
+    return named or (anything and any(_taken_by_class(type(m).forward)[0] for m in model.modules()))
+
+
+def _taken(forward: Any) -> tuple[bool, bool]:
+    """(whether past_key_values is an argument, whether any other name is one)."""
     taken = inspect.signature(forward).parameters
-    return "past_key_values" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    return "past_key_values" in taken, any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
-_class_takes_cache = functools.lru_cache(maxsize=64)(_takes_cache)
+_taken_by_class = functools.lru_cache(maxsize=256)(_taken)
 
 
 def asked_for(model: nn.Module, given: dict[str, Any], text: int) -> Any:

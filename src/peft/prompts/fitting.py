@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 
 from ..config import PromptLearningConfig
+from ..errors import PeftWarning, report
 from ..types import PeftType
+from . import keys
 
 _NAMES = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
@@ -27,13 +29,15 @@ def text_config(model: nn.Module) -> Any:
 def fit(model: nn.Module, config: PromptLearningConfig) -> None:
     """Fill in the sizes that the configuration leaves open.
 
-    Raises ValueError for what the model's configuration does not say either.
+    Raises ValueError for what the model's configuration does not say either, and for what no model has.
     """
     if not isinstance(config.num_virtual_tokens, int) or config.num_virtual_tokens < 1:
         raise ValueError(f"num_virtual_tokens is {config.num_virtual_tokens!r}. Give the number of tokens, at least 1.")
-    base = text_config(model)
+    base, cached = text_config(model), config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+    given = config.token_dim
     for name, sources in _NAMES.items():
         if getattr(config, name) is None:
+            sources = (*keys.LAYERS, *sources) if cached and name == "num_layers" else sources
             found = next((getattr(base, s) for s in sources if getattr(base, s, None) is not None), None)
             if found is None:
                 raise ValueError(
@@ -41,23 +45,52 @@ def fit(model: nn.Module, config: PromptLearningConfig) -> None:
                     f"{', '.join(sources)}. Set {name} in the {type(config).__name__}."
                 )
             setattr(config, name, found)
-    if config.num_transformer_submodules is None:
-        config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
-    if config.peft_type in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE):
-        _fit_heads(base, config)
+    _fit_submodules(base, config)
+    if cached:
+        _fit_keys(base, config)
+    else:
+        _fit_words(word_embeddings(model), config, given)
     if getattr(config, "encoder_hidden_size", 0) is None:  # of the keys, where these are smaller
         config.encoder_hidden_size = config.token_dim  # type: ignore[attr-defined]
 
 
-def _fit_heads(base: Any, config: Any) -> None:
-    """Keys and values have the size of the key heads, which grouped attention has fewer of."""
-    heads = getattr(base, "num_key_value_heads", None)
-    if heads is None:
+def _fit_words(words: Any, config: Any, given: int | None) -> None:
+    """Virtual tokens are as wide as words, which some models project to their hidden size."""
+    width = getattr(words, "embedding_dim", None)
+    if width is None:
         return
-    size = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
-    if getattr(base, "global_head_dim", None):
-        size, heads = base.global_head_dim, getattr(base, "num_global_key_value_heads", None) or heads
-    config.token_dim, config.num_attention_heads = size * heads, heads
+    if given not in (None, width):
+        text = (
+            f"token_dim={given} cannot be: virtual tokens stand beside words, which are {width} wide. {width} is used."
+        )
+        report(PeftWarning, text, strict=False, stacklevel=6)
+    config.token_dim = width
+
+
+def _fit_submodules(base: Any, config: Any) -> None:
+    if config.num_transformer_submodules is None:
+        config.num_transformer_submodules = 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
+    most = 2 if getattr(base, "is_encoder_decoder", True) else 1
+    if config.num_transformer_submodules not in range(1, most + 1):
+        raise ValueError(
+            f"num_transformer_submodules={config.num_transformer_submodules!r}, but the model has "
+            f"{'an encoder and a decoder' if most == 2 else 'one stack of layers'}. Use {most}, or leave it out."
+        )
+
+
+def _fit_keys(base: Any, config: Any) -> None:
+    """Keys and values have the heads of the layers' own, which grouped attention has fewer of."""
+    made = keys.provided(base)
+    if made is not None:
+        config.token_dim, config.num_attention_heads = made[0] * made[1], made[0]
+    left = keys.left_out(base, config.num_layers, made)
+    if len(left) == config.num_layers:
+        raise ValueError("No layer of the model keeps keys and values of its own that a prefix could stand before.")
+    if left:
+        text = (
+            f"The prefix stands in every layer but {left}: these keep no keys of their own, or larger ones than it has."
+        )
+        report(PeftWarning, text, strict=False, stacklevel=6)
 
 
 def word_embeddings(model: nn.Module) -> nn.Module:

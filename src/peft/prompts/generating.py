@@ -51,7 +51,7 @@ def generate(prompts: Prompts, run: Callable[..., Any], args: tuple[Any, ...], g
     ids, prompts.call.virtual = given.get("input_ids"), chosen.tokens
     if (front is not None or two) and setting(given, settings, "prefill_chunk_size"):
         given["prefill_chunk_size"] = None  # transformers cuts ids into chunks, and these are embeddings
-    if not two and ids is not None and by_ids(front, given, settings):
+    if not two and ids is not None and by_ids(prompts.model, front, given, settings):
         front, cached = None, Settled(prompts, chosen, ids, task_ids)
     if front is not None:
         made = front.prompt(batch, checked_tasks(front, task_ids, batch))[:, : front.num_virtual_tokens]

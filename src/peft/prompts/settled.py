@@ -7,12 +7,13 @@ their keys and values are the same whether the text is there or not.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .cache import prefix_cache, setting
+from .cache import prefix_cache, setting, takes_cache
 from .inputs import checked_tasks, in_front
 from .mixed import Mixed
 
@@ -43,12 +44,21 @@ def proposed(given: dict[str, Any], settings: Any) -> bool:
     return True
 
 
-def by_ids(front: Any, given: dict[str, Any], settings: Any) -> bool:
-    """Whether the way to decode needs the text behind the prompt `front` as ids; the rest as for `proposed`."""
+def by_ids(model: nn.Module, front: Any, given: dict[str, Any], settings: Any) -> bool:
+    """Whether the model, or the way to decode, needs the text behind the prompt `front` as ids; the rest as for
+    `proposed`.
+    """
     if proposed(given, settings):
         return front is not None
+    if front is not None and not isinstance(front, Mixed) and not _starts_from_embeddings(model):
+        return takes_cache(model)
     penalised = any(setting(given, settings, n) not in (None, none) for n, none in PENALTIES.items())
     return penalised and front is not None and not isinstance(front, Mixed)
+
+
+def _starts_from_embeddings(model: Any) -> bool:
+    """Whether transformers lets the model generate from embeddings: by this argument, it says."""
+    return "inputs_embeds" in inspect.signature(model.prepare_inputs_for_generation).parameters
 
 
 class Settled:
