@@ -173,13 +173,13 @@ class AdapterFile:
         """Read the tensors and write them into the adapter; if that fails, `undo` puts the model back as it was."""
         steps = [undo]
         try:
-            strict = self.options.get("strict")
             if not (is_trainable or self._new):
                 steps = [undo, evaluate(model, None)]  # before anything is written
-            self._check_base(model, strict)
+            self._check_base(model, strict := self.options.get("strict"))
             state = self.saved.read(self.options.get("torch_device"), own=self._new)
-            result = _IncompatibleKeys([], [])
+            state.update(self.saved.noted(model, self.name))
             if self._pouring is not None:
+                result = _IncompatibleKeys([], [])
                 poured_into(model, self.name, self._pouring, state)
             else:
                 result = set_peft_model_state_dict(

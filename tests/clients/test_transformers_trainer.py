@@ -93,6 +93,8 @@ CONFIGS = {
     "oft": peft.OFTConfig(oft_block_size=4, target_modules=TARGETS, task_type="CAUSAL_LM"),
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "p_tuning": peft.PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "prefix_projection": peft.PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, task_type="CAUSAL_LM"),
 }
 
 

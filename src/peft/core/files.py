@@ -206,6 +206,11 @@ class Saved:
                 state.update(_read_safetensors(file, head, own))
         return state if device is None else {k: v.to(device) for k, v in state.items()}
 
+    def noted(self, model: Any, name: str) -> dict[str, Tensor]:
+        """What training has left of an adapter beside its files, where the adapter has a place for it."""
+        beside = model.__dict__.get("prompts")
+        return {} if beside is None or not self.heads else beside.noted(name, os.path.dirname(next(iter(self.heads))))
+
 
 def open_weights(file: str | os.PathLike[str], fetch: Callable[[str], str] | None = None) -> Saved:
     """Look into an adapter's file.

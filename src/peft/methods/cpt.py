@@ -74,6 +74,7 @@ class CPTEmbedding(BasePromptEncoder):
 
     own_loss = True
     lasts = True
+    led = ("delta_embedding.weight",)
 
     def __init__(self, config: Any, word_embeddings: Any) -> None:
         super().__init__(config)

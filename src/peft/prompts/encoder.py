@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import PromptLearningConfig
 from ..errors import listing
+from .resuming import follow
 
 MADE = "_made"  # where an encoder holds what it made in evaluation
 
@@ -30,6 +31,7 @@ class BasePromptEncoder(nn.Module):
     own_loss: ClassVar[bool] = False  # `loss` takes the place of the model's own
     lasts: ClassVar[bool] = False  # `forward` of this very class reads tensors and `facts` alone: evaluation keeps it
     network: tuple[str, ...] = ()  # children that are needed for training only: files hold what they make
+    led: tuple[str, ...] = ()  # parameters of which files hold where they lead
 
     heads: int  # of keys and values
     layers: int
@@ -40,6 +42,11 @@ class BasePromptEncoder(nn.Module):
         self.num_virtual_tokens = int(config.num_virtual_tokens or 0)
         self.token_dim = int(config.token_dim or 0)
         self.rows = self.num_virtual_tokens * int(config.num_transformer_submodules or 1)
+        follow(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        follow(self)
 
     @classmethod
     def make(cls, config: Any, words: nn.Module) -> BasePromptEncoder:
@@ -78,8 +85,19 @@ class BasePromptEncoder(nn.Module):
 
     @torch.no_grad()
     def for_file(self) -> dict[str, Tensor]:
-        """The tensors of a file: the prompt itself, whatever made it."""
-        return {"prompt_embeddings": self.prompt(1)[0].detach().clone()}
+        """The tensors of a file: the prompt itself, as evaluation has it, whatever made it."""
+        modes = [(m, m.training) for m in self.modules()]
+        try:
+            for m, _ in modes:  # a network may have dropout
+                m.training = False
+            return {"prompt_embeddings": self.prompt(1)[0].detach().clone()}
+        finally:
+            for m, mode in modes:
+                m.training = mode
+
+    def beside_file(self) -> dict[str, nn.Parameter]:
+        """What a run needs to go on, where a file holds only what is made of it."""
+        return {n: p for n, p in self.named_parameters() if n in self.led or not self.flat}
 
     def homes(self) -> dict[str, nn.Parameter]:
         """{key in files: the parameter that holds it} once there is no network."""
@@ -115,6 +133,26 @@ class BasePromptEncoder(nn.Module):
                 "virtual tokens, or to another base model."
             )
         return {k: state[k] for k in wanted}
+
+    @torch.no_grad()
+    def resume(self, state: dict[str, Tensor], numbers: dict[str, Tensor]) -> bool:
+        """Take the numbers of `beside_file` that a run had; False, and nothing taken, if they do not make the file's.
+
+        Arguments:
+            state: the tensors of the file, as `check` returns them.
+            numbers: as `beside_file` names them.
+        """
+        held = self.beside_file()
+        if not held or {n: v.shape for n, v in numbers.items()} != {n: p.shape for n, p in held.items()}:
+            return False
+        before = {n: p.detach().clone() for n, p in held.items()}
+        for n, p in held.items():
+            p.copy_(numbers[n])
+        made = self.for_file()
+        same = all(torch.allclose(made[k].cpu(), v.to("cpu", made[k].dtype), 1e-3, 1e-4) for k, v in state.items())
+        for n, p in held.items() if not same else ():
+            p.copy_(before[n])
+        return same
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from .checkpointed import Survivor
 from .encoders import NO_WEIGHT, Encoders
 from .fitting import fit, word_embeddings
 from .joined import Chosen, active, of_samples
+from .resuming import PREFIX, noted_in
 from .straight import straight
 
 SHOWN = frozenset({"get_prompt", "get_prompt_embedding_to_save", "prompt_tokens", "word_embeddings"})
@@ -208,8 +210,11 @@ class Prompts(Switching):
             return state, None
         encoder: Any = self.encoders[name]
         mine = encoder.check(state, name)
+        numbers = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
 
         def write() -> None:
+            if encoder.resume(mine, numbers):
+                return
             if not encoder.flat:
                 text = f"Adapter {name!r} holds the loaded prompt itself now; the network that made it is left behind."
                 report(PeftWarning, text, strict=False, stacklevel=5)
@@ -218,7 +223,14 @@ class Prompts(Switching):
             for p in encoder.trained():
                 p.requires_grad_(trained)
 
-        return {k: v for k, v in state.items() if k not in mine}, write
+        return {k: v for k, v in state.items() if k not in mine and not k.startswith(PREFIX)}, write
+
+    def noted(self, name: str, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+        """What training of an adapter has left in a folder beside its file, if the adapter has a place for it."""
+        encoder: Any = self.encoders._modules.get(name)
+        if encoder is None or not encoder.beside_file():
+            return {}
+        return noted_in(folder) or noted_in(os.path.dirname(os.path.abspath(folder)))  # beside folders of adapters
 
 
 def _check_task(config: Any) -> None:
