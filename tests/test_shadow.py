@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoraConfig, PeftModel, ShadowConfig, get_peft_model
+from peft import LoraConfig, PeftModel, ShadowConfig, get_peft_model, get_peft_model_state_dict
 
 transformers = pytest.importorskip("transformers")
 
@@ -228,5 +228,17 @@ def test_blocks_can_be_chosen_and_mistakes_are_told():
     assert model.targeted_module_names == ["model.layers.1"]
     with pytest.raises(ValueError, match="has its own sizes"):
         ShadowConfig(shadow_model="some/model", shadow_hidden_size=8)
+    with pytest.raises(ValueError, match=r"3 cannot share the 2 key heads.*multiple of 2"):
+        get_peft_model(base(num_key_value_heads=2), ShadowConfig(shadow_num_attention_heads=3))
     with pytest.raises(ValueError, match="no configuration that says"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), ShadowConfig(target_modules=["0"]))
+
+
+def test_the_shadow_of_a_model_that_is_a_decoder_within_is_that_decoder():
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48}
+    opt = transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, word_embed_proj_dim=16, **SPECIAL))
+    model = get_peft_model(opt, ShadowConfig(task_type="CAUSAL_LM"))
+    assert type(model.base_model.shadow_backbone["default"]).__name__ == "OPTDecoder"
+    keys = get_peft_model_state_dict(model)
+    assert "base_model.shadow_backbone.default.embed_positions.weight" in keys  # as files of the other library have it
+    assert model(input_ids=X, labels=X).shadow_loss > 0

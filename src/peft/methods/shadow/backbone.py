@@ -58,9 +58,11 @@ class Beside(SharedTensors):
 
 
 def body(model: Any) -> Any:
-    """The model below its head."""
+    """The model below its head; the decoder, where that is a part of it."""
     found = getattr(model, "base_model", model)
-    return found if isinstance(found, nn.Module) else model
+    found = found if isinstance(found, nn.Module) else model
+    inner = getattr(found, "decoder", None)
+    return inner if isinstance(inner, nn.Module) and hasattr(inner, "set_input_embeddings") else found
 
 
 def made(model: Any, config: Any) -> nn.Module:
@@ -76,6 +78,12 @@ def made(model: Any, config: Any) -> nn.Module:
     for field, name in SIZES.items():
         if getattr(config, field) is not None:
             setattr(own, name, getattr(config, field))
+    heads, shared = (getattr(own, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if config.shadow_num_attention_heads and shared and heads % shared:
+        raise ValueError(
+            f"shadow_num_attention_heads={heads} cannot share the {shared} key heads of this model. Use a multiple of "
+            f"{shared}."
+        )
     if isinstance(getattr(own, "layer_types", None), list):
         own.layer_types = own.layer_types[: own.num_hidden_layers]
     mirror: nn.Module = type(body(model))(own)
