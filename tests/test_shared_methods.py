@@ -233,6 +233,21 @@ def test_a_tied_delta_is_one_parameter_also_after_training(tied):
     torch.testing.assert_close(model(IDS), changed(model, tied))
 
 
+@pytest.mark.parametrize("targets", [["head"], "head"])
+def test_a_tied_layer_that_is_chosen_without_the_embedding_has_rows_of_its_own(targets, tmp_path):
+    model = tokens(True, target_modules=targets)
+    assert list(peft.get_peft_model_state_dict(model)) == ["base_model.model.head.trainable_tokens_delta"]
+    plain = Language(True)
+    with torch.no_grad():
+        weight = plain.head.weight.clone()
+        weight[[4, 1]] = model.base_model.model.head.trainable_tokens_delta["default"]
+        wanted = nn.functional.linear(torch.tanh(plain.embed_tokens(IDS)), weight, plain.head.bias)
+        torch.testing.assert_close(model(IDS), wanted)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(PeftModel.from_pretrained(Language(True), tmp_path)(IDS), model(IDS))
+        torch.testing.assert_close(model.merge_and_unload()(IDS), wanted)
+
+
 def test_two_adapters_may_be_active_if_their_tokens_differ():
     model = tokens(True)
     model.add_adapter("same", TrainableTokensConfig(token_indices=[1, 2]))

@@ -114,7 +114,8 @@ def _tie(plan: Plan, model: nn.Module, modules: list[tuple[str, nn.Module]]) -> 
     if not plan.tied or not getattr(plan.config, "ensure_weight_tying", False):
         return
     group = {plan.embedding, *plan.tied}
-    if any(t.path in group for t in plan.targets if t.parameter is None):
+    leads = {plan.embedding} if getattr(plan.config, "embedding_leads", False) else group
+    if any(t.path in leads for t in plan.targets if t.parameter is None):
         _tie_targets(plan, embedding, modules)
     saved = plan.modules_to_save or []
     if any(path.endswith(entry) for entry in saved for path in group if entry):

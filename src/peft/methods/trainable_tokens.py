@@ -33,6 +33,7 @@ class TrainableTokensConfig(TargetConfig):
     added = frozenset({"layers_to_transform", "layers_pattern", "bias", "exclude_modules", "modules_to_save"})
     ranks = ()
     ensure_weight_tying: ClassVar[bool] = True
+    embedding_leads: ClassVar[bool] = True  # what is tied to it and chosen without it has rows of its own, as in files
     token_indices: list[int] = field(default_factory=list, metadata=describe("The tokens to train."))
     init_weights: bool = field(default=True, metadata=describe("Start at the base model; else random."))
 
