@@ -143,6 +143,18 @@ def test_keys_have_the_heads_and_layers_of_the_decoder(method, family, width, he
         assert torch.equal(again(**given).loss, model.eval()(**given).loss)
 
 
+@pytest.mark.parametrize("submodules", [1, 2])
+@pytest.mark.parametrize("method", AS_CACHE)
+def test_the_keys_of_a_layer_are_those_that_files_have_for_so_many_stacks(method, submodules, tmp_path):
+    model = get_peft_model(base("long_decoder"), config(method, "SEQ_2_SEQ_LM", num_transformer_submodules=submodules))
+    model.save_pretrained(tmp_path)
+    entries = model.get_prompt_embedding_to_save("default").reshape(K, 6, 4, 4).permute(1, 2, 0, 3)
+    for found in (model, PeftModel.from_pretrained(base("long_decoder"), tmp_path)):
+        for i, layer in enumerate(found.get_prompt(1).self_attention_cache.layers):
+            assert torch.equal(layer.keys[0], entries[2 * submodules * i % 6])
+            assert torch.equal(layer.values[0], entries[(2 * submodules * i + 1) % 6])
+
+
 @pytest.mark.parametrize("method", AS_CACHE)
 def test_a_prefix_stands_in_the_layers_that_keep_keys(method):
     with pytest.warns(peft.errors.PeftWarning, match=r"every layer but \[0\]"):
@@ -193,6 +205,10 @@ def test_a_prefix_that_has_no_place_is_refused(method, family, more, words):
 def test_a_model_without_a_cache_is_refused_by_name():
     model = get_peft_model(base("no_cache"), config("prefix"))
     with pytest.raises(ValueError, match="takes no past_key_values"):
+        model(**texts())
+    answers = transformers.T5ForQuestionAnswering(transformers.T5Config(**MODELS["wide_keys"][1]))
+    model = get_peft_model(answers, config("prefix", "QUESTION_ANS"))
+    with pytest.raises(ValueError, match="T5ForQuestionAnswering takes no past_key_values"):
         model(**texts())
 
 

@@ -4,7 +4,7 @@
 
 With `prefix_projection` a small network makes P from (k, size): Linear, tanh, Linear. Files hold P. With an encoder and
 a decoder the prefix is the decoder's. Source: Li and Liang 2021, arXiv 2101.00190, section 4. The order of the entries
-in P, and which of them an encoder-decoder reads, are those of the peer's files.
+in P, and which of them a prefix for two stacks of layers reads, are those of the peer's files.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class KeyValueEncoder(BasePromptEncoder):
         super().__init__(config)
         self.rows = self.num_virtual_tokens
         self.layers, self.heads = int(config.num_layers), int(config.num_attention_heads)
+        self.stride = 2 * int(config.num_transformer_submodules or 1)
         self.width = 2 * self.layers * self.token_dim
         if self.token_dim % self.heads:
             raise ValueError(

@@ -35,7 +35,7 @@ def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int, empty:
             f"{type(model).__name__} takes no past_key_values, so there is no place for a prefix. Use prompt tuning."
         )
     config: Any = text_config(model)
-    pairs = layers_of(encoder, rows, model.dtype, bool(getattr(config, "is_encoder_decoder", False)))
+    pairs = layers_of(encoder, rows, model.dtype)
     sliding = getattr(config, "layer_types", None) is not None
     cache = empty or (DynamicCache(config=config) if sliding else DynamicCache())
     held = keys.shapes(config)
@@ -50,9 +50,13 @@ def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int, empty:
 
 
 def takes_cache(model: nn.Module) -> bool:
-    """Whether the model's forward takes a cache; one that hands on whatever it gets does if a module of it does."""
+    """Whether the model's forward takes a cache; one that hands on whatever it gets does if a module of it does.
+
+    An encoder-decoder hands that on to its encoder.
+    """
     own = "forward" in model.__dict__ or torch.compiler.is_compiling()  # its own may hold a model: it is not remembered
     named, anything = (_taken if own else _taken_by_class)(model.forward if own else type(model).forward)
+    anything = anything and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return named or (anything and any(_taken_by_class(type(m).forward)[0] for m in model.modules()))
 
 
@@ -114,18 +118,17 @@ def _take_out(given: dict[str, Any], default: Any) -> None:
             given[name] = None
 
 
-def layers_of(encoder: BasePromptEncoder, rows: int, dtype: Any, two: bool) -> list[tuple[Tensor, Tensor]]:
+def layers_of(encoder: BasePromptEncoder, rows: int, dtype: Any) -> list[tuple[Tensor, Tensor]]:
     """(keys, values) of each layer, each (rows, heads, k, size of a head).
 
     Arguments:
         encoder: its prompt is (rows, k, 2 layers x heads x size).
         rows: the batch.
         dtype: of the model.
-        two: for an encoder-decoder; files of the peer are read with its order of entries, 4 i and 4 i + 1 of layer i.
     """
     heads, layers = encoder.heads, encoder.layers
     made = encoder.prompt(rows).to(dtype)
     k = made.shape[1]
     entries = made.reshape(rows, k, 2 * layers, heads, -1).permute(2, 0, 3, 1, 4)
-    step = 4 if two else 2
-    return [(entries[step * i % (2 * layers)], entries[(step * i + 1) % (2 * layers)]) for i in range(layers)]
+    step, every = encoder.stride, 2 * layers  # with the peer's order of entries: of two stacks each second pair, twice
+    return [(entries[step * i % every], entries[(step * i + 1) % every]) for i in range(layers)]

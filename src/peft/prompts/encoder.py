@@ -35,6 +35,7 @@ class BasePromptEncoder(nn.Module):
 
     heads: int  # of keys and values
     layers: int
+    stride: int  # from the key of one layer to that of the next, in what it makes
     embedding: Any  # the table of virtual tokens
 
     def __init__(self, config: PromptLearningConfig) -> None:

@@ -41,11 +41,11 @@ class Encoders(nn.ModuleDict, AdapterHost):
     def check_active(self, names: Sequence[str]) -> None:
         """Raise ValueError if these prompts cannot be active together."""
         mine: dict[str, Any] = {n: self._modules[n] for n in names if n in self._modules}
-        cached = {n: (e.layers, e.heads, e.width) for n, e in mine.items() if e.caches}
+        cached = {n: (e.layers, e.heads, e.width, e.stride // 2) for n, e in mine.items() if e.caches}
         if len(set(cached.values())) > 1:
             raise ValueError(
-                "Keys and values that stand in one cache must agree in (layers, heads, features), but these are "
-                f"{cached}. Activate one of them."
+                "Keys and values that stand in one cache must agree in (layers, heads, features, submodules), but "
+                f"these are {cached}. Activate one of them."
             )
 
     def activate(self, names: tuple[str, ...], inference_mode: bool = False) -> None:

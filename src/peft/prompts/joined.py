@@ -62,7 +62,7 @@ class Joined:
         self.in_decoder = any(e.in_decoder for e in parts)
         self.num_virtual_tokens = sum(e.num_virtual_tokens for e in parts)
         if first.caches:
-            self.heads, self.layers = first.heads, first.layers
+            self.heads, self.layers, self.stride = first.heads, first.layers, first.stride
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Of all the encoders."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.call import BASE
 from .encoder import BasePromptEncoder
 
-ALIKE = ("caches", "in_decoder", "num_virtual_tokens", "rows", "heads", "layers")
+ALIKE = ("caches", "in_decoder", "num_virtual_tokens", "rows", "heads", "layers", "stride")
 NO_POSITIONS = frozenset({"t5", "mt5", "umt5", "longt5", "bloom"})  # they know distances, or read the mask
 
 
