@@ -364,6 +364,8 @@ def test_default_targets_have_the_known_values():
     assert defaults.targets_by_model_type("LORA")["gemma4"] == r".*language_model\..*\.(q_proj|v_proj)"
     assert defaults.targets_by_model_type("WAVEFT")["gpt2"] == ["mlp.c_proj"]
     assert "mixtral" not in defaults.targets_by_model_type("ADALORA")
+    assert defaults.targets_by_model_type("LNTUNING")["gemma3_text"][-1] == "norm"  # at the end of a longer line
+    assert "norm" not in defaults.targets_by_model_type("LNTUNING")
 
 
 VALUES = [

@@ -235,10 +235,36 @@ def test_blocks_can_be_chosen_and_mistakes_are_told():
 
 
 def test_the_shadow_of_a_model_that_is_a_decoder_within_is_that_decoder():
-    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48}
-    opt = transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, word_embed_proj_dim=16, **SPECIAL))
+    opt = transformers.OPTForCausalLM(transformers.OPTConfig(**OPT, word_embed_proj_dim=16, **SPECIAL))
     model = get_peft_model(opt, ShadowConfig(task_type="CAUSAL_LM"))
     assert type(model.base_model.shadow_backbone["default"]).__name__ == "OPTDecoder"
     keys = get_peft_model_state_dict(model)
     assert "base_model.shadow_backbone.default.embed_positions.weight" in keys  # as files of the other library have it
     assert model(input_ids=X, labels=X).shadow_loss > 0
+
+
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 48}
+OPT = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48}
+
+
+@pytest.mark.parametrize(
+    "kind, sizes, name",
+    [
+        ("GPT2", GPT2, "h.0.mlp.c_fc.weight"),
+        ("OPT", {**OPT, "word_embed_proj_dim": 16}, "layers.0.fc1.weight"),
+        ("Falcon", {**SIZES, "vocab_size": 48}, "h.0.mlp.dense_h_to_4h.weight"),
+    ],
+)
+def test_sizes_reach_the_shadow_whatever_the_model_calls_them(kind, sizes, name):
+    sizes = {key: value for key, value in sizes.items() if kind != "Falcon" or key != "intermediate_size"}
+    plain = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**sizes, **SPECIAL))
+    config = ShadowConfig(task_type="CAUSAL_LM", shadow_hidden_size=8, shadow_intermediate_size=10)
+    model = get_peft_model(plain, config)
+    assert sorted(model.base_model.shadow_backbone["default"].get_parameter(name).shape) == [8, 10]
+    assert model(input_ids=X, labels=X).shadow_loss > 0
+
+
+def test_a_size_that_the_model_has_not_is_told():
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=48))
+    with pytest.raises(ValueError, match="shadow_intermediate_size=10, but a BloomConfig has none of"):
+        get_peft_model(bloom, ShadowConfig(task_type="CAUSAL_LM", shadow_intermediate_size=10))

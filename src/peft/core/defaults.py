@@ -173,7 +173,7 @@ def targets_by_model_type(method: str) -> dict[str, list[str] | str]:
 def _parse(table: str) -> dict[str, list[str] | str]:
     """Read a table; a model type that is left out has no targets."""
     targets: dict[str, list[str] | str] = {}
-    for line in table.strip().splitlines():
+    for line in table.strip().replace("\n    ", " ").splitlines():  # a line that is set in goes on with the one before
         if line.startswith("- "):
             targets.update((name, []) for name in line[2:].split())
             continue

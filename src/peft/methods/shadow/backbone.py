@@ -75,9 +75,11 @@ def made(model: Any, config: Any) -> nn.Module:
         return trained
     own = copy.deepcopy(model.config)
     own.num_hidden_layers = config.shadow_num_hidden_layers or 1
-    for field, name in SIZES.items():
+    for field, names in SIZES.items():
         if getattr(config, field) is not None:
-            setattr(own, name, getattr(config, field))
+            _set(own, names, field, getattr(config, field))
+    if config.shadow_hidden_size and hasattr(own, "word_embed_proj_dim"):
+        own.word_embed_proj_dim = own.hidden_size  # the states are taken as wide as that, not as words of the base
     heads, shared = (getattr(own, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if config.shadow_num_attention_heads and shared and heads % shared:
         raise ValueError(
@@ -90,6 +92,16 @@ def made(model: Any, config: Any) -> nn.Module:
     if shares(model, config):
         mirror.set_input_embeddings(None)  # type: ignore[operator]
     return mirror
+
+
+def _set(config: Any, names: tuple[str, ...], field: str, value: int) -> None:
+    """Set a size of a model's configuration by the first of these names that it has."""
+    known = [name for name in names if hasattr(config, name)]
+    if not known:
+        raise ValueError(
+            f"{field}={value}, but a {type(config).__name__} has none of {', '.join(names)}. Leave it out."
+        )
+    setattr(config, known[0], value)
 
 
 def shares(model: Any, config: Any) -> bool:

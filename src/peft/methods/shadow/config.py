@@ -8,10 +8,10 @@ from ...config import describe
 from ...target_config import TargetConfig, number, probability, rank
 
 SIZES = {
-    "shadow_num_hidden_layers": "num_hidden_layers",
-    "shadow_hidden_size": "hidden_size",
-    "shadow_num_attention_heads": "num_attention_heads",
-    "shadow_intermediate_size": "intermediate_size",
+    "shadow_num_hidden_layers": ("num_hidden_layers",),
+    "shadow_hidden_size": ("hidden_size",),
+    "shadow_num_attention_heads": ("num_attention_heads",),
+    "shadow_intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
 }
 
 
