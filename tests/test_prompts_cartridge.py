@@ -75,6 +75,18 @@ def test_a_prompt_made_of_a_text_is_that_text(make, tokenizer):
     torch.testing.assert_close(shorter, made)
 
 
+@torch.no_grad()
+def test_a_text_longer_than_the_window_of_attention_gives_its_first_tokens():
+    config = transformers.MistralConfig(**{**base().config.to_dict(), "model_type": "mistral", "sliding_window": K + 1})
+    torch.manual_seed(0)
+    plain = transformers.MistralForCausalLM(config).eval()
+    model = get_peft_model(plain, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=K)).eval()
+    made = peft.initialize_kv_prefix_from_text(model, Letters(), text="abcdefghijkl")
+    with model.disable_adapter():
+        cache = model(input_ids=Letters()("abcd", "pt")["input_ids"], use_cache=True).past_key_values
+    assert torch.equal(made, peft.prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=K))
+
+
 def test_a_template_that_refuses_says_so_and_the_text_is_taken_as_it_is():
     model = cartridge()
     with pytest.warns(peft.PeftWarning, match="no system messages"):

@@ -19,6 +19,9 @@ class Encoders(nn.ModuleDict, AdapterHost):
     merged: ClassVar[bool] = False
     merged_adapters: ClassVar[tuple[str, ...]] = ()
 
+    def _get_name(self) -> str:
+        return nn.ModuleDict.__name__  # as models with prompts are printed
+
     def _get_available_adapters(self) -> set[str]:
         return set(self._modules)
 

@@ -17,6 +17,7 @@ from ...core.checkpoint import load_peft_weights
 from ...core.files import staged, write_weights
 from ...core.seen import evaluating
 from ...errors import PeftWarning, check_adapters, report
+from ...prompts.fitting import text_config
 from ...types import PeftType
 
 SAME = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
@@ -137,9 +138,12 @@ def initialize_kv_prefix_from_text(
 
     Raises ValueError as `initialize_kv_prefix_from_past_key_values` does.
     """
-    _key_value_adapter(model, adapter_name)
+    _, config = _key_value_adapter(model, adapter_name)
     ids = _ids(tokenizer, text, use_chat_template)[:, :max_length]
     base = model.get_base_model()
+    own = text_config(base)
+    if any(getattr(own, name, None) is not None for name in ("sliding_window", "attention_chunk_size")):
+        ids = ids[:, : num_virtual_tokens or config.num_virtual_tokens]  # which see none of the later ones, or drop out
     ids = ids.to(base.get_input_embeddings().weight.device)
     with torch.no_grad(), model.disable_adapter(), evaluating(base):
         cache = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
