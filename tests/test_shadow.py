@@ -264,6 +264,14 @@ def test_sizes_reach_the_shadow_whatever_the_model_calls_them(kind, sizes, name)
     assert model(input_ids=X, labels=X).shadow_loss > 0
 
 
+def test_a_shadow_may_have_more_layers_than_the_model():
+    sizes = {**SIZES, "num_key_value_heads": 1, "vocab_size": 48, "num_hidden_layers": 1, **SPECIAL}
+    plain = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
+    model = get_peft_model(plain, ShadowConfig(task_type="CAUSAL_LM", shadow_num_hidden_layers=2))
+    assert len(model.base_model.shadow_backbone["default"].layers) == 2
+    assert model(input_ids=X, labels=X).shadow_loss > 0
+
+
 def test_a_size_that_the_model_has_not_is_told():
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=48))
     with pytest.raises(ValueError, match="shadow_intermediate_size=10, but a BloomConfig has none of"):

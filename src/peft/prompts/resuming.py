@@ -31,7 +31,7 @@ def noted_in(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         return {}
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         notes = [state[NOTE] for state in saved["state"].values() if NOTE in state]
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError):
         return {}  # it is no optimiser's, or damaged: who resumes from it will be told when it is read as one

@@ -87,7 +87,7 @@ def made(model: Any, config: Any) -> nn.Module:
             f"{shared}."
         )
     if isinstance(getattr(own, "layer_types", None), list):
-        own.layer_types = own.layer_types[: own.num_hidden_layers]
+        own.layer_types = [own.layer_types[i % len(own.layer_types)] for i in range(own.num_hidden_layers)]
     mirror: nn.Module = type(body(model))(own)
     if shares(model, config):
         mirror.set_input_embeddings(None)  # type: ignore[operator]
