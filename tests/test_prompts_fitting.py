@@ -243,3 +243,47 @@ def test_layers_with_more_heads_than_the_prefix_are_left_out():
         model = get_peft_model(model, config("prefix"))
     assert model.get_prompt(2).layers[1].keys.shape == (2, 1, K, 8)
     model(**texts(labels=texts()["input_ids"])).loss.backward()
+
+
+def nano():
+    kind = getattr(transformers, "Gemma3nTextConfig", None)
+    if kind is None:
+        pytest.skip("this transformers has no Gemma 3n")
+    made = kind(
+        **{**LLAMA, "intermediate_size": [24, 24]}, num_key_value_heads=2, head_dim=4, hidden_size_per_layer_input=4,
+        vocab_size_per_layer_input=WORDS, layer_types=["sliding_attention", "full_attention"], sliding_window=8,
+        num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0], laurel_rank=2, altup_num_inputs=2,
+        altup_active_idx=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(made).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.fill_(1.0) if "correct_output_scale" in name else None  # at zero these embeddings have no effect
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [gemma, nano])
+def test_layers_read_the_words_of_a_context_as_words(make):
+    plain = make()
+    context = torch.tensor([[5, 6, 7]]).expand(2, -1)
+    wanted = plain(input_ids=torch.cat([context, texts()["input_ids"]], 1)).logits
+    assert torch.equal(get_peft_model(plain, config("cpt")).eval()(**texts()).logits, wanted)
+
+
+@pytest.mark.parametrize("make", [gemma, nano])
+@torch.no_grad()
+def test_layers_that_read_the_ids_themselves_read_padding_for_virtual_tokens(make):
+    plain = make()
+    padding = torch.zeros(2, K, dtype=torch.long)
+    wanted = plain(input_ids=torch.cat([padding, texts()["input_ids"]], 1)).logits
+    model = get_peft_model(plain, config("prompt_tuning")).eval()
+    model.prompt_encoder["default"].embedding.weight.copy_(plain.get_input_embeddings()(padding[0]))
+    assert torch.equal(model(**texts()).logits, wanted)
+    model.prompt_encoder["default"].embedding.weight.normal_()
+    written = model.generate(**texts(max_new_tokens=3, min_new_tokens=3, do_sample=False, eos_token_id=None))
+    for n in (5, 6, 7):
+        whole = model(input_ids=written[:, :n], attention_mask=torch.ones_like(written[:, :n])).logits
+        assert torch.equal(whole[:, -1].argmax(-1), written[:, n])
+    assert len(model.generate(**texts(max_new_tokens=2, num_beams=2))) == 2

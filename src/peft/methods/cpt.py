@@ -78,7 +78,7 @@ class CPTEmbedding(BasePromptEncoder):
 
     def __init__(self, config: Any, word_embeddings: Any) -> None:
         super().__init__(config)
-        self.config = config
+        self.config, self.words = config, config.cpt_token_ids
         ids = torch.tensor(config.cpt_token_ids, device=word_embeddings.weight.device)
         with torch.no_grad():
             self.embedding = embedding(self.rows, self.token_dim, word_embeddings(ids))

@@ -33,6 +33,7 @@ class BasePromptEncoder(nn.Module):
     network: tuple[str, ...] = ()  # children that are needed for training only: files hold what they make
     led: tuple[str, ...] = ()  # parameters of which files hold where they lead
 
+    words: list[Any] | None = None  # the ids of virtual tokens that are words, or nearly
     heads: int  # of keys and values
     layers: int
     stride: int  # from the key of one layer to that of the next, in what it makes

@@ -115,3 +115,10 @@ def word_embeddings(model: nn.Module) -> nn.Module:
         f"{type(model).__name__} has no embedding of words that prompts could stand beside: it has no "
         "get_input_embeddings(), and no weight with a row for each word of its configuration's vocab_size."
     )
+
+
+def further_words(model: nn.Module) -> Any:
+    """The module with further embeddings of the ids, one for each layer; None where there are none."""
+    if not getattr(text_config(model), "hidden_size_per_layer_input", None):
+        return None
+    return next((m for m in model.modules() if hasattr(m, "get_per_layer_inputs")), None)

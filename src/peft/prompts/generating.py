@@ -51,11 +51,11 @@ def generate(prompts: Prompts, run: Callable[..., Any], args: tuple[Any, ...], g
     ids, prompts.call.virtual = given.get("input_ids"), chosen.tokens
     if (front is not None or two) and setting(given, settings, "prefill_chunk_size"):
         given["prefill_chunk_size"] = None  # transformers cuts ids into chunks, and these are embeddings
-    if not two and ids is not None and by_ids(prompts.model, front, given, settings):
+    if not two and ids is not None and by_ids(prompts, front, given, settings):
         front, cached = None, Settled(prompts, chosen, ids, task_ids)
     if front is not None:
         made = front.prompt(batch, checked_tasks(front, task_ids, batch))[:, : front.num_virtual_tokens]
-        given = hide(prompts.model, front, in_front(prompts, given, made), "attention_mask", True)
+        given = hide(prompts.model, front, in_front(prompts, given, made, front), "attention_mask", True)
     if cached is not None:
         mask = "decoder_attention_mask" if two else "attention_mask"
         given = hide(prompts.model, cached, _cached(prompts, cached, given, batch, two), mask, True)

@@ -22,7 +22,7 @@ from ..registry import tuner_class
 from ..types import TaskType
 from .checkpointed import Survivor
 from .encoders import NO_WEIGHT, Encoders
-from .fitting import fit, word_embeddings
+from .fitting import fit, further_words, word_embeddings
 from .joined import Chosen, active, of_samples
 from .resuming import PREFIX, noted_in
 from .straight import straight
@@ -80,6 +80,7 @@ class Prompts(Switching):
         self.call = Call()
         self.alone = True  # without a tuner
         self.survivor: Survivor | None = None
+        self.further = further_words(model)  # of which each layer reads one, beside the words
         self.way: tuple[type | None, tuple[str, ...]] = (None, ())  # down to the words, where it is known to stay
 
     # What there is ----------------------------------------------------------------------------------------

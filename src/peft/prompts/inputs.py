@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..core.call import BASE
 from .cache import prefix_cache
+from .fitting import text_config
 from .mixed import Mixed, hide
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _in_front_of_all(prompts: Prompts, encoder: Any, given: dict[str, Any], task
     batch = batch_of(given)
     made = encoder.prompt(batch, checked_tasks(encoder, task_ids, batch))
     k = encoder.num_virtual_tokens
-    out = hide(prompts.model, encoder, in_front(prompts, given, made[:, :k]), "attention_mask")
+    out = hide(prompts.model, encoder, in_front(prompts, given, made[:, :k], encoder), "attention_mask")
     if labels == "tokens" and out.get("labels") is not None:
         out["labels"] = padded(out["labels"], k, IGNORED)
     if labels == "decoder" and encoder.in_decoder and made.shape[1] > k:
@@ -93,8 +94,15 @@ def checked_tasks(encoder: Any, task_ids: Any, batch: int) -> Tensor | None:
     return task_ids
 
 
-def in_front(prompts: Prompts, given: dict[str, Any], made: Tensor) -> dict[str, Any]:
-    """The arguments with virtual tokens in front of the text; `made` is (batch, k, size)."""
+def in_front(prompts: Prompts, given: dict[str, Any], made: Tensor, encoder: Any) -> dict[str, Any]:
+    """The arguments with virtual tokens in front of the text.
+
+    Arguments:
+        prompts: of the model.
+        given: the arguments by name.
+        made: (batch, k, size), what the encoder has made.
+        encoder: of the prompt.
+    """
     out, k = dict(given), made.shape[1]
     ids = out.pop("input_ids", None)
     text = out["inputs_embeds"] if ids is None else prompts.words(ids)
@@ -105,7 +113,32 @@ def in_front(prompts: Prompts, given: dict[str, Any], made: Tensor) -> dict[str,
         out["position_ids"] = moved(out["position_ids"], k)
     if out.get("token_type_ids") is not None:
         out["token_type_ids"] = padded(out["token_type_ids"], k, 0)
+    if prompts.further is not None:
+        _further(prompts, out, ids, getattr(encoder, "words", None) or [None] * k)
     return out
+
+
+def _further(prompts: Prompts, out: dict[str, Any], ids: Tensor | None, words: list[int | None]) -> None:
+    """Put what each layer reads of the ids among the arguments.
+
+    Arguments:
+        prompts: of the model.
+        out: the arguments, in which the text may have its own already.
+        ids: of the text.
+        words: the id of each virtual token; None for those that are no words, which are padding to layers, as images.
+    """
+    own = out.get("per_layer_inputs")
+    if own is None and ids is None:
+        return  # the model sees to embeddings without ids
+    padding = getattr(text_config(prompts.model), "pad_token_id", None) or 0
+    if own is None:
+        for kind in ("image", "video", "audio"):
+            number = getattr(prompts.model.config, f"{kind}_token_id", None)
+            ids = ids if number is None else ids.masked_fill(ids == number, padding)  # type: ignore[union-attr]
+        own = prompts.further.get_per_layer_inputs(ids)
+    front = torch.tensor([padding if word is None else word for word in words], device=own.device)
+    front = prompts.further.get_per_layer_inputs(front.expand(own.shape[0], -1))
+    out["per_layer_inputs"] = torch.cat([front.to(own.dtype), own], dim=1)
 
 
 def padded(values: Tensor, k: int, value: int) -> Tensor:

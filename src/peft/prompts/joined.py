@@ -61,6 +61,7 @@ class Joined:
         self.caches, self.by_task = first.caches, any(e.by_task for e in parts)
         self.in_decoder = any(e.in_decoder for e in parts)
         self.num_virtual_tokens = sum(e.num_virtual_tokens for e in parts)
+        self.words = [w for e in parts for w in e.words or [None] * e.num_virtual_tokens]
         if first.caches:
             self.heads, self.layers, self.stride = first.heads, first.layers, first.stride
 

@@ -44,13 +44,14 @@ def proposed(given: dict[str, Any], settings: Any) -> bool:
     return True
 
 
-def by_ids(model: nn.Module, front: Any, given: dict[str, Any], settings: Any) -> bool:
+def by_ids(prompts: Prompts, front: Any, given: dict[str, Any], settings: Any) -> bool:
     """Whether the model, or the way to decode, needs the text behind the prompt `front` as ids; the rest as for
     `proposed`.
     """
     if proposed(given, settings):
         return front is not None
-    if front is not None and not isinstance(front, Mixed) and not _starts_from_embeddings(model):
+    model, alone = prompts.model, front is not None and not isinstance(front, Mixed)
+    if alone and (prompts.further is not None or not _starts_from_embeddings(model)):
         return takes_cache(model)
     penalised = any(setting(given, settings, n) not in (None, none) for n, none in PENALTIES.items())
     return penalised and front is not None and not isinstance(front, Mixed)
@@ -81,7 +82,7 @@ class Settled:
         (front, cached), none = self.chosen, self.ids[:, :0]
         batch = len(none)
         made = front.prompt(batch, checked_tasks(front, self.task_ids, batch))[:, : front.num_virtual_tokens]
-        given = in_front(self.prompts, {"input_ids": none}, made)
+        given = in_front(self.prompts, {"input_ids": none}, made, front)
         given = {n: v.repeat_interleave(rows // batch, 0) for n, v in given.items()}
         if cached is not None:
             empty = prefix_cache(model, cached, rows, empty)

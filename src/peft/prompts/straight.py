@@ -67,6 +67,8 @@ def straight(prompts: Prompts, given: dict[str, Any]) -> dict[str, Any] | None:
     k = encoder.num_virtual_tokens
     if encoder.caches or encoder.rows != k or prompts.survivor is not None or not OTHERS.isdisjoint(given):
         return None
+    if prompts.further is not None:
+        return None
     if not (mask is None or (type(mask) is Tensor and mask.dim() == 2)) or not _evaluates():
         return None
     made = _prompt(encoder, ids.shape[0], given.get("task_ids")) if ids.shape[0] else None
