@@ -261,8 +261,18 @@ def test_checkpointed_attention_runs_again_with_the_tasks_of_its_own_call(reentr
 def test_a_wrong_type_and_splits_that_do_not_divide_are_told():
     with pytest.raises(ValueError, match="poly_type='mhr'"):
         PolyConfig(poly_type="mhr")
-    with pytest.raises(ValueError, match="n_splits=4 must divide"):
+    with pytest.raises(ValueError, match=r"n_splits=4 must divide.*\[1, 2, 3, 6\]"):
         get_peft_model(Blocks(), PolyConfig(n_splits=4, target_modules=["a"]))
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([], dtype=torch.long), []], ids=["tensor", "list"])
+@pytest.mark.parametrize(
+    "targets", [{}, {"target_modules": [], "target_parameters": ["a.weight"]}], ids=["call", "read"]
+)
+def test_an_empty_batch_gives_an_empty_answer(ids, targets):
+    y = blocks(**targets)(torch.randn(0, 6), task_ids=ids)
+    assert y.shape == (0, 6)
+    y.sum().backward()
 
 
 def test_nothing_is_merged():

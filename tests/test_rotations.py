@@ -131,6 +131,10 @@ def test_mirrors_that_do_not_start_at_the_base_model_are_told(fields):
         (lambda: RoadConfig(variant="road_3"), "variant='road_3'"),
         (lambda: RoadConfig(group_size=7), "group_size"),
         (lambda: wrapped(RoadConfig(target_modules=["fc"])), "group_size=64"),
+        (
+            lambda: get_peft_model(nn.Sequential(nn.Linear(4, 3)), RoadConfig(target_modules=["0"])),
+            "size. Exclude the layer",
+        ),
         (lambda: DeloraConfig(r=0), "`r`"),
         (lambda: DeloraConfig(rank_pattern={"fc": 0}), "rank_pattern"),
     ],

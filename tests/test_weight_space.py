@@ -288,12 +288,14 @@ def test_a_family_without_a_filter_is_refused_at_once():
     ("config", "words"),
     [
         (C3AConfig(block_size=5), r"block_size=5.*\[1, 2, 4, 8\]"),
-        (GraloraConfig(r=3, gralora_k=3), "gralora_k=3 must divide"),
+        (GraloraConfig(r=3, gralora_k=3), r"gralora_k=3 must divide.*\[1, 2, 4, 8\].*module_config"),
+        (FourierFTConfig(n_frequency=385), "Use at most 384.*n_frequency_pattern"),
+        (ShiraConfig(r=10), "Use r=9 at most"),
         (MissConfig(r=17), "r=17 is larger than the 16 in-features"),
         (MissConfig(r=4, mini_r=5, init_weights="mini"), "mini_r=5 must divide the out-features"),
         (MissConfig(r=3, init_weights="bat"), "r=3 must divide the in-features"),
     ],
-    ids=["c3a", "gralora", "miss", "mini", "bat"],
+    ids=["c3a", "gralora", "fourierft", "shira", "miss", "mini", "bat"],
 )
 def test_a_size_that_does_not_fit_names_one_that_does_and_changes_nothing(config, words):
     config.target_modules = {"0"}

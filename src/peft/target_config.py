@@ -116,6 +116,17 @@ def probability(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be in [0, 1); got {value}.")
 
 
+def divisor(name: str, value: int, features: tuple[int, int], path: str, way: str = "") -> None:
+    """Raise ValueError if a number does not divide a layer's features, (in, out); `way` sets it for this one."""
+    common = math.gcd(*features)
+    if common % value:
+        fits = [d for d in range(1, common + 1) if common % d == 0]
+        raise ValueError(
+            f"{name}={value} must divide the in-features ({features[0]}) and out-features ({features[1]}) of {path!r}. "
+            f"Use one of {fits}{way}, or exclude the layer (`exclude_modules`)."
+        )
+
+
 def rank(name: str, value: Any) -> None:
     """Raise TypeError or ValueError if a field is no integer of at least 1."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):

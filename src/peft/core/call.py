@@ -220,6 +220,8 @@ class Call(Deferred):
 
     def _repeat(self, rows: int, samples: int) -> int:
         """How often each sample stands among the rows of a layer's input; 0 if that is not clear."""
+        if rows == samples == 0:
+            return 1
         allowed = (1, self.fact("beams"), self.fact("length"))  # sizes may be symbols, which no set holds
         return rows // samples if samples and rows % samples == 0 and rows // samples in allowed else 0
 
@@ -271,14 +273,14 @@ class Call(Deferred):
                 f"task_ids holds several tasks, but the module around {where!r} reads one weight for the whole batch. "
                 "Target the module itself, which then runs once for each task, or pass batches of one task."
             )
-        return tasks.ids[:1].to(device)
+        return tasks.first.to(device)
 
     def by_task(self, rows: int, device: torch.device, where: str) -> list[tuple[Tensor, Tensor]]:
         """(task, (1,); its rows) of each task of a layer's input; a compiled graph takes each row for itself."""
         tasks = self._tasks(where)
         compiling = torch.compiler.is_compiling()
         if tasks.ids.shape[0] == 1 or not (compiling or len(set(tasks.listed)) > 1):
-            return [(tasks.ids[:1], torch.arange(rows, device=device))]
+            return [(tasks.first, torch.arange(rows, device=device))]
         ids = self.task_of_row(rows, 2**31, device, where)
         found: dict[int, list[int]] = {}
         for row, task in enumerate(range(rows) if compiling else ids.tolist()):

@@ -32,12 +32,12 @@ def _places(count: int, n: int, seed: int | None) -> Tensor:
     return torch.randperm(count, generator=generator, device="cpu")[:n].clone()
 
 
-def check_count(name: str, n: int, most: int, path: str) -> None:
-    """Raise ValueError if a matrix has fewer than n elements."""
+def check_count(name: str, n: int, most: int, path: str, way: str) -> None:
+    """Raise ValueError if a matrix has fewer than n elements; `way` says what takes fewer, if anything does."""
     if n > most:
         raise ValueError(
-            f"{name}={n} is more than the {most} elements that the weight of {path!r} has. Use at most {most}, or give "
-            "this layer its own number."
+            f"{name}={n} is more than the {most} elements that the weight of {path!r} has. "
+            f"{f'{way}, or exclude' if way else 'Exclude'} the layer (`exclude_modules`)."
         )
 
 

@@ -19,6 +19,8 @@ class Tasks:
 
     def __init__(self, ids: Any):
         held = torch.as_tensor(ids)
+        if held.shape == (0,):
+            held = held.long()  # of an empty list torch makes floating-point numbers
         if held.dim() != 1 or held.is_floating_point() or held.dtype is torch.bool:
             raise ValueError(
                 f"task_ids must hold one integer per sample, (samples,), but is {tuple(held.shape)} of {held.dtype}. "
@@ -27,6 +29,11 @@ class Tasks:
         self.ids = held.long()
         self._range: tuple[int, int] | None = None
         self._listed: list[int] | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """The first sample's, (1,); a batch without samples has the first task of all, and no use for it."""
+        return self.ids[:1] if self.ids.shape[0] else self.ids.new_zeros(1)
 
     @property
     def listed(self) -> list[int]:

@@ -21,7 +21,7 @@ from ..config import describe
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
 from ..core.stack import Adapter, Stack
-from ..target_config import choice
+from ..target_config import choice, divisor
 from .additive import AdditiveConfig, AdditiveModel
 
 
@@ -55,13 +55,7 @@ class C3A(Delta):
     def build(self, site: Site) -> dict[str, Any]:
         b = site.settings.block_size
         *lead, out, inp = site.view.shape(site.module)
-        if out % b or inp % b:
-            common = math.gcd(out, inp)
-            sizes = [d for d in range(1, common + 1) if common % d == 0]
-            raise ValueError(
-                f"block_size={b} must divide the in-features ({inp}) and out-features ({out}) of {site.path!r}. Use "
-                f"one of {sizes}, for this layer alone with block_size_pattern."
-            )
+        divisor("block_size", b, (inp, out), site.path, ", for this layer alone with block_size_pattern")
         dtype = torch.promote_types(site.dtype, torch.float32)
         return {
             "c3a_kernel": nn.Parameter(torch.empty(*lead, out // b, inp // b, b, dtype=dtype, device=site.device)),

@@ -60,7 +60,8 @@ class FourierFT(Sparse):
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
         *lead, out, inp = site.view.shape(site.module)
-        draw.check_count("n_frequency", c.n_frequency, out * inp, site.path)
+        way = f"Use at most {out * inp}, for this layer alone with n_frequency_pattern"
+        draw.check_count("n_frequency", c.n_frequency, out * inp, site.path, way)
         return {
             "fourierft_spectrum": nn.Parameter(torch.empty(*lead, c.n_frequency, **site.kwargs)),
             "fourierft_n_frequency": c.n_frequency,

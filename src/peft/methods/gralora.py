@@ -23,7 +23,7 @@ from ..core.method import Delta, Site
 from ..core.scale import ScaledLayer
 from ..core.stack import Adapter, Stack
 from ..core.views import linear_module
-from ..target_config import number, probability
+from ..target_config import divisor, number, probability
 from .additive import AdditiveConfig, AdditiveModel
 
 
@@ -61,11 +61,7 @@ class GraLoRA(Delta):
     def build(self, site: Site) -> dict[str, Any]:
         c, k = site.settings, site.settings.gralora_k
         *lead, out, inp = site.view.shape(site.module)
-        if inp % k or out % k:
-            raise ValueError(
-                f"gralora_k={k} must divide the in-features ({inp}) and out-features ({out}) of {site.path!r}. Use "
-                "another one, for this layer alone with module_config, or exclude the layer (`exclude_modules`)."
-            )
+        divisor("gralora_k", k, (inp, out), site.path, ", for this layer alone with module_config")
         down, up = general(site, lead, out, inp) if c.hybrid_r else (nn.Identity(), nn.Identity())
         return {
             "gralora_dropout": site.dropout("gralora_dropout"),

@@ -29,7 +29,7 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
-from ..target_config import TargetConfig, choice
+from ..target_config import TargetConfig, choice, divisor
 
 
 @dataclass
@@ -69,11 +69,7 @@ class Poly(Delta):
     def build(self, site: Site) -> dict[str, Any]:
         c, q, view = site.settings, site.settings.n_splits, site.view
         *lead, out, inp = view.shape(site.module)
-        if out % q or inp % q:
-            raise ValueError(
-                f"n_splits={q} must divide the in-features ({inp}) and out-features ({out}) of {site.path!r}. Use "
-                "another one, for this layer alone with module_config, or exclude the layer (`exclude_modules`)."
-            )
+        divisor("n_splits", q, (inp, out), site.path, ", for this layer alone with module_config")
         return {
             "poly_router": PolyRouter(c.n_tasks, q * c.n_skills, **site.kwargs),
             "poly_lora_A": nn.Parameter(torch.empty(*lead, q, c.n_skills, inp // q, c.r, **site.kwargs)),

@@ -66,7 +66,8 @@ class RoAd(Method):
             fits = [d for d in range(2, out + 1, 2) if out % d == 0]
             raise ValueError(
                 f"group_size={c.group_size} does not divide the {out} outputs of {site.path!r}; they must be "
-                f"divisible by the group_size. Use one of {fits}, or exclude the layer (`exclude_modules`)."
+                f"divisible by the group_size. {f'Use one of {fits}, or exclude' if fits else 'Exclude'} the layer "
+                "(`exclude_modules`)."
             )
         n = out * 2 ** VARIANTS.index(c.variant) // 2
         return {

@@ -62,8 +62,9 @@ class SHiRA(Sparse):
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
         *lead, out, inp = site.view.shape(site.module)
-        n = c.r * (out + inp)
-        draw.check_count(f"r * (in + out) with r={c.r}, that is n", n, out * inp, site.path)
+        n, r = c.r * (out + inp), out * inp // (out + inp)
+        way = f"Use r={r} at most, for this layer alone with module_config" if r else ""
+        draw.check_count(f"r * (in + out) with r={c.r}, that is n", n, out * inp, site.path, way)
         return {
             "shira_indices": nn.Buffer(torch.zeros(2, n, dtype=torch.int32, device=site.device)),
             "shira_weight": nn.Parameter(torch.empty(*lead, n, **site.kwargs)),

@@ -24,7 +24,7 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
 from ..core.shared import Shared
 from ..core.stack import Adapter, Stack
-from ..target_config import number, probability
+from ..target_config import divisor, number, probability
 from .additive import AdditiveConfig, AdditiveModel
 
 KINDS = ((2**8, torch.uint8), (2**15, torch.int16), (2**31, torch.int32), (2**63, torch.int64))  # of places
@@ -69,11 +69,7 @@ class VBLoRA(LowRank):
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
         (*lead, out, inp), v, h = site.view.shape(site.module), c.vector_length, c.num_vectors
-        if out % v or inp % v:
-            raise ValueError(
-                f"vector_length={v} does not divide the in- and out-features of {site.path!r}, {inp} and {out}. "
-                "Use a divisor of both, or leave the layer out (`exclude_modules`)."
-            )
+        divisor("vector_length", v, (inp, out), site.path)
         return {
             "vblora_dropout": site.dropout("vblora_dropout"),
             "vblora_logits_A": nn.Parameter(torch.empty(*lead, c.r, inp // v, h, **site.kwargs)),

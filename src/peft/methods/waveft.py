@@ -78,7 +78,8 @@ class WaveFT(Sparse):
         *lead, out, inp = site.view.shape(site.module)
         share = c.__dict__.get("per_element")
         n = c.n_frequency if share is None else max(1, round(out * inp * share))
-        draw.check_count("n_frequency", n, out * inp, site.path)
+        way = f"Use at most {out * inp}, for this layer alone with n_frequency_pattern"
+        draw.check_count("n_frequency", n, out * inp, site.path, way)
         return {
             "waveft_spectrum": nn.Parameter(torch.empty(*lead, n, **site.kwargs)),
             "waveft_n_frequency": n,
