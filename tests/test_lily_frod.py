@@ -218,6 +218,12 @@ def test_equal_bases_of_files_are_kept_once(tmp_path):
     assert homes and all(home.tensor("default") is home.tensor("second") for home in homes)
 
 
+def test_a_share_that_chooses_no_place_trains_the_diagonal_and_is_saved(tmp_path):
+    model = get_peft_model(Net(), frod(sparse_rate=0))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(Net(), tmp_path)(X), model(X))
+
+
 def test_the_left_side_follows_the_basis_of_a_file(tmp_path):
     model = get_peft_model(Net(), frod())
     state = get_peft_model_state_dict(model)

@@ -185,6 +185,14 @@ def test_an_empty_batch_gives_an_empty_answer(changes):
     y.sum().backward()
 
 
+@pytest.mark.parametrize("kind", ["C3A", "FourierFT", "Hira"])
+def test_so_does_one_of_other_methods(kind):
+    fields = {"C3A": {"block_size": 2}, "FourierFT": {"n_frequency": 2}}.get(kind, {})
+    y = get_peft_model(base(), getattr(peft, f"{kind}Config")(target_modules=["0"], **fields))(X[:0])
+    assert y.shape == (0, 4)
+    y.sum().backward()
+
+
 def test_trained_tokens_of_a_half_precision_model_are_float32():
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)).bfloat16()
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [3, 5]}))

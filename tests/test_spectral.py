@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -124,6 +126,17 @@ def test_osf_reads_ranks_as_numbers_and_shares(rank, kept, tmp_path):
         load_file(tmp_path / "adapter_model.safetensors")["base_model.model.up.osf_svd_params.S_low"].numel()
         == 6 - kept
     )
+
+
+def test_osf_that_keeps_all_directions_is_the_base_on_every_path():
+    conv = nn.Sequential(nn.Conv1d(2, 3, 3, padding=1), nn.Linear(4, 2))
+    x = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(1))
+    with pytest.warns(PeftWarning, match="nothing is trained there"):
+        model = get_peft_model(copy.deepcopy(conv), OSFConfig(effective_rank=9, target_modules=["0", "1"])).eval()
+        model.add_adapter("other", OSFConfig(effective_rank=9, target_modules=["0", "1"]))
+    torch.testing.assert_close(model(x), conv(x))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, adapter_names=["default", "other"]), conv(x))
 
 
 class _quiet:

@@ -304,6 +304,10 @@ def _gathered(entries: list[Entry], state: Mapping[str, Tensor]) -> list[Tensor]
 
 
 def _no_rank(entry: Entry, tensor: Tensor) -> bool:
-    """Whether an empty tensor is what the adapter has: a matrix whose rank was cut to nothing."""
+    """Whether an empty tensor is what the adapter has: a matrix whose rank was cut to nothing; a buffer likewise."""
+    if entry.tensor.numel():
+        return False
     p = entry.adapter
-    return p is not None and not entry.tensor.numel() and (tensor.dim() > 1 or entry.part in p.method.may_be_empty)
+    if p is None:  # shared by layers; only parameters are spread
+        return entry.attr in entry.owner._buffers
+    return tensor.dim() > 1 or entry.part in p.method.may_be_empty

@@ -383,7 +383,8 @@ class LowRank(Delta):
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         scale, extra = self.scaling(p), self.up_bias(p)
-        if not self.whole and inner.view.groups(inner.base) != 1:
+        A, B = self.factors(p)
+        if not A.shape[-2] or (not self.whole and inner.view.groups(inner.base) != 1):  # no kernel has no channels
             y = super().onto(p, inner, y, x)
             return y if extra is None else (y + inner.spread(extra * scale)).to(y.dtype)
         rate = self.drop_rate(p)

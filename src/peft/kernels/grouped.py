@@ -132,7 +132,7 @@ def beside(y: Tensor, x: Tensor, A: Tensor, B: Tensor, mine: Tensor, own: bool =
     if lone:
         h.view(mine.dtype).bitwise_and_(mine)  # zeros, whatever was there
     else:
-        h.view(len(mine), -1, h.shape[1]).view(mine.dtype).bitwise_and_(mine[:, None])
+        h.view(len(mine), x.shape[1:-1].numel(), h.shape[1]).view(mine.dtype).bitwise_and_(mine[:, None])
     if flat.dtype is not B.dtype:
         u = torch.mm(h, B)
         out = flat.add_(u) if own else (flat + u).to(flat.dtype)

@@ -83,7 +83,7 @@ class C3A(Delta):
         return D[..., start - first * b : stop - first * b, :] / D.shape[-1]
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
-        if not inner.view.dense:
+        if not inner.view.dense or not x.numel():  # of nothing there is no transform
             return super().onto(p, inner, y, x)
         K, b = p.held("c3a_kernel"), p.block_size
         K = K.to(torch.promote_types(K.dtype, torch.float32))  # a model cast after all has kernels in half precision
