@@ -193,6 +193,13 @@ def test_so_does_one_of_other_methods(kind):
     y.sum().backward()
 
 
+def test_attention_without_biases_gets_them_in_its_own_precision():
+    layer = nn.MultiheadAttention(4, 2, bias=False, batch_first=True).bfloat16()
+    model = get_peft_model(nn.ModuleDict({"layer": layer}), LoraConfig(target_modules=["layer"], lora_bias=True))
+    x = torch.randn(2, 3, 4).bfloat16()
+    assert model.base_model.model["layer"](x, x, x)[0].dtype is torch.bfloat16
+
+
 def test_trained_tokens_of_a_half_precision_model_are_float32():
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)).bfloat16()
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [3, 5]}))

@@ -109,9 +109,9 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
         if self.parameter_name is not None:  # a matrix alone
             return self.get_base_layer().bias  # type: ignore[return-value]
         if self._read and (graph := self._read_in_graph()) is not None:
-            return graph.bias()
+            return graph.shown_bias()
         if self._read and not self._disabled and (self.planned() is not None or self.call.only is not None):
-            return self._shown().bias()
+            return self._shown().shown_bias()
         return self.get_base_layer().bias  # type: ignore[return-value]
 
     def _shown(self) -> Stack:

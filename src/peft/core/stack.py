@@ -214,6 +214,12 @@ class Stack:
             b = a.method.bias(a, b)
         return b
 
+    def shown_bias(self) -> Tensor | None:
+        """b' for a module that reads it: where it has none of its own, in the dtype of its weight."""
+        b = self.bias()
+        own = b is None or self.packed is not None or self.view.bias(self.base) is not None
+        return b if own else b.to(self.view.sample(self.base).dtype)  # type: ignore[union-attr]
+
     def stored(self, name: str, value: Tensor) -> Tensor:
         """A value as the module holds its tensor `name`."""
         return value
@@ -297,7 +303,7 @@ class InPlace:
         base = stack.base
         W = stack.chosen()
         values = {view.name: stack.stored(view.name, view.raw(base, stack.live_weight() if W is None else W))}
-        b = stack.bias()
+        b = stack.shown_bias()
         if b is not None and view.bias_name:
             values[view.bias_name] = stack.stored(view.bias_name, b)
         return view.run(base, values, stack.layer._modules["base_layer"], args, kwargs)
