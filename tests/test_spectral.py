@@ -137,6 +137,9 @@ def test_osf_that_keeps_all_directions_is_the_base_on_every_path():
     torch.testing.assert_close(model(x), conv(x))
     with torch.no_grad():
         torch.testing.assert_close(model(x, adapter_names=["default", "other"]), conv(x))
+        model.add_weighted_adapter(["default", "other"], [1.0, 0.5], "sum", combination_type="exact")
+        model.set_adapter("sum")
+        torch.testing.assert_close(model(x), conv(x))
 
 
 class _quiet:

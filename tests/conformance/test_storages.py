@@ -167,3 +167,17 @@ def test_mixed_batch(method, name):
                 model.set_adapter(one)
                 wanted = model(x[row], **given(method, row))
             close(mixed[row], wanted, max(1e-5, 2 * layout.error))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", STORAGES)
+def test_a_merged_layer_of_a_half_precision_model_runs(name, dtype):
+    layout = STORAGES[name]
+    model, x = adapted("lora", layout, dtype), layout.x(dtype)
+    for mode in MODES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LossyMergeWarning)
+            model.merge_adapter(quantized=mode)
+        with torch.no_grad():
+            assert model(x).isfinite().all()
+        model.unmerge_adapter()

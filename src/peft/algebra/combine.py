@@ -115,11 +115,13 @@ def combine(updates: list[Update], recipe: Recipe, dora: bool = False) -> Result
         whole = joined([f.scaled(u.weight * u.scale) for f, u in zip(found, updates, strict=True)])
         result = Result(whole) if kind in WHOLE else _decomposed(whole, updates, recipe)
     else:
-        tensors = [u.dense(dora).float() for u in updates]
+        dense = [u.dense(dora) for u in updates]
+        tensors = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in dense]
         D = recipe.function(tensors, _weights(updates, tensors[0]))
         result = _decomposed(D, updates, recipe)
     magnitude = _magnitude(updates) if dora else None
-    return result._replace(bias=_bias(updates), magnitude=magnitude)
+    pair = result.pair.padded(1)  # a layer at which nothing is learnt has no rank, which no LoRA has
+    return result._replace(pair=pair, bias=_bias(updates), magnitude=magnitude)
 
 
 def _weights(updates: list[Update], like: Tensor) -> Tensor:

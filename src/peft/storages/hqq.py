@@ -48,7 +48,8 @@ class HQQ(Packed):
             view_as_float=meta["view_as_float"],
             device=str(value.device),
         )
-        return {**payload, "data": made, "meta": {**meta, **new}}
+        new = {k: t.to(meta[k].dtype) if isinstance(meta.get(k), Tensor) else t for k, t in new.items()}
+        return {**payload, "data": made, "meta": {**meta, **new}}  # scales in the layer's dtype, as its forward needs
 
     def shape(self, module: nn.Module, name: str) -> tuple[int, ...]:
         held: Any = module
