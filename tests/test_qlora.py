@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from conformance.storages import STORAGES, payload
+from conformance.storages import STORAGES, numbers, payload
 from peft import (
     DeloraConfig,
     HiraConfig,
@@ -335,3 +335,13 @@ def test_evaluation_is_the_librarys_own_and_keeps_what_is_stored(kind):
     assert not plain.layer._forward_pre_hooks
     with torch.no_grad():
         assert torch.equal(plain(x), alone)
+
+
+@pytest.mark.parametrize("compress_statistics", [True, False])
+def test_a_weight_that_was_brought_into_the_order_of_a_cpu_is_read_as_it_was(compress_statistics):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    base = STORAGES["nf4"].store(nn.Linear(192, 32), compress_statistics=compress_statistics)
+    before = numbers(base)
+    held = base.weight
+    held.data, held.quant_state = functional._convert_weight_packed_for_cpu(held.data, held.quant_state)
+    assert (numbers(base) - before).norm() < 0.005 * before.norm()  # its scales are bfloat16

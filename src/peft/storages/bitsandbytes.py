@@ -179,6 +179,8 @@ def _plain(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     if not _is_reordered(state):
         return data, state
     plain, state = _functional("_convert_weight_packed_for_cpu_inverse")(data, copy.copy(state))
+    if state.absmax.dim() == 2:  # without double quantisation the library leaves the scales as they were
+        state.absmax = state.absmax.mT.flatten().float()
     return plain, state
 
 
