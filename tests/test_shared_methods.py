@@ -8,7 +8,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft
-from peft import PeftModel, RandLoraConfig, TrainableTokensConfig, VBLoRAConfig, get_peft_model
+from peft import (
+    PeftModel,
+    PveraConfig,
+    RandLoraConfig,
+    TrainableTokensConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.core.shared import shared_of
 
 
 class Two(nn.Module):
@@ -134,11 +143,21 @@ def test_matrices_left_out_of_a_file_are_drawn_again(tmp_path, kind):
     assert (kind != "dense") == bool((shared == 0).any())
 
 
-def test_a_second_adapter_that_needs_larger_matrices_is_refused():
-    model = get_peft_model(Two(), RandLoraConfig(target_modules=["down"], r=2))
-    with pytest.raises(ValueError, match=r"too small for this adapter, which needs \(2, 1, 6\)"):
-        model.add_adapter("second", RandLoraConfig(target_modules=["up"], r=2))
-    assert list(model.peft_config) == ["default"]
+@pytest.mark.filterwarnings("ignore:save_projection=False")
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("other", [{"r": 2}, {"r": 5}, {"projection_prng_key": 1}, {"target_modules": ["up"]}], ids=str)
+@pytest.mark.parametrize("kind", [VeraConfig, PveraConfig, RandLoraConfig])
+def test_a_second_adapter_of_other_matrices_is_what_its_file_gives(kind, other, saved, tmp_path):
+    fields = {"r": 3, "init_weights": False, "save_projection": saved, "target_modules": ["down"]}
+    model = get_peft_model(Two(), kind(**fields))
+    model.add_adapter("second", kind(**{**fields, **other}))
+    model.add_adapter("alike", kind(**fields))
+    model.eval().set_adapter("second")
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Two(), tmp_path / "second").eval()
+    torch.testing.assert_close(again(X), model(X))
+    homes = [home for _, home in shared_of(model.base_model)]
+    assert len(homes) == 2 and all(home.tensor("alike") is home.tensor("default") for home in homes)
 
 
 def test_the_scaled_rows_keep_only_their_factors_and_give_their_gradients():

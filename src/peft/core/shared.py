@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -126,6 +126,16 @@ def _made(homes: Any, name: str, kind: type[nn.Module], undo: list[Callable[[], 
         homes[name] = kind()
         undo.append(partial(homes.pop, name))
     return homes[name]
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, so that one of them is enough."""
+    return one.device == other.device and one.dtype is other.dtype and not one.is_meta and torch.equal(one, other)
+
+
+def kept_once(made: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name, with those of another adapter in place of equal ones."""
+    return {k: known[k] if k in known and same(known[k], t) else t for k, t in made.items()}
 
 
 def drawn(

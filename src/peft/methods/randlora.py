@@ -24,7 +24,7 @@ from ..core.defaults import BNB_LAYERS
 from ..core.layer import name_layers
 from ..core.method import LowRank, Site
 from ..core.scale import ScaledLayer
-from ..core.shared import Shared, drawn, seeded_on
+from ..core.shared import Shared, drawn, kept_once, seeded_on
 from ..core.stack import Adapter, Stack
 from ..kernels.product import scaled_rows
 from ..target_config import number, probability
@@ -66,21 +66,8 @@ class RandLoRA(LowRank):
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
         small, large = sorted(map(max, zip(*(s[-2:] for s in shapes), strict=True)))
         need = (settings.r, 1, small), (large, math.ceil(small / settings.r), settings.r)
-        if "randlora_A" not in known:
-            pair = draw(*need, settings)
-        else:
-            pair = known["randlora_A"], known["randlora_B"]
-            if any(
-                have < want
-                for t, size in zip(pair, need, strict=True)
-                for have, want in zip(t.shape, size, strict=True)
-            ):
-                raise ValueError(
-                    f"The model's shared randlora_A {tuple(pair[0].shape)} and randlora_B {tuple(pair[1].shape)} are "
-                    f"too small for this adapter, which needs {need[0]} and {need[1]}. Use r={pair[0].shape[0]}, and "
-                    "add the adapter with the larger layers first."
-                )
-        return dict(zip(self.copies, (Shared(t, settings.save_projection) for t in pair), strict=True))
+        made = kept_once(dict(zip(self.copies, draw(*need, settings), strict=True)), known)
+        return {name: Shared(t, settings.save_projection) for name, t in made.items()}
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings

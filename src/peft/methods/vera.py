@@ -21,7 +21,7 @@ from ..config import describe
 from ..core.direct import open_linear
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
-from ..core.shared import Shared, drawn
+from ..core.shared import Shared, drawn, kept_once
 from ..core.stack import Adapter, Stack
 from ..errors import PeftWarning
 from ..kernels import onto, vectors
@@ -68,18 +68,10 @@ class VeRA(LowRank):
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
         (out, inp), r = map(max, zip(*(s[-2:] for s in shapes), strict=True)), settings.r
         names, of_a, of_b = (f"{self.word}_A", f"{self.word}_B"), (self.rows * r, inp), (out, r)
-        if names[0] in known:
-            A, B = (known[name] for name in names)
-            if A.shape[0] < of_a[0] or A.shape[1] < inp or B.shape[0] < out:
-                raise ValueError(
-                    f"The model's shared {names[0]} {tuple(A.shape)} and {names[1]} {tuple(B.shape)} are too small for "
-                    f"this adapter, which needs {of_a} and {of_b}. Add the adapter with the larger needs first."
-                )
-        else:
-            generator = torch.Generator().manual_seed(settings.projection_prng_key)
-            A = drawn(of_a, (6 / inp) ** 0.5, generator)
-            B = drawn(of_b, (6 / r) ** 0.5, generator)
-        return {name: Shared(t, settings.save_projection) for name, t in zip(names, (A, B), strict=True)}
+        generator = torch.Generator().manual_seed(settings.projection_prng_key)
+        pair = drawn(of_a, (6 / inp) ** 0.5, generator), drawn(of_b, (6 / r) ** 0.5, generator)
+        made = kept_once(dict(zip(names, pair, strict=True)), known)
+        return {name: Shared(t, settings.save_projection) for name, t in made.items()}
 
     def build(self, site: Site) -> dict[str, Any]:
         c, word = site.settings, self.word

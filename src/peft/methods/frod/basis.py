@@ -173,11 +173,6 @@ def left_by_parts(W: Tensor, wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     return U.view(W.shape), scale.view(*W.shape[:-2], size)
 
 
-def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal, so that one of them is enough."""
-    return one.device == other.device and one.dtype is other.dtype and not one.is_meta and torch.equal(one, other)
-
-
 def table(view: Any, of: Any) -> Any:
     """The matrix that is decomposed, or its shape: W, or an embedding's table."""
     if not view.infix:

@@ -25,10 +25,10 @@ from ...core.cells import reference
 from ...core.direct import open_linear
 from ...core.draw import scatter
 from ...core.method import Delta, Site
-from ...core.shared import Shared, Sight
+from ...core.shared import Shared, Sight, kept_once, same
 from ...core.stack import Adapter, Stack
 from ...kernels import onto, sparse
-from .basis import PART, Kind, bases, kind_of, left, off_diagonal, places, same, table
+from .basis import PART, Kind, bases, kind_of, left, off_diagonal, places, table
 
 SHARED = ("s_indices", "V")
 
@@ -47,8 +47,7 @@ class FRoD(Delta):
             kinds.setdefault(name, Kind(size)).add(sight)
         made = places({name: kind.size for name, kind in kinds.items()}, settings)
         made.update((f"frod_V.{name}", V) for name, V in bases(kinds, settings))
-        alike = {k: known[k] for k, t in made.items() if k in known and same(known[k], t)}
-        return {key: Shared(alike.get(key, t), settings.save_projection) for key, t in made.items()}
+        return {key: Shared(t, settings.save_projection) for key, t in kept_once(made, known).items()}
 
     def build(self, site: Site) -> dict[str, Any]:
         *lead, _, size = table(site.view, site.view.shape(site.module))
