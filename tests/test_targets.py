@@ -171,6 +171,7 @@ def test_a_selection_finds_its_modules_in_the_models_order(fields, expected):
         ("0.1.2.q", None, 2),
         ("a.layers.2.layers.3.q", "layers", 2),
         ("layers.5.q", "layers", 5),
+        ("h.5.attn.q", None, 5),
         ("xlayers.5.q", "layers", None),
         ("a.h.1.b.layers.2.q", ["layers", "h"], 2),
     ],

@@ -24,7 +24,7 @@ _MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"
 _MAMBA_FUSED = frozenset({"out_proj", "conv1d"})
 _MAMBA_METHODS = frozenset({"LORA", "ADALORA", "XLORA", "RANDLORA"})
 _SETTLED = frozenset([Parameter, type(None)])  # classes of parameters that have a shape
-_LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
+_LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\."), re.compile(r"[^.]*\.(\d+)\.")  # a list inside; else at the root
 
 
 class Search:
@@ -129,7 +129,7 @@ class Search:
     def _layer_regexes(self) -> list[re.Pattern[str]]:
         pattern = getattr(self.config, "layers_pattern", None)
         if not pattern:
-            return [_LAYER_INDEX]
+            return list(_LAYER_INDEX)
         patterns = [pattern] if isinstance(pattern, str) else pattern
         return [compiled(rf"(?:.*?\.)??(?:{p})\.(\d+)\.", "layers_pattern") for p in patterns]
 
