@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from conformance.layouts import LAYOUTS
 from conformance.oracles import METHODS
 from conformance.rows import adapted, cells, train, tuner_layers
-from peft import FourierFTConfig, IA3Config, LoraConfig, PeftWarning, ShiraConfig, get_peft_model
+from peft import BeftConfig, FourierFTConfig, IA3Config, LoraConfig, PeftWarning, ShiraConfig, get_peft_model
 from peft.algebra import TYPES
 from peft.algebra.factors import Pair, Spectrum
 from peft.tuners.lora.intruders import reduce_intruder_dimension
@@ -229,6 +229,19 @@ def test_biases_of_lora_are_summed_with_their_scaling() -> None:
         p = layer.adapters
         expected = 0.7 * p["x1"].scaling * p["x1"].lora_B.bias - 1.3 * p["x2"].scaling * p["x2"].lora_B.bias
         assert torch.allclose(p["mix"].lora_B.bias, expected, atol=1e-6)
+
+
+def test_a_sum_with_a_bias_in_one_layer_merges_where_another_has_none() -> None:
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4, bias=False))
+    made = get_peft_model(net, BeftConfig(target_modules=["0"], init_weights=False), adapter_name="x1").eval()
+    made.add_adapter("x2", lora(target_modules=["1"]))
+    combined(made, ["x1", "x2"], [1.0, 0.5], "exact")
+    x = torch.randn(3, 6)
+    expected = made(x)
+    made.merge_adapter()
+    assert torch.allclose(made(x), expected, atol=1e-6)
+    plain = made.merge_and_unload()
+    assert torch.allclose(plain(x), expected, atol=1e-6) and plain[1].bias is None
 
 
 def test_a_wide_layer_is_combined_without_its_dense_update(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,9 @@ class Blocks:
         yield from self._blocks(stack, self._bias(stack), into)
 
     def _bias(self, stack: Stack) -> Tensor | None:
-        """b', checked."""
+        """b', checked; None for zeros that a layer without a bias does not need."""
+        if self.view.bias(stack.base) is None and not self.view.one_hot:
+            return None  # `check_merge` refuses others
         b = stack.bias()
         if b is not None and not finite(b):
             names = [a.name for a in stack.adapters]

@@ -184,15 +184,16 @@ class Mergeable(Blocks, Forgetful):
                 f"Merging {list(names)} at {self._where()!r} while {rest} stay active would change the output, because "
                 f"these methods do not commute. Merge the first of {live} first, or all of them."
             )
-        if (
-            self.view.bias(base) is None
-            and not self.view.one_hot
-            and any(self.adapters[n].method.bias(self.adapters[n], None) is not None for n in names)
-        ):
+        if self.view.bias(base) is None and not self.view.one_hot and any(map(self._has_bias, names)):
             raise RuntimeError(
                 f"The adapter has a bias but the layer {self._where()!r} has none to merge it into. Keep the adapter "
                 "unmerged, or train it without a bias (for LoRA: lora_bias=False)."
             )
+
+    def _has_bias(self, name: str) -> bool:
+        """Whether an adapter's bias is another one than zero."""
+        b = self.adapters[name].method.bias(self.adapters[name], None)
+        return b is not None and (b.is_meta or bool(b.count_nonzero()))
 
     def _payload(self) -> dict[str, Any]:
         base = self.get_base_layer()
