@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.measure import calls
 from conformance.layouts import LAYOUTS
-from conformance.rows import adapted, cells, train
+from conformance.rows import METHODS, adapted, cells, config, train
 from peft import (
     FourierFTConfig,
     IA3Config,
@@ -33,6 +33,7 @@ from peft.utils.hotswap import (
 
 SOME = ("linear", "conv-2d", "conv-2d-grouped", "embedding", "attention-packed", "attention-separate", "parameter-two")
 CELLS = [c for c in cells() if c[1] in SOME]
+FITTING = [m for m, layout in CELLS if layout == "linear" and not METHODS[m].tasks and m != "boft"]  # 8 features
 
 
 class Net(nn.Module):
@@ -104,6 +105,26 @@ def test_every_method_is_exchanged_on_every_layout(method: str, layout: str) -> 
     assert {id(p) for p in model.parameters()} == tensors
 
 
+@pytest.mark.filterwarnings("ignore::peft.PeftWarning")
+@pytest.mark.parametrize("more", [{}, {"r": 2}], ids=str)
+@pytest.mark.parametrize("method", FITTING)
+def test_an_adapter_of_fewer_layers_is_itself_or_refused(method: str, more: dict[str, Any]) -> None:
+    def wrapped(seed: int, targets: str, **fields: Any) -> PeftModel:
+        model = get_peft_model(Net(), config(method, LAYOUTS["linear"], target_modules=targets, **fields))
+        train(model, seed=seed)
+        return model.eval()
+
+    more = {k: v for k, v in more.items() if k in METHODS[method].fields}
+    model, other = wrapped(0, r"layers\.\d"), wrapped(1, r"layers\.1", **more)
+    before = model(X)
+    try:
+        swap(model, other)
+    except (ValueError, RuntimeError):
+        assert torch.equal(model(X), before)
+    else:
+        assert torch.allclose(model(X), other(X), atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["conv-2d", "conv-2d-grouped", "embedding", "parameter-3-D", "attention-packed"])
 @pytest.mark.parametrize("ranks", [(4, 2), (2, 4)])
 def test_ranks_differ_on_every_layout(layout: str, ranks: tuple[int, int]) -> None:
@@ -114,6 +135,12 @@ def test_ranks_differ_on_every_layout(layout: str, ranks: tuple[int, int]) -> No
     state, wanted = get_peft_model_state_dict(model), get_peft_model_state_dict(other)
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in wanted.items()}
     assert all(torch.equal(v, wanted[k]) for k, v in state.items())
+
+
+def test_loftq_of_fewer_layers_is_refused() -> None:
+    fields = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}
+    with pytest.raises(RuntimeError, match="LoftQ has none that leave a layer as it is"):
+        swap(made(**fields), made(1, target_modules=["layers.1"], **fields))
 
 
 def test_a_saved_adapter_is_exchanged(tmp_path: Path) -> None:

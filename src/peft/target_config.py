@@ -18,6 +18,11 @@ MODULE_CONFIG = describe(
 )
 
 
+CHOSEN = frozenset(
+    ["target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"]
+)  # the fields that choose the layers
+
+
 class UnknownBiasError(NotImplementedError, ValueError):
     """`bias` names no rule."""
 
@@ -31,6 +36,7 @@ class TargetConfig(PeftConfig):
     ranks: ClassVar[tuple[str, ...]] = ("r",)  # fields that must be at least 1
     any_module: ClassVar[bool] = False  # targets may be modules of any class
     searched: ClassVar[frozenset[str]] = frozenset()  # tables whose keys need only be found in a name
+    together: ClassVar[frozenset[str]] = frozenset()  # beside others that count for all layers at once
     below: ClassVar[frozenset[str]] = frozenset()  # tables whose expressions match what follows a dot alone
     corrected: ClassVar[bool] = True  # fan_in_fan_out becomes what the layers have; files of some methods never do so
 

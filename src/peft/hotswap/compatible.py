@@ -59,7 +59,7 @@ def unlike(config0: PeftConfig, config1: PeftConfig) -> str | None:
 
 
 def _names(config: PeftConfig) -> list[str]:
-    free = SELECTED | OF_THE_FILE | OF_THE_WEIGHTS
+    free = (SELECTED | OF_THE_FILE | OF_THE_WEIGHTS) - getattr(type(config), "together", frozenset())
     kind = str(_value(config.peft_type))
     return CONFIG_KEYS_TO_CHECK.get(kind) or [f.name for f in dataclasses.fields(config) if f.name not in free]
 

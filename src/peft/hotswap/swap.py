@@ -241,6 +241,7 @@ class Swap:
         self.changes.append(change)
         if not given:
             inside = getattr(p.method, "of", p.method)
+            inside = inside if getattr(p.method, "neutral_zeros", True) else p.method
             if not isinstance(inside, LowRank) or not inside.neutral_zeros:
                 raise RuntimeError(
                     f"The new adapter has no tensors for {p.path!r}, and {type(inside).__name__} has none that leave a "

@@ -54,6 +54,7 @@ class DEFT(LowRank):
 
     reads = True
     by_rows = False
+    neutral_zeros = False  # a P of zeros has directions, too, where they come from a QR decomposition
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings

@@ -25,7 +25,7 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
 from ..core.shared import Shared
 from ..core.stack import Adapter, Stack
-from ..target_config import choice, number, probability
+from ..target_config import CHOSEN, choice, number, probability
 from .additive import AdditiveConfig, AdditiveModel
 from .tinylora_places import Places, projection
 from .vera import warn_unsaved
@@ -38,6 +38,7 @@ class TinyLoraConfig(AdditiveConfig):
     kind = "TINYLORA"
     added = frozenset({"exclude_modules"})
     ranks = ("r", "u")
+    together = CHOSEN
     r: int = field(default=2, metadata=describe("How many singular directions; fewer where a weight has fewer."))
     u: int = field(default=64, metadata=describe("Numbers in each vector v."))
     weight_tying: float = field(default=0.0, metadata=describe("From 0, a vector for each layer, to 1, one for all."))

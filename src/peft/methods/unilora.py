@@ -23,7 +23,7 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
 from ..core.shared import Shared, is_late
 from ..core.stack import Adapter
-from ..target_config import number, probability
+from ..target_config import CHOSEN, number, probability
 from .additive import AdditiveConfig, AdditiveModel
 from .dealt import Deal
 
@@ -35,6 +35,7 @@ class UniLoraConfig(AdditiveConfig):
     kind = "UNILORA"
     added = frozenset({"exclude_modules"})
     ranks = ("r", "theta_d_length")
+    together = frozenset({"r", *CHOSEN})
     r: int = field(default=4, metadata=describe("Rank."))
     proj_seed: int = field(default=42, metadata=describe("Seed of the places."))
     theta_d_length: int = field(default=256, metadata=describe("Length of the vector."))

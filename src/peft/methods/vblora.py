@@ -61,6 +61,8 @@ class VBLoRAConfig(AdditiveConfig):
 class VBLoRA(LowRank):
     """W' = W + B A, from a bank."""
 
+    neutral_zeros = False  # equal logits take of all vectors alike
+
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
         bound = settings.init_vector_bank_bound
         bank = torch.empty(settings.num_vectors, settings.vector_length).uniform_(-bound, bound)

@@ -26,6 +26,7 @@ class KaSA(LoRA):
     """W' = W - P Q + s B diag(d) A, with P Q the least directions of W."""
 
     direct = False  # dropout is not for all of it
+    neutral_zeros = False  # the least directions are out of W whatever A and B are
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings

@@ -69,6 +69,7 @@ class LoftQ(Delta):
     """W' = Q + s B A, written as W + (Q - W) + s B A so that it adds to what other adapters make."""
 
     reads = True
+    neutral_zeros = False  # Q stands in the place of W whatever A and B are
 
     def __init__(self) -> None:
         self.of = LoRA()
