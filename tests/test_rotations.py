@@ -127,6 +127,7 @@ def test_mirrors_that_do_not_start_at_the_base_model_are_told(fields):
         (lambda: BOFTConfig(boft_block_num=2), "boft_block_num"),
         (lambda: wrapped(BOFTConfig(target_modules=["fc"], boft_block_size=5)), "boft_block_size=5"),
         (lambda: wrapped(BOFTConfig(target_modules=["fc"], boft_block_size=2, boft_n_butterfly_factor=3)), "multiple"),
+        (lambda: wrapped(BOFTConfig(target_modules=["fc"], boft_block_size=3, boft_n_butterfly_factor=2)), r"\[2, 6\]"),
         (lambda: wrapped(HRAConfig(target_modules=["fc"], r=14, apply_GS=True)), "r=14"),
         (lambda: RoadConfig(variant="road_3"), "variant='road_3'"),
         (lambda: RoadConfig(group_size=7), "group_size"),

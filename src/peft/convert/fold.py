@@ -40,7 +40,7 @@ def fold(part: Part, component: str, reasons: list[Feature], options: Options, r
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is a LoRA already")
-            new = to_lora(tuner, _rank(tuner, what, options), NAME)
+            new = to_lora(tuner, _rank(tuner, options), NAME)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ConversionError(f"{what} cannot be written as a LoRA: {error}") from error
     ranks = sorted(set(new.report.ranks.values()))
@@ -78,7 +78,7 @@ def _loaded(part: Part, model: nn.Module, what: str) -> Any:
     return tuner.eval()
 
 
-def _rank(tuner: Any, what: str, options: Options) -> float:
+def _rank(tuner: Any, options: Options) -> float:
     """The rank that was asked for; else that of the known factors."""
     if options.rank is not None:
         return options.rank
@@ -86,7 +86,7 @@ def _rank(tuner: Any, what: str, options: Options) -> float:
     dense = [u.p.path for u in found if u.factors is None]
     if dense:
         raise ConversionError(
-            f"{what}: the updates of {listing(dense, 3)} have no low rank of their own. Give `rank`: a number, or the "
+            f"the updates of {listing(dense, 3)} have no low rank of their own. Give `rank`: a number, or the "
             "share of each update's squared norm to keep, such as 0.9999."
         )
     return max(u.factors.rank * u.form.groups for u in found if u.factors is not None) if found else 1

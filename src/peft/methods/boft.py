@@ -121,10 +121,13 @@ def blocks(path: str, n: int, c: BOFTConfig) -> tuple[int, int]:
     if size * count != n:
         name = "boft_block_size" if c.boft_block_size else "boft_block_num"
         raise ValueError(f"{name}={getattr(c, name)} does not divide the {n} features of {path!r}. Use one of {fits}.")
-    if m > 1 and (size % 2 or count % 2 or n % (size * 2 ** (m - 1))):
+    even = [k for k in fits if k % 2 == 0 and n % (k * max(2, 2 ** (m - 1))) == 0]
+    if m > 1 and size not in even:
+        way = f"Use boft_block_size of {even}" if even else "Use boft_n_butterfly_factor=1"
         raise ValueError(
             f"boft_n_butterfly_factor={m} needs blocks of even size and number, and features that are a multiple of "
-            f"size * 2^{m - 1}. {path!r} has {n} features in {count} blocks of {size}. Use other blocks."
+            f"size * 2^{m - 1}. {path!r} has {n} features in {count} blocks of {size}. {way}, or exclude the layer "
+            "(`exclude_modules`)."
         )
     return size, count
 
