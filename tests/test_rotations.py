@@ -145,6 +145,12 @@ def test_what_cannot_be_is_refused_by_its_field(make, text):
         make()
 
 
+@pytest.mark.parametrize("fields", [{"oft_block_size": 1}, {"oft_block_size": 0, "r": 12}], ids=str)
+def test_blocks_that_have_nothing_to_turn_are_told(fields):
+    with pytest.warns(peft.PeftWarning, match="'fc' trains nothing"):
+        wrapped(OFTConfig(target_modules=["fc"], **fields))
+
+
 def test_the_norms_of_delora_are_saved_and_not_trained():
     model = wrapped(DeloraConfig(target_modules=["fc"], r=2))
     assert not any("w_norm" in n for n, _ in model.named_parameters())

@@ -91,11 +91,10 @@ class OFT(Rotation):
         size = nearest_divisor(site.path, whole, c.r, c.oft_block_size)
         if not view.infix and inp % size:  # a block within one group of channels
             size = nearest_divisor(site.path, inp, 0, c.oft_block_size or size)
-        count = whole // size
-        held = torch.zeros(*lead, 1 if c.block_share else count, size * (size - 1) // 2, **site.kwargs)
+        held = torch.zeros(*lead, 1 if c.block_share else whole // size, size * (size - 1) // 2, **site.kwargs)
         return {
             f"oft_{view.infix}R": OFTRotationModule(nn.Parameter(held)),
-            "r": count,
+            "r": whole // size,
             "oft_block_size": size,
             "oft_dropout": c.module_dropout,
         }
@@ -139,7 +138,9 @@ def nearest_divisor(path: str, n: int, count: int, size: int) -> int:
         name = "r" if count else "oft_block_size"
         text = f"{name}={wish} does not divide the {n} features of {path!r}. Using {found}, the nearest that does."
         report(PeftWarning, text, strict=False, stacklevel=9)
-    return n // found if count else found
+    if (size := n // found if count else found) == 1:
+        report(PeftWarning, f"Blocks of one feature turn nothing: {path!r} trains nothing. Use larger ones.", None, 9)
+    return size
 
 
 class OFTLayer(BaseTunerLayer):
