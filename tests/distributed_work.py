@@ -78,6 +78,7 @@ CONFIGS: dict[str, Any] = {
     "loha": lambda: peft.LoHaConfig(target_modules=TARGETS, r=4),
     "vera": lambda: peft.VeraConfig(target_modules=TARGETS, r=4),
     "adalora": lambda: peft.AdaLoraConfig(target_modules=TARGETS, total_step=10),
+    "norms": lambda: peft.LNTuningConfig(target_modules=["norm"]),
 }
 IDS = torch.arange(12).view(4, 3)
 

@@ -26,6 +26,9 @@ CHECKS = [
     "resume",
     "loading",
     "lent",
+    *(f"later {name}" for name in (*METHODS, "norms", "pissa")),
+    "unshared",
+    "counted",
     "base",
     "helper",
     "copies",
@@ -161,6 +164,49 @@ def check_lent(rank: int) -> None:
         model.merge_adapter()
         torch.testing.assert_close(model(work.IDS), one(work.IDS), rtol=1e-4, atol=1e-5)
     work.same_state(values, peft.get_peft_model_state_dict(model))
+
+
+def check_later(rank: int, name: str) -> None:
+    """An adapter that comes when the weights are spread runs beside them, with the same numbers everywhere."""
+    folder = work.shared_folder()
+    one, model = work.adapted(name), sharded(work.adapted("vera"))
+    peft.set_peft_model_state_dict(one, work.other_values(peft.get_peft_model_state_dict(one)))
+    if rank == 0:
+        one.save_pretrained(folder)
+    dist.barrier()
+    model.load_adapter(folder, "later")
+    model.set_adapter("later", inference_mode=True)
+    torch.testing.assert_close(model(work.IDS), one(work.IDS), rtol=1e-4, atol=1e-5)
+    work.same_state(peft.get_peft_model_state_dict(one), peft.get_peft_model_state_dict(model, adapter_name="later"))
+
+
+def check_unshared(rank: int) -> None:
+    """One that would be trained is told that nobody averages its gradients."""
+    model = sharded(work.adapted("lora"))
+    torch.manual_seed(rank)
+    with pytest.warns(peft.PeftWarning, match="before fully_shard"):
+        model.add_adapter("later", work.CONFIGS["lora"]())
+    mine = torch.cat([p.detach().flatten() for p in model.adapter_parameters("later").values()])
+    theirs = mine.clone()
+    dist.broadcast(theirs, 0)
+    assert torch.equal(mine, theirs)
+
+
+class Named(work.Net):
+    """A model that tells which its embedding is, as transformers' do."""
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embed
+
+
+def check_counted(rank: int) -> None:
+    """The embedding's rows are counted for files without reading a weight that is spread."""
+    torch.manual_seed(0)
+    one = peft.get_peft_model(Named(), work.CONFIGS["tokens"]())
+    two = sharded(work.twin(one))
+    work.same_state(peft.get_peft_model_state_dict(one), peft.get_peft_model_state_dict(two))
+    seen = two.get_input_embeddings().weight
+    torch.testing.assert_close(seen, one.get_input_embeddings().weight)
 
 
 def check_base(rank: int) -> None:

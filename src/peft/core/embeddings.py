@@ -117,7 +117,8 @@ def recorded_vocabulary(model: nn.Module, name_or_path: str | None) -> Sizes:
 
 def _rows(model: nn.Module) -> int | None:
     try:
-        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        found: Any = model.get_input_embeddings()  # type: ignore[operator]
+        weight = getattr(found, "original_module", found).weight  # the wrapper's own would be computed
     except (AttributeError, NotImplementedError, TypeError):
         return None
     shape = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharded.gather import full, is_lent, is_mesh
+
 
 @contextmanager
 def onload_layer(layer: nn.Module, write: bool = True) -> Iterator[None]:
@@ -90,7 +92,19 @@ def own_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     """
     staying = {id(hook): _staying(hook) for m in module.modules() for hook in _hooks(m)}
     with nullcontext() if memo else onload_layer(module, write=False):
-        return copy.deepcopy(module, {**(memo or {}), **staying})
+        return copy.deepcopy(module, {**_made_whole(module, memo or {}), **staying})
+
+
+def _made_whole(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """`memo`, with whole tensors in place of those that FSDP2, which knows nothing of a copy, brings together."""
+    found = dict(memo)
+    for m in module.modules():
+        for name, t in m._parameters.items():
+            if is_mesh(t) and is_lent(m, name):
+                empty = id(t) in memo
+                value = torch.empty(t.shape, dtype=t.dtype, device="meta") if empty else full(t.detach()).clone()
+                found[id(t)] = nn.Parameter(value, t.requires_grad)
+    return found
 
 
 def _staying(hook: Any) -> Any:

@@ -27,6 +27,12 @@ def is_mesh(tensor: Any) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def is_lent(module: nn.Module, name: str) -> bool:
+    """Whether FSDP2 spreads a module's parameter only between uses: a forward finds it whole, as a plain tensor."""
+    placements = getattr(module._parameters.get(name), "placements", ())
+    return getattr(module, "_is_fsdp_managed_module", False) and all(p.is_replicate() for p in placements[:-1])
+
+
 def is_zero(tensor: Any) -> bool:
     """Whether a tensor is one of ZeRO-3's parameters, which has no elements between uses."""
     return hasattr(tensor, "ds_id")

@@ -83,6 +83,11 @@ class SpreadStack(Stack):
         with lent(self.adapters):
             return Within(self, self.adapters, lambda whole: full(run(whole)), Seen(self.view))(full(x))
 
+    def weight(self, rows: slice = slice(None)) -> Tensor:
+        """W' of some rows, whole."""
+        with lent(self.adapters):
+            return super().weight(rows)
+
     def live_weight(self) -> Tensor:
         """W', whole."""
         with lent(self.adapters):
@@ -206,6 +211,14 @@ def _place(m: nn.Module, edge: Edge, role: str, roles: Roles, only: str | None) 
             mine = edge.placements(roles.made.get(id(tensor), role))
             value = like_first(tensor.detach(), edge.mesh, mine)
             held[name] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+@torch.no_grad()
+def agree(p: Adapter, mesh: Any) -> None:
+    """Give the tensors of a new adapter that lies whole on each process the values of the first one."""
+    for _, _, tensor in holders(p):
+        if not is_mesh(tensor) and not tensor.is_meta:
+            tensor.copy_(replicate(tensor, mesh).to_local())  # type: ignore[attr-defined]
 
 
 def replicate(tensor: Tensor, mesh: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -10,10 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import PeftWarning
 from ..merge import Mergeable
 from ..method import Site
 from ..stack import Adapter, Stack
-from .gather import full, is_mesh, is_spread, whole
+from .gather import full, is_lent, is_mesh, is_spread, whole
+
+UNSHARED = (
+    "An adapter is added to a model that fully_shard has spread already, so it lies whole on each process, outside of "
+    "fully_shard: its gradients are not averaged over the processes. To train it, add it before fully_shard is called."
+)
 
 
 class Together(Mergeable):
@@ -111,22 +118,32 @@ class Together(Mergeable):
 
     def _noting(self, site: Site) -> Site:
         """The place of an adapter whose method's tensors are noted by what they count, if they will be spread."""
-        if not is_mesh(self._weight()):
+        if not self._splits():
             return site
         from .edge import Roles
 
         return replace(site, view=Roles(site.view))  # type: ignore[arg-type]
 
     def _spread(self, p: Adapter, site: Site) -> None:
-        if is_mesh(self._weight()):
+        if self._splits():
             from .running import place
 
             place(p, site.view)  # type: ignore[arg-type]
+        elif is_mesh(weight := self._weight()):
+            from .running import agree
+
+            agree(p, weight.device_mesh)
+            if not getattr(site.settings, "inference_mode", False):
+                warnings.warn(UNSHARED, PeftWarning, stacklevel=2)
+
+    def _splits(self) -> bool:
+        """Whether the weight is split while the layer runs, so that adapters are split like it."""
+        return is_mesh(self._weight()) and not is_lent(self.get_base_layer(), self.view.name)
 
     def _beside(self, value: Tensor) -> Tensor:
         """A tensor derived later, where the adapter's others lie on a mesh."""
         weight = self._weight()
-        if not is_mesh(weight) or is_mesh(value):
+        if not self._splits() or is_mesh(value):
             return value
         from .running import replicate
 
