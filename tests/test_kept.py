@@ -53,6 +53,18 @@ def adapted(kind):
     return model.eval(), model.base_model.model[0]
 
 
+@each
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_no_constants_of_an_earlier_one(kind):
+    model, _ = adapted(kind)
+    with torch.no_grad():
+        wanted = model(X)
+        traced = torch.jit.trace(model, (X,))  # twice, and compares
+        for p in tensors(model):
+            p.mul_(1.5)
+        assert torch.allclose(traced(X), model(X), atol=1e-5) and not torch.allclose(model(X), wanted, atol=1e-3)
+
+
 def tensors(model):
     """The trained tensors."""
     return [p for p in model.parameters() if p.requires_grad]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .stack import Adapter
 
 
+is_tracing = torch._C._is_tracing  # by torch.jit, which takes for a constant what no operation makes
 KEPT = ("kept", "factors")  # what an adapter may hold
 
 
@@ -91,7 +92,7 @@ def still(p: Adapter, what: str = "kept") -> Any:
     found = p.cache.get(what)
     if found is None:
         return None
-    if not (p.layer.training or torch.is_grad_enabled() or lifted()) and found.holds(p.layer):
+    if not (p.layer.training or torch.is_grad_enabled() or lifted() or is_tracing()) and found.holds(p.layer):
         return found.value
     p.cache.pop(what, None)
     return None
@@ -99,7 +100,7 @@ def still(p: Adapter, what: str = "kept") -> Any:
 
 def lasting(p: Adapter) -> bool:
     """Whether what is made now may serve later forwards."""
-    return KEEPING.on and not (p.layer.training or torch.is_grad_enabled() or transformed())
+    return KEEPING.on and not (p.layer.training or torch.is_grad_enabled() or transformed() or is_tracing())
 
 
 def places_of(p: Adapter) -> list[tuple[dict[str, Any], str]]:
