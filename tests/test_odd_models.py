@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import peft
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -133,8 +133,9 @@ def test_what_needs_an_offloaded_weight_at_other_times_brings_it_in(dora, tmp_pa
 @pytest.mark.parametrize(
     "kind", ["forward", "forward_pre", "full_backward", "full_backward_pre", "everywhere", "class"]
 )
-def test_hooks_and_patches_of_the_inner_layers_are_honoured(which, kind, monkeypatch):
-    model = adapted(target_modules=["0", "2"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_hooks_and_patches_of_the_inner_layers_are_honoured(which, kind, dora, monkeypatch):
+    model = adapted(target_modules=["0", "2"], use_dora=dora)
     layer = model.base_model.model[2]
     inner = layer.base_layer if which == "base_layer" else getattr(layer, which)["default"]
     seen = []
@@ -156,6 +157,39 @@ def test_hooks_and_patches_of_the_inner_layers_are_honoured(which, kind, monkeyp
         if kind == "everywhere":
             handle.remove()
     assert seen == [1]
+
+
+@pytest.mark.parametrize("which", ["lora_A", "lora_B"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}], ids=str
+)
+def test_hooks_on_the_factors_of_a_convolution_are_honoured(changes, which):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 6, 3, padding=2, dilation=2, padding_mode="circular"))
+    model, x, seen = adapted(net, **changes), torch.randn(2, 4, 7, 7), []
+    wanted = model(x)
+    inner = getattr(net[0], which)["default"]
+    handle = inner.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.allclose(model(x), wanted, atol=1e-5)
+    handle.remove()
+    inner.register_forward_hook(lambda _module, _args, y: 0 * y)
+    assert seen == [1] and not torch.allclose(model(x), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_pruned_factors_are_trained_and_stay_pruned(dora):
+    model = adapted(use_dora=dora).train()
+    inner = model.base_model.model[0].lora_A["default"]
+    prune.l1_unstructured(inner, "weight", 0.5)
+    learner = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = inner.weight_orig.detach().clone()
+    for _ in range(2):
+        learner.zero_grad()
+        model(X).pow(2).sum().backward()
+        learner.step()
+    model(X)
+    assert not torch.equal(inner.weight_orig, before)
+    assert torch.equal(inner.weight, inner.weight_orig * inner.weight_mask) and (inner.weight == 0).sum() == 8
 
 
 def test_a_parametrized_factor_is_computed_at_each_call():

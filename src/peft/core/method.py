@@ -284,8 +284,7 @@ class Delta(Method):
         held = open_linear(inner, x, inner.gated) if type(self).onto is Delta.onto else None
         if held is None or self.drop_rate(p) or (inner.gated and (self.short(p) or x.dtype not in WIDE)):
             return None
-        W, b = held
-        low = self.short(p)
+        (W, b), low = held, self.short(p)
         if low is not None:
             return lowrank.linear(x, W, b, *low) if low[0].dtype is W.dtype or not W.requires_grad else None
         few = x.numel() < MANY_ROWS * x.shape[-1] and W.numel() > FEW_NUMBERS
@@ -360,6 +359,10 @@ class LowRank(Delta):
             return None
         return (*self.factors(p), self.scaling(p))
 
+    def by_modules(self, p: Adapter) -> bool:
+        """Whether modules of the adapter have to be called, as somebody hooked them, so that factors do not do."""
+        return False
+
     def up_bias(self, p: Adapter) -> Tensor | None:
         """A bias of B, (O,), which the scaling multiplies too."""
         return None
@@ -368,8 +371,7 @@ class LowRank(Delta):
         extra = self.up_bias(p)
         if extra is None:
             return b
-        extra = extra * self.scaling(p)
-        return extra if b is None else (b + extra).to(b.dtype)
+        return extra * self.scaling(p) if b is None else (b + extra * self.scaling(p)).to(b.dtype)
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held = open_linear(inner, x) if type(self).onto is LowRank.onto else None
@@ -383,14 +385,12 @@ class LowRank(Delta):
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         scale, extra = self.scaling(p), self.up_bias(p)
-        A, B = self.factors(p)
-        if not A.shape[-2] or (not self.whole and inner.view.groups(inner.base) != 1):  # no kernel has no channels
+        A, B = self.kernels(p)
+        if not A.numel() or (not self.whole and inner.view.groups(inner.base) != 1):  # no kernel has no channels
             y = super().onto(p, inner, y, x)
             return y if extra is None else (y + inner.spread(extra * scale)).to(y.dtype)
         rate = self.drop_rate(p)
         if inner.view.dense:
-            A, B = self.factors(p)
-            if extra is not None:
-                y = (y + extra * scale).to(y.dtype)
+            y = y if extra is None else (y + extra * scale).to(y.dtype)
             return lowrank.add(y, x, A, B, scale, rate)
-        return (y + inner.low_rank(x, *self.kernels(p), rate, scale, extra)).to(y.dtype)
+        return (y + inner.low_rank(x, A, B, rate, scale, extra)).to(y.dtype)

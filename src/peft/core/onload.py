@@ -100,7 +100,7 @@ def _made_whole(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
     found = dict(memo)
     for m in module.modules():
         for name, t in m._parameters.items():
-            if is_mesh(t) and is_lent(m, name):
+            if t is not None and is_mesh(t) and is_lent(m, name):
                 empty = id(t) in memo
                 value = torch.empty(t.shape, dtype=t.dtype, device="meta") if empty else full(t.detach()).clone()
                 found[id(t)] = nn.Parameter(value, t.requires_grad)

@@ -142,7 +142,8 @@ class DoRA(Gaining):
     def _thin(self, p: Adapter) -> LowRank | None:
         """The method inside, if its update is computed from factors and adds no bias."""
         of = self.of
-        return of if isinstance(of, LowRank) and of.direct and of.up_bias(p) is None else None
+        thin = isinstance(of, LowRank) and of.direct and of.up_bias(p) is None and not of.by_modules(p)
+        return of if thin else None  # type: ignore[return-value]
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         b = self.of.bias(p, inner.bias())
@@ -150,7 +151,8 @@ class DoRA(Gaining):
             A, B = of.factors(p)
             n, scale = self.safe_norm(p), of.scaling(p)
             return scaled.add(y, x, A, B, scale, self.drop_rate(p), self.magnitude(p), n, b)
+        z = self.of.onto(p, inner, y, x)  # before the gain, as hooks on modules may renew the factors
         gain = self.gain(p) if inner.packed else kept(p, lambda: self.gain(p), base=True)
-        z, g = self.of.onto(p, inner, y, x), inner.spread(gain)
+        g = inner.spread(gain)
         # b' in full: what `of` adds to y has its own bias in it
         return (z * g).to(y.dtype) if b is None else product(z, g, inner.spread(b - b * gain)).to(y.dtype)

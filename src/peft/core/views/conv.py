@@ -52,6 +52,9 @@ class ConvView(LinearView):
     def shape(self, m: Layer) -> Pair:
         return (m.out_channels, m.in_channels // m.groups * math.prod(m.kernel_size))
 
+    def applied(self, m: Layer) -> bool:
+        return type(m).forward is self.module.forward
+
     def kernel(self, m: Layer) -> Pair:
         return tuple(m.kernel_size)
 

@@ -40,6 +40,10 @@ class LinearView:
             return storage.of(m, self.name).shape(m, self.name)
         return (m.out_features, m.in_features)
 
+    def applied(self, m: Layer) -> bool:
+        """Whether what `down` and `up` make are modules that give a low-rank update when they are called in turn."""
+        return self.dense
+
     def kernel(self, m: Layer) -> Pair:
         """The size of a convolution's kernel, by which W's in-features run fastest; () elsewhere."""
         return ()

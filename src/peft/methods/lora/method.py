@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import quantised
-from ...core.direct import EVERYWHERE, FORWARD
+from ...core.direct import CONVS, EVERYWHERE, FORWARD
 from ...core.files import keys_in_hand
 from ...core.kept import kept, lasting, still
 from ...core.method import LowRank, Method, Site
@@ -223,15 +223,14 @@ class LoRA(LowRank):
         return self.factors(p) if found is None else found
 
     def by_modules(self, p: Adapter) -> bool:
-        """Whether lora_A and lora_B have to be called."""
         return hooked(p) or not p.layer.cast_input_dtype_enabled
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
-        if inner.view.dense and self.by_modules(p):
-            return self.through_modules(p, y, x)
+        if inner.view.applied(inner.base) and self.by_modules(p):
+            return self.through_modules(p, inner, y, x)
         return super().onto(p, inner, y, x)
 
-    def through_modules(self, p: Adapter, y: Tensor, x: Tensor) -> Tensor:
+    def through_modules(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         """The same, by calling the modules: they may be wrapped, offloaded or hooked."""
         A, B = p.held("lora_A"), p.held("lora_B")
         if p.layer.cast_input_dtype_enabled:
@@ -241,7 +240,7 @@ class LoRA(LowRank):
         update = B(A(x))
         if p.__dict__["subtracts"]:
             A0, B0 = self.first_factors(p)
-            update = update - F.linear(F.linear(x, A0.to(x.dtype)), B0.to(x.dtype))
+            update = update - inner.low_rank(x, A0.to(x.dtype), B0.to(x.dtype))
         return (y + update * p.scaling).to(y.dtype)
 
 
@@ -286,7 +285,10 @@ def hooked(p: Adapter) -> bool:
         return True
     for key in ("lora_A", "lora_B"):
         found = p.held(key)
-        if type(found) not in PLAIN or any(hooks_of(found)) or "forward" in found.__dict__:
+        kind = type(found)
+        if (kind not in PLAIN and CONVS.get(kind) is not kind.forward) or any(hooks_of(found)):
+            return True
+        if "forward" in found.__dict__:
             return True
     return False
 
