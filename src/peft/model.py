@@ -222,9 +222,13 @@ class PeftModel(Persistent, nn.Module):
             kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
         else:
             function = functools.partial(prompts.run, function, beams is not None)
+        tuner = self._tuner
         if prompts is None and all(v is None for v in given):
-            return function(*args, **kwargs)
-        tuner, first = self._tuner, first_tensor(args, kwargs)
+            if not tuner.hooks:
+                return function(*args, **kwargs)
+            with tuner.call.alone():  # hooks write into the record
+                return function(*args, **kwargs)
+        first = first_tensor(args, kwargs)
         if names is not None:
             self._check_names(names, first, tuner)
         with tuner.call.of(first, beams, *given):
@@ -253,9 +257,7 @@ class PeftModel(Persistent, nn.Module):
             raise ValueError("adapter_names cannot be used while adapters are merged. Call `unmerge_adapter()` first.")
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """A context in which the model is the base model; nests, and restores the state exactly on leaving
-        it.
-        """
+        """A context in which the model is the base model; nests, and restores the state exactly on leaving it."""
         return self._disabled()
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .direct import EVERYWHERE, FORWARD, is_ordinary
 from .method import Delta
 from .rows import Groups
 from .stack import Adapter, Stack
+from .turns import turn
 from .views import READS, LinearView
 
 peek_interpreter_stack = _C._functorch.peek_interpreter_stack
@@ -110,11 +112,12 @@ class MixedBatch(nn.Module):
         """
         call, m = self.call, self._modules
         ledger, base, names = call.banks, m["base_layer"], call.names
-        if names is None or call.only is not None or call._wanted is not None or self._off or self._merged:
+        if names is None or call._only is not None or call._wanted is not None or self._off or self._merged:
             return None
         if type(x) is not Tensor or x.dim() < 2 or torch.is_grad_enabled() or _C._current_autograd_node() is not None:
             return None
-        if peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or type(self.view) is not LinearView:
+        lifted = peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        if lifted or type(self.view) is not LinearView or call.owner != get_ident():
             return None
         if type(base) is not nn.Linear or nn.Linear.forward is not FORWARD or "forward" in base.__dict__:
             return None
@@ -201,7 +204,12 @@ class MixedBatch(nn.Module):
     def _alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer under the one adapter that the call names."""
         stack = self.stack(self._names_now())
-        return self._general(self._runner(stack) if stack.adapters else None, args, kwargs)
+        if stack.adapters:
+            return self._general(self._runner(stack), args, kwargs)
+        if self.view.activations or torch.compiler.is_compiling():
+            return self._general(None, args, kwargs)
+        with turn(stack.base):  # in which another thread may have put other weights
+            return self._general(None, args, kwargs)
 
     def _names_now(self) -> tuple[str, ...]:
         only = self.call.only

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ class Call(Deferred):
         ids: the text's own, where the model is given embeddings in their place.
         virtual: how many tokens before the text are no text.
         plain: whether no call was or is mixed, so that layers need not ask.
+        owner: the thread whose call the record tells of; to all other threads it says nothing.
     """
 
     FACTS = ("names", "beams", "length", "tasks", "offsets", "given_offsets", "keys", "ids", "gates")
@@ -53,7 +56,7 @@ class Call(Deferred):
         self.beams = 1
         self.length: int | None = None
         self.tasks: Tasks | None = None
-        self.only: str | None = None
+        self._only: str | None = None
         self.task: Tensor | None = None
         self.part: tuple[Tensor, int] | None = None
         self.offsets: dict[str, Tensor] | None = None
@@ -62,11 +65,22 @@ class Call(Deferred):
         self.ids: Tensor | None = None
         self.virtual = 0
         self.plain = True
+        self.owner: int | None = None
         self._groups: dict[tuple[int, torch.device], Groups] = {}
         self.now: Groups | None = None  # the last of them
         self._forget()
 
+    @property
+    def only(self) -> str | None:
+        """See `Call`."""
+        return None if self.elsewhere() else self._only
+
+    @only.setter
+    def only(self, name: str | None) -> None:
+        self._only = name
+
     def _forget(self) -> None:
+        self._turn = threading.RLock()
         self._past: deque[tuple[int, int, dict[str, Any]]] = deque(maxlen=REMEMBERED)
         self._node: int | None = None  # the autograd node in whose evaluation the facts were set; None outside backward
         self._recalled: dict[str, Any] | None = None
@@ -78,17 +92,41 @@ class Call(Deferred):
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
         own = ("_past", "_node", "_recalled", "_groups", "now", "_batches", "_latest", "gates", "banks", "_flags")
+        own += ("_turn", "owner")
         return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _groups={}, now=None)
+        self.__dict__.update(state, _groups={}, now=None, owner=None)
         self._forget()
 
     # ---- the facts of a call -----------------------------------------------------------------------------------
 
+    def elsewhere(self) -> bool:
+        """Whether the record tells of a call in another thread."""
+        if torch.compiler.is_compiling() or self.owner is None or self.owner == get_ident():
+            return False
+        return torch._C._current_autograd_node() is None  # a backward pass has threads of its own
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the record is this thread's; others that need it wait."""
+        if torch.compiler.is_compiling():
+            yield
+            return
+        with self._turn:
+            before, self.owner = self.owner, get_ident()
+            try:
+                yield
+            finally:
+                self.owner = before
+
     @contextmanager
     def open(self, **facts: Any) -> Iterator[None]:
         """While open, these facts hold (see `FACTS`); restores those of the call around it on exit."""
+        with self.alone():
+            yield from self._open(facts)
+
+    def _open(self, facts: dict[str, Any]) -> Iterator[None]:
         self.settle()
         before = {key: getattr(self, key) for key in facts}
         node, plain, self._groups, self.now = self._node, self.plain, {}, None
@@ -125,6 +163,8 @@ class Call(Deferred):
 
     def fact(self, key: str) -> Any:
         """A fact of the running call, or of the one of which a part is computed again in the backward pass."""
+        if self.elsewhere():
+            return 1 if key == "beams" else None
         now = None if torch.compiler.is_compiling() else evaluated()
         if now is None or now == self._node or not self._past:
             return getattr(self, key)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _lock = threading.RLock()
+FOLLOWING: Any = ()  # what is wanted while layers are on their way
 _waiting: weakref.WeakSet[Deferred] = weakref.WeakSet()
 
 
@@ -68,17 +69,17 @@ class Deferred:
 
     def _follow(self) -> None:
         with _lock:
-            if self._wanted is None:
+            if self._wanted is None or self._wanted is FOLLOWING:  # which only the thread that they follow sees here
                 return
             wanted = layers, names, off = self._wanted
-            self._wanted = None
+            self._wanted = FOLLOWING  # so that other threads wait for the last of them
             try:
                 for layer in layers:
                     layer.follow(names, off)
             except BaseException:
                 self._wanted = wanted  # some still wait
                 raise
-            self.plain = self._after
+            self._wanted, self.plain = None, self._after
             _waiting.discard(self)
 
 

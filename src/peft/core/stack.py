@@ -14,6 +14,7 @@ from ..kernels.lowrank import transformed
 from .cells import Cell
 from .kept import kept, lasting, still
 from .method import Delta, LowRank, Method
+from .turns import turn
 from .views.chosen import NUMBERS, Chosen, Term
 
 _state = threading.local()
@@ -298,7 +299,13 @@ class InPlace:
             _state.again = False
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module under one W'."""
+        """The module under one W'; other threads wait, as they would find that in place of W."""
+        if torch.compiler.is_compiling():
+            return self._exchanged(args, kwargs)
+        with turn(self.stack.base):
+            return self._exchanged(args, kwargs)
+
+    def _exchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stack, view = self.stack, self.stack.view
         base = stack.base
         W = stack.chosen()
