@@ -21,6 +21,22 @@ from .watch import Ledger
 
 BASE = "__base__"
 REMEMBERED = 1024  # forward passes that may wait for their backward pass
+UNKEPT = frozenset(
+    (
+        "_past",
+        "_node",
+        "_recalled",
+        "_groups",
+        "now",
+        "_batches",
+        "_latest",
+        "gates",
+        "banks",
+        "_flags",
+        "_turn",
+        "owner",
+    )
+)
 BATCHES = 8  # mixed batches whose rows are known again
 
 
@@ -91,9 +107,7 @@ class Call(Deferred):
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        own = ("_past", "_node", "_recalled", "_groups", "now", "_batches", "_latest", "gates", "banks", "_flags")
-        own += ("_turn", "owner")
-        return {k: v for k, v in self.__dict__.items() if k not in own}
+        return {k: v for k, v in self.__dict__.items() if k not in UNKEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _groups={}, now=None, owner=None)
