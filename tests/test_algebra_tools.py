@@ -480,6 +480,34 @@ def test_the_scalings_of_other_methods_follow(config: Any) -> None:
     torch.testing.assert_close(last(x) - base, update)
 
 
+SCALED = {
+    "lora": lambda: lora(use_rslora=True),
+    "adalora": lambda: AdaLoraConfig(init_r=3, lora_alpha=7, target_modules=["0", "2"], total_step=10),
+    "loha": lambda: LoHaConfig(r=2, alpha=5, target_modules=["0", "2"]),
+    "miss": lambda: MissConfig(r=2, target_modules=["0"]),
+}
+
+
+@pytest.mark.parametrize("second", [*SCALED, "ia3"])
+@pytest.mark.parametrize("first", SCALED)
+def test_adapters_of_several_methods_in_one_layer_have_scales_of_their_own(first: str, second: str) -> None:
+    other = (SCALED | {"ia3": lambda: IA3Config(target_modules=["0"], feedforward_modules=[])})[second]
+    both = model(SCALED[first](), other())
+    layer = both.base_model.model[0]
+    before = dict(layer.scaling.items())
+    assert list(before) == (["x1"] if second == "ia3" else ["x1", "x2"])
+    both.base_model.set_adapter(["x1", "x2"])
+    for name in both.peft_config:
+        layer.set_scale(name, 1.0)
+    assert dict(layer.scaling.items()) == pytest.approx(before)
+    for name in both.peft_config:
+        layer.set_scale(name, 0.5)
+    layer.scale_layer(4.0)
+    assert dict(layer.scaling.items()) == pytest.approx({name: 2 * scale for name, scale in before.items()})
+    layer.unscale_layer()
+    assert dict(layer.scaling.items()) == pytest.approx(before)
+
+
 def test_a_scale_that_is_set_inside_stays_and_a_prepared_one_is_the_same_tensor() -> None:
     made, other = model(lora()), model(lora(lora_alpha=1))
     layer = made.base_model.model[0]

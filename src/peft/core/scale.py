@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from ..registry import tuner_class
 from .layer import BaseTunerLayer
 
 
@@ -11,27 +13,38 @@ class ScaledLayer(BaseTunerLayer):
     """A layer whose updates can be scaled; a subclass says what their scaling is by itself."""
 
     def natural_scaling(self, adapter: str) -> float:
-        """The scaling that the configuration gives, such as alpha / r."""
+        """The scaling that the configuration gives, such as alpha / r, of an adapter of this layer's own method."""
         raise NotImplementedError
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make the scaling `scale` times what it is by itself; adapters that the layer lacks are ignored."""
-        if adapter in self.adapters:
-            self._rescale(adapter, scale * self.natural_scaling(adapter))
+        for name in self._scaled([adapter]):
+            self._rescale(name, scale * self._by_itself(name))
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
         if scale != 1:
-            for name in self.active_adapters:
-                if name in self.adapters:
-                    self._rescale(name, self.adapters[name].scaling * scale)
+            for name in self._scaled(self.active_adapters):
+                self._rescale(name, self.adapters[name].scaling * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters by `scale`; None gives back what it is by itself."""
-        for name in self.active_adapters:
-            if name in self.adapters:
-                p = self.adapters[name]
-                self._rescale(name, self.natural_scaling(name) if scale is None else p.scaling / scale)
+        for name in self._scaled(self.active_adapters):
+            now = self.adapters[name].scaling
+            self._rescale(name, self._by_itself(name) if scale is None else now / scale)
+
+    def _scaled(self, names: Sequence[str]) -> list[str]:
+        """Those of the names that have an adapter here whose update has a scaling."""
+        return [n for n in names if n in self.adapters and issubclass(self._own_kind(n), ScaledLayer)]
+
+    def _by_itself(self, name: str) -> float:
+        kind: type[ScaledLayer] = self._own_kind(name)
+        return kind.natural_scaling(self, name)
+
+    def _own_kind(self, name: str) -> Any:
+        """The layer's class as it were for this adapter alone: adapters of several methods may stand in one layer."""
+        classes = tuner_class(self.adapters[name].settings.peft_type).layer_classes
+        return next(iter(classes.values()))
 
     def _rescale(self, name: str, value: Any) -> None:
         p: Any = self.adapters[name]
