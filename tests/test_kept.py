@@ -65,6 +65,20 @@ def test_a_trace_holds_no_constants_of_an_earlier_one(kind):
         assert torch.allclose(traced(X), model(X), atol=1e-5) and not torch.allclose(model(X), wanted, atol=1e-3)
 
 
+@each
+def test_nothing_is_kept_of_tensors_that_other_processes_write(kind):
+    model, layer = adapted(kind)
+    model.share_memory()
+    with torch.no_grad():
+        model(X)
+        for p in tensors(model):
+            p.detach().numpy()[...] *= 1.5  # as another process would, uncounted
+        found = model(X)
+        model.eval()
+        assert torch.equal(found, model(X))
+    assert not any(what in layer.adapters["default"].cache for what in KEPT)
+
+
 def tensors(model):
     """The trained tensors."""
     return [p for p in model.parameters() if p.requires_grad]

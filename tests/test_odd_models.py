@@ -176,6 +176,19 @@ def test_hooks_on_the_factors_of_a_convolution_are_honoured(changes, which):
     assert seen == [1] and not torch.allclose(model(x), wanted, atol=1e-3)
 
 
+@pytest.mark.parametrize("which", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_hooks_on_factors_are_part_of_a_compiled_graph(changes, which):
+    model = adapted(target_modules=["0", "2"], **changes)
+    plain = model(X)
+    getattr(model.base_model.model[2], which)["default"].register_forward_hook(lambda _module, _args, y: 2 * y)
+    wanted = model(X)
+    assert not torch.allclose(wanted, plain, atol=1e-3)
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="eager", fullgraph=True)(X)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_pruned_factors_are_trained_and_stay_pruned(dora):
     model = adapted(use_dora=dora).train()

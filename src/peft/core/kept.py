@@ -79,10 +79,17 @@ def kept(p: Adapter, make: Callable[[], Any], base: bool = False, what: str = "k
         return found
     value = make()
     if lasting(p):
-        places = [*places_of(p), *(base_places(p) if base else ())]
-        if not any(isinstance(t := where.get(key), Tensor) and t.is_inference() for where, key in places):
+        mine = places_of(p)
+        places = [*mine, *(base_places(p) if base else ())]
+        counted = not any(isinstance(t := where.get(key), Tensor) and t.is_inference() for where, key in places)
+        if counted and not any(isinstance(t := where.get(key), Tensor) and lies_shared(t) for where, key in mine):
             p.cache[what] = Kept(value, p.layer, places)
     return value
+
+
+def lies_shared(t: Tensor) -> bool:
+    """Whether another process may write into a tensor, which is not counted here."""
+    return t.is_cpu and t.untyped_storage().is_shared()
 
 
 def still(p: Adapter, what: str = "kept") -> Any:

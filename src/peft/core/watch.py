@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .kept import lies_shared
 from .stack import Adapter
 from .views import SETTLED
 
@@ -133,7 +134,7 @@ class Watch:
     @property
     def possible(self) -> bool:
         """Whether writes to the tensors are counted."""
-        return all(type(t) in PLAIN and not t.is_inference() for t in self.tensors)
+        return all(type(t) in PLAIN and not (t.is_inference() or lies_shared(t)) for t in self.tensors)
 
     def same(self) -> bool:
         """Whether nothing was replaced, moved or hooked, whatever the numbers."""

@@ -194,7 +194,7 @@ class LoRA(LowRank):
         if hot is not None and inner.last is None and inner.extra is None and x.dim() > 1 and not x.is_nested:
             base, A, B, drop, hooks = hot
             graph = torch.compiler.is_compiling()
-            if not p.__dict__["lora_bias"] if graph else _unchanged(p, base, A, B, drop, hooks):
+            if not (p.__dict__["lora_bias"] or hooked(p)) if graph else _unchanged(p, base, A, B, drop, hooks):
                 held, a, b = base._parameters, A._parameters["weight"], B._parameters["weight"]
                 W, bias = held["weight"], held["bias"]
                 if p.__dict__["lora_bias"]:
@@ -279,8 +279,9 @@ def hooks_of(m: nn.Module) -> tuple[dict[Any, Any], ...]:
 
 def hooked(p: Adapter) -> bool:
     """Whether lora_A or lora_B is more than its weight: wrapped, offloaded, hooked or patched."""
-    if torch.compiler.is_compiling():
-        return False
+    if torch.compiler.is_compiling():  # as the graph is made: torch guards no hooks
+        inner = (p.held("lora_A"), p.held("lora_B"))
+        return any(len(m._forward_pre_hooks) or len(m._forward_hooks) for m in inner)
     if any(EVERYWHERE) or nn.Linear.forward is not FORWARD:
         return True
     for key in ("lora_A", "lora_B"):
