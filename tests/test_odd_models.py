@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import peft
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -174,6 +174,24 @@ def test_hooks_on_the_factors_of_a_convolution_are_honoured(changes, which):
     handle.remove()
     inner.register_forward_hook(lambda _module, _args, y: 0 * y)
     assert seen == [1] and not torch.allclose(model(x), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda m: prune.l1_unstructured(m, "weight", 0.5),
+        lambda m: parametrizations.weight_norm(m),
+        lambda m: parametrize.register_parametrization(m, "weight", nn.Identity()),
+    ],
+    ids=["pruned", "norm", "parametrized"],
+)
+def test_a_target_parameter_that_is_computed_since_is_refused(compute):
+    model = adapted(target_modules=None, target_parameters=["0.weight"])
+    compute(model.base_model.model[0].base_layer)
+    with pytest.raises(ValueError, match="computed at each call"):
+        model(X)
+    with model.disable_adapter():
+        model(X)
 
 
 @pytest.mark.parametrize("which", ["lora_A", "lora_B"])

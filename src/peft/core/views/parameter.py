@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -102,13 +102,28 @@ class ParameterView(LinearView):
     def _in_place(
         self, m: Layer, values: Mapping[str, Tensor], outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        held = m._parameters if all(name in m._parameters for name in values) else m.__dict__
+        held = m._parameters
+        if not all(name in held for name in values):  # copies for data parallelism, and FSDP1, have attributes
+            held = m.__dict__
+            refuse_computed(m, values)
         before = {name: held[name] for name in values}
         try:
             held.update(values)
             return outer(*args, **kwargs)
         finally:
             held.update(before)
+
+
+def refuse_computed(m: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError if a module makes one of these tensors at each call, in place of what is put there."""
+    computed = [n for n in names if any(f"{n}_{kind}" in m._parameters for kind in ("orig", "g", "v"))]
+    computed += [n for n in names if n in getattr(m, "parametrizations", ())]
+    if computed:
+        raise ValueError(
+            f"The {computed[0]} of a {type(m).__name__} that adapters change in its place (target_parameters) is now "
+            "computed at each call (pruning, weight norm or a parametrization), so they would have no effect. Make it "
+            "permanent, with torch.nn.utils.prune.remove or its like, or name the module in target_modules."
+        )
 
 
 INPUTS = ("query", "key", "value")
