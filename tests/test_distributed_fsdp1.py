@@ -21,6 +21,7 @@ from tests import distributed_work as work
 
 METHODS = ["lora", "dora", "head", "tokens", "ia3", "oft", "vera"]
 CHECKS = [*(f"kept {name}" for name in METHODS), "flat pissa", "flat head", "mixed", "summoned", "refusal", "base"]
+CHECKS += [f"gathered {name}" for name in ("pissa", "head", "bias")]
 
 
 def check(name: str, rank: int) -> None:
@@ -119,6 +120,19 @@ def check_refusal(rank: int) -> None:
         two.save_pretrained(folder, state_dict=full)
         written = read_weights(Path(folder) / "adapter_model.safetensors")
         work.same_state(peft.get_peft_model_state_dict(work.adapted("head")), written)
+    dist.barrier()
+
+
+def check_gathered(rank: int, name: str) -> None:
+    """A state that FSDP1 has gathered is saved by the model inside, as training programs do at their end."""
+    two, folder = wrapped(work.adapted(name), keep=False), work.shared_folder()
+    two(work.half(rank))
+    with FSDP.state_dict_type(two, torch.distributed.fsdp.StateDictType.FULL_STATE_DICT):
+        full = two.state_dict()
+    if rank == 0:
+        two.module.save_pretrained(folder, state_dict=full)
+        written = read_weights(Path(folder) / "adapter_model.safetensors")
+        work.same_state(peft.get_peft_model_state_dict(work.adapted(name)), written)
     dist.barrier()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.lowrank import transformed
+from . import sharded
 from .cells import Cell
 from .kept import kept, lasting, still
 from .method import Delta, LowRank, Method
@@ -402,7 +403,9 @@ def tensors_below(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Modu
     """(owner, dotted name, attribute) of every parameter and persistent buffer below a module."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            yield module, prefix + name, name
+            own = [("", module, name)]
+            for below, owner, attr in sharded.laid_into(parameter) or own:
+                yield owner, f"{prefix}{below}{attr}", attr
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
             yield module, prefix + name, name

@@ -48,6 +48,15 @@ def is_flat(tensor: Any) -> bool:
     return getattr(tensor, "_fsdp_flattened", False) is True
 
 
+def laid_into(tensor: Any) -> list[tuple[str, nn.Module, str]]:
+    """(path below the unit, its module, name) of the parameters that FSDP1 has laid into this one; nothing elsewhere.
+
+    Without `use_orig_params` their modules hold them no more, and a gathered state has their names.
+    """
+    infos = getattr(tensor, "_param_infos", ())
+    return [(f"{where}." if where else "", module, name) for name, module, where in infos]
+
+
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor, on every process; one that is not spread is handed back as it is."""
     if is_mesh(tensor):
