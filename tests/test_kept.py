@@ -65,6 +65,27 @@ def test_a_trace_holds_no_constants_of_an_earlier_one(kind):
         assert torch.allclose(traced(X), model(X), atol=1e-5) and not torch.allclose(model(X), wanted, atol=1e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("switched", [False, True])
+@each
+def test_a_fused_optimizer_s_steps_are_seen(kind, switched, rows):
+    model, _ = adapted(kind)
+    learner = torch.optim.AdamW(tensors(model), lr=0.1, fused=True)  # torch does not count what it writes
+    for _ in range(2):
+        with torch.no_grad():
+            for _ in range(3):
+                model(X[:rows])
+        if switched:
+            model.train()
+        model(X).pow(2).mean().backward()
+        learner.step()
+        learner.zero_grad()
+        if switched:
+            model.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(X[:rows]), copy.deepcopy(model)(X[:rows]))
+
+
 @each
 def test_nothing_is_kept_of_tensors_that_other_processes_write(kind):
     model, layer = adapted(kind)

@@ -108,11 +108,18 @@ def trained_on(e: Any) -> None:
     e.eval()
 
 
+def stepped(e: Any) -> None:
+    learnt = list(e.trained())
+    for p in learnt:
+        p.grad = torch.ones_like(p)
+    torch.optim.AdamW(learnt, lr=0.1, fused=True).step()  # which writes uncounted
+
+
 def loaded(e: Any) -> None:
     e.load({k: v * 0.5 for k, v in e.for_file().items()})
 
 
-CHANGES = [written, pointed, replaced, other_module, hooked, hooked_above, own_forward, trained_on, loaded]
+CHANGES = [written, pointed, replaced, other_module, hooked, hooked_above, own_forward, trained_on, stepped, loaded]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)

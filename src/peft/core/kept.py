@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..kernels.modes import lifted, transformed
 
@@ -28,6 +29,21 @@ class Keeping:
 
 
 KEEPING = Keeping()
+
+
+class Steps:
+    """How many steps optimizers have taken in this process: fused ones write numbers that torch does not count."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        register_optimizer_step_post_hook(self._step)
+
+    def _step(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():  # compiled steps are counted by torch
+            self.taken += 1
+
+
+STEPS = Steps()
 
 
 class Kept:
@@ -80,7 +96,7 @@ def kept(p: Adapter, make: Callable[[], Any], base: bool = False, what: str = "k
     value = make()
     if lasting(p):
         mine = places_of(p)
-        places = [*mine, *(base_places(p) if base else ())]
+        places = [*mine, *(base_places(p) if base else ()), (vars(STEPS), "taken")]
         counted = not any(isinstance(t := where.get(key), Tensor) and t.is_inference() for where, key in places)
         if counted and not any(isinstance(t := where.get(key), Tensor) and lies_shared(t) for where, key in mine):
             p.cache[what] = Kept(value, p.layer, places)

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .kept import lies_shared
+from .kept import STEPS, lies_shared
 from .stack import Adapter
 from .views import SETTLED
 
@@ -49,6 +49,7 @@ class Watch:
         self.addresses: list[int] = []
         self.memory: list[Tensor] = []  # held, so that no other tensor gets such an address
         self.versions: list[int] | None = None
+        self.steps = STEPS.taken  # when they were noted
 
     @classmethod
     def on(cls, layer: Any, adapters: Sequence[Adapter]) -> Watch:
@@ -89,6 +90,7 @@ class Watch:
                     mine += w.__dict__[name]
             if w.written != self.written:
                 self.written = -1
+        self.steps = min((w.steps for w in watches), default=self.steps)
         versions = [w.versions for w in watches]
         self.versions = None if None in versions else [v for each in versions for v in each or ()]
         return self
@@ -154,11 +156,12 @@ class Watch:
 
     def note(self) -> None:
         """The numbers are what they are now."""
-        self.versions = list(map(_version, self.tensors))
+        self.versions, self.steps = list(map(_version, self.tensors)), STEPS.taken
 
     def unwritten(self) -> bool:
         """Whether the tensors have not been written since."""
-        return self.versions is not None and list(map(_version, self.tensors)) == self.versions
+        noted = self.versions is not None and self.steps == STEPS.taken
+        return noted and list(map(_version, self.tensors)) == self.versions
 
 
 class Ledger(WeakKeyDictionary[Any, Any]):

@@ -32,7 +32,10 @@ class Gaining(Delta):
 
     def squares(self, p: Adapter, W: Tensor, rows: slice) -> Tensor:
         """|W|^2 of each row, (..., rows); that of all is computed again only when the base weight changes."""
-        key = None if torch.compiler.is_compiling() or rows != slice(None) else p.layer.original_key(W)
+        anew = (
+            torch.compiler.is_compiling() or rows != slice(None) or W.requires_grad
+        )  # what is trained changes uncounted
+        key = None if anew else p.layer.original_key(W)
         if key is None:
             return square(W[..., rows, :])
         if p.cache.get("key") != key:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from ..core.kept import Kept
+from ..core.kept import STEPS, Kept
 from ..kernels.modes import transformed
 from .encoder import MADE, BasePromptEncoder
 
@@ -37,6 +37,7 @@ class Made:
     def __init__(self, encoder: Any, value: Tensor, facts: tuple[Any, ...]):
         modules = list(encoder.modules())
         places: list[tuple[Any, str]] = [(encoder.__dict__, "rows"), (type(encoder).__dict__, "forward")]
+        places.append((vars(STEPS), "taken"))
         places += [(encoder._modules, name) for name in encoder.network]
         for m in modules:
             places += [(m.__dict__, "training"), (m.__dict__, "forward")]

@@ -16,7 +16,7 @@ from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
 from ...core.direct import EVERYWHERE, FORWARD
-from ...core.kept import KEEPING, still
+from ...core.kept import KEEPING, STEPS, still
 from ...core.stack import Adapter, Stack
 from ...core.views import Linear
 from ...kernels import choice, scaled
@@ -162,7 +162,12 @@ class Gained(Row):
             return None
         found, M = p.cache["kept"], p.lora_magnitude_vector
         places += self._beside(M, (*p.hot[:3], M))
-        places += [(p.cache, "kept", found), (layer.__dict__, "training", False), (vars(KEEPING), "on", True)]
+        places += [
+            (vars(STEPS), "taken", vars(STEPS)["taken"]),
+            (p.cache, "kept", found),
+            (layer.__dict__, "training", False),
+            (vars(KEEPING), "on", True),
+        ]
         tensors = [held for _, key, held in places if key == "weight"]
         then = {id(t): marks for t, *marks in found.tensors}
         seen = {(id(table), key) for table, key, _ in places} | {
