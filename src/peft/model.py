@@ -1,8 +1,7 @@
 """PeftModel: a model with adapters, by name.
 
-The tree is `PeftModel.base_model` (the tuner) `.model` (the user's model, changed in place), so parameter
-names start with `base_model.model.`. Which adapters exist, are active and are trainable is known by the
-tuner alone.
+The tree is `PeftModel.base_model` (the tuner) `.model` (the user's model, changed in place), so parameter names start
+with `base_model.model.`. Which adapters exist, are active and are trainable is known by the tuner alone.
 """
 
 from __future__ import annotations
@@ -68,8 +67,8 @@ class PeftModel(Persistent, nn.Module):
             return first_prompt(self, model, peft_config, adapter_name)
         tuner = tuner_class(peft_config.peft_type)  # type: ignore[arg-type]
         with placing(model) as undo:
-            made = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": autocast_adapter_dtype}
-            self.base_model = tuner(model, {adapter_name: peft_config}, adapter_name, undo=undo, **made)
+            made = low_cpu_mem_usage, None, autocast_adapter_dtype, undo
+            self.base_model = tuner(model, {adapter_name: peft_config}, adapter_name, *made)
             self._prepare(model, undo)
 
     def _prepare(self, model: nn.Module, undo: Undo) -> None:
@@ -236,8 +235,9 @@ class PeftModel(Persistent, nn.Module):
 
     def _check_names(self, names: Any, first: torch.Tensor | None, tuner: Any) -> None:
         if not isinstance(names, (list, tuple)):
-            kind = type(names).__name__
-            raise WrongKindError(f"adapter_names must be a list with one name per sample, but is {kind}.")
+            raise WrongKindError(
+                f"adapter_names must be a list with one name per sample, but is {type(names).__name__}."
+            )
         if self.training:
             raise ValueError("adapter_names is for inference, but the model is in training mode. Call `model.eval()`.")
         if first is not None and first.shape[0] != len(names):

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..known import SCALARS
+from .buffers import BufferDict, SavedBuffers, tensors_below
 from .cells import celled
 from .host import AdapterHost, changed
 from .sharded import unwrapped
-from .stack import Adapter, BufferDict, SavedBuffers, Slot, Stack, tensors_below
+from .stack import Adapter, Slot, Stack
 from .views import ModuleDict, ParameterDict, Template
 
 _MODULES, _PARAMETERS = Template(nn.ModuleDict(), ModuleDict), Template(celled(nn.ParameterDict()), ParameterDict)

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .buffers import BufferDict
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method
 from .shared import Shared, Sight, shared_of
-from .stack import BufferDict
 
 Spot = tuple[int, str]  # the identity of a holder, and the name of one of its tensors
 

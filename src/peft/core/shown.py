@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from .buffers import BufferDict
 from .gated import GRAPH
-from .stack import Adapter, BufferDict, Late
+from .stack import Adapter, Late
 from .views import LinearView
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Unfused, is_mixed, join_parts, rows_of
+from .buffers import tensors_below
 from .call import BASE, Call
 from .layer import AdapterHost, BaseTunerLayer
 from .onload import own_copy
-from .stack import Slot, tensors_below
+from .stack import Slot
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 _BY_ROWS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)

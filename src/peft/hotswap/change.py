@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.buffers import tensors_below
 from ..core.entries import Entry
 from ..core.fill import as_held
 from ..core.method import Site
-from ..core.stack import Adapter, tensors_below
+from ..core.stack import Adapter
 
 Undo = list[Callable[[], Any]]
 

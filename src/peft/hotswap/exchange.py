@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.buffers import BufferDict
 from ..core.layer import BaseTunerLayer, tuner_layers
-from ..core.stack import Adapter, BufferDict
+from ..core.stack import Adapter
 from .change import copy_all
 
 

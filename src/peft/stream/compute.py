@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.buffers import BufferDict
 from ..core.layer import BaseTunerLayer
 from ..core.method import Method
 from ..core.shared import Sight
-from ..core.stack import BufferDict
 from .names import Group, Names
 from .outcome import Value
 from .skeleton import held

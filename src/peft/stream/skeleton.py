@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.stack import tensors_below
+from ..core.buffers import tensors_below
 from ..errors import PeftWarning, report
 from .shards import CheckpointError, Stored
 

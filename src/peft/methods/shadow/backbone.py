@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.buffers import tensors_below
 from ...core.defaults import SEQ_CLS_HEAD_NAMES
 from ...core.shared import SharedTensors
-from ...core.stack import Slot, tensors_below
+from ...core.stack import Slot
 from .config import SIZES
 
 IGNORED = -100  # labels that count for nothing, as in transformers

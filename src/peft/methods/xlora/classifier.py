@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.buffers import tensors_below
 from ...core.shared import SharedTensors
-from ...core.stack import Slot, tensors_below
+from ...core.stack import Slot
 
 
 class XLoraClassifier(SharedTensors):

@@ -1,0 +1,60 @@
+"""Tensors of adapters that are no parameters, by adapter name; what tensors lie below a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from . import sharded
+
+
+class BufferDict(nn.Module):
+    """Tensors by adapter name that move with the module and are not saved, but for those that ask for it."""
+
+    saved = False
+
+    def hold(self, name: str, value: Tensor) -> None:
+        """Take an adapter's tensor, saved if it is an `nn.Buffer`; other adapters may have chosen otherwise."""
+        self.register_buffer(name, value, persistent=isinstance(value, nn.Buffer))
+
+    def unsaved(self, name: str) -> bool:
+        """Whether it holds a tensor of this adapter that files leave out."""
+        return name in self._buffers and name in self._non_persistent_buffers_set
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._buffers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._buffers[name]  # type: ignore[return-value]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=self.saved)
+
+    def __delitem__(self, name: str) -> None:
+        del self._buffers[name]
+        self._non_persistent_buffers_set.discard(name)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+
+class SavedBuffers(BufferDict):
+    """Tensors by adapter name that are not trained, and saved."""
+
+    saved = True
+
+
+def tensors_below(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:
+    """(owner, dotted name, attribute) of every parameter and persistent buffer below a module."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            own = [("", module, name)]
+            for below, owner, attr in sharded.laid_into(parameter) or own:
+                yield owner, f"{prefix}{below}{attr}", attr
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield module, prefix + name, name
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from tensors_below(child, f"{prefix}{name}.")
