@@ -235,9 +235,7 @@ class PeftModel(Persistent, nn.Module):
 
     def _check_names(self, names: Any, first: torch.Tensor | None, tuner: Any) -> None:
         if not isinstance(names, (list, tuple)):
-            raise WrongKindError(
-                f"adapter_names must be a list with one name per sample, but is {type(names).__name__}."
-            )
+            raise WrongKindError(f"adapter_names must be a list, a name per sample, but is {type(names).__name__}.")
         if self.training:
             raise ValueError("adapter_names is for inference, but the model is in training mode. Call `model.eval()`.")
         if first is not None and first.shape[0] != len(names):

@@ -2,8 +2,7 @@
 
     y = copy(x),   the copy starting as the module is
 
-The copy has all parameters and buffers of the module, which may be of any class, in their own dtypes. Source: Zhao et
-al. 2023, arXiv 2312.11420.
+The copy has all tensors of the module, which may be of any class, in their dtypes. Source: Zhao 2023, arXiv 2312.11420.
 """
 
 from __future__ import annotations
