@@ -40,10 +40,12 @@ def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int, empty:
     cache = empty or (DynamicCache(config=config) if sliding else DynamicCache())
     held = keys.shapes(config)
     for i, (key, value) in enumerate(pairs):
-        layer = cache.layers[i] if sliding and i < len(cache.layers) else None
-        found = keys.room(layer, None if held is None else held[i], (key.shape[1], key.shape[3]))
+        layer, made = cache.layers[i] if sliding and i < len(cache.layers) else None, (key.shape[1], key.shape[3])
+        found = keys.room(layer, None if held is None else held[i], made)
+        if found is not None and found != made:
+            key, value = (part[:, : found[0], :, : found[1]] for part in (key, value))
         if found is not None:
-            cache.update(key[:, : found[0], :, : found[1]], value[:, : found[0], :, : found[1]], i)
+            cache.update(key, value, i)
     if not getattr(config, "is_encoder_decoder", False):
         return cache
     return EncoderDecoderCache(cache, DynamicCache())
