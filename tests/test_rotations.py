@@ -131,6 +131,12 @@ def test_mirrors_that_do_not_start_at_the_base_model_are_told(fields):
         (lambda: wrapped(HRAConfig(target_modules=["fc"], r=14, apply_GS=True)), "r=14"),
         (lambda: RoadConfig(variant="road_3"), "variant='road_3'"),
         (lambda: RoadConfig(group_size=7), "group_size"),
+        (
+            lambda: get_peft_model(
+                nn.ModuleDict({"fc": nn.Conv1d(4, 12, 1, groups=2)}), RoadConfig(target_modules=["fc"], group_size=4)
+            ),
+            r"6 outputs of each group.*\[2, 6\]",
+        ),
         (lambda: wrapped(RoadConfig(target_modules=["fc"])), "group_size=64"),
         (
             lambda: get_peft_model(nn.Sequential(nn.Linear(4, 3)), RoadConfig(target_modules=["0"])),

@@ -62,10 +62,12 @@ class RoAd(Method):
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
         *lead, out, _ = site.view.shape(site.module)
-        if out % c.group_size:
-            fits = [d for d in range(2, out + 1, 2) if out % d == 0]
+        alike = out // site.view.groups(site.module)  # outputs of one group of a convolution, which see the same inputs
+        if alike % c.group_size:
+            fits = [d for d in range(2, alike + 1, 2) if alike % d == 0]
+            what = f"{out} outputs" if alike == out else f"{alike} outputs of each group"
             raise ValueError(
-                f"group_size={c.group_size} does not divide the {out} outputs of {site.path!r}; they must be "
+                f"group_size={c.group_size} does not divide the {what} of {site.path!r}; they must be "
                 f"divisible by the group_size. {f'Use one of {fits}, or exclude' if fits else 'Exclude'} the layer "
                 "(`exclude_modules`)."
             )
