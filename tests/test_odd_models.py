@@ -223,6 +223,23 @@ def test_pruned_factors_are_trained_and_stay_pruned(dora):
     assert torch.equal(inner.weight, inner.weight_orig * inner.weight_mask) and (inner.weight == 0).sum() == 8
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}], ids=str
+)
+def test_factors_that_are_quantised_with_the_rest_are_read(changes, rows):
+    quantization = pytest.importorskip("torchao.quantization")
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model = adapted(net, target_modules=["0", "2"], r=8, **changes)
+    x = torch.randn(rows, 64)
+    with torch.no_grad():
+        wanted = model(x)
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        found = model(x)
+    assert not torch.equal(found, wanted)
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
 def test_a_parametrized_factor_is_computed_at_each_call():
     model = adapted()
     with torch.no_grad():

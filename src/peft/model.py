@@ -223,7 +223,7 @@ class PeftModel(Persistent, nn.Module):
             function = functools.partial(prompts.run, function, beams is not None)
         tuner = self._tuner
         if prompts is None and all(v is None for v in given):
-            if not tuner.hooks:
+            if torch.compiler.is_compiling() or not tuner.hooks:
                 return function(*args, **kwargs)
             with tuner.call.alone():  # hooks write into the record
                 return function(*args, **kwargs)

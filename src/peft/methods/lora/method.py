@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core import quantised
+from ...core import quantised, storage
 from ...core.direct import CONVS, EVERYWHERE, FORWARD
 from ...core.files import keys_in_hand
 from ...core.kept import kept, lasting, still
 from ...core.method import LowRank, Method, Site
 from ...core.stack import Adapter, Stack
 from ...core.views import PLAIN, Linear
+from ...core.views.chosen import NUMBERS
 from ...kernels import lowrank
 from . import init as starts
 from . import room
@@ -107,7 +108,10 @@ class LoRA(LowRank):
         if view.infix:
             A, B = p.held("lora_embedding_A"), p.held("lora_embedding_B")
         else:
-            A, B = p.held("lora_A").weight, p.held("lora_B").weight
+            down, up = p.held("lora_A"), p.held("lora_B")
+            A, B = down.weight, up.weight
+            if type(A) not in NUMBERS or type(B) not in NUMBERS:
+                A, B = numbers(down), numbers(up)
         if view.dense and blocks == (1, 1):
             return A, B
         m = p.layer.get_base_layer()
@@ -207,7 +211,8 @@ class LoRA(LowRank):
                 y = None if graph else lowrank.ready(x, W, bias, a, b, p.scaling, rate)
                 if y is not None:
                     return y
-                if alike or (W.dtype is x.dtype and not W.requires_grad):
+                own = (type(a) in NUMBERS and type(b) in NUMBERS) or numbers(A) is a  # not if somebody quantised them
+                if own and (alike or (W.dtype is x.dtype and not W.requires_grad)):
                     return lowrank.generally(x, W, bias, a, b, p.scaling, rate)
         if inner.packed is not None and type(self).onto is LoRA.onto and not self.by_modules(p):
             y = quantised.beside(self, p, inner, x)
@@ -270,6 +275,12 @@ class OutProjection(LoRA):
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         return Method.forward(self, p, inner, x)
+
+
+def numbers(m: nn.Module) -> Tensor:
+    """A factor's weight, or what a quantiser's tensor in its place stands for."""
+    kind = storage.packed(m, "weight")
+    return m.weight if kind is None else kind.read(m, "weight")  # type: ignore[return-value]
 
 
 def hooks_of(m: nn.Module) -> tuple[dict[Any, Any], ...]:
