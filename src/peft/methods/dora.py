@@ -152,7 +152,8 @@ class DoRA(Gaining):
             n, scale = self.safe_norm(p), of.scaling(p)
             return scaled.add(y, x, A, B, scale, self.drop_rate(p), self.magnitude(p), n, b)
         z = self.of.onto(p, inner, y, x)  # before the gain, as hooks on modules may renew the factors
-        gain = self.gain(p) if inner.packed else kept(p, lambda: self.gain(p), base=True)
+        anew = inner.packed or inner.view.dense  # of a dense layer factors are kept, which a hook stands in the way of
+        gain = self.gain(p) if anew else kept(p, lambda: self.gain(p), base=True)
         g = inner.spread(gain)
         # b' in full: what `of` adds to y has its own bias in it
         return (z * g).to(y.dtype) if b is None else product(z, g, inner.spread(b - b * gain)).to(y.dtype)
