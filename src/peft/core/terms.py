@@ -55,7 +55,7 @@ class Between(LowRank):
         held = open_linear(inner, x) if torch.is_grad_enabled() and not self.drop_rate(p) else None
         if held is not None and type(self).onto is LowRank.onto:
             A, M, B = self.middle(p)
-            if A.dtype is M.dtype is B.dtype is x.dtype and M.dim() == 2:
+            if A.dtype is M.dtype is B.dtype and M.dim() == 2:
                 return over(x, *held, [(A, B, M)])
         return super().at_once(p, inner, x)
 

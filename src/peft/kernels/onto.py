@@ -24,10 +24,12 @@ def thin(x: Tensor, W: Tensor, b: Tensor | None, *terms: tuple[Tensor, Tensor, A
     for h, B, s in terms:
         if type(s) is float and y.dtype is h.dtype and y.dtype is B.dtype:
             y = y.addmm_(h, B, alpha=s)
+        elif type(s) is float and h.dtype is B.dtype:
+            rest = (y.to(h.dtype) if rest is None else rest).addmm_(h, B, alpha=s)
         else:
-            rest = h @ B * s if rest is None else rest + h @ B * s
+            rest = h @ B * s + (y if rest is None else rest)
     if rest is not None:
-        y = (y + rest).to(y.dtype)
+        y = rest.to(y.dtype)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
