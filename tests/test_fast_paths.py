@@ -12,9 +12,12 @@ from torch import nn
 from conformance.layouts import Around, Layout
 from conformance.rows import METHODS, adapted, close, expected, tuner_layers
 from conformance.test_gradients import close_each, gradients, leaves
+from peft import LoraConfig, get_peft_model
 from peft.core.families import Scaling
 from peft.core.method import Delta
 from peft.core.rotation import Rotation
+from peft.methods.lora import method as lora_method
+from peft.methods.lora import several
 
 WIDE = {
     "wide": Layout("linear-wide", lambda: Around(nn.Linear(48, 72)), (40, 48), batched=False),
@@ -91,3 +94,42 @@ def test_a_hook_on_the_base_is_run(method):
     layer.get_base_layer().register_forward_hook(lambda module, args, y: seen.append(1))
     close(model(x), wanted)
     assert seen or METHODS[method].values or not calls_the_base(layer), "the hook was passed by"
+
+
+@pytest.mark.parametrize(
+    ("second", "together"),
+    [
+        ({}, True),
+        ({"use_rslora": True, "r": 3}, True),
+        ({"use_dora": True}, False),
+        ({"lora_bias": True}, False),
+        ({"lora_dropout": 0.5}, False),
+        ({"init_lora_weights": "pissa"}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_several_plain_adapters_are_added_where_the_product_lies(second, together, grad, monkeypatch):
+    torch.manual_seed(0)
+    together = together or ("lora_dropout" in second and not grad)
+    settings = {"r": 2, "target_modules": ["0"], "init_lora_weights": False}
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 10)), LoraConfig(**settings))
+    model.add_adapter("two", LoraConfig(**{**settings, **second}))
+    model.base_model.set_adapter(["default", "two"])
+    model.train(grad)
+    layer, x, found = model.base_model.model[0], torch.randn(3, 5, 12), []
+    plain = several.several
+    monkeypatch.setattr(lora_method, "several", lambda *args: found.append(plain(*args)) or found[-1])
+    with torch.set_grad_enabled(grad):
+        y = layer(x)
+    assert [one is not None for one in found] == ([True] if together else [False] * len(found))
+    if "lora_dropout" not in second or not grad:
+        W, b = layer.get_base_layer().weight, layer.get_base_layer().bias
+        for p in layer.adapters.values():
+            W, b = p.method.weight(p, W), p.method.bias(p, b)
+        close(y, nn.functional.linear(x, W, b))
+    if together:
+        handle = layer.lora_A["two"].register_forward_hook(lambda *_: found.append("hook"))
+        close(layer(x), y.detach())
+        assert "hook" in found
+        handle.remove()

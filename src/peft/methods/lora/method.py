@@ -29,6 +29,7 @@ from ...kernels import lowrank
 from . import init as starts
 from . import room
 from .row import Row
+from .several import several
 
 SIZES = frozenset({"r", "lora_alpha", "scaling"})
 
@@ -193,8 +194,19 @@ class LoRA(LowRank):
         stated = type(self).forward is LoRA.forward and type(p.scaling) is float
         return stated and not (one or p.lora_bias or p.subtracts)
 
+    def is_plain(self, p: Adapter) -> bool:
+        """Whether the adapter's modules stand as noted, and all that they do is two products with a linear layer."""
+        drop = p.hot[3]
+        drops = drop is not None and drop.training and type(drop) is not nn.Identity and drop.p
+        more = p.__dict__["lora_bias"] or p.__dict__["subtracts"] or type(p.scaling) is not float
+        return not (drops or more) and _unchanged(p, *p.hot)
+
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         hot = p.hot
+        if hot is not None and inner.last is not None and type(self) is LoRA:
+            found = several(p, inner, x)
+            if found is not None:
+                return found
         if hot is not None and inner.last is None and inner.extra is None and x.dim() > 1 and not x.is_nested:
             base, A, B, drop, hooks = hot
             graph = torch.compiler.is_compiling()

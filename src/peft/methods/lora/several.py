@@ -1,0 +1,38 @@
+"""Several plain LoRA adapters of one linear layer at work together: two products for each, where the base's lies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels import onto
+from ...kernels.modes import eager
+from ...kernels.thin import PLAIN
+
+if TYPE_CHECKING:
+    from ...core.stack import Adapter, Stack
+
+
+def several(p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+    """W x + b + the sum of s B A x over p and the adapters below it; None where any of them does more, or may do.
+
+    Arguments:
+        p: an adapter of LoRA itself, which has noted its modules.
+        inner: the layer under the others.
+        x: (..., d), of the dtype of all weights.
+    """
+    if inner.extra is not None or x.dim() < 2 or type(x) not in PLAIN or x.is_nested or not eager():
+        return None
+    held = p.hot[0]._parameters
+    W, factors = held["weight"], []
+    for one in (*inner.adapters, p):
+        if type(one.method) is not type(p.method) or one.hot is None or not one.method.is_plain(one):
+            return None
+        a, b = one.hot[1]._parameters["weight"], one.hot[2]._parameters["weight"]
+        if not (type(W) is type(a) is type(b) is nn.Parameter and W.dtype is a.dtype is b.dtype is x.dtype):
+            return None
+        factors.append((a, b.mT, one.scaling))
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return onto.thin(x, W, held["bias"], *((F.linear(flat, a), b, scale) for a, b, scale in factors))
