@@ -60,6 +60,7 @@ _NAMES = {
     "peft.core.targets": "plan",
     "peft.core.kappa": "find_kappa_target_modules",
     "peft.core.state": "adapter_parameters",
+    "peft.inspection.doctor": "doctor",
     "peft.stream": "merge_checkpoint",
 }
 

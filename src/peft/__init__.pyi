@@ -59,6 +59,9 @@ from .heads import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from .inspection.doctor import (
+    doctor,
+)
 from .methods.adalora.config import (
     AdaLoraConfig,
 )
@@ -460,6 +463,7 @@ __all__ = [
     "compose_cartridge_adapters",
     "convert_to_lora",
     "create_arrow_model",
+    "doctor",
     "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_eva_state_dict",

@@ -34,6 +34,10 @@ class Companion:
     def taken_over(self, name: str, own: Any) -> None:
         """Such a file, with `own` beside it, has been written into the adapter."""
 
+    def schedule(self, name: str) -> int | None:
+        """The step at which an adapter's schedule stands; None where there is none to go through."""
+        return None
+
     def completed(self, output: Any) -> Any:
         """The model's output, with what the method adds to it."""
         return output

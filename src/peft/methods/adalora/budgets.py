@@ -92,6 +92,9 @@ class Budgets(Companion):
                 budget.note(optimizer.state)
                 self.measured, self.passes = True, 0
 
+    def schedule(self, name: str) -> int | None:
+        return self.allocator(name).steps if self._of(name) else None
+
     def resize_modules_by_rank_pattern(self, rank_pattern: dict[str, list[bool]], adapter_name: str) -> None:
         """Keep only the marked ranks of each layer; the scale stays.
 

@@ -33,7 +33,7 @@ class Subspaces(Companion):
 
     def __init__(self, tuner: Any) -> None:
         self.tuner = tuner
-        self.called, self.passes = False, 0
+        self.calls = self.passes = 0
         self.seen: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]] = {}  # mean and spread since the last cut
 
     def adapters(self, name: str) -> list[Adapter]:
@@ -45,13 +45,16 @@ class Subspaces(Companion):
         """The output as it is; a word if nobody allocates."""
         wanted = [c for c in self.tuner.peft_config.values() if getattr(c, "use_asa", False) and not c.inference_mode]
         self.passes += bool(wanted) and self.tuner.training
-        if wanted and not self.called and self.passes == max(c.final_warmup for c in wanted):
+        if wanted and not self.calls and self.passes == max(c.final_warmup for c in wanted):
             text = (
                 f"use_asa=True, but after {self.passes} passes no subspace has been measured. Call "
                 "model.base_model.update_and_allocate(step) after each backward pass, before zero_grad()."
             )
             report(PeftWarning, text, strict=False, stacklevel=5)
         return output
+
+    def schedule(self, name: str) -> int | None:
+        return self.calls if getattr(self.tuner.peft_config.get(name), "use_asa", False) else None
 
     @torch.no_grad()
     def update_and_allocate(self, global_step: int) -> None:
@@ -62,7 +65,7 @@ class Subspaces(Companion):
         Arguments:
             global_step: the number of this step.
         """
-        self.called = True
+        self.calls += 1
         for name, c in self.tuner.peft_config.items():
             if getattr(c, "use_asa", False) and c.init_warmup <= global_step <= c.final_warmup:
                 pairs = [pair for p in self.adapters(name) for pair in zip(p.adamss_A, p.adamss_B, strict=True)]
