@@ -32,6 +32,7 @@ CHECKS = [
     "base",
     "helper",
     "copies",
+    *(f"watched {name}" for name in ("ddp", "before", "after")),
 ]
 
 
@@ -238,6 +239,22 @@ def check_copies(rank: int) -> None:
     work.loss_of(two(work.half(rank))).backward()
     work.same_gradients(one, gradients(two), 1e-6)
     work.same_state(peft.get_peft_model_state_dict(one), peft.get_peft_model_state_dict(two))
+
+
+def check_watched(rank: int, how: str) -> None:
+    """`peft.doctor` of a model that is spread before the watch begins, or after."""
+    model = work.adapted("lora")
+    spread = {"ddp": nn.parallel.DistributedDataParallel, "before": sharded, "after": lambda model: model}[how](model)
+    with peft.doctor(spread) as watched:
+        spread = sharded(model) if how == "after" else spread
+        train(spread, adam(model), rank, 3)
+    report = watched.report()
+    assert report.ok and not report.findings, str(report)
+    trained = sum(p.requires_grad for p in model.parameters())
+    assert report.adapters["default"] == {"trained": trained, "with_gradient": trained, "changed": trained}
+    with peft.doctor(spread) as watched:
+        train(spread, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0), rank, 1)
+    assert [f.kind for f in watched.report().findings] == ["no change"]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ class Fact:
     Attributes:
         adapter: whose it is; None of the base model's.
         part: of the adapter: its layers, or a module that is trained as a whole.
-        trained: whether it was trainable at some time.
+        trained: whether it was trainable in some step, or is.
         gradient: the largest |g|; None if none came.
         changed: whether its bits did; None if that cannot be seen here.
         finite: whether its numbers are, now.
@@ -32,7 +32,7 @@ class Fact:
     adapter: str | None
     part: str
     dtype: str
-    trained: bool
+    trained: bool = False
     gradient: float | None = None
     finite_gradient: bool = True
     changed: bool | None = None
@@ -104,7 +104,7 @@ class State:
     available: set[str]
     active: set[str]
     disabled: bool
-    merged: set[tuple[str, str]]  # path of a layer, adapter
+    merged: dict[str, tuple[str, ...]]  # path of a layer -> what is merged there
     schedules: dict[str, int]
 
     @classmethod
@@ -118,7 +118,7 @@ class State:
             available,
             active={name for _, host in hosts for name in host.active_adapters} & available,
             disabled=all(host.disable_adapters for _, host in hosts),
-            merged={(path, name) for path, host in hosts for name in host.merged_adapters},
+            merged={path: tuple(host.merged_adapters) for path, host in hosts},
             schedules={name: step for name, step in steps if step is not None},
         )
 
@@ -175,7 +175,7 @@ class Diagnosis:
         """Why an adapter, or a whole part of it, got no gradient."""
         if self.now.disabled:
             return "adapters are disabled. Enable them (`enable_adapter_layers()`, or the end of `disable_adapter()`)."
-        if any(name == merged for _, merged in self.now.merged):
+        if any(name in merged for merged in self.now.merged.values()):
             return "it is merged into the base, which is frozen. Call `unmerge_adapter()` before training."
         if name not in self.now.active:
             return f"it is trainable, but not active. Call `set_adapter({name!r})`."
@@ -218,7 +218,7 @@ class Diagnosis:
 
     def _wrote(self) -> Iterator[Finding]:
         """Tensors that are not trained, and have other numbers than before."""
-        merged = {path for path, _ in self.before.merged ^ self.now.merged}
+        merged = {path for path, names in self.before.merged.items() if names != self.now.merged.get(path)}
         moved = [f for f in self.facts if f.changed and not f.trained and not _is_below(f.name, merged)]
         for those in _grouped(moved, lambda f: f.adapter or ""):
             text = "something has written into them (a load, a merge that stays, an initialisation)."

@@ -105,9 +105,10 @@ class Doctor:
             self._find()
             self.settled = True
         for seen in self.seen.values():
-            seen.trained |= seen.tensor.requires_grad
-            if not seen.met and seen.tensor.grad is not None:  # FSDP2 puts gradients there itself
-                seen.look(seen.tensor.grad)
+            if seen.tensor.requires_grad:
+                seen.trained = True
+                if not seen.met and seen.tensor.grad is not None:  # FSDP2 puts gradients there itself
+                    seen.look(seen.tensor.grad)
         self._note(optimizer, steps=1)
 
     def _note(self, optimizer: Any, steps: int) -> None:
@@ -129,7 +130,7 @@ class Seen(Fact):
     """What is known of one parameter, `tensor`, and how it comes to be known."""
 
     def __init__(self, tensor: nn.Parameter, name: str, adapter: str | None, part: str) -> None:
-        super().__init__(name, adapter, part, str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)
+        super().__init__(name, adapter, part, str(tensor.dtype).removeprefix("torch."))
         self.tensor, self.kind, self.first = tensor, (tensor.dtype, tensor.shape), fingerprint(tensor)
         self.met = False  # by a hook
         self.worst: tuple[Tensor, Tensor] | None = None  # of all gradients, the largest |g| without and with NaN
@@ -153,7 +154,7 @@ class Seen(Fact):
     def settle(self) -> None:
         """What follows from all that."""
         now = fingerprint(self.tensor)
-        self.trained |= self.tensor.requires_grad
+        self.trained |= self.tensor.requires_grad or self.met
         if self.worst is not None:
             self.gradient, worst = (float(t) for t in self.worst)
             self.finite_gradient = math.isfinite(worst)
