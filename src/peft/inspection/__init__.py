@@ -1,10 +1,13 @@
-"""Looking into adapters: what a folder holds, and whether it fits a base model."""
+"""Looking into adapters: what a folder holds, whether it fits a base model, and whether one learns."""
 
 from .check import Fit, check_adapter
+from .diagnosis import Checkup, Finding
 from .inspect import inspect_adapter
 from .report import Inspection, Problem, TargetInfo, TensorInfo, UnreadableAdapterError
 
 __all__ = [
+    "Checkup",
+    "Finding",
     "Fit",
     "Inspection",
     "Problem",
