@@ -16,9 +16,7 @@ import peft
 from peft import AdaLoraConfig, AdamssConfig, LoraConfig, get_peft_model
 from peft.inspection.doctor import fingerprint
 from tests.conformance.layouts import LAYOUTS
-from tests.conformance.rows import METHODS, adapted, config, forbidden, told
-
-KINDS = ["linear", "linear-nobias", "embedding", "conv-2d"]
+from tests.conformance.rows import adapted, cells, config, told
 
 
 class Net(nn.Module):
@@ -47,17 +45,19 @@ def free(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def train(model, optimizer=None, steps=3, times=1.0, watched=None):
-    """The report on some steps."""
+def step(optimizer, loss):
+    if loss.requires_grad:
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def train(model, optimizer=None, steps=3, times=1.0, given=None):
     optimizer = optimizer or AdamW(free(model), lr=1e-2)
     generator = torch.Generator().manual_seed(1)
-    with peft.doctor(model) as doctor:
+    with peft.doctor(model, given) as doctor:
         for _ in range(steps):
-            loss = (model(torch.randn(4, 6, generator=generator)) ** 2).sum() * times
-            if loss.requires_grad:
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            step(optimizer, (model(torch.randn(4, 6, generator=generator)) ** 2).sum() * times)
     return doctor.report()
 
 
@@ -68,7 +68,7 @@ def findings(report):
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("method, layout", [(m, k) for m in METHODS for k in KINDS if not forbidden(m, LAYOUTS[k])])
+@pytest.mark.parametrize("method, layout", cells(only=lambda kind: kind.name in ("linear", "embedding", "conv-2d")))
 def test_no_method_raises_an_alarm(method, layout, steps):
     kind = LAYOUTS[layout]
     model = get_peft_model(kind.model(torch.float32), config(method, kind)) if steps == 1 else adapted(method, kind)
@@ -77,37 +77,29 @@ def test_no_method_raises_an_alarm(method, layout, steps):
     with peft.doctor(model) as doctor:
         for _ in range(steps):
             y = model(kind.x())
-            (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            step(optimizer, (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum())
     report = doctor.report()
     assert report.ok, str(report)
     assert report.adapters["default"]["changed"] > 0
-    assert "glora" in method or not report.findings  # its paths to a bias, where there is none, learn nothing
+    assert method.startswith("glora") or not report.findings  # one of its five tensors for a layer may do nothing
 
 
 def test_a_run_without_faults():
-    model = net(modules_to_save=["head"])
-    report = train(model)
+    report = train(net(modules_to_save=["head"]))
     assert report.ok and not report.findings and report.steps == 3
     assert report.adapters == {"default": {"trained": 6, "with_gradient": 6, "changed": 6}}
     assert str(report) == "ok after 3 steps\nadapter 'default': 6 tensors trained, 6 with gradients, 6 changed"
 
 
-def of_another_adapter(model):
-    optimizer = AdamW(free(model))
-    model.add_adapter("b", lora(init_lora_weights=False))
-    model.set_adapter("b")
-    return train(model, optimizer)
-
-
-def left_over(model):
-    optimizer = SGD(free(model), lr=0.1, momentum=0.9)
+def another(model, left_over=False):
+    optimizer = SGD(free(model), lr=0.1)
     model(torch.ones(2, 6)).sum().backward()
-    optimizer.step()
     model.add_adapter("b", lora(init_lora_weights=False))
     model.set_adapter("b")
-    optimizer.add_param_group({"params": free(model)})
+    if left_over:
+        optimizer.add_param_group({"params": free(model)})
+    else:
+        optimizer.zero_grad()
     return train(model, optimizer)
 
 
@@ -142,10 +134,11 @@ def detached(model):
 
 FAULTS = {
     "stale": (lambda m: train(m, AdamW(free(net()))), "no change", "4 parameters that are not in the model"),
-    "another adapter's": (of_another_adapter, "no change", "no optimiser that stepped holds it"),
+    "given": (lambda m: train(m, SGD([torch.ones(1)]), given=AdamW(free(net()))), "no change", "5 parameters that are"),
+    "another adapter's": (another, "no change", r"one holds those of 'default'"),
     "no rate": (lambda m: train(m, AdamW(free(m), lr=0.0)), "no change", "rate was 0 in all 3 steps"),
     "lost": (lambda m: train(m, SGD(free(m), lr=1e-30)), "no change", "smaller than what float32 keeps"),
-    "left over": (left_over, "changed while frozen", "an optimiser that steps holds them"),
+    "left over": (lambda m: another(m, left_over=True), "changed while frozen", "an optimiser that steps holds them"),
     "written": (written, "changed while frozen", "something has written"),
     "frozen": (after("set_adapter", "default", inference_mode=True), "frozen", "set_adapter"),
     "disabled": (after("disable_adapter_layers"), "frozen", "disabled"),
@@ -165,8 +158,7 @@ def test_a_fault_is_named_with_its_cause(fault):
     report = run(net(init_lora_weights=False))
     assert {f[0] for f in findings(report) if f[2]} == {kind}
     first = report.findings[0]
-    assert first.kind == kind and (first.tensors or kind == "frozen")
-    assert re.search(cause, first.text)
+    assert first.kind == kind and re.search(cause, first.text) and (first.tensors or kind == "frozen")
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
@@ -212,13 +204,6 @@ def test_merging_switching_and_adding_are_no_faults():
     assert findings(doctor.report()) == []
 
 
-def test_an_optimiser_that_is_given_is_looked_into():
-    model = net(init_lora_weights=False)
-    doctor = peft.doctor(model, AdamW(free(net())))
-    model(torch.ones(2, 6)).sum().backward()
-    assert "4 parameters that are not in the model" in doctor.report().findings[0].text
-
-
 def test_nothing_is_left_behind():
     model = net()
     doctor = peft.doctor(model)
@@ -227,7 +212,6 @@ def test_nothing_is_left_behind():
     del doctor
     with pytest.raises(RuntimeError, match="mine"), peft.doctor(model):
         raise RuntimeError("mine")
-    assert peft.doctor(model).report().steps == 0
     assert not any(p._backward_hooks for p in free(model)) and not _global_optimizer_pre_hooks
     with pytest.raises(TypeError, match="Net has none"):
         peft.doctor(Net())
@@ -260,8 +244,7 @@ def test_a_language_model_under_trainer_and_checkpointing(tmp_path):
 
     base.gradient_checkpointing_enable({"use_reentrant": True})
     base.disable_input_require_grads()  # as where the base is not a model of transformers
-    model.train()
     with peft.doctor(model) as doctor, pytest.warns(UserWarning, match="None of the inputs"):
         model(input_ids=torch.ones(1, 4).long(), use_cache=False).logits.sum().backward()
-    report = doctor.report()
-    assert report.findings[0].kind == "no gradient" and "enable_input_require_grads" in report.findings[0].text
+    first = doctor.report().findings[0]
+    assert first.kind == "no gradient" and "enable_input_require_grads" in first.text

@@ -2,11 +2,13 @@
 
 from .check import Fit, check_adapter
 from .diagnosis import Checkup, Finding
+from .doctor import Doctor
 from .inspect import inspect_adapter
 from .report import Inspection, Problem, TargetInfo, TensorInfo, UnreadableAdapterError
 
 __all__ = [
     "Checkup",
+    "Doctor",
     "Finding",
     "Fit",
     "Inspection",

@@ -196,7 +196,9 @@ class Diagnosis:
                 "made before they were replaced. Make the optimiser once the model is complete."
             )
         if not f.held:
-            return "no optimiser that stepped holds it. Make one of all parameters that have `requires_grad`."
+            others = listing(sorted({g.adapter for g in self.facts if g.held and g.adapter not in (None, f.adapter)}))
+            whose = f" (one holds those of {others})" if others else ""
+            return f"no optimiser that stepped holds it{whose}. Make one of all parameters that have `requires_grad`."
         if not f.steps:
             return "the optimiser has not stepped (a gradient scaler leaves steps out). Watch more steps."
         if f.rate == 0:

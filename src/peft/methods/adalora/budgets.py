@@ -93,7 +93,8 @@ class Budgets(Companion):
                 self.measured, self.passes = True, 0
 
     def schedule(self, name: str) -> int | None:
-        return self.allocator(name).steps if self._of(name) else None
+        steps = self.allocator(name).steps if self._of(name) else None
+        return steps if steps is not None and steps < self.tuner.peft_config[name].total_step else None
 
     def resize_modules_by_rank_pattern(self, rank_pattern: dict[str, list[bool]], adapter_name: str) -> None:
         """Keep only the marked ranks of each layer; the scale stays.

@@ -54,7 +54,8 @@ class Subspaces(Companion):
         return output
 
     def schedule(self, name: str) -> int | None:
-        return self.calls if getattr(self.tuner.peft_config.get(name), "use_asa", False) else None
+        c = self.tuner.peft_config.get(name)
+        return self.calls if getattr(c, "use_asa", False) and self.calls < c.final_warmup else None
 
     @torch.no_grad()
     def update_and_allocate(self, global_step: int) -> None:
