@@ -21,6 +21,7 @@ from tests import distributed_work as work
 
 METHODS = ["lora", "dora", "head", "tokens", "ia3", "oft", "vera"]
 CHECKS = [*(f"kept {name}" for name in METHODS), "flat pissa", "flat head", "mixed", "summoned", "refusal", "base"]
+CHECKS += ["watched before", "watched after", "watched flat"]
 CHECKS += [f"gathered {name}" for name in ("pissa", "head", "bias")]
 
 
@@ -121,6 +122,22 @@ def check_refusal(rank: int) -> None:
         written = read_weights(Path(folder) / "adapter_model.safetensors")
         work.same_state(peft.get_peft_model_state_dict(work.adapted("head")), written)
     dist.barrier()
+
+
+def check_watched(rank: int, how: str) -> None:
+    """`peft.doctor` of a model that is wrapped before the watch begins, or after."""
+    model = work.adapted("pissa")
+    two = model if how == "after" else wrapped(model, how != "flat")
+    with peft.doctor(two) as watched:
+        two = wrapped(model) if how == "after" else two
+        learner = torch.optim.AdamW([p for p in two.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(3):
+            work.loss_of(two(work.half(rank))).backward()
+            learner.step()
+            learner.zero_grad()
+    report = watched.report()
+    assert report.ok and not report.findings, str(report)
+    assert len({*report.adapters["default"].values()}) == 1 and report.adapters["default"]["changed"] > 0
 
 
 def check_gathered(rank: int, name: str) -> None:

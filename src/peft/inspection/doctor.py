@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..core.layer import BaseTunerLayer, tuner_layers
-from ..core.sharded.gather import is_mesh, is_spread, is_zero
+from ..core.sharded.gather import is_mesh, is_spread, is_zero, laid_into, unwrapped
 from ..core.shared import SharedTensors
 from ..errors import WrongKindError
 from .diagnosis import Checkup, Diagnosis, Fact, State
@@ -48,7 +48,7 @@ class Doctor:
         self.strange: set[int] = set()  # what optimisers hold that is not in the model
         self.settled = False
         self._report: Checkup | None = None
-        if not isinstance(model, nn.Module) or not _owners(model):
+        if not isinstance(model, nn.Module) or not State.of(model).available:
             raise WrongKindError(f"peft.doctor needs a model with adapters, and this {type(model).__name__} has none.")
         self._hooks: list[Any] = []
         self._find()
@@ -88,7 +88,7 @@ class Doctor:
     def _find(self) -> None:
         """Take note of every parameter that is new, or not what it was (sharded, cast)."""
         owners = _owners(self.model)
-        now = dict(self.model.named_parameters())
+        now = {unwrapped(name): tensor for name, tensor in self.model.named_parameters()}
         for name in self.seen.keys() - now.keys():
             del self.seen[name]
         for name, tensor in now.items():
@@ -205,6 +205,9 @@ def _owners(model: nn.Module) -> dict[int, tuple[str, str]]:
         for name in sorted(host._get_available_adapters(), key=lambda n: n not in active):
             for p in host.adapter_parameters(name):
                 found.setdefault(id(p), (name, part))
+    for p in model.parameters():
+        if p.requires_grad and laid_into(p):  # FSDP1 has laid what is trained into one
+            found[id(p)] = next(iter(sorted(State.of(model).active)), ""), LAYERS
     return found
 
 
