@@ -92,7 +92,10 @@ class Doctor:
         for name in self.seen.keys() - now.keys():
             del self.seen[name]
         for name, tensor in now.items():
-            if name not in self.seen or not self.seen[name].is_of(tensor):
+            known = self.seen.get(name)
+            if known is not None and known.tensor is tensor:
+                known.follow()
+            else:
                 self.seen[name] = seen = Seen(tensor, name, *owners.get(id(tensor), (None, "")))
                 if tensor.requires_grad:
                     self._hooks.append(tensor.register_hook(seen.meet))
@@ -130,14 +133,15 @@ class Seen(Fact):
     """What is known of one parameter, `tensor`, and how it comes to be known."""
 
     def __init__(self, tensor: nn.Parameter, name: str, adapter: str | None, part: str) -> None:
-        super().__init__(name, adapter, part, str(tensor.dtype).removeprefix("torch."))
-        self.tensor, self.kind, self.first = tensor, (tensor.dtype, tensor.shape), fingerprint(tensor)
+        super().__init__(name, adapter, part, _dtype(tensor))
+        self.tensor, self.shape, self.first = tensor, tensor.shape, fingerprint(tensor)
         self.met = False  # by a hook
         self.worst: tuple[Tensor, Tensor] | None = None  # of all gradients, the largest |g| without and with NaN
 
-    def is_of(self, tensor: nn.Parameter) -> bool:
-        """Whether this is about such a tensor."""
-        return tensor is self.tensor and (tensor.dtype, tensor.shape) == self.kind
+    def follow(self) -> None:
+        """Begin again with a tensor that has been cast, or spread, in its place."""
+        if (self.dtype, self.shape) != (_dtype(self.tensor), self.tensor.shape):
+            self.dtype, self.shape, self.first = _dtype(self.tensor), self.tensor.shape, fingerprint(self.tensor)
 
     def meet(self, grad: Tensor) -> None:
         """A gradient comes, before it is added to others."""
@@ -183,9 +187,13 @@ def fingerprint(tensor: Tensor) -> Tensor | None:
     return torch.cat([sums.view(torch.uint8), bits[whole:]])
 
 
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _here(tensor: Any) -> Tensor:
     """This process's part of a tensor."""
-    held = tensor.ds_tensor if is_zero(tensor) else tensor.to_local() if is_mesh(tensor) else tensor
+    held = getattr(tensor, "ds_tensor", tensor) if is_zero(tensor) else tensor.to_local() if is_mesh(tensor) else tensor
     return held.detach()
 
 
