@@ -31,7 +31,7 @@ FLOORS = (
     "names status card persist loading algebra hotswap stream convert inspection",
     "model",
     "heads create mixed_model auto",
-    "mapping mapping_func functional helpers peft_model utils tuners optimizers",
+    "inspection.estimate mapping mapping_func functional helpers peft_model utils tuners optimizers",
     "__init__",
     "cli __main__",
 )

@@ -62,6 +62,9 @@ from .heads import (
 from .inspection.doctor import (
     doctor,
 )
+from .inspection.estimate import (
+    estimate,
+)
 from .methods.adalora.config import (
     AdaLoraConfig,
 )
@@ -464,6 +467,7 @@ __all__ = [
     "convert_to_lora",
     "create_arrow_model",
     "doctor",
+    "estimate",
     "find_kappa_target_modules",
     "get_base_model_state_dict",
     "get_eva_state_dict",

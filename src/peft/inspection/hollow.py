@@ -1,0 +1,224 @@
+"""Counting the memory of a computation, done or only gone through.
+
+`Ledger` watches every operation and knows how many bytes live in tensors, and the most that ever did. `Hollow` does the
+same without computing: results get memory of the right size that nobody touches, so that the system never provides it.
+Its tensors are torch's own on a CPU, and take every turn that those of a real run take.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+EXACT = 2**22  # bytes: what is no larger, and follows from no weights, is computed: positions, masks, counts
+ZERO = 2**16  # bytes: what is no larger, and is not computed, is at least zero
+_SEEDED, _VALUES = (
+    torch.Tag.nondeterministic_seeded,
+    (
+        torch.Tag.data_dependent_output,
+        torch.Tag.dynamic_output_shape,
+    ),
+)
+
+
+class Made(NamedTuple):
+    """A tensor that an operation gives: its twin on the meta device, the argument whose memory it has, or is."""
+
+    twin: Tensor
+    of: int | None
+    same: bool
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the memory that operations make while it is entered, until nobody holds it any more.
+
+    Attributes:
+        live: bytes that are held now.
+        peak: the most that were held at once; set it to `live` to begin anew.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._held: dict[int, tuple[Any, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do the operation and note what it makes."""
+        found = self.do(func, args, kwargs or {})
+        self.hold(tensors_in(found))
+        return found
+
+    def do(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The operation itself."""
+        return func(*args, **kwargs)
+
+    def hold(self, tensors: Iterable[Tensor]) -> int:
+        """Count the storages of some tensors, each once; the bytes of those that are new here."""
+        before = self.live
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._held and tensor.device.type != "meta":
+                self._held[key] = weakref.ref(storage, partial(self._gone, key)), storage.nbytes()
+                self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        return self.live - before
+
+    def _gone(self, key: int, _: Any = None) -> None:
+        self.live -= self._held.pop(key)[1]
+
+
+class Hollow(Ledger):
+    """A ledger under which nothing is computed but what is small and known: sizes, positions, masks.
+
+    Attributes:
+        guessed: operations whose result depends on numbers that are not there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.guessed: set[str] = set()
+        self._unknown: set[int] = set()
+        self._outlines: dict[Any, Any] = {}
+
+    def make(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory in the shape and order of a tensor, on whatever device, that holds no numbers."""
+        size, dtype = like.numel() * like.element_size(), dtype or like.dtype
+        found = torch.empty_strided(like.size(), like.stride(), dtype=dtype, device="cpu")
+        if size <= ZERO:
+            found.zero_()
+        self.hold([found])
+        self._unknown.add(found.untyped_storage()._cdata)
+        return found
+
+    def do(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of an operation: looked at, computed if it is small and known, or hollow."""
+        if func.is_view or func.namespace == "prim":
+            return func(*args, **kwargs)
+        given = list(tensors_in((args, kwargs)))
+        known = not any(t.untyped_storage()._cdata in self._unknown for t in given)
+        if any(tag in func.tags for tag in _VALUES):
+            return self._look(func, args, kwargs, known)
+        outline = self._outline(func, args, kwargs, given)
+        if outline is None:
+            return self._look(func, args, kwargs, known)
+        small = all(_bytes(t) <= EXACT for t in (*given, *(made.twin for made in _leaves(outline))))
+        if known and small and _SEEDED not in func.tags:
+            return func(*args, **kwargs)
+        self._forget(func, args, kwargs)
+        return _filled(outline, lambda made: self._give(func, made, given))
+
+    def _outline(self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Tensor]) -> Any:
+        """What an operation gives, as `Made`; kept, as layers are alike. None if torch knows of no shapes for it."""
+        try:
+            key = func, _key(args), _key(kwargs)
+            if key in self._outlines:
+                return self._outlines[key]
+        except TypeError:  # a generator, say
+            key = None
+        twins = {id(t): torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta") for t in given}
+        places = {twins[id(t)].untyped_storage()._cdata: i for i, t in enumerate(given)}
+        own = {id(twins[id(t)]): i for i, t in enumerate(given)}
+
+        def described(t: Tensor) -> Made:
+            return Made(t, places.get(t.untyped_storage()._cdata), id(t) in own)
+
+        try:
+            found = func(*_swapped(args, twins), **_abroad(func, _swapped(kwargs, twins), bool(given)))
+            outline = _mapped(found, described)
+        except NotImplementedError:
+            outline = None
+        if key is not None:
+            self._outlines[key] = outline
+        return outline
+
+    def _give(self, func: Any, made: Made, given: list[Tensor]) -> Tensor:
+        if made.of is None:
+            found = self.make(made.twin)
+            return (
+                found.fill_(True) if func._schema.name == "aten::all" else found
+            )  # numbers that are not there are sound
+        t = given[made.of]
+        place = t.storage_offset() + made.twin.storage_offset()
+        return t if made.same else t.as_strided(made.twin.size(), made.twin.stride(), place)
+
+    def _look(self, func: Any, args: Any, kwargs: dict[str, Any], known: bool) -> Any:
+        if not known and torch.Tag.dynamic_output_shape in func.tags:
+            self.guessed.add(func._schema.name.partition("::")[2])
+        return func(*args, **kwargs)
+
+    def _forget(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """What an operation would have written is known no longer."""
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = args[i] if i < len(args) else kwargs.get(argument.name)
+                self._unknown.update(t.untyped_storage()._cdata for t in tensors_in(written))
+
+    def _gone(self, key: int, _: Any = None) -> None:
+        super()._gone(key)
+        self._unknown.discard(key)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for v in value:
+            yield from tensors_in(v)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    """The same nest with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(v, change) for v in value)
+    return {k: _mapped(v, change) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _filled(outline: Any, give: Any) -> Any:
+    """The same nest with tensors in place of `Made`."""
+    if isinstance(outline, Made):
+        return give(outline)
+    return type(outline)(_filled(v, give) for v in outline) if isinstance(outline, list | tuple) else outline
+
+
+def _leaves(outline: Any) -> Iterator[Made]:
+    if isinstance(outline, Made):
+        yield outline
+    elif isinstance(outline, list | tuple):
+        for v in outline:
+            yield from _leaves(v)
+
+
+def _key(value: Any) -> Any:
+    """What of an argument decides shapes, to be looked up."""
+    if isinstance(value, Tensor):
+        return value.size(), value.stride(), value.dtype, value.device.type
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return tuple((k, _key(v)) for k, v in value.items()) if isinstance(value, dict) else (type(value), value)
+
+
+def _swapped(value: Any, twins: dict[int, Tensor]) -> Any:
+    return _mapped(value, lambda t: twins[id(t)])
+
+
+def _abroad(func: Any, kwargs: dict[str, Any], given: bool) -> dict[str, Any]:
+    """Arguments for the meta device, which has no generators and no pinned memory."""
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("generator", "pin_memory")}
+    takes = any(a.name == "device" for a in func._schema.arguments)
+    return {**kwargs, "device": "meta"} if takes and (not given or kwargs.get("device") is not None) else kwargs
