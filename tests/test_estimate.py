@@ -27,6 +27,11 @@ MODELS = {
         transformers.T5Config(d_model=128, d_ff=256, d_kv=32, num_layers=2, num_heads=4, vocab_size=200),
         "SEQ_2_SEQ_LM",
     ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4),
+        "CAUSAL_LM",
+    ),
     "vit": (
         "ViTForImageClassification",
         transformers.ViTConfig(**{**SMALL, "vocab_size": 2}, image_size=64, patch_size=8),
@@ -47,6 +52,8 @@ CONFIGS = {
     "oft": ("OFTConfig", {**LINEAR, "oft_block_size": 32}),
     "boft": ("BOFTConfig", {**LINEAR, "boft_block_size": 8}),
     "vera": ("VeraConfig", {"r": 64, "target_modules": ["q_proj", "o_proj"]}),
+    "olora": ("LoraConfig", {**LINEAR, "r": 8, "init_lora_weights": "olora"}),
+    "tokens": ("LoraConfig", {"r": 8, "trainable_token_indices": [1, 2]}),
     "saved": ("LoraConfig", {"r": 8, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 8}),
     "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": 8}),
@@ -120,6 +127,12 @@ def test_long_inputs_in_blocks_are_told(dtype):
     agree(made("llama", dtype), configured("dropout", "CAUSAL_LM"), batch=8, seq=256)
 
 
+def test_experts_are_told_and_noted():
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    agree(made("mixtral"), config)
+    assert "experts" in peft.estimate(MODELS["mixtral"][1], config, 1, 4).notes[-1]
+
+
 def test_a_model_is_left_as_it_is():
     model, before = made("llama"), torch.get_rng_state()
     state, kinds = {k: v.clone() for k, v in model.state_dict().items()}, [type(m) for m in model.modules()]
@@ -128,6 +141,20 @@ def test_a_model_is_left_as_it_is():
     assert kinds == [type(m) for m in model.modules()]
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_what_the_library_keeps_of_seeds_and_sizes_is_whole():
+    from peft.core import draw
+    from peft.kernels import blocks
+
+    for kept in (draw._places, blocks._eye):
+        kept.cache_clear()
+    for method in ("FourierFTConfig", "OFTConfig"):
+        peft.estimate(made("llama"), getattr(peft, method)(target_modules=["q_proj"]), 2, 8)
+    found = draw._places(128 * 128, 1000, 777)
+    draw._places.cache_clear()
+    assert found.unique().numel() == 1000 and torch.equal(found, draw._places(128 * 128, 1000, 777))
+    assert torch.equal(blocks._eye(32, torch.float32, torch.device("cpu")), torch.eye(32))
 
 
 def test_a_configuration_a_folder_and_models_with_and_without_numbers_are_the_same(tmp_path):

@@ -138,6 +138,7 @@ def optimizer_of(optimizer: Any) -> Callable[..., Any]:
     return OPTIMIZERS[optimizer]
 
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as configurations name their number
 IMAGE = ("num_channels", "image_size")
 PER_TEXT = ("SequenceClassification", "ImageClassification")  # classes of models that have one label for each input
 TASKS = {

@@ -21,7 +21,7 @@ from ..config import PeftConfig
 from ..create import get_peft_model
 from ..errors import WrongKindError
 from ..kernels import thin
-from .asked import EstimateError, checkpoint, inputs_of, model_of, optimizer_of
+from .asked import EXPERTS, EstimateError, checkpoint, inputs_of, model_of, optimizer_of
 from .hollow import EXACT, Hollow, Ledger, tensors_in
 
 
@@ -114,6 +114,8 @@ def estimate(
             found = step(shadow, called, make, ledger) if training else forward(shadow, called, ledger)
     if ledger.guessed:
         notes.append(f"shapes that depend on values ({', '.join(sorted(ledger.guessed))}) are those of zeros")
+    if any(getattr(getattr(model, "config", None), name, None) for name in EXPERTS):
+        notes.append("every token is taken to choose the same experts, so adapters on experts may need more")
     return Estimate(base, adapter, **found, training=training, notes=tuple(notes))
 
 

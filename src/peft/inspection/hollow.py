@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-EXACT = 2**22  # bytes: what is no larger, and follows from no weights, is computed: positions, masks, counts
+EXACT = 2**22  # bytes: whole numbers of a model that are no more are copied, as they may choose a way
 ZERO = 2**16  # bytes: what is no larger, and is not computed, is at least zero
 _SEEDED, _VALUES = (
     torch.Tag.nondeterministic_seeded,
@@ -75,7 +75,7 @@ class Ledger(TorchDispatchMode):
 
 
 class Hollow(Ledger):
-    """A ledger under which nothing is computed but what is small and known: sizes, positions, masks.
+    """A ledger under which nothing is computed but what follows from no weights: positions, masks, places from seeds.
 
     Attributes:
         guessed: operations whose result depends on numbers that are not there.
@@ -103,14 +103,13 @@ class Hollow(Ledger):
             return func(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
         known = not any(t.untyped_storage()._cdata in self._unknown for t in given)
-        if any(tag in func.tags for tag in _VALUES):
+        if any(tag in func.tags for tag in _VALUES) and not _counts(func, given):
             return self._look(func, args, kwargs, known)
+        if known and (_SEEDED not in func.tags or kwargs.get("generator") is not None):
+            return func(*args, **kwargs)  # which programs may keep beyond this run
         outline = self._outline(func, args, kwargs, given)
         if outline is None:
             return self._look(func, args, kwargs, known)
-        small = all(_bytes(t) <= EXACT for t in (*given, *(made.twin for made in _leaves(outline))))
-        if known and small and _SEEDED not in func.tags:
-            return func(*args, **kwargs)
         self._forget(func, args, kwargs)
         return _filled(outline, lambda made: self._give(func, made, given))
 
@@ -132,7 +131,7 @@ class Hollow(Ledger):
         try:
             found = func(*_swapped(args, twins), **_abroad(func, _swapped(kwargs, twins), bool(given)))
             outline = _mapped(found, described)
-        except NotImplementedError:
+        except RuntimeError:  # as of products in groups, whose shapes torch tells of bfloat16 alone
             outline = None
         if key is not None:
             self._outlines[key] = outline
@@ -149,9 +148,13 @@ class Hollow(Ledger):
         return t if made.same else t.as_strided(made.twin.size(), made.twin.stride(), place)
 
     def _look(self, func: Any, args: Any, kwargs: dict[str, Any], known: bool) -> Any:
-        if not known and torch.Tag.dynamic_output_shape in func.tags:
-            self.guessed.add(func._schema.name.partition("::")[2])
-        return func(*args, **kwargs)
+        """The result itself, which is what follows from zeros where numbers are not there."""
+        found = func(*args, **kwargs)
+        if not known:
+            self._unknown.update(t.untyped_storage()._cdata for t in tensors_in(found))
+            if torch.Tag.dynamic_output_shape in func.tags:
+                self.guessed.add(func._schema.name.partition("::")[2])
+        return found
 
     def _forget(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """What an operation would have written is known no longer."""
@@ -176,8 +179,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(list(value.values()))
 
 
-def _bytes(t: Tensor) -> int:
-    return t.numel() * t.element_size()
+def _counts(func: Any, given: list[Tensor]) -> bool:
+    """Whether it is an index of whole numbers, whose shape they do not change; one of truths keeps what is true."""
+    return func._schema.name == "aten::index" and not any(t.dtype in (torch.bool, torch.uint8) for t in given[1:])
 
 
 def _mapped(value: Any, change: Any) -> Any:
@@ -196,14 +200,6 @@ def _filled(outline: Any, give: Any) -> Any:
     return type(outline)(_filled(v, give) for v in outline) if isinstance(outline, list | tuple) else outline
 
 
-def _leaves(outline: Any) -> Iterator[Made]:
-    if isinstance(outline, Made):
-        yield outline
-    elif isinstance(outline, list | tuple):
-        for v in outline:
-            yield from _leaves(v)
-
-
 def _key(value: Any) -> Any:
     """What of an argument decides shapes, to be looked up."""
     if isinstance(value, Tensor):
@@ -219,6 +215,6 @@ def _swapped(value: Any, twins: dict[int, Tensor]) -> Any:
 
 def _abroad(func: Any, kwargs: dict[str, Any], given: bool) -> dict[str, Any]:
     """Arguments for the meta device, which has no generators and no pinned memory."""
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("generator", "pin_memory")}
+    kwargs = {k: None if k in ("generator", "pin_memory") else v for k, v in kwargs.items()}
     takes = any(a.name == "device" for a in func._schema.arguments)
     return {**kwargs, "device": "meta"} if takes and (not given or kwargs.get("device") is not None) else kwargs
