@@ -132,9 +132,13 @@ def calls(work: Callable[[], object]) -> int:
         nonlocal count
         count += event in ("call", "c_call")
 
+    collects = gc.isenabled()
+    gc.disable()  # finalizers of other objects are no part of it
     sys.setprofile(watch)
     try:
         work()
     finally:
         sys.setprofile(None)
+        if collects:
+            gc.enable()
     return count

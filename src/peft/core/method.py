@@ -287,8 +287,8 @@ class Delta(Method):
         (W, b), low = held, self.short(p)
         if low is not None:
             return lowrank.linear(x, W, b, *low) if low[0].dtype is W.dtype or not W.requires_grad else None
-        few = x.numel() < MANY_ROWS * x.shape[-1] and W.numel() > FEW_NUMBERS
-        if few and not torch.compiler.is_compiling():
+        apart = not torch.compiler.is_compiling() and W.numel() > FEW_NUMBERS
+        if apart and x.numel() < MANY_ROWS * x.shape[-1]:
             return None
         D = self.live_delta(p, W)
         if D.dtype is W.dtype and D.dtype in (torch.float32, torch.float64):
