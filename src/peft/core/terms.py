@@ -32,7 +32,9 @@ def summed(inner: Stack, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
         return None
     W, b = held
     many = x.numel() * sum(W.shape) > W.numel() * x.shape[-1] or W.numel() <= SMALL
-    if len(terms) > 1 and many and x.is_cpu and alike and x.dtype in WIDE and not torch.compiler.is_compiling():
+    wide = 2 * sum(len(A) for A, *_ in terms) >= min(W.shape)  # else thin products cost less for any number of rows
+    usual = alike and x.is_cpu and x.dtype in WIDE and not torch.compiler.is_compiling()
+    if len(terms) > 1 and many and wide and usual:
         return F.linear(x, W + _update(terms), b)
     return over(x, W, b, terms)
 
