@@ -139,14 +139,13 @@ class Persistent:
         if not isinstance(config, PeftConfig):
             raise ValueError(f"config must be a PeftConfig, but is {type(config).__name__}.")
         file = AdapterFile.of(model, model_id, adapter_name, key_mapping, kwargs)
+        by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING if cls.__name__ == "PeftModel" else {}
+        kind: Any = by_task.get(config.task_type or "", cls)
         place, undo = attempts(
             model, config, lambda meta: kind(model, config, adapter_name, autocast_adapter_dtype, meta)
         )
         config.inference_mode = not is_trainable
         set_runtime(config, ephemeral_gpu_offload)
-        by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING if cls.__name__ == "PeftModel" else {}
-        kind: Any = by_task.get(config.task_type or "", cls)
-
         file.check_config(content)
         file.autocast = autocast_adapter_dtype
         try:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kernels import sparse
 from ..kernels.thin import WIDE
+from ..kernels.whole import touched
 from .direct import open_linear
 from .method import Delta
 from .terms import SMALL
@@ -64,7 +65,7 @@ class Sparse(Delta):
         if itself and alike and flat.shape[0] == 1 and not torch.is_grad_enabled():
             return sparse.row(F.linear(flat, W, b), flat, values, found).view(form)
         many, fewer = self.whole_from[torch.is_grad_enabled()]
-        whole = (alike or W.numel() <= SMALL) and flat.shape[0] * sum(shape) > many * W.numel() - fewer
+        whole = (alike or W.numel() <= SMALL) and touched(x, W) > many * W.numel() - fewer
         if whole or values.shape[0] * SHARE[not itself] > W.numel():
             dense = itself and alike and x.dtype in WIDE
             return F.linear(x, sparse.scattered(W, values, found), b) if dense else super().at_once(p, inner, x)

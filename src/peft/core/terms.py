@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kernels import lowrank, onto
 from ..kernels.thin import WIDE
+from ..kernels.whole import touched
 from .direct import open_linear
 from .method import LowRank
 
@@ -31,7 +32,7 @@ def summed(inner: Stack, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
     if held is None or not (alike or not torch.is_grad_enabled()):
         return None
     W, b = held
-    many = x.numel() * sum(W.shape) > W.numel() * x.shape[-1] or W.numel() <= SMALL
+    many = touched(x, W) > W.numel() or W.numel() <= SMALL
     wide = 2 * sum(len(A) for A, *_ in terms) >= min(W.shape)  # else thin products cost less for any number of rows
     usual = alike and x.is_cpu and x.dtype in WIDE and not torch.compiler.is_compiling()
     if len(terms) > 1 and many and wide and usual:

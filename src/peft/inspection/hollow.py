@@ -18,13 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 EXACT = 2**22  # bytes: whole numbers of a model that are no more are copied, as they may choose a way
 ZERO = 2**16  # bytes: what is no larger, and is not computed, is at least zero
-_SEEDED, _VALUES = (
-    torch.Tag.nondeterministic_seeded,
-    (
-        torch.Tag.data_dependent_output,
-        torch.Tag.dynamic_output_shape,
-    ),
-)
+_SEEDED = torch.Tag.nondeterministic_seeded
+_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 class Made(NamedTuple):
@@ -140,9 +135,8 @@ class Hollow(Ledger):
     def _give(self, func: Any, made: Made, given: list[Tensor]) -> Tensor:
         if made.of is None:
             found = self.make(made.twin)
-            return (
-                found.fill_(True) if func._schema.name == "aten::all" else found
-            )  # numbers that are not there are sound
+            sound = func._schema.name == "aten::all"  # as numbers that are not there are
+            return found.fill_(True) if sound else found
         t = given[made.of]
         place = t.storage_offset() + made.twin.storage_offset()
         return t if made.same else t.as_strided(made.twin.size(), made.twin.stride(), place)

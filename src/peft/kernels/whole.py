@@ -27,6 +27,11 @@ def reach(W: Tensor, A: Tensor) -> float:
     return math.inf
 
 
+def touched(x: Tensor, W: Tensor) -> int:
+    """How many numbers the rows of x (..., d) and of its product with W hold together."""
+    return x.numel() // max(x.shape[-1], 1) * sum(W.shape)
+
+
 def serves(rows: int, width: int, W: Tensor, A: Tensor) -> bool:
     """Whether the sum is taken for so many rows, of which thin products touch `width` numbers each."""
     return rows * width >= reach(W, A)

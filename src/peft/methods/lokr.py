@@ -28,6 +28,7 @@ from ..core.stack import Adapter, Stack
 from ..core.thinned import Thinned
 from ..kernels import product
 from ..kernels.thin import WIDE
+from ..kernels.whole import touched
 from ..target_config import choice, rank
 from .loha import LycorisConfig, LycorisLayer, LycorisModel, core_shape
 
@@ -126,8 +127,7 @@ class LoKr(Thinned):
         if held is None or p.held(p.forms[0]).dtype is not x.dtype or torch.compiler.is_compiling():
             return None
         W, b = held
-        many = x.numel() // max(x.shape[-1], 1) * sum(W.shape) >= W.numel()
-        if not many or (W.numel() > SMALL and torch.is_grad_enabled()):
+        if touched(x, W) < W.numel() or (W.numel() > SMALL and torch.is_grad_enabled()):
             return None
         return F.linear(x, W + self.delta(p, W), b)
 

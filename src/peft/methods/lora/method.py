@@ -109,10 +109,7 @@ class LoRA(LowRank):
         if view.infix:
             A, B = p.held("lora_embedding_A"), p.held("lora_embedding_B")
         else:
-            down, up = p.held("lora_A"), p.held("lora_B")
-            A, B = down.weight, up.weight
-            if type(A) not in NUMBERS or type(B) not in NUMBERS:
-                A, B = numbers(down), numbers(up)
+            A, B = self.held_factors(p)
         if view.dense and blocks == (1, 1):
             return A, B
         m = p.layer.get_base_layer()
@@ -122,8 +119,14 @@ class LoRA(LowRank):
         own = type(self).factors is LoRA.factors and type(self).own_factors is LoRA.own_factors and not p.subtracts
         view, m = p.layer.view, p.layer.get_base_layer()
         if own and view.kernel(m) and view.groups(m) == 1:
-            return p.held("lora_A").weight, p.held("lora_B").weight
+            return self.held_factors(p)
         return self.factors(p)
+
+    def held_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """The weights of lora_A and lora_B, in their own shapes."""
+        down, up = p.held("lora_A"), p.held("lora_B")
+        A, B = down.weight, up.weight
+        return (A, B) if type(A) in NUMBERS and type(B) in NUMBERS else (numbers(down), numbers(up))
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         A, B = self.own_factors(p)
