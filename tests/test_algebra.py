@@ -95,12 +95,13 @@ def test_variants_of_lora_are_themselves(fields: dict[str, Any], kind: str) -> N
     assert torch.allclose(made(x), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("more", [{}, {"svd_rank": 5, "density": 0.3}], ids=["no rank", "a rank"])
 @pytest.mark.parametrize("kind", PRUNED)
-def test_a_single_source_is_not_pruned_and_needs_no_density(kind: str) -> None:
+def test_a_single_source_is_not_pruned_and_needs_no_density(kind: str, more: dict[str, Any]) -> None:
     made = model(lora())
     x = torch.randn(4, 6)
     expected = made(x).detach()
-    combined(made, ["x1"], [1.0], kind)
+    combined(made, ["x1"], [1.0], kind, **more)
     assert torch.allclose(made(x), expected, atol=1e-6)
     with pytest.raises(TypeError, match="density"):
         made.add_weighted_adapter(["x1", "mix"], [1.0, 1.0], "other", combination_type=kind)

@@ -73,6 +73,11 @@ class Recipe:
         return self.kind in ("linear", "svd", *WHOLE)
 
     @property
+    def unpruned(self) -> str:
+        """The type that differs by pruning nothing, which is for what several sources have in common."""
+        return "svd" if self.kind in ON_PRODUCTS else "linear" if self.kind in ON_FACTORS else self.kind
+
+    @property
     def function(self) -> Callable[[list[Tensor], Tensor], Tensor]:
         """C(t_1 ..., c_1 ...)."""
         return combination(self.kind, self.density, self.sign)

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,8 +77,9 @@ def add_weighted_adapter(
     Everything is computed before the model is touched, and an error leaves it as it was.
     """
     shares = _checked(tuner, adapters, weights, adapter_name)
-    as_it_is = len(adapters) == 1 and recipe.rank is None and recipe.energy is None
-    recipe.check(prunes=not as_it_is)
+    alone = len(adapters) == 1
+    recipe.check(prunes=not alone)
+    as_it_is = alone and recipe.rank is None and recipe.energy is None
     configs = [tuner.peft_config[name] for name in adapters]
     layers = updates(tuner.model, shares)
     modules = updates(tuner.model, shares, whole=True)
@@ -89,6 +90,8 @@ def add_weighted_adapter(
         )
     if as_it_is:
         recipe = Recipe("linear" if configs[0].peft_type == "LORA" else "exact")
+    elif alone:
+        recipe = replace(recipe, kind=recipe.unpruned)
     if tokens or modules or _closed(configs, layers):
         config, report = _same_method(tuner, configs, modules or layers), Report()
         values = {path: _linear(found, recipe) for path, found in layers.items()}
