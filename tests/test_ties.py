@@ -300,3 +300,57 @@ def test_untied_replicated_layers_leave_the_embedding_tied():
         merged = get_peft_model(base, config).merge_and_unload()
     assert merged.config.tie_word_embeddings
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+# ---- biases --------------------------------------------------------------------------------------------------------
+
+
+def sharing_a_bias() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    net[2].bias = net[4].bias = net[0].bias
+    return net.eval()
+
+
+def with_biases(targets: list[str]) -> PeftModel:
+    model = quiet(sharing_a_bias(), lora(target_modules=targets, lora_bias=True))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * 0.3 if "lora_B" in name else 0)
+    return model
+
+
+@pytest.mark.parametrize("targets", [["0", "2", "4"], ["2"]])
+def test_a_merge_unties_biases_too_and_unmerging_ties_them_again(targets):
+    model, x = with_biases(targets), torch.randn(3, 8)
+    net, expected = model.base_model.model, model(x)
+    layers = [layer for _, layer in tuner_layers(net)]
+    before = layers[0].get_base_layer().bias
+    kept = before.detach().clone()
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    model.unmerge_adapter()
+    assert all(layer.get_base_layer().bias is before for layer in layers)
+    assert torch.equal(before, kept) and torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("lora_bias", [True, False])
+def test_biases_that_a_merge_leaves_equal_stay_shared_for_good(lora_bias):
+    model = with_biases(["2"]) if lora_bias else quiet(sharing_a_bias(), lora(target_modules=["2"]))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(plain(x), expected)
+    assert plain[4].bias is plain[0].bias and (plain[2].bias is plain[0].bias) is not lora_bias
+
+
+def test_replicated_layers_get_biases_of_their_own_in_a_merge():
+    base = llama()
+    for layer in base.model.layers:
+        layer.self_attn.v_proj.bias = nn.Parameter(torch.randn(layer.self_attn.v_proj.out_features))
+    model = quiet(base, lora(target_modules=["v_proj"], lora_bias=True, layer_replication=[(0, 1), (0, 1)]))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * 0.3 if "lora_B" in name else 0)
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected)

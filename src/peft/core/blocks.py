@@ -143,7 +143,7 @@ class Blocks:
     original_weight: Callable[[], Tensor]
     _stand_in: Callable[[nn.Module], None]
     _where: Callable[[], str]
-    tied: nn.Parameter | None = None
+    tied: dict[str, nn.Parameter] | None = None
     _saved: dict[str, Any] | None = None
     _rounding: str = "requantize"  # how a quantised weight takes a merge
     _dense_dtype: torch.dtype | None = None
@@ -236,7 +236,7 @@ class Blocks:
         if held is None or type(held) is not nn.Parameter or type(held.data) is not Tensor:
             return None
         mine = own(base, self.view.name)
-        kept = self.tied is not None or held.is_inference()
+        kept = self.view.name in (self.tied or ()) or held.is_inference()
         if self._saved is not None:
             payload = self._saved[self.view.name][1]
             kept = kept or (isinstance(payload, Tensor) and same_memory(payload, held))

@@ -237,7 +237,7 @@ class Mergeable(Blocks, Forgetful):
         self._replan()
 
     def _take_back(self) -> list[str]:
-        """Give back the payload and say what was merged; a weight that was untied for the merge stays so."""
+        """Give back the payload and say what was merged; what was untied for the merge stays so."""
         names = list(self._merged)
         self.__dict__["_merged"] = []
         if not onestep.given_back(self):
@@ -248,7 +248,7 @@ class Mergeable(Blocks, Forgetful):
 
     def _tie(self) -> None:
         if self.tied is not None:
-            self.get_base_layer()._parameters[self.view.name] = self.tied
+            self.get_base_layer()._parameters.update(self.tied)
             self.__dict__["tied"] = None
 
     def go_back(self, names: list[str]) -> None:

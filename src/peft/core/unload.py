@@ -53,20 +53,22 @@ def shared(model: nn.Module) -> dict[Any, list[Holder]]:
 
 
 def untie(layers: list[BaseTunerLayer], names: Sequence[str], groups: dict[Any, list[Holder]]) -> None:
-    """Give each layer that is about to be merged a weight of its own where others share it.
+    """Give each layer that is about to be merged a weight and a bias of its own where others share them.
 
-    Merging into a shared weight would change the other module too (an output layer tied to the embedding, replicated
-    layers). Unmerging puts the shared parameter back.
+    Merging into a shared one would change the other module too (an output layer tied to the embedding, replicated
+    layers). Unmerging puts the shared parameters back.
     """
-    for layer in layers:
-        base, attr = layer.get_base_layer(), layer.view.name
-        weight = base._parameters.get(attr)
-        if weight is None or layer.tied is not None or not any(n in layer.adapters for n in names):
+    for layer in layers if groups else ():
+        if layer.tied is not None or not any(n in layer.adapters for n in names):
             continue
-        if storage_key(weight) in groups:
-            layer.__dict__["tied"] = weight  # not a child of the layer
-            alone = weight.detach() if own(base, attr) else weight.detach().clone()  # W' will take other memory
-            base._parameters[attr] = nn.Parameter(alone, requires_grad=weight.requires_grad)
+        base, view = layer.get_base_layer(), layer.view
+        held = {attr: base._parameters.get(attr) for attr in (view.name, view.bias_name)}
+        found = {attr: p for attr, p in held.items() if p is not None and storage_key(p) in groups}
+        for attr, p in found.items():
+            alone = p.detach() if own(base, attr) else p.detach().clone()  # W' will take other memory
+            base._parameters[attr] = nn.Parameter(alone, requires_grad=p.requires_grad)
+        if found:
+            layer.__dict__["tied"] = found  # no children of the layer
 
 
 def unload(tuner: Any, progressbar: bool, names: list[str] | None) -> nn.Module:
