@@ -390,3 +390,20 @@ def test_an_adapter_with_dropout_is_loaded_beside_one_without(low, tmp_path):
     assert torch.equal(model(X), alone(X))
     model.train()
     assert not torch.equal(model(X), model(X))
+
+
+class Scaled(nn.Embedding):
+    embed_scale = -3.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.embed_scale
+
+
+def test_a_norm_limit_is_of_rows_and_not_of_what_their_scale_makes_of_them():
+    net, x = nn.Sequential(Scaled(9, 4, max_norm=0.7)), torch.arange(9)
+    net(x)  # torch limits the base's own rows in their place
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)).eval()
+    answer = model(x).detach()
+    model.merge_adapter()
+    torch.testing.assert_close(answer, model(x))
+    assert answer.norm(dim=-1).max() > 2

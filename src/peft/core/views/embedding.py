@@ -44,6 +44,7 @@ class EmbeddingView(TransposedView):
         if m.max_norm is None:
             return y
         size = torch.linalg.vector_norm(y.detach(), ord=m.norm_type, dim=-1, keepdim=True)
+        size = size if (scale := embed_scale(m)) is None else size / abs(scale)  # it is rows that are limited
         return y * torch.where(size > m.max_norm, m.max_norm / (size + 1e-7), 1.0).to(y.dtype)
 
     def absorb(self, m: Layer, W: Tensor, b: Tensor) -> Tensor:
