@@ -85,7 +85,23 @@ def test_a_deep_copy_shares_within_itself():
 
 def test_the_kind_of_a_layer_is_the_target_that_selects_it():
     assert suffix("layers.0.self_attn.out", ["out", "self_attn.out"]) == "self_attn.out"
-    assert suffix("layers.0.out", "all-linear") == suffix("layers.0.out", None) == "out"
+    assert suffix("layers.0.out", None) == "out" and suffix("layers.0.out", ".*out") == ""
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["fc", "out"]])
+@pytest.mark.parametrize("layers", [2, 12])
+def test_layers_share_alike_before_and_after_a_file(targets, layers, tmp_path):
+    """ "all-linear" stands for names, which files hold: of twenty layers and more those that select them by kind."""
+
+    def net() -> nn.Module:
+        return nn.Sequential(*[nn.ModuleDict({"fc": nn.Linear(6, 6), "out": nn.Linear(6, 6)}) for _ in range(layers)])
+
+    model = get_peft_model(net(), LilyConfig(r=2, target_modules=targets))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lily_B" in name}
+    assert len(trained) == (4 if targets == "all-linear" and layers == 2 else 2)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(net(), tmp_path, is_trainable=True)
+    assert {name for name, p in again.named_parameters() if p.requires_grad and "lily_B" in name} == trained
 
 
 def test_layers_that_an_expression_selects_share_by_their_shapes():

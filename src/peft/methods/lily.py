@@ -120,10 +120,11 @@ class Sharing(Injection):
     def _tied_adapters(self, plan: Any) -> None:
         super()._tied_adapters(plan)
         kinds: dict[Any, list[BaseTunerLayer]] = {}
+        targets = plan.target_modules or self.config.target_modules  # those that files have, so that they share alike
         for layer in self.placed:
             p = layer.adapters[self.name]
             shapes = tuple(getattr(p, name).weight.shape for name in HOMES)
-            kinds.setdefault((suffix(p.path, self.config.target_modules), shapes, p.stride_A), []).append(layer)
+            kinds.setdefault((suffix(p.path, targets), shapes, p.stride_A), []).append(layer)
         for (_, _, stride), alike in kinds.items():
             for i, layer in enumerate(alike):
                 for home, source in (("lily_A", alike[i - i % stride]), ("lily_B", alike[0])):
@@ -131,11 +132,9 @@ class Sharing(Injection):
 
 
 def suffix(path: str, targets: Any) -> str:
-    """The target's name that selects a path; its last part for all linear layers, "" for an expression (as there)."""
-    if isinstance(targets, str):
-        return path.rpartition(".")[2] if targets.lower() == "all-linear" else ""
+    """The target's name that selects a path; "" for an expression (as there)."""
     found = [name for name in targets or () if f".{path}".endswith(f".{name}")]
-    return max(found, key=len, default=path.rpartition(".")[2])
+    return "" if isinstance(targets, str) else max(found, key=len, default=path.rpartition(".")[2])
 
 
 class LilyLayer(ScaledLayer):
