@@ -129,6 +129,27 @@ def test_a_method_s_classes_are_where_the_method_is(method):
             exec(f"from peft.tuners.{folder} import {name}", {})
 
 
+PRINTED = {  # a method: its linear layer, as the other library names and prints it
+    "C3A": ("C3ALinear", {"block_size": 4}),
+    "DEFT": ("DeftLinear", {"r": 2}),
+    "DELORA": ("DeloraLinear", {"r": 2}),
+    "FOURIERFT": ("FourierFTLinear", {"n_frequency": 4}),
+    "GLORA": ("GloraLinear", {"r": 2}),
+    "HRA": ("HRALinear", {"r": 2}),
+    "MISS": ("MissLinear", {"r": 2}),
+    "WAVEFT": ("WaveFTLinear", {"n_frequency": 4}),
+}
+
+
+@pytest.mark.parametrize("method", PRINTED)
+def test_layers_have_the_names_of_their_methods(method):
+    name, settings = PRINTED[method]
+    config = registry.config_class(method)(target_modules=["0"], **settings)
+    layer = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).base_model.model[0]
+    assert isinstance(layer, getattr(importlib.import_module(f"peft.tuners.{method.lower()}.layer"), name))
+    assert repr(layer).startswith(f"{method.lower()}.{name}(")
+
+
 def test_import_star_brings_the_helpers():
     namespace: dict = {}
     exec("from peft.helpers import *", namespace)

@@ -133,5 +133,5 @@ class DeftModel(AdditiveModel):
     """DEFT adapters on a model."""
 
     prefix = "deft_"
-    layer_classes = name_layers(DeftLayer, globals())
+    layer_classes = name_layers(DeftLayer, globals(), "Deft")
     method: ClassVar[DEFT] = DEFT()

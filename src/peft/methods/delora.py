@@ -108,5 +108,5 @@ class DeloraModel(AdditiveModel):
     """DeLoRA adapters on a model."""
 
     prefix = "delora_"
-    layer_classes = name_layers(DeloraLayer, globals())
+    layer_classes = name_layers(DeloraLayer, globals(), "Delora")
     method: ClassVar[DeLoRA] = DeLoRA()

@@ -106,5 +106,5 @@ class HRAModel(BaseTuner):
     """HRA adapters on a model."""
 
     prefix = "hra_"
-    layer_classes = name_layers(HRALayer, globals())
+    layer_classes = name_layers(HRALayer, globals(), "HRA")
     method: ClassVar[HRA] = HRA()
