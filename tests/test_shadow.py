@@ -142,7 +142,8 @@ def test_caches_go_in_pairs():
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     for more in ({}, {"num_beams": 3}):
         cached = model.generate(input_ids=X[:, :3], **options, **more)
-        assert torch.equal(cached, model.generate(input_ids=X[:, :3], use_cache=False, **options, **more))
+        for other in ({"use_cache": False}, {"cache_implementation": "static"}):
+            assert torch.equal(cached, model.generate(input_ids=X[:, :3], **options, **more, **other))
     first = model(X[:, :4])
     rest = model(X[:, 4:], past_key_values=first.past_key_values)
     torch.testing.assert_close(rest.logits, model(X).logits[:, 4:])

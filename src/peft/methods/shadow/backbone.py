@@ -123,6 +123,9 @@ def states(backbone: Any, projection: Any, embeddings: Any, kwargs: dict[str, An
     known = inspect.signature(backbone.forward).parameters
     given = {k: v for k, v in kwargs.items() if k in known and k not in ("return_dict", "output_hidden_states")}
     kind = next(backbone.parameters()).dtype
+    if isinstance(mask := given.get("attention_mask"), Tensor) and mask.dim() == 4:
+        past = given.get("past_key_values")  # which grows, while the base's may have the size of what is to come
+        given["attention_mask"] = mask[..., : mask.shape[-2] + (0 if past is None else past.get_seq_length())]
     ids, embedded = given.pop("input_ids", None), given.pop("inputs_embeds", None)
     if embeddings is not None:
         given["inputs_embeds"] = (embeddings(ids) if embedded is None else embedded).to(kind)
