@@ -143,6 +143,14 @@ def test_matrices_left_out_of_a_file_are_drawn_again(tmp_path, kind):
     assert (kind != "dense") == bool((shared == 0).any())
 
 
+def test_a_basis_without_spread_is_refused_instead_of_nan():
+    net = nn.Sequential(nn.Linear(1, 4))
+    with pytest.raises(ValueError, match=r"r=1 and projection_prng_key=0 draw .*Use a larger r, or another key"):
+        get_peft_model(net, RandLoraConfig(r=1, target_modules=["0"]))
+    assert type(net[0]) is nn.Linear
+    assert get_peft_model(net, RandLoraConfig(r=2, target_modules=["0"]))(torch.ones(1, 1)).isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:save_projection=False")
 @pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize("other", [{"r": 2}, {"r": 5}, {"projection_prng_key": 1}, {"target_modules": ["up"]}], ids=str)

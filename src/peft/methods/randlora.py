@@ -115,6 +115,12 @@ def draw(of_a: tuple[int, ...], of_b: tuple[int, ...], settings: Any) -> tuple[T
         half = torch.bfloat16
         A = drawn(of_a, small**-0.5, generator, half)
         pair = [A, torch.cat([drawn((large, 1, r), r**-0.5, generator, half) for _ in range(n)], 1)]
+    for t, size in zip(pair, (of_a, of_b), strict=True):
+        if not t.is_meta and (t == t.flatten()[0]).all():
+            raise ValueError(
+                f"r={r} and projection_prng_key={settings.projection_prng_key} draw a basis {size} of equal numbers, "
+                "which cannot be brought to unit deviation. Use a larger r, or another key."
+            )
     A, B = ((t / t.std()).float() for t in pair)
     return A, B
 
