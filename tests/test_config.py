@@ -377,8 +377,8 @@ VALUES = [
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_a_file_is_written_as_json_writes_it(value):
     values = {"z": value, "a": 1, "m": [value], "b": {"key": value}}
-    assert config._json(values) == json.dumps(values, indent=2, sort_keys=True)
-    assert config._json({"z": value}) == json.dumps({"z": value}, indent=2, sort_keys=True)
+    assert config._json(values) == json.dumps(dict(sorted(values.items())), indent=2)
+    assert config._json({"z": value}) == json.dumps({"z": value}, indent=2)
     copied = config._copied(value)
     assert repr(copied) == repr(value) and type(copied) is type(value)
     assert copied is not value or not isinstance(value, (list, dict))

@@ -405,3 +405,18 @@ def test_a_cast_with_dropout_is_like_a_layer_made_in_full(monkeypatch):
         dropouts = [[(n, m.p, m.training) for n, m in x.named_modules() if type(m) is nn.Dropout] for x in models]
         assert len(dropouts[0]) == 4 and dropouts[0] == dropouts[1] and facts(one) == facts(two)
         assert all(map(torch.equal, answers(one, "default"), answers(two, "default")))
+
+
+def test_of_patterns_the_first_that_matches_counts_after_a_file_too(tmp_path):
+    """Files keep their order, and adapters whose patterns have another order are other adapters."""
+    one, other = {"up": 2, ".*": 9}, {".*": 9, "up": 2}
+    save(tmp_path / "one", alpha_pattern=one, lora_alpha=1)
+    save(tmp_path / "other", alpha_pattern=other, lora_alpha=1)
+    assert list(json.loads((tmp_path / "one" / CONFIG).read_text())["alpha_pattern"]) == ["up", ".*"]
+    model = PeftModel.from_pretrained(base(), tmp_path / "one", "a")
+    for name, folder in (("b", "one"), ("c", "other"), ("d", "other"), ("e", "one")):
+        model.load_adapter(tmp_path / folder, name)
+    layer = model.base_model.model[0].up
+    assert dict(layer.scaling) == {"a": 1.0, "b": 1.0, "c": 4.5, "d": 4.5, "e": 1.0}
+    with pytest.warns(ChangedConfigWarning, match="alpha_pattern"):
+        model.load_adapter(tmp_path / "other", "a")

@@ -324,7 +324,10 @@ def _copied(value: Any) -> Any:
 
 
 def _json(values: dict[str, Any]) -> str:
-    """As `json.dumps(values, indent=2, sort_keys=True)`, most of it by the encoder that knows no lines."""
+    """As `json.dumps(values, indent=2)` of sorted fields, most of it by the encoder that knows no lines.
+
+    Tables stay in their order: the first pattern that matches a module counts.
+    """
     plain = {k: v for k, v in values.items() if type(v) in SCALARS or isinstance(v, Enum)}
     lines = json.dumps(plain, sort_keys=True, separators=(_LINE, ": "))[1:-1].split(_LINE) if plain else []
     found = dict(zip(sorted(plain), lines, strict=True))
@@ -339,9 +342,9 @@ def _lines(value: Any) -> str:
     if type(value) in (list, dict) and value:
         inner = value.values() if type(value) is dict else value
         if SCALARS.issuperset(map(type, inner)):
-            text = json.dumps(value, sort_keys=True, separators=(_DEEPER, ": "))
+            text = json.dumps(value, separators=(_DEEPER, ": "))
             return f"{text[0]}\n    {text[1:-1]}\n  {text[-1]}"
-    return json.dumps(value, indent=2, sort_keys=True).replace("\n", "\n  ") if value else json.dumps(value)
+    return json.dumps(value, indent=2).replace("\n", "\n  ") if value else json.dumps(value)
 
 
 _DEEPER = ",\n    "

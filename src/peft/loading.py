@@ -307,7 +307,7 @@ class AdapterFile:
         """Warn if the tensors were trained with other settings than the adapter has that they are written into."""
         values = [(n, getattr(own, n, None), getattr(kept, n, None)) for n in _settings(kept)]
         values += _starts(own, kept)
-        other = [f"{n}={a!r} instead of {b!r}" for n, a, b in values if a != b and (a or b)]
+        other = [f"{n}={a!r} instead of {b!r}" for n, a, b in values if (a or b) and not _same(a, b)]
         if other:
             text = (
                 f"The weights of {os.fspath(model_id)} were saved with {', '.join(other)} of adapter {self.name!r}, "
@@ -315,6 +315,11 @@ class AdapterFile:
                 "saved. Load it under a new name, or delete_adapter first, to have its settings too."
             )
             report(ChangedConfigWarning, text, self.options.get("strict"), stacklevel=4)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values mean the same; of a table's patterns the first that matches counts."""
+    return bool(one == other) and (not isinstance(one, dict) or list(one) == list(other))
 
 
 def _settings(config: PeftConfig) -> list[str]:

@@ -29,7 +29,7 @@ from .pattern import settings, tables
 from .pour import Job, Pouring, parameters
 from .tuner import BaseTuner
 
-Key = tuple[dict[str, Any], bool]
+Key = tuple[dict[str, Any], bool, list[tuple[str, ...]]]
 _STEPS = ("inject_adapter", "_create_and_replace", "_inject_parameters", "before_layers", "after_layers", "match")
 _steps = attrgetter(*_STEPS, "plan_of.__func__", "injection")
 # What is looked at in many objects at once, without a step of Python's for each.
@@ -206,7 +206,8 @@ class Recipe:
 
 def key_of(values: Mapping[str, Any], autocast: bool) -> Key:
     """What adapters must have in common for one recipe: the settings as they are read from the file, and the call's."""
-    return {k: v for k, v in values.items() if k not in _OF_NO_ACCOUNT}, autocast
+    kept = {k: v for k, v in values.items() if k not in _OF_NO_ACCOUNT}
+    return kept, autocast, [tuple(v) for v in kept.values() if type(v) is dict and v]  # of tables, the order counts
 
 
 def base_of(header: Header) -> tuple[str | None, str | None]:
