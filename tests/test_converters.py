@@ -109,6 +109,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},
     "patterns": {"rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_q": 5}},
+    "patterns-that-overlap": {"alpha_pattern": {"to_q": 5, ".*": 2}},
     "rslora-patterns": {"use_rslora": True, "rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_q": 5}},
     "module-config": {"module_config": {"to_v": {"r": 3, "lora_alpha": 7, "use_rslora": True}}},
     "all-linear": {"target_modules": "all-linear"},

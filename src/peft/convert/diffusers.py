@@ -54,7 +54,7 @@ class Diffusers(Format):
     def write(self, parts: Mapping[str, Part], out: Path, options: Options, report: Report) -> None:
         state = {f"{component}.{k}": t for component, part in parts.items() for k, t in part.state.items()}
         fields = {f"{c}.{name}": v for c, part in parts.items() for name, v in _fields(part).items()}
-        text = json.dumps(fields, indent=2, sort_keys=True, default=sorted)
+        text = json.dumps(dict(sorted(fields.items())), indent=2, default=sorted)  # tables stay in their order
         write_safetensors(self.place(out), state, {METADATA: text}, report)
 
     # ---- reading -----------------------------------------------------------------------------------------------
