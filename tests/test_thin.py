@@ -111,13 +111,14 @@ def test_masks_are_drawn_in_blocks_as_at_once(monkeypatch):
         torch.testing.assert_close(h, F.linear(x * mask, A))
 
 
-def test_a_training_step_has_six_operations_more_than_the_base():
+@pytest.mark.parametrize(("r", "backward"), [(16, 4), (8, 5)])  # the fifth lays out a gradient that was summed lying
+def test_a_training_step_has_six_operations_more_than_the_base(r, backward):
     def layer():
         return nn.Linear(512, 512, bias=False).requires_grad_(False)
 
-    model = get_peft_model(nn.Sequential(layer()), LoraConfig(target_modules=["0"], r=8, init_lora_weights=False))
+    model = get_peft_model(nn.Sequential(layer()), LoraConfig(target_modules=["0"], r=r, init_lora_weights=False))
     more = {key: value - counted(layer())[key] for key, value in counted(model.base_model.model[0]).items()}
-    assert more == {"evaluation": 2, "forward": 2, "backward": 4}
+    assert more == {"evaluation": 2, "forward": 2, "backward": backward}
 
 
 @pytest.mark.filterwarnings("ignore")

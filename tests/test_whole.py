@@ -139,9 +139,9 @@ def test_a_small_update_is_not_lost():
     assert torch.equal(y, torch.full((64, K), 4 * 2e-4 * 2, dtype=torch.bfloat16))
 
 
-def test_the_sum_is_smaller_than_two_thirds_of_input_and_output():
+def test_the_sum_is_no_larger_than_two_thirds_of_input_and_output():
     for d, k in ((D, K), (512, 2048), (4096, 4096)):
         W = torch.empty(k, d)
         for r in (4, 64):
             rows = next(n for n in range(1, 10**5) if whole.serves(n, d + k, W, torch.empty(r, 0)))
-            assert W.numel() < rows * (d + k) * 2 / 3
+            assert W.numel() <= rows * (d + k) * 2 / 3

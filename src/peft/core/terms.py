@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import lowrank, onto
+from ..kernels import lowrank, onto, slim
 from ..kernels.thin import WIDE
 from ..kernels.whole import touched
 from .direct import open_linear
@@ -78,7 +78,8 @@ def over(x: Tensor, W: Tensor, b: Tensor | None, terms: Sequence[Term]) -> Tenso
         return lowrank.linear(x, W, b, *terms[0])
     flat, made = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])), []
     for A, B, gain in terms:
-        h = F.linear(flat if flat.dtype is A.dtype else flat.to(A.dtype), A)
+        h = flat if flat.dtype is A.dtype else flat.to(A.dtype)
+        h = F.linear(h, A) if torch.compiler.is_compiling() else slim.down(h, A)
         if isinstance(gain, Tensor) and gain.dim():
             h, gain = (h * gain if gain.dim() == 1 else F.linear(h, gain)), 1.0
         made.append((h, B.mT, gain))

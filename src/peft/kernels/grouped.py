@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import halves
+from . import halves, slim
 from .again import differentiable
 from .modes import is_autocast, transformed
 
@@ -210,8 +210,8 @@ class _Update(torch.autograd.Function):
             of_y, of_x, of_b, *rest = differentiable(plainly, (y, x, b, *factors), wanted, grad)
             return of_y, of_x, None, of_b, None, None, *rest
         g = _spread(grad, at)
-        of_B = torch.bmm(g.mT, h).unbind(0)
-        g = torch.bmm(g, B)
+        of_B = slim.outers(g, h).unbind(0)
+        g = slim.backs(g, B)
         g = g if ctx.scale == 1.0 else g * ctx.scale
         of_A = torch.bmm(g.mT, taken(x, at)).unbind(0)
         of_x = None

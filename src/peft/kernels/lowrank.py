@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
-from . import choice, masks, thin, whole
+from . import choice, masks, slim, thin, whole
 from .modes import is_autocast, node, transformed
 
 
@@ -93,9 +93,9 @@ def generally(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scal
         return raised(y.flatten(0, -2), _down(x, A, B, scale, 0.0)[0], B, scale, True).view(y.shape)
     # the update is accumulated into the product: two operations more than the base, nothing saved beyond x and A x
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y, h = F.linear(flat, W, b), F.linear(flat, A)
+    y, h = F.linear(flat, W, b), F.linear(flat, A) if torch.compiler.is_compiling() else slim.down(flat, A)
     if type(scale) is float and y.dtype is B.dtype and _C._functorch.peek_interpreter_stack() is None:
-        y = y.addmm_(h, B.mT, alpha=scale)  # which vmap has no rule for
+        y = slim.onto(y, h, B, scale)  # which vmap has no rule for
     else:
         y = (y + F.linear(h, B) * scale).to(y.dtype)
     return y if flat is x else y.view(*x.shape[:-1], y.shape[-1])
@@ -106,8 +106,9 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) 
     if choice.devices and (found := choice.add(y, x, A, B, scale, p)) is not None:
         return found
     if not p and type(scale) is float and x.dtype is y.dtype is A.dtype is B.dtype and _accumulates(y, x, A, B):
-        h = F.linear(x.reshape(-1, x.shape[-1]), A)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.mT, alpha=scale).view(y.shape)
+        flat = x.reshape(-1, x.shape[-1])
+        h = F.linear(flat, A) if torch.compiler.is_compiling() else slim.down(flat, A)
+        return slim.onto(y.reshape(-1, y.shape[-1]), h, B, scale, own=False).view(y.shape)
     simple = (not p and x.dtype is A.dtype) or not torch.is_grad_enabled() or is_autocast(x) or transformed()
     if simple or hasattr(A, "placements"):  # DTensors know torch's operations only
         return plain(y, x, A, B, scale, p)
@@ -125,8 +126,8 @@ def _accumulates(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
 def masked(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
     """`plain` that keeps bytes for the dropout: nothing else in the size of x where A is frozen."""
     mask = _mask(x, p)
-    h = F.linear((x if mask is None else x * mask.view(x.shape)).to(A.dtype), A)
-    return (y + F.linear(h, B) * (scale / (1.0 - p))).to(y.dtype)
+    h = slim.linear((x if mask is None else x * mask.view(x.shape)).to(A.dtype), A)
+    return (y + slim.up(h, B) * (scale / (1.0 - p))).to(y.dtype)
 
 
 def _needs_x(x: Tensor, A: Tensor, B: Tensor) -> bool:

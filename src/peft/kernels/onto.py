@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import slim
+
 
 def thin(x: Tensor, W: Tensor, b: Tensor | None, *terms: tuple[Tensor, Tensor, Any]) -> Tensor:
     """W x + b + the sum of s h B over the terms (h, B, s), with h (N, r) and B (r, k), in the dtype of W x.
@@ -23,7 +25,7 @@ def thin(x: Tensor, W: Tensor, b: Tensor | None, *terms: tuple[Tensor, Tensor, A
     rest: Tensor | None = None  # in a wider dtype, rounded once: terms may nearly cancel
     for h, B, s in terms:
         if type(s) is float and y.dtype is h.dtype and y.dtype is B.dtype:
-            y = y.addmm_(h, B, alpha=s)
+            y = slim.onto(y, h, B.mT, s)
         elif type(s) is float and h.dtype is B.dtype:
             rest = (y.to(h.dtype) if rest is None else rest).addmm_(h, B, alpha=s)
         else:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import choice, masks, thin, whole
+from . import choice, masks, slim, thin, whole
 from .again import differentiable
 from .modes import node, transformed
 
@@ -58,7 +58,7 @@ def _joined(
     """
     parts = (x.shape[0], A.shape[0])
     both = torch.cat((x, A))
-    zs, hs = F.linear(both, W), F.linear(both if kept is x else torch.cat((kept, A)), A)
+    zs, hs = F.linear(both, W), slim.down(both if kept is x else torch.cat((kept, A)), A)
     (z, half), (h, gram) = zs.split_with_sizes(parts), hs.split_with_sizes(parts)
     gram.mul_(0.5)
     zs.addmm_(hs, B.mT, alpha=s)
@@ -133,7 +133,7 @@ def evaluated(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, gain: Tensor, g
         return F.linear(x, (W * gain[:, None]).addmm_(gained, A), b)
     y = F.linear(flat, W)
     y = y.mul_(gain) if b is None else torch.addcmul(b, y, gain)
-    return y.addmm_(F.linear(flat, A), gained.mT).view(*x.shape[:-1], W.shape[0])
+    return y.addmm_(F.linear(flat, A) if traced else slim.down(flat, A), gained.mT).view(*x.shape[:-1], W.shape[0])
 
 
 def _mask(x: Tensor, p: float) -> Tensor | None:
@@ -212,12 +212,12 @@ class _Linear(torch.autograd.Function):
         ctx.summed, ctx.scale, ctx.p = rows * d >= reach, scale, p
         over = None if n is None else n.reciprocal()
         if rows * (k + d) >= reach:
-            V, h = whole.weight(W, A, B, scale), F.linear(kept, A)
+            V, h = whole.weight(W, A, B, scale), slim.down(kept, A)
             z, over = F.linear(flat, V), _over(V.square().sum(1)) if over is None else over
         elif over is None:
             z, h, over = _joined(flat, kept, W, A, B, scale, squares)
         else:
-            z, h = F.linear(flat, W), F.linear(kept, A)
+            z, h = F.linear(flat, W), slim.down(kept, A)
             z = z.addmm_(h, B.mT, alpha=scale) if type(scale) is float else z.addmm_(h * scale, B.mT)
         gain = m * over
         ctx.save_for_backward(x, W, b, A, B, m, over, gain, mask, h, z)
@@ -258,10 +258,10 @@ def _thin(
 
     All are of rows.
     """
-    back = torch.addmm(h, g, B, beta=0, alpha=s) if type(s) is float else (g @ B) * s
+    back = slim.down(g, B.mT, s) if type(s) is float else slim.down(g, B.mT) * s
     of_B = of_x = None
     if needs[2]:
-        of_B = torch.addmm(B, g.mT, h, beta=0, alpha=s) if type(s) is float else g.mT @ (h * s)
+        of_B = slim.outer(g, h, s) if type(s) is float else slim.outer(g, h * s)
     of_A = back.mT @ kept if needs[1] else None
     if needs[0]:
         of_x = back @ A

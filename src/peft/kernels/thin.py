@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import halves, masks, whole
+from . import halves, masks, slim, whole
 from .again import differentiable
 from .modes import node
 
@@ -47,12 +47,14 @@ def _blocks(count: int, width: int) -> Iterator[slice]:
 
 def down(x: Tensor, A: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
     """(h, the packed mask), h not yet divided by the share that is kept."""
-    if x.numel() <= ONE or not (p or x.dtype is not A.dtype):
+    size = x.numel()
+    if size <= ONE or not (p or x.dtype is not A.dtype):
         if not p:
-            return F.linear(x if x.dtype is A.dtype else x.to(A.dtype), A), None
+            x = x if x.dtype is A.dtype else x.to(A.dtype)
+            return (slim.down(x, A) if size >= slim.NUMBERS and A.shape[0] % slim.TILE else F.linear(x, A)), None
         mask = masks.draw(x.shape, p, x.device)
-        return F.linear(_kept(mask.to(A.dtype), x), A), masks.packed(mask)
-    if not p and halves.suit(x.numel(), x.dtype, A, halves.MORE):
+        return slim.down(_kept(mask.to(A.dtype), x), A), masks.packed(mask)
+    if not p and halves.suit(size, x.dtype, A, halves.MORE):
         return halves.wide(x, A.t()), None
     h, bits = A.new_empty((x.shape[0], A.shape[0])), []
     for rows in _blocks(*x.shape):
@@ -61,7 +63,7 @@ def down(x: Tensor, A: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
             mask = masks.draw(part.shape, p, x.device)
             bits.append(masks.packed(mask))
             part = _kept(mask.to(A.dtype), part)
-        torch.mm(part.to(A.dtype), A.t(), out=h[rows])
+        h[rows].copy_(slim.down(part.to(A.dtype), A))
     return h, torch.cat(bits) if p else None  # type: ignore[arg-type]
 
 
@@ -88,18 +90,20 @@ def of_h(g: Tensor, B: Tensor, h: Tensor | None, scale: float) -> tuple[Tensor, 
     """The gradients of h and, if that is there, of B, for an incoming g."""
     if g.dtype is B.dtype or g.numel() <= ONE:
         g = g if g.dtype is B.dtype else g.to(B.dtype)
+        if g.numel() >= (slim.NUMBERS if B.shape[1] % slim.TILE else slim.LARGE):
+            return slim.down(g, B.t(), scale), None if h is None else slim.outer(g, h, scale)
         back = torch.addmm(B[:1] if h is None else h, g, B, beta=0, alpha=scale)
         return back, None if h is None else torch.addmm(B, g.t(), h, beta=0, alpha=scale)
     if halves.suit(g.numel(), g.dtype, B, halves.MORE):
         return halves.wide(g, B).mul_(scale), None if h is None else halves.across(h, g).t().contiguous().mul_(scale)
     back = B.new_empty((g.shape[0], B.shape[1]))
-    of_B = None if h is None else B.new_empty(B.shape)
+    of_B = None if h is None else B.new_empty((B.shape[1], B.shape[0]))
     for rows in _blocks(*g.shape):
         part = g[rows].to(B.dtype)
-        back[rows].addmm_(part, B, beta=0, alpha=scale)
+        back[rows].copy_(slim.down(part, B.t(), scale))
         if of_B is not None and h is not None:
-            of_B.addmm_(part.t(), h[rows], beta=int(rows.start > 0), alpha=scale)
-    return back, of_B
+            of_B.addmm_(h[rows].t(), part, beta=int(rows.start > 0), alpha=scale)
+    return back, None if of_B is None else of_B.t().contiguous()
 
 
 def of_x(

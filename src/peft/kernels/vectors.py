@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import onto
+from . import onto, slim
 from .again import differentiable
 from .modes import eager, node
 from .thin import PLAIN, WIDE
@@ -59,7 +59,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, u: Tensor, B: Tensor, v: Tensor) -> Tensor:
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        y, low = F.linear(flat, W, b), F.linear(flat, A)
+        y, low = F.linear(flat, W, b), slim.down(flat, A)
         high = F.linear(low * u, B)
         ctx.save_for_backward(x, W, b, A, u, B, v, low, high)
         y = y.addcmul_(high, v)
@@ -78,7 +78,7 @@ class _Linear(torch.autograd.Function):
             return of_x, None, of_b, None, of_u, None, of_v
         g = grad.reshape(-1, grad.shape[-1])
         made = g * v
-        back = torch.mm(made, B)
+        back = slim.down(made, B.t())
         of_v = torch.mul(g, high, out=made).sum(0) if needs[6] else None
         of_u = (back * low).sum(0) if needs[4] else None
         of_x = torch.mm(g, W).addmm_(back.mul_(u), A).view(x.shape) if needs[0] else None

@@ -2,7 +2,7 @@
 
 Letters as in `lowrank`: N rows, d in-features, k out-features, r rank. W + s B A costs 2 r d k, however many rows there
 are, and s B (A x) costs 2 r (d + k) of each; the thin products move as many numbers to do as little. The sum lives for
-the one product, takes less memory than two thirds of x and y, and is rounded as often as theirs is: only W of the
+the one product, takes no more memory than two thirds of x and y, and is rounded as often as theirs is: only W of the
 factors' own precision is taken, never 16-bit numbers, in which a small update would be lost.
 """
 
@@ -13,8 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-FEW, MANY = 2.5, 1.75  # how often the numbers in W have to be saved among those of the rows, by rank
-RANK = 32  # from here on the products are thick enough to count for more than what they move
+REACH = 1.5  # how often the numbers in W have to be saved among those of the rows
 
 
 def reach(W: Tensor, A: Tensor) -> float:
@@ -23,7 +22,7 @@ def reach(W: Tensor, A: Tensor) -> float:
     It is taken where W is torch's own dense matrix of the factors' dtype; they are as `thin.ordinary` wants them.
     """
     if (type(W) is nn.Parameter or type(W) is Tensor) and W.dtype is A.dtype and W.is_cpu and W.dim() == 2:
-        return W.numel() * (FEW if A.shape[0] < RANK else MANY)
+        return W.numel() * REACH
     return math.inf
 
 

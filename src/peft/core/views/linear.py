@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels import slim
 from .. import storage
 from ..onload import brought
 from .make import diagonal, linear_module
@@ -121,7 +122,7 @@ class LinearView:
 
     def linear(self, m: Layer, x: Tensor, W: Tensor) -> Tensor:
         """W x without bias; W may have any number of rows."""
-        return F.linear(x, W)
+        return slim.linear(x, W)
 
     def vectors(self, m: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What W is multiplied with in a call of the module: vectors (N, I), or the places of the one in one-hot ones.
@@ -137,7 +138,7 @@ class LinearView:
 
     def rows(self, h: Tensor, B: Tensor, b: Tensor | None = None) -> Tensor:
         """B h + b on the feature axis of an output h, (..., r) -> (..., O)."""
-        return F.linear(h, B, b)
+        return slim.up(h, B, b)
 
     def spread(self, m: Layer, v: Tensor) -> Tensor:
         """(O,) shaped to broadcast over an output."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import onto
+from ...kernels import onto, slim
 from ...kernels.modes import eager
 from ...kernels.thin import PLAIN
 
@@ -33,6 +32,6 @@ def several(p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         a, b = one.hot[1]._parameters["weight"], one.hot[2]._parameters["weight"]
         if not (type(W) is type(a) is type(b) is nn.Parameter and W.dtype is a.dtype is b.dtype is x.dtype):
             return None
-        factors.append((a, b.mT, one.scaling))
+        factors.append((a, b, one.scaling))
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return onto.thin(x, W, held["bias"], *((F.linear(flat, a), b, scale) for a, b, scale in factors))
+    return onto.thin(x, W, held["bias"], *((slim.down(flat, a), b.mT, s) for a, b, s in factors))
