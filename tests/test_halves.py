@@ -14,7 +14,9 @@ from peft.kernels import halves, thin
 HALF = torch.bfloat16
 N, D, K, R = 24, 40, 56, 6
 
-pytestmark = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="no matrix units for bfloat16")
+UNITS = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+pytestmark = pytest.mark.skipif(not UNITS, reason="no units that multiply bfloat16")
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def suits(A: Tensor, adapters: int, rows: int) -> bool:
     wide = adapters * r
     if not A.is_cpu or A.dtype not in BITS:
         return False
-    most = 256 if A.dtype is halves.HALF and halves.able() else 32
+    most = 256 if A.dtype is halves.HALF and halves.matrix_units() else 32
     return wide <= most or rows * (wide - r) <= 2048
 
 
@@ -194,7 +194,8 @@ class _Update(torch.autograd.Function):
         h = h if scale == 1.0 else h * scale
         ctx.at, ctx.scale, ctx.rest = at, scale, (y, b, factors)
         ctx.save_for_backward(x, W, h, A, B)
-        u = torch.bmm(h, B.mT) if h.shape[1] > FEW else torch.bmm(B, h.mT).mT
+        lying = h.shape[1] > FEW or not halves.matrix_units()  # MKL has other products for the processors of others
+        u = torch.bmm(h, B.mT) if lying else torch.bmm(B, h.mT).mT
         return placed(F.linear(x, W, b) if y is None else y, u, at, y is None)
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""Thin products of bfloat16 activations and float32 factors, on matrix units that multiply bfloat16 alone.
+"""Thin products of bfloat16 activations and float32 factors, on units that multiply bfloat16 alone.
 
 A number in float32 is here the sum of two in bfloat16, its halves, which miss 2^-17 of it at most. Products of halves
-are exact, and matrix units sum them in float32 before they round once. Where the result is bfloat16, that is all. Where
+are exact, and the units sum them in float32 before they round once. Where the result is bfloat16, that is all. Where
 it is to be float32, a second product has the first subtracted before it is rounded, and so gives what rounding took:
 16 bits and more in all, of numbers whose other factor has eight. No activation is cast. `thin` has the same in float32.
 """
@@ -23,10 +23,15 @@ def suit(count: int, dtype: torch.dtype, factor: Tensor, least: int = MANY) -> b
     return count >= least and dtype is HALF and factor.dtype is torch.float32 and able()
 
 
+def matrix_units() -> bool:
+    """Whether the processor multiplies whole tiles of bfloat16 (AMX)."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
 @cache
 def able() -> bool:
-    """Whether there are matrix units, and torch sums with them as it is told above: tried once."""
-    if not getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
+    """Whether there are matrix units, or vector ones (AVX-512), and torch sums as it is told above: tried once."""
+    if not (matrix_units() or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()):
         return False
     numbers = torch.arange(4096, dtype=torch.float32, device="cpu")
     x = numbers.mul(0.618).frac().view(64, 64).to(HALF)

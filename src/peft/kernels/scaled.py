@@ -36,7 +36,7 @@ def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
     """|W + s B A| of each row, from W's `square`, without the product: A and B are in float32."""
     if choice.devices and (found := choice.norms(W, squares, A, B, s)) is not None:
         return found
-    parts = [w.float() @ A.mT for w in tiles(W)]
+    parts = [slim.down(w.float(), A) if w.dim() == 2 else w.float() @ A.mT for w in tiles(W)]
     cross = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
     if W.dim() == 2 and type(s) is float:
         inner = torch.addmm(cross, B, A @ A.mT, beta=2 * s, alpha=s * s)
