@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import peft
 from peft import LoraConfig, get_peft_model
 from peft.kernels import whole
 
@@ -145,3 +146,61 @@ def test_the_sum_is_no_larger_than_two_thirds_of_input_and_output():
         for r in (4, 64):
             rows = next(n for n in range(1, 10**5) if whole.serves(n, d + k, W, torch.empty(r, 0)))
             assert W.numel() <= rows * (d + k) * 2 / 3
+
+
+class Products(TorchDispatchMode):
+    """The forms of the results of all products."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.found.append(tuple(out.shape))
+        return out
+
+
+SUMMED = {
+    "VeRA": peft.VeraConfig(r=4, target_modules=["0"], init_weights=False),
+    "MiSS": peft.MissConfig(r=5, target_modules=["0"], init_weights=False),
+    "MiSS, mini": peft.MissConfig(r=4, mini_r=6, target_modules=["0"], init_weights="mini"),
+    "C3A": peft.C3AConfig(block_size=6, target_modules=["0"], init_weights=False),
+    "FRoD": peft.FrodConfig(target_modules=["0"], init_weights=False),
+}
+
+
+@pytest.mark.parametrize("name", SUMMED)
+@pytest.mark.parametrize("bias", [False, True])
+def test_evaluation_of_many_rows_is_one_product_with_the_whole_weight(name, bias):
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(24, 36, bias=bias)), SUMMED[name]).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3)
+    x = torch.randn(10, 20, 24)
+    with torch.no_grad():
+        few = torch.stack([model(row[:2]) for row in x])
+        with Products() as seen:
+            many = model(x)
+        torch.testing.assert_close(many[:, :2], few, rtol=1e-4, atol=1e-5)
+    assert [form[0] for form in seen.found if form[0] >= 200] == [200]
+    torch.testing.assert_close(model(x.requires_grad_()), many, rtol=1e-4, atol=1e-5)  # as training does it
+    model.merge_adapter()
+    torch.testing.assert_close(model(x).detach(), many, rtol=1e-4, atol=1e-5)
+
+
+def test_a_small_update_of_a_bfloat16_weight_is_not_forgotten():
+    """Which W + D would do, where D is less than half a unit in the last place of W."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64, bias=False)).to(torch.bfloat16)
+    model = get_peft_model(base, peft.ShiraConfig(r=4, target_modules=["0"], init_weights=False))
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.base_layer.weight.fill_(1.0)
+        layer.shira_weight["default"].data.fill_(2.0**-9)
+        x = torch.zeros(40, 64, dtype=torch.bfloat16)
+        x[:, 0::2], x[:, 1::2] = 1.0, -1.0  # of which the base makes 0
+        D = layer.get_delta_weight("default").float()
+        assert torch.equal(model(x).float(), x.float() @ D.T) and model(x).abs().max() > 0

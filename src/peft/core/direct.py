@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
+from ..kernels.thin import WIDE
+from ..kernels.whole import touched
+
 if TYPE_CHECKING:
-    from .stack import Stack
+    from .method import Delta
+    from .stack import Adapter, Stack
 
 peek_interpreter_stack = _C._functorch.peek_interpreter_stack
 FORWARD = nn.Linear.forward
@@ -61,6 +66,20 @@ def open_linear(inner: Stack, x: Tensor, gated: bool = False) -> tuple[Tensor, T
     if not torch.compiler.is_compiling() and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0):
         return None
     return W, held["bias"]
+
+
+def summed_up(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+    """`method.forward` as one product with W', which costs less than what it does to activations if these are many.
+
+    From how many on says its `sums_from`. None in training, and where calling the layer is more than its product.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu or x.dtype not in WIDE:
+        return None
+    held = open_linear(inner, x)
+    if held is None or touched(x, held[0]) < method.sums_from * held[0].numel() or method.drop_rate(p):
+        return None
+    D = method.delta(p, held[0])
+    return F.linear(x, held[0] + D, held[1]) if D.dtype is x.dtype else None
 
 
 _KNOWN = (Tensor, nn.Parameter)

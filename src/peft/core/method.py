@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..kernels import lowrank
 from ..kernels.thin import WIDE
 from . import quantised
-from .direct import open_linear
+from .direct import open_linear, summed_up
 from .folding import Fold, Product
 from .kept import kept
 from .views import LinearView
@@ -249,6 +250,7 @@ class Delta(Method):
 
     additive = True
     reads = False
+    sums_from: ClassVar[float] = inf  # so many numbers of rows, as `touched` counts, for each of W: `summed_up`
 
     def keeps(self, p: Adapter) -> bool:
         return self.reads or type(self).onto is Delta.onto  # which makes a dense matrix of the delta
@@ -276,7 +278,8 @@ class Delta(Method):
         return 0.0
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
-        found = self.at_once(p, inner, x)
+        found = summed_up(self, p, inner, x) if self.sums_from < inf else None
+        found = self.at_once(p, inner, x) if found is None else found
         return self.onto(p, inner, inner(x), x) if found is None else found
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
@@ -293,7 +296,8 @@ class Delta(Method):
         D = self.live_delta(p, W)
         if D.dtype is W.dtype and D.dtype in (torch.float32, torch.float64):
             return F.linear(x, inner.gate(W + D, W), b)
-        return (F.linear(x, W, b) + F.linear(x.to(D.dtype), D)).to(W.dtype)  # in halves W + D forgets small updates
+        kind = x.dtype if x.dtype is torch.bfloat16 else D.dtype  # which has the range for any update
+        return (F.linear(x, W, b) + F.linear(x.to(kind), D.to(kind))).to(W.dtype)  # W + D would forget small ones
 
     def short(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
         """(A, B, s) with s B A the update of this forward, where two thin products with them are the quickest way."""

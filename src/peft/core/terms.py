@@ -29,15 +29,17 @@ def summed(inner: Stack, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
     """
     held = open_linear(inner, x)
     alike = all(A.dtype is x.dtype is B.dtype for A, B, _ in terms)
-    if held is None or not (alike or not torch.is_grad_enabled()):
+    if held is None:
         return None
     W, b = held
     many = touched(x, W) > W.numel() or W.numel() <= SMALL
     wide = 2 * sum(len(A) for A, *_ in terms) >= min(W.shape)  # else thin products cost less for any number of rows
-    usual = alike and x.is_cpu and x.dtype in WIDE and not torch.compiler.is_compiling()
-    if len(terms) > 1 and many and wide and usual:
-        return F.linear(x, W + _update(terms), b)
-    return over(x, W, b, terms)
+    if len(terms) > 1 and many and wide and x.is_cpu and not torch.compiler.is_compiling():
+        if alike and x.dtype in WIDE:
+            return F.linear(x, W + _update(terms), b)
+        if x.dtype is torch.bfloat16:
+            return F.linear(x, W, b) + F.linear(x, _update(terms).to(x.dtype))
+    return over(x, W, b, terms) if alike or not torch.is_grad_enabled() else None
 
 
 class Between(LowRank):

@@ -51,6 +51,7 @@ class C3A(Delta):
     """W' = W + D with circulant blocks."""
 
     linear: ClassVar[dict[str, float]] = {"c3a_kernel": 0.0}
+    sums_from = 1.0
 
     def build(self, site: Site) -> dict[str, Any]:
         b = site.settings.block_size
@@ -77,10 +78,10 @@ class C3A(Delta):
         K, b = p.held("c3a_kernel"), p.block_size
         start, stop, _ = rows.indices(K.shape[-3] * b)
         first = start // b
-        step = torch.arange(b, device=K.device)
-        blocks = K[..., first : -(-stop // b), :, (step - step[:, None]) % b]  # (..., u, v, s, t)
-        D = blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)
-        return D[..., start - first * b : stop - first * b, :] / D.shape[-1]
+        K = K[..., first : -(-stop // b), :, :] / (K.shape[-2] * b)
+        windows = torch.cat((K, K), -1).unfold(-1, b, 1).transpose(-3, -2)  # (..., u, s, v, t); s of them turn K by s
+        D = windows.index_select(-3, torch.arange(b, 0, -1, device=K.device)).flatten(-2).flatten(-3, -2)
+        return D[..., start - first * b : stop - first * b, :]
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not inner.view.dense or not x.numel():  # of nothing there is no transform

@@ -96,9 +96,9 @@ class Lily(Delta):
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held, (A, experts, G) = open_linear(inner, x), (p.held(name).weight for name in HOMES)
-        if held is None or type(self).onto is not Lily.onto or A.dtype is not x.dtype:
+        if held is None or type(self).onto is not Lily.onto:
             return None
-        h = F.linear(x.reshape(-1, x.shape[-1]), A)
+        h = F.linear(x.reshape(-1, x.shape[-1]).to(A.dtype), A)
         B = F.linear(h, G).softmax(-1).mean(0) @ experts.view(p.num_B, -1)
         return onto.thin(x, *held, (h, B.view(p.r, -1), p.scaling))
 

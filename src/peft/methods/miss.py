@@ -50,6 +50,8 @@ class MissConfig(AdditiveConfig):
 class MiSS(Delta):
     """W'[:, j] = W[:, j] + D[j mod r]'."""
 
+    sums_from = 1.5
+
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
         *_, out, inp = site.view.shape(site.module)
@@ -72,7 +74,7 @@ class MiSS(Delta):
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         D, inp = self.shard(p).mT[..., rows, :] * p.scaling, p.layer.view.shape(p.layer.get_base_layer())[-1]
-        return D[..., torch.arange(inp, device=D.device) % p.miss_r]
+        return D.repeat(*[1] * (D.dim() - 1), -(-inp // p.miss_r))[..., :inp]
 
     def exact_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """A repeats the identity, B is D'."""

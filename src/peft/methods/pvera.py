@@ -10,6 +10,7 @@ all layers, as VeRA's are. Source: arXiv 2512.07703.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +55,7 @@ class PVeRA(VeRA):
     """W' = W + diag(b) B diag(d1) A1, and noise in training."""
 
     word = "pvera"
+    sums_from = inf  # what is drawn is drawn for each row
     rows = 2
 
     def build(self, site: Site) -> dict[str, Any]:

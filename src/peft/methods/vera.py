@@ -63,6 +63,7 @@ class VeRA(LowRank):
     """W' = W + diag(b) B diag(d) A."""
 
     word = "vera"
+    sums_from = 1.5
     rows = 1  # of A for each of B's columns
 
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:

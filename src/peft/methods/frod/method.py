@@ -36,6 +36,7 @@ SHARED = ("s_indices", "V")
 class FRoD(Delta):
     """W' = W + U (S + diag(l - l0)) V'."""
 
+    sums_from = 2.0
     may_be_empty = frozenset({"frod_lambda_s_values"})  # where `sparse_rate` chooses no place
 
     def shared_by(self, settings: Any, targets: Iterable[Sight], known: dict[str, Tensor]) -> dict[str, Shared]:
