@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from .folding import Fold, Scaled
 from .method import Method
 
 if TYPE_CHECKING:
@@ -29,6 +31,15 @@ class Scaling(Method):
             return (W * scale[..., rows, None]).to(W.dtype)
         factor = p.layer.view.per_input(p.layer.get_base_layer(), scale)
         return (W * (factor if factor.shape[-2] == 1 else factor[..., rows, :])).to(W.dtype)
+
+    def fold(self, p: Adapter, wide: torch.dtype, original: bool) -> Fold | None:
+        if type(self).weight is not Scaling.weight:
+            return None
+        scale = self.scale(p).to(wide)
+        if not self.on_input(p):
+            return Scaled(scale[:, None])
+        factor = p.layer.view.per_input(p.layer.get_base_layer(), scale)
+        return Scaled(factor) if factor.shape[0] == 1 else None
 
     def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
         return b if b is None or self.on_input(p) else (b * self.scale(p)).to(b.dtype)

@@ -49,6 +49,23 @@ class Product(Fold):
         return largest + abs(self.s) * float(self.B.abs().sum(-1).max()) * float(self.A.abs().max())
 
 
+class Scaled(Fold):
+    """V diag(gain), or diag(gain) V.
+
+    Arguments:
+        gain: (1, I) or (O, 1), in the dtype of sums.
+    """
+
+    def __init__(self, gain: Tensor):
+        self.gain = gain
+
+    def __call__(self, W: Tensor, V: Tensor, rows: slice) -> Any:
+        return torch.mul(W, self.gain if self.gain.shape[0] == 1 else self.gain[rows], out=V)
+
+    def bound(self, largest: float, width: int) -> float:
+        return largest * float(self.gain.abs().max()) if self.gain.numel() else 0.0
+
+
 class Direction(Fold):
     """m V / |V| by rows, for V that another fold makes; a row of zeros stays one.
 

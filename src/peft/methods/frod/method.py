@@ -117,7 +117,8 @@ class FRoD(Delta):
         if p.layer.view.infix:  # the table's rows are in-features
             X = V[rows].to(middle.dtype) @ middle.mT
             return torch.cat([X @ part.to(X.dtype).mT for part in U.split(max(1, PART // len(V)))], -1)
-        return U[..., rows, :].to(middle.dtype) @ (middle @ V.to(middle.dtype).mT)
+        U, V = U[..., rows, :].to(middle.dtype), V.to(middle.dtype)
+        return (U @ middle) @ V.mT if U.shape[-2] <= len(V) else U @ (middle @ V.mT)  # a merge takes a few rows at once
 
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("frod_dropout")
