@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import describe
 from ..core import draw
+from ..core.direct import open_linear
 from ..core.layer import name_layers
 from ..core.method import Delta, Site
 from ..core.scale import ScaledLayer
@@ -100,20 +101,29 @@ class GraLoRA(Delta):
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("gralora_dropout")
 
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        held = open_linear(inner, x) if type(self).onto is GraLoRA.onto else None
+        alike = held is not None and p.held("gralora_A").dtype is x.dtype
+        return F.linear(x, *held).add_(self.update(p, inner, x)) if held is not None and alike else None
+
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not inner.view.dense:
             return super().onto(p, inner, y, x)
+        return (y + self.update(p, inner, x)).to(y.dtype)
+
+    def update(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
+        """s D x, block by block: batched products of parts of features would be copied there and back."""
         A, B, k = p.held("gralora_A"), p.held("gralora_B"), p.gralora_k
         rate = self.drop_rate(p)
         dropped, _ = inner.drop(x, rate, A.dtype)
-        h = torch.einsum("...vi,vir->...vr", dropped.unflatten(-1, (k, -1)), A)
-        parts = h.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)  # (..., u, r)
-        update = torch.einsum("...ur,uro->...uo", parts, B).flatten(-2)
+        h = torch.cat([part @ a for part, a in zip(dropped.chunk(k, -1), A.unbind(), strict=True)], -1) * p.scaling
+        parts = h.unflatten(-1, (k, k, -1)).transpose(-3, -2).flatten(-2).unbind(-2)  # (..., r) for each u
+        found = torch.cat([part @ b for part, b in zip(parts, B.unbind(), strict=True)], -1)
         if p.hybrid_r:
             dropped, _ = inner.drop(x, rate, A.dtype)
-            down = F.linear(dropped, p.held("gralora_A_general").weight)
-            update = update + F.linear(down, p.held("gralora_B_general").weight)
-        return (y + update * p.scaling).to(y.dtype)
+            down = F.linear(dropped, p.held("gralora_A_general").weight) * p.scaling
+            found = found + F.linear(down, p.held("gralora_B_general").weight)
+        return found
 
 
 def general(site: Site, lead: list[int], out: int, inp: int) -> tuple[nn.Linear, nn.Linear]:
