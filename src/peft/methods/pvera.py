@@ -81,11 +81,12 @@ class PVeRA(VeRA):
     def wanted(self, p: Adapter) -> int:
         return 2 * p.r if self.draws(p) else p.r
 
-    def middle(self, p: Adapter, h: Tensor) -> Tensor:
+    def middle(self, p: Adapter, h: Tensor, d: Tensor) -> Tensor:
         if not self.draws(p):
-            return h
-        m, v = h.split(p.r, -1)
-        return m + drawn_like(m, p.noise) * (v / 2).exp()
+            return h * d
+        (m, v), (of_m, of_v) = h.split(p.r, -1), d.split(p.r)
+        m = m * of_m
+        return torch.addcmul(m, drawn_like(m, p.noise), (v * (of_v / 2)).exp())
 
     def draws(self, p: Adapter) -> bool:
         """Whether h is drawn."""

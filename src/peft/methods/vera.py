@@ -109,16 +109,16 @@ class VeRA(LowRank):
         if rows == p.r and not rate and type(self).middle is VeRA.middle:
             return vectors.linear(x, W, bias, A[:rows, : x.shape[-1]], d, B[: W.shape[0], :rows], b)
         z, _ = inner.drop(x, rate, d.dtype)
-        h = F.linear(z, A[:rows, : x.shape[-1]]) * (d if rows == self.rows * p.r else d[:rows])
-        return onto.features(F.linear(x, W, bias), F.linear(self.middle(p, h), B[: W.shape[0], : p.r]), b)
+        h = self.middle(p, F.linear(z, A[:rows, : x.shape[-1]]), d if rows == self.rows * p.r else d[:rows])
+        return onto.features(F.linear(x, W, bias), F.linear(h, B[: W.shape[0], : p.r]), b)
 
     def wanted(self, p: Adapter) -> int:
         """How many rows of A this forward takes."""
         return self.rows * p.r
 
-    def middle(self, p: Adapter, h: Tensor) -> Tensor:
-        """What B is given, of diag(d) A x."""
-        return h
+    def middle(self, p: Adapter, h: Tensor, d: Tensor) -> Tensor:
+        """What B is given, of h = A x."""
+        return h * d
 
     def down(self, p: Adapter, rows: slice) -> Tensor:
         """These rows of diag(d) A, (..., rows, I)."""
