@@ -28,8 +28,9 @@ NARROW = 12
 def down(x: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
     """scale x A', (N, r), for x (N, d) and A (r, d), of one dtype; its memory may lie column by column."""
     r = A.shape[0]
-    if r % TILE and r > 1 and x.shape[0] >= ROWS and x.numel() >= NUMBERS and x.dtype is torch.float32 and x.is_cpu:
-        A = A if r > 3 else A.contiguous()  # fewer rows are read across
+    turned = r % TILE and x.shape[0] >= ROWS and x.numel() >= NUMBERS and x.dtype is torch.float32 and x.is_cpu
+    if turned and (r > 4 or A.stride(1) > 1):  # several threads are slow at turning fewer rows of a lying A
+        A = A if r > 3 else A.contiguous()
         if scale == 1.0:
             return torch.mm(A, x.t()).t()
         return torch.addmm(A[:, :1], A, x.t(), beta=0, alpha=scale).t()
@@ -73,7 +74,7 @@ def _turns(rows: int, k: int, r: int) -> bool:
     """Whether a gradient (k, r) is summed in its transpose."""
     if r < NARROW:
         return r > 1 and rows >= ROWS and rows * k >= NUMBERS
-    return rows >= 128 and k >= max(8 * r, 256) and rows * k >= LARGE
+    return rows >= 128 and k >= max(8 * r, 256) and rows * k >= LARGE and torch.get_num_threads() == 1
 
 
 def onto(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool = True) -> Tensor:
