@@ -72,7 +72,7 @@ class Sparse(Delta):
         if itself and alike and found.gains is None and type(self).given is Sparse.given:
             return sparse.linear(flat, W, b, values, found).view(form)
         values = values if found.gains is None else (values * found.gains).flatten()
-        u = self.given(p, sparse.product(values, self.taken(p, flat.to(values.dtype)), found), len(W))
+        u = self.given(p, sparse.product(values, self.taken(p, flat.to(values.dtype)), found), shape[0])
         if alike:
             return torch.addmm(u if b is None else u + b, flat, W.mT).view(form)
         return (F.linear(flat, W, b) + u).to(x.dtype).view(form)

@@ -33,7 +33,7 @@ def summed(inner: Stack, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
         return None
     W, b = held
     many = touched(x, W) > W.numel() or W.numel() <= SMALL
-    wide = 2 * sum(len(A) for A, *_ in terms) >= min(W.shape)  # else thin products cost less for any number of rows
+    wide = 2 * sum(A.shape[0] for A, *_ in terms) >= min(W.shape)  # else thin products cost less for any number of rows
     if len(terms) > 1 and many and wide and x.is_cpu and not torch.compiler.is_compiling():
         if alike and x.dtype in WIDE:
             return F.linear(x, W + _update(terms), b)

@@ -60,7 +60,7 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, at: Any, own: bool = False) 
         own: whether y may be written.
     """
     rows = at.rows
-    z = (x if rows is None else x.index_select(0, rows)).reshape(len(A), -1, x.shape[-1])
+    z = (x if rows is None else x.index_select(0, rows)).reshape(A.shape[0], -1, x.shape[-1])
     z = z if z.dtype is A.dtype else z.to(A.dtype)
     h = torch.bmm(A, z.mT).mT if z.shape[1] > A.shape[1] else torch.bmm(z, A.mT)  # `shrunk`, one call less
     if rows is None and y.dtype is h.dtype is B.dtype:
@@ -84,9 +84,9 @@ def ordered(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, at: An
     """
     z = x.index_select(0, at.rows)
     y = F.linear(z, W, b)
-    z = z.view(len(A), -1, x.shape[-1])
+    z = z.view(A.shape[0], -1, x.shape[-1])
     h = torch.bmm(A, z.mT).mT if z.shape[1] > A.shape[1] else torch.bmm(z, A.mT)
-    y.view(len(A), -1, y.shape[-1]).baddbmm_(h, B)
+    y.view(A.shape[0], -1, y.shape[-1]).baddbmm_(h, B)
     return y.index_select(0, back)
 
 
@@ -132,7 +132,7 @@ def beside(y: Tensor, x: Tensor, A: Tensor, B: Tensor, mine: Tensor, own: bool =
     if lone:
         h.view(mine.dtype).bitwise_and_(mine)  # zeros, whatever was there
     else:
-        h.view(len(mine), x.shape[1:-1].numel(), h.shape[1]).view(mine.dtype).bitwise_and_(mine[:, None])
+        h.view(mine.shape[0], x.shape[1:-1].numel(), h.shape[1]).view(mine.dtype).bitwise_and_(mine[:, None])
     if flat.dtype is not B.dtype:
         u = torch.mm(h, B)
         out = flat.add_(u) if own else (flat + u).to(flat.dtype)
