@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from peft import get_peft_model
 from peft.inspection.asked import EstimateError, inputs_of, optimizer_of
 from peft.inspection.estimate import forward, step
 from peft.inspection.hollow import Ledger
+from peft.inspection.twin import _beside
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -55,6 +57,9 @@ CONFIGS = {
     "olora": ("LoraConfig", {**LINEAR, "r": 8, "init_lora_weights": "olora"}),
     "tokens": ("LoraConfig", {"r": 8, "trainable_token_indices": [1, 2]}),
     "saved": ("LoraConfig", {"r": 8, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "osf": ("OSFConfig", {"target_modules": ["q_proj", "down_proj"]}),
+    "poly": ("PolyConfig", {"target_modules": ["q_proj"], "n_tasks": 3}),
+    "tasks": ("MultitaskPromptTuningConfig", {"num_virtual_tokens": 8, "num_tasks": 2}),
     "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 8}),
     "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": 8}),
 }
@@ -68,14 +73,14 @@ def configured(method: str, task: str | None):
 def made(model: str, dtype=torch.float32) -> nn.Module:
     torch.manual_seed(0)
     name, settings, _ = MODELS[model]
-    return getattr(transformers, name)(settings).to(dtype)
+    return getattr(transformers, name)(copy.deepcopy(settings)).to(dtype)
 
 
 def measured(model, config, batch, seq, optimizer="adamw", training=True, checkpointing=False) -> dict[str, int]:
     """The same numbers of a real run, whose tensors a ledger follows."""
     ledger = Ledger()
-    base = ledger.hold([*model.parameters(), *model.buffers()])
-    inputs = inputs_of(model, batch, seq, None, training)
+    base = ledger.hold([*model.parameters(), *model.buffers(), *(t for m in model.modules() for t in _beside(m))])
+    inputs = inputs_of(model, config, batch, seq, None, training)
     ledger.hold([v for v in inputs.values() if isinstance(v, torch.Tensor)])
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -127,10 +132,80 @@ def test_long_inputs_in_blocks_are_told(dtype):
     agree(made("llama", dtype), configured("dropout", "CAUSAL_LM"), batch=8, seq=256)
 
 
-def test_experts_are_told_and_noted():
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
-    agree(made("mixtral"), config)
-    assert "experts" in peft.estimate(MODELS["mixtral"][1], config, 1, 4).notes[-1]
+EXPERTS = {
+    "mixtral": MODELS["mixtral"],
+    "qwen3": (
+        "Qwen3MoeForCausalLM",
+        transformers.Qwen3MoeConfig(
+            **SMALL, num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96
+        ),
+        "CAUSAL_LM",
+    ),
+    "gpt-oss": (
+        "GptOssForCausalLM",
+        transformers.GptOssConfig(**SMALL, num_key_value_heads=2, head_dim=32, num_local_experts=8),
+        "CAUSAL_LM",
+    ),
+    "switch": (
+        "SwitchTransformersForConditionalGeneration",
+        transformers.SwitchTransformersConfig(
+            d_model=128,
+            d_ff=256,
+            d_kv=32,
+            num_layers=2,
+            num_decoder_layers=2,
+            num_heads=4,
+            vocab_size=200,
+            num_experts=4,
+        ),
+        "SEQ_2_SEQ_LM",
+    ),
+}
+FUSED = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.mark.filterwarnings("ignore:The experts of")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("fields", [LINEAR, FUSED], ids=["all-linear", "parameters"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_adapters_on_experts_and_routers_are_told_and_noted(name, fields, dtype, monkeypatch):
+    if name == "switch" and fields is FUSED:
+        pytest.skip("its experts are modules")
+    monkeypatch.setitem(MODELS, name, EXPERTS[name])
+    config = peft.LoraConfig(task_type=EXPERTS[name][2], **fields)
+    agree(made(name, dtype), config)
+    assert "experts" in peft.estimate(EXPERTS[name][1], config, 1, 4).notes[-1]
+
+
+QUANTISED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": torch.bfloat16},
+    "int8": {"load_in_8bit": True},
+    "int8-but-two": {"load_in_8bit": True, "llm_int8_skip_modules": ["down_proj", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["step", "forward"])
+@pytest.mark.parametrize("form", QUANTISED)
+def test_a_quantised_base_is_told_before_it_is_made_and_after(form, training, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    packing, config = transformers.BitsAndBytesConfig(**QUANTISED[form]), configured("dropout", "CAUSAL_LM")
+    made("llama", torch.bfloat16).save_pretrained(tmp_path)
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=packing, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    told = peft.estimate(str(tmp_path), config, 4, 48, quantization_config=packing, training=training)
+    again = peft.estimate(model, config, 4, 48, training=training)
+    agree(model, config, training=training)
+    assert (told.base, told.adapter, told.notes) == (again.base, again.adapter, ())
+    assert told.peak == pytest.approx(again.peak, rel=1e-2)
+
+
+def test_a_base_of_tensors_that_lay_out_others_is_told():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = made("llama", torch.bfloat16)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    agree(model, configured("dora", "CAUSAL_LM"))
 
 
 def test_a_model_is_left_as_it_is():
@@ -209,8 +284,8 @@ def test_errors_name_the_argument_and_the_cure(change, said):
         peft.estimate(**values)
 
 
-def test_quantised_weights_are_refused():
+def test_quantised_weights_of_no_library_are_refused():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(EstimateError, match=r"'0.weight' is .*int8, which is quantised"):
+    with pytest.raises(EstimateError, match=r"'0.weight' is int8 in a Linear, a quantised form that is not known"):
         peft.estimate(model, inputs=torch.ones(1, 4))

@@ -18,9 +18,20 @@ class EstimateError(PeftError, ValueError):
     """A model, or the run that is asked for, whose memory cannot be told."""
 
 
-def model_of(model: Any, config: Any, notes: list[str]) -> nn.Module:
-    """The model that is meant; of a configuration on the meta device."""
+def model_of(model: Any, config: Any, packing: Any, notes: list[str]) -> nn.Module:
+    """The model that is meant; of a configuration on the meta device, and of bitsandbytes if it asks for that.
+
+    Arguments:
+        model: as `estimate` is given it.
+        config: the adapter's, for the task.
+        packing: the quantization_config that `estimate` is given, or None.
+        notes: what is left out is added to them.
+    """
     if isinstance(model, nn.Module):
+        if packing is not None:
+            raise EstimateError(
+                "quantization_config is for a model that is not made yet. Pass the model's configuration."
+            )
         return model
     if not isinstance(model, str | os.PathLike) and not hasattr(model, "model_type"):
         raise WrongKindError(
@@ -35,14 +46,32 @@ def model_of(model: Any, config: Any, notes: list[str]) -> nn.Module:
         kind = _class(transformers, settings, config)
         if not getattr(settings, "architectures", None):
             notes.append(f"the configuration names no class; counted as {kind.__name__}")
-        if getattr(settings, "quantization_config", None):
-            notes.append("quantization_config is left out: the base is counted in the dtype it is computed in")
+        packing, dtype = packing or getattr(settings, "quantization_config", None), settings.dtype or torch.float32
+        if hasattr(settings, "quantization_config"):
             del settings.quantization_config
         with torch.device("meta"):
-            return kind._from_config(settings, dtype=settings.dtype or torch.float32)
+            made = kind._from_config(settings, dtype=dtype)
+        return packed(transformers, made, packing, dtype, notes) if packing else made
     except (ImportError, AttributeError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         cause = str(error).strip().partition("\n")[0][:300].rstrip(" .")
         raise EstimateError(f"model={model!s:.80} cannot be made: {cause}. Pass the model itself.") from error
+
+
+def packed(transformers: Any, model: nn.Module, packing: Any, dtype: torch.dtype, notes: list[str]) -> nn.Module:
+    """A model on the meta device with bitsandbytes' layers, whose weights wait for being quantised."""
+    table = packing if isinstance(packing, Mapping) else packing.to_dict()
+    if not (table.get("load_in_4bit") or table.get("load_in_8bit")):
+        notes.append("quantization_config is left out: the base is counted in the dtype it is computed in")
+        return model
+    from transformers.quantizers import AutoHfQuantizer
+
+    if isinstance(packing, Mapping):
+        packing = transformers.BitsAndBytesConfig.from_dict(dict(packing))
+    AutoHfQuantizer.from_config(packing, pre_quantized=False).preprocess_model(model=model, device_map=None)
+    for p in model.parameters():
+        if p.is_floating_point() and p.dtype is not dtype and type(p) is not nn.Parameter:
+            p.data = p.data.to(dtype)  # as files hold them, which tells in which dtype they are read
+    return model
 
 
 def _class(transformers: Any, settings: Any, config: Any) -> Any:
@@ -61,8 +90,10 @@ def _class(transformers: Any, settings: Any, config: Any) -> Any:
     raise ValueError(f"transformers has no model for {type(settings).__name__}")
 
 
-def inputs_of(model: nn.Module, batch: int, seq: int, target_seq: int | None, training: bool) -> dict[str, Tensor]:
-    """What a model of transformers is called with, labels included for training."""
+def inputs_of(
+    model: nn.Module, config: Any, batch: int, seq: int, target_seq: int | None, training: bool
+) -> dict[str, Tensor]:
+    """What a model of transformers is called with under an adapter, labels included for training."""
     settings, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     takes = inspect.signature(model.forward).parameters
     ids = torch.ones(batch, seq, dtype=torch.int64)
@@ -79,6 +110,8 @@ def inputs_of(model: nn.Module, batch: int, seq: int, target_seq: int | None, tr
     if getattr(settings, "is_encoder_decoder", False) and main == "input_ids":
         ids = torch.ones(batch, target_seq or seq, dtype=torch.int64)
         found["decoder_input_ids"] = ids
+    if any(getattr(config, name, None) for name in MANY_TASKS):
+        found["task_ids"] = torch.zeros(batch, dtype=torch.int64)
     if training and "use_cache" in takes:
         found["use_cache"] = False  # type: ignore[assignment]
     return {**found, **_labels(model, takes, ids)} if training else found
@@ -139,6 +172,7 @@ def optimizer_of(optimizer: Any) -> Callable[..., Any]:
 
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as configurations name their number
+MANY_TASKS = ("num_tasks", "n_tasks")  # as configurations of adapters name their number, if each row has its task
 IMAGE = ("num_channels", "image_size")
 PER_TEXT = ("SequenceClassification", "ImageClassification")  # classes of models that have one label for each input
 TASKS = {

@@ -22,7 +22,8 @@ from ..create import get_peft_model
 from ..errors import WrongKindError
 from ..kernels import thin
 from .asked import EXPERTS, EstimateError, checkpoint, inputs_of, model_of, optimizer_of
-from .hollow import EXACT, Hollow, Ledger, tensors_in
+from .hollow import Hollow, Ledger, tensors_in
+from .twin import copied, quantise
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def estimate(
     target_seq: int | None = None,
     inputs: Any = None,
     dtype: torch.dtype | None = None,
+    quantization_config: Any = None,
     gradient_checkpointing: bool = False,
     training: bool = True,
 ) -> Estimate:
@@ -88,6 +90,7 @@ def estimate(
         inputs: what the model is called with, in place of `batch` and `seq`: keyword arguments in a dictionary, a
             tensor or a tuple of tensors; of any device.
         dtype: the base's; None for the one it has.
+        quantization_config: transformers' BitsAndBytesConfig, for a model given as a configuration; None for its own.
         gradient_checkpointing: recompute activations of a model of transformers.
         training: a step of training; a forward in evaluation if False.
 
@@ -97,13 +100,15 @@ def estimate(
     make = optimizer_of(optimizer)
     ledger = Hollow()
     notes: list[str] = []
-    model = model_of(model, config, notes)
+    given, model = model, model_of(model, config, quantization_config, notes)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the model's own run
         shadow = copied(model, ledger, dtype)
+        if model is not given:
+            quantise(shadow, ledger)
         base = ledger.live
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        called = inputs_of(inner, batch, seq, target_seq, training) if inputs is None else inputs
+        called = inputs_of(inner, config, batch, seq, target_seq, training) if inputs is None else inputs
         called = _hollow_inputs(called, ledger, inputs is None and dtype)
         if gradient_checkpointing:
             checkpoint(shadow)
@@ -115,7 +120,7 @@ def estimate(
     if ledger.guessed:
         notes.append(f"shapes that depend on values ({', '.join(sorted(ledger.guessed))}) are those of zeros")
     if any(getattr(getattr(model, "config", None), name, None) for name in EXPERTS):
-        notes.append("every token is taken to choose the same experts, so adapters on experts may need more")
+        notes.append("tokens are taken to be spread evenly over the experts")
     return Estimate(base, adapter, **found, training=training, notes=tuple(notes))
 
 
@@ -160,28 +165,6 @@ def total(tensors: Iterable[Tensor]) -> int:
     return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
-def copied(model: nn.Module, ledger: Hollow, dtype: torch.dtype | None = None) -> nn.Module:
-    """A model of the same structure on hollow memory; tensors that share memory share it there."""
-    memo: dict[int, Any] = {}
-    storages: dict[tuple[int, torch.dtype], Tensor] = {}
-    for name, t in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        _refuse(name, t, model)
-        if id(t) in memo:
-            continue
-        if t.device.type != "meta" and not t.is_floating_point() and t.numel() * t.element_size() <= EXACT:
-            memo[id(t)] = twin = t.detach().cpu().clone()  # numbers that choose a way
-            ledger.hold([twin])
-            continue
-        wanted = dtype if dtype is not None and t.is_floating_point() else t.dtype
-        key = t.untyped_storage()._cdata, t.dtype
-        if key not in storages:
-            length = t.untyped_storage().nbytes() // t.element_size()
-            storages[key] = ledger.make(torch.empty(length, dtype=t.dtype, device="meta"), wanted)
-        twin = storages[key].as_strided(t.size(), t.stride(), t.storage_offset())
-        memo[id(t)] = nn.Parameter(twin, t.requires_grad) if isinstance(t, nn.Parameter) else twin
-    return copy.deepcopy(model, memo)
-
-
 @contextmanager
 def _coarse(model: nn.Module, inputs: Any) -> Iterator[None]:
     """Let products that go in blocks take at most some 16: they differ in time only, and each would cost a look."""
@@ -192,19 +175,6 @@ def _coarse(model: nn.Module, inputs: Any) -> Iterator[None]:
         yield
     finally:
         thin.BLOCK = usual
-
-
-def _refuse(name: str, t: Tensor, model: nn.Module) -> None:
-    """Raise for weights that are not held as plain numbers, and those of another program."""
-    whole = t.is_floating_point() or not isinstance(t, nn.Parameter)
-    packed = getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False)
-    if whole and not packed and type(t) in (Tensor, nn.Parameter, nn.Buffer):
-        return
-    kind = f"{type(t).__module__}.{type(t).__qualname__}, {str(t.dtype).removeprefix('torch.')}"
-    raise EstimateError(
-        f"The memory of a step with model={type(model).__name__} cannot be told: {name!r} is {kind}, which is "
-        "quantised or spread over processes. Pass the model's configuration, or the model before it was quantised."
-    )
 
 
 def _check(config: Any, counts: Mapping[str, Any], dtype: Any) -> None:

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 EXACT = 2**22  # bytes: whole numbers of a model that are no more are copied, as they may choose a way
 ZERO = 2**16  # bytes: what is no larger, and is not computed, is at least zero
+BLANK = ("aten::zeros", "aten::zeros_like", "aten::new_zeros", "aten::zero_")  # whose numbers choose no way
+CHOICES = {"aten::topk": 1, "aten::argmax": None}  # operations that choose, and which of their results is the choice
 _SEEDED = torch.Tag.nondeterministic_seeded
 _VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -44,7 +46,9 @@ class Ledger(TorchDispatchMode):
         self._held: dict[int, tuple[Any, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Do the operation and note what it makes."""
+        """Do the operation and note what it makes; classes that lay out others say themselves what they do to those."""
+        if any(hasattr(t, "__tensor_flatten__") for t in types):
+            return NotImplemented
         found = self.do(func, args, kwargs or {})
         self.hold(tensors_in(found))
         return found
@@ -56,7 +60,7 @@ class Ledger(TorchDispatchMode):
     def hold(self, tensors: Iterable[Tensor]) -> int:
         """Count the storages of some tensors, each once; the bytes of those that are new here."""
         before = self.live
-        for tensor in tensors:
+        for tensor in (part for t in tensors for part in laid_out(t)):
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._held and tensor.device.type != "meta":
@@ -100,13 +104,19 @@ class Hollow(Ledger):
         known = not any(t.untyped_storage()._cdata in self._unknown for t in given)
         if any(tag in func.tags for tag in _VALUES) and not _counts(func, given):
             return self._look(func, args, kwargs, known)
-        if known and (_SEEDED not in func.tags or kwargs.get("generator") is not None):
+        blank = func._schema.name in BLANK
+        if known and not blank and (_SEEDED not in func.tags or kwargs.get("generator") is not None):
             return func(*args, **kwargs)  # which programs may keep beyond this run
         outline = self._outline(func, args, kwargs, given)
+        if known and blank and not (isinstance(outline, Made) and _bulky(outline.twin)):
+            return func(*args, **kwargs)
         if outline is None:
             return self._look(func, args, kwargs, known)
         self._forget(func, args, kwargs)
-        return _filled(outline, lambda made: self._give(func, made, given))
+        found = _filled(outline, lambda made: self._give(func, made, given))
+        if (place := CHOICES.get(func._schema.name)) is not None:
+            self._spread(found if place is None else found[place], func, args, kwargs)
+        return found
 
     def _outline(self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         """What an operation gives, as `Made`; kept, as layers are alike. None if torch knows of no shapes for it."""
@@ -125,6 +135,8 @@ class Hollow(Ledger):
 
         try:
             found = func(*_swapped(args, twins), **_abroad(func, _swapped(kwargs, twins), bool(given)))
+            if func._schema.name == "aten::_linalg_svd":  # whose last result lies by columns on a CPU alone
+                found = *found[:2], found[2].mT.contiguous().mT
             outline = _mapped(found, described)
         except RuntimeError:  # as of products in groups, whose shapes torch tells of bfloat16 alone
             outline = None
@@ -140,6 +152,17 @@ class Hollow(Ledger):
         t = given[made.of]
         place = t.storage_offset() + made.twin.storage_offset()
         return t if made.same else t.as_strided(made.twin.size(), made.twin.stride(), place)
+
+    def _spread(self, chosen: Tensor, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Let the rows of what nobody knows choose each in turn, as tokens do their experts; that is known then."""
+        names = [a.name for a in func._schema.arguments]
+        options = dict(zip(names, args, strict=False), **kwargs)
+        scores, dim = args[0], options.get("dim", -1)
+        if chosen.numel() == 0 or dim is None or scores.dim() == 0:
+            return
+        laid = chosen.movedim(dim, -1) if chosen.dim() == scores.dim() else chosen
+        laid.copy_((torch.arange(chosen.numel()) % scores.shape[dim]).view(laid.shape))
+        self._unknown.discard(chosen.untyped_storage()._cdata)
 
     def _look(self, func: Any, args: Any, kwargs: dict[str, Any], known: bool) -> Any:
         """The result itself, which is what follows from zeros where numbers are not there."""
@@ -162,6 +185,15 @@ class Hollow(Ledger):
         self._unknown.discard(key)
 
 
+def laid_out(t: Tensor) -> Iterator[Tensor]:
+    """A tensor, or those that its class lays out as one."""
+    if not hasattr(t, "__tensor_flatten__"):
+        yield t
+        return
+    for name in t.__tensor_flatten__()[0]:
+        yield from laid_out(getattr(t, name))
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in nested lists, tuples and dictionaries."""
     if isinstance(value, Tensor):
@@ -171,6 +203,10 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(v)
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
+
+
+def _bulky(t: Tensor) -> bool:
+    return t.is_floating_point() and t.numel() * t.element_size() > EXACT
 
 
 def _counts(func: Any, given: list[Tensor]) -> bool:
