@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 
+import peft
 from peft import LoraConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from peft.core.pattern import Selector, Table, suffixes
 from peft.core.plan import compact
@@ -605,6 +608,78 @@ def test_the_plan_counts_what_will_be_trained():
     lines = str(found).splitlines()
     assert lines[0].split() == ["path", "type", "shape", "rank", "trainable", "reason"]
     assert lines[2].split() == ["body.layers.0.attn.q_proj", "Linear", "4", "x", "4", "4", "32", "'q_proj'"]
+
+
+AUTO = {
+    "lora": lambda: peft.LoraConfig(
+        r=4, lora_alpha="auto", rank_pattern={r".*0\..*v_proj": 2, r".*1\..*": 16}, alpha_pattern={"v_proj": 7}
+    ),
+    "rslora": lambda: peft.LoraConfig(r=4, lora_alpha="auto", use_rslora=True, rank_pattern={"q_proj": 16}),
+    "modules": lambda: peft.LoraConfig(
+        r=4, lora_alpha="auto", module_config={"q_proj": {"r": 2}, "v_proj": {"r": 8, "lora_alpha": 3}}
+    ),
+    "loha": lambda: peft.LoHaConfig(r=4, alpha="auto", rank_pattern={"q_proj": 2}),
+    "lokr": lambda: peft.LoKrConfig(r=4, alpha="auto"),
+    "gralora": lambda: peft.GraloraConfig(r=4, hybrid_r=2, alpha="auto"),
+    "randlora": lambda: peft.RandLoraConfig(r=4, randlora_alpha="auto"),
+    "default": lambda: peft.LoraConfig(r=4, alpha_pattern={"q_proj": 2}),
+}
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_the_plan_shows_the_alpha_and_scaling_that_layers_have(name):
+    model, config = Model(2), AUTO[name]()
+    config.target_modules = {"q_proj", "v_proj"}
+    found = plan(model, config)
+    adapted = peft.get_peft_model(model, config).base_model.model
+    layers = [adapted.get_submodule(row.path) for row in found.rows]
+    assert [row.scaling for row in found.rows] == [layer.scaling["default"] for layer in layers]
+    assert [row.rank for row in found.rows] == [layer.r["default"] for layer in layers]
+    assert not found.notes
+
+
+@pytest.mark.parametrize(
+    ("config", "scalings"),
+    [
+        (lambda: peft.LoraConfig(r=64, lora_alpha="auto", rank_pattern={"q_proj": 4}), {2.0}),
+        (lambda: peft.LoraConfig(r=64, lora_alpha="auto", use_rslora=True, rank_pattern={"q_proj": 4}), {2.0, 8.0}),
+        (lambda: peft.AdaLoraConfig(init_r=24, lora_alpha="auto", total_step=9), {2.0}),
+        (lambda: peft.LoKrConfig(r=64, alpha="auto"), {1.0}),
+    ],
+)
+def test_an_automatic_alpha_follows_the_rank_and_is_a_number_in_files(config, scalings, tmp_path):
+    config = config()
+    config.target_modules = {"q_proj", "v_proj"}
+    assert {row.scaling for row in plan(Model(1), config).rows} == scalings
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert isinstance(written.get("lora_alpha", written.get("alpha")), int)
+    assert peft.PeftConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (peft.LoraConfig(r=64), r"lora_alpha is 8, .* 2 of 2 targets .* 64 .* scaled by 0.125, not 1.*'auto'.* 128"),
+        (peft.LoraConfig(rank_pattern={"q_proj": 32}), r"1 of 2 targets .* scaled by 0.25"),
+        (peft.LoHaConfig(r=16), r"alpha is 8, .* scaled by 0.5, not 1.*is 16"),
+        (peft.LoraConfig(r=64, lora_alpha=16), None),
+        (peft.LoraConfig(r=64, use_rslora=True), None),
+        (peft.LoraConfig(r=4), None),
+        (peft.VeraConfig(r=512), None),
+    ],
+)
+def test_the_plan_notes_an_alpha_that_did_not_follow_the_rank(config, said):
+    config.target_modules = {"q_proj", "v_proj"}
+    found = plan(Model(1), config)
+    assert bool(found.notes) == bool(said)
+    assert not said or re.search(f"note: {said}" if said.startswith("alpha") else said, str(found))
+
+
+@pytest.mark.parametrize("value", ["automatic", "", None])
+def test_another_word_is_no_alpha(value):
+    with pytest.raises(TypeError, match=r"lora_alpha.*must be a number"):
+        peft.LoraConfig(lora_alpha=value)
 
 
 def test_the_plan_counts_parameters_tokens_and_attention():

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from .config import PeftConfig, describe
 from .errors import PeftWarning, nearest, report
@@ -18,6 +18,8 @@ MODULE_CONFIG = describe(
 )
 
 
+AUTO = "auto"  # an alpha that follows the rank
+OrAuto = int | Literal["auto"]
 CHOSEN = frozenset(
     ["target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"]
 )  # the fields that choose the layers
@@ -78,6 +80,8 @@ class TargetConfig(PeftConfig):
         check_bias(self, f"{self.kind.lower()}_only")
         for name in self.ranks:
             rank(name, getattr(self, name))
+        if isinstance(self, Alpha):
+            self.resolve_alpha()
         check_tables(self)
         self.check()
         self._check_module_config()
@@ -105,6 +109,43 @@ class TargetConfig(PeftConfig):
             if values.get(name) == defaults[name]:
                 values.pop(name, None)
         return values
+
+
+class Alpha:
+    """What configurations share whose update is scaled by alpha and a rank, and whose alpha may be "auto".
+
+    "auto" becomes a number where the configuration is made: `alpha_for` the rank, for `rank_pattern` and
+    `module_config` likewise, so that files hold numbers. An alpha that somebody has written stays.
+    """
+
+    alpha_name: ClassVar[str] = "alpha"
+    rank_name: ClassVar[str] = "r"
+    alpha_per_rank: ClassVar[int] = 2  # so that the scaling is the same at every rank
+
+    def alpha_for(self, r: int) -> int:
+        """What "auto" is at a rank."""
+        return self.alpha_per_rank * r
+
+    def scaling_for(self, alpha: float, r: int) -> float:
+        """What the update is multiplied by."""
+        return alpha / r
+
+    def resolve_alpha(self) -> None:
+        """A number in place of "auto". Raises TypeError or ValueError if it is neither."""
+        name, values = self.alpha_name, vars(self)
+        if not isinstance(values[name], str) or values[name] != AUTO:
+            number(name, values[name])
+            return
+        values[name] = self.alpha_for(values[self.rank_name])
+        ranks = {key: r for key, r in (values.get("rank_pattern") or {}).items() if isinstance(r, int)}
+        found = {key: self.alpha_for(r) for key, r in ranks.items()}
+        if set(found.values()) - {values[name]}:
+            own = values.get("alpha_pattern") or {}
+            values["alpha_pattern"] = {**own, **{key: alpha for key, alpha in found.items() if key not in own}}
+        for key, changes in (values.get("module_config") or {}).items():
+            if self.rank_name in changes and name not in changes:
+                alpha = self.alpha_for(changes[self.rank_name])
+                values["module_config"] = {**values["module_config"], key: {**changes, name: alpha}}
 
 
 def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ def describe(plan: Plan, model: nn.Module, method_of: Callable[[Any], Method]) -
     rows += _tokens(plan, model)
     rows += _biases(plan, model)
     plan.rows = rows
+    plan.notes = list(_left(plan))
     plan.base_parameters = sum(p.numel() for p in model.parameters())
     return plan
 
@@ -45,7 +47,30 @@ def _row(target: Target, config: Any, method_of: Callable[[Any], Method], counts
     if key not in counts:
         counts[key] = _count(method_of(chosen), base, chosen, target)
     name = target.name or "(the model)"
-    return Row(name, type(base).__name__, shape, getattr(chosen, "r", None), counts[key], target.reason)
+    rank = getattr(chosen, getattr(chosen, "rank_name", "r"), None)
+    alpha = getattr(chosen, getattr(chosen, "alpha_name", ""), None)
+    scaling = None if alpha is None else chosen.scaling_for(alpha, rank)
+    return Row(name, type(base).__name__, shape, rank, counts[key], target.reason, alpha, scaling)
+
+
+def _left(plan: Plan) -> Iterator[str]:
+    """What to say of ranks that were raised while alpha is still the default of another rank."""
+    config = plan.config
+    name = getattr(config, "alpha_name", None)
+    if name is None:
+        return
+    usual: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(config)}
+    alpha, rank = usual[name], usual[config.rank_name]
+    raised = [r for r in plan.rows if r.alpha == alpha and r.rank is not None and r.rank > rank]
+    raised = [r for r in raised if config.alpha_for(r.rank) != config.alpha_for(rank)]
+    if raised:
+        least = min(raised, key=lambda row: row.scaling or 0.0)
+        yield (
+            f"{name} is {alpha}, the default for {config.rank_name}={rank}, where {len(raised)} of {len(plan.targets)} "
+            f"targets have a higher rank: with {least.rank} the update is scaled by {least.scaling:.4g}, not "
+            f"{config.scaling_for(alpha, rank):.4g}. {name}='auto' lets it follow the rank; for {least.rank} it is "
+            f"{config.alpha_for(least.rank)}."
+        )
 
 
 def _count(method: Method, base: nn.Module, chosen: Any, target: Target) -> int:

@@ -33,7 +33,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the printed plan; `trainable` is None where the method cannot tell."""
+    """One line of the printed plan; `trainable` is None where the method cannot tell, as are alpha and scaling."""
 
     path: str
     kind: str
@@ -41,6 +41,8 @@ class Row:
     rank: int | None
     trainable: int | None
     reason: str
+    alpha: float | None = None
+    scaling: float | None = None
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Plan:
         target_modules_to_tie, modules_to_tie: `tied`, if it follows the embedding's adapter or trained copy.
         modules_to_save: what to store as `config.modules_to_save`.
         rows, base_parameters: what the table shows; filled by `describe`.
+        notes: what is as it was asked for but often not meant, in a sentence each; shown below the table.
     """
 
     config: Any
@@ -67,6 +70,7 @@ class Plan:
     modules_to_save: list[str] | None = None
     rows: list[Row] = field(default_factory=list)
     base_parameters: int | None = None
+    notes: list[str] = field(default_factory=list)
     names: Sequence[str] = field(default=(), repr=False)
     selection: str | set[str] | None = field(default=None, repr=False)
     _stored: Any = field(default=None, repr=False)
@@ -101,18 +105,22 @@ class Plan:
         rows = self.rows or [
             Row(t.name or "(the model)", type(t.module).__name__, (), None, None, t.reason) for t in self.targets
         ]
-        head = ("path", "type", "shape", "rank", "trainable", "reason")
-        lines = [_cells(row) for row in rows]
-        lines += [(path or "(the model)", "", "", "", "", f"skipped: {why}") for path, why in self.skipped]
+        scaled = any(row.alpha is not None for row in rows)
+        numbers = ("rank", "alpha", "scaling", "trainable") if scaled else ("rank", "trainable")
+        head = ("path", "type", "shape", *numbers, "reason")
+        lines = [_cells(row, scaled) for row in rows]
+        empty = ("",) * (len(head) - 2)
+        lines += [(path or "(the model)", *empty, f"skipped: {why}") for path, why in self.skipped]
         widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-        right = {3, 4}
+        right = range(3, len(head) - 1)
         text = [
             "  ".join(
                 c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
             )
             for line in [head, tuple("-" * w for w in widths), *lines]
         ]
-        return "\n".join([*(line.rstrip() for line in text), self._total()])
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([*(line.rstrip() for line in text), self._total(), *notes])
 
     def _total(self) -> str:
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
@@ -126,10 +134,10 @@ class Plan:
         return f"{found}; trainable {trainable:,} of {total:,} parameters ({share:.4f} %)"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    count = "" if row.trainable is None else f"{row.trainable:,}"
-    shape = " x ".join(map(str, row.shape))
-    return row.path, row.kind, shape, "" if row.rank is None else str(row.rank), count, row.reason
+def _cells(row: Row, scaled: bool) -> tuple[str, ...]:
+    shape, count = " x ".join(map(str, row.shape)), "" if row.trainable is None else f"{row.trainable:,}"
+    alphas = ["" if value is None else f"{value:.4g}" for value in (row.alpha, row.scaling)] if scaled else []
+    return row.path, row.kind, shape, "" if row.rank is None else str(row.rank), *alphas, count, row.reason
 
 
 def compact(selection: str | Iterable[str], names: Sequence[str], config: Any) -> str | set[str]:

@@ -24,12 +24,12 @@ from ..core.method import Delta, Site
 from ..core.scale import ScaledLayer
 from ..core.stack import Adapter, Stack
 from ..core.views import linear_module
-from ..target_config import divisor, number, probability
+from ..target_config import Alpha, OrAuto, divisor, probability
 from .additive import AdditiveConfig, AdditiveModel
 
 
 @dataclass
-class GraloraConfig(AdditiveConfig):
+class GraloraConfig(Alpha, AdditiveConfig):
     """The configuration of GraLoRA."""
 
     kind = "GRALORA"
@@ -37,15 +37,24 @@ class GraloraConfig(AdditiveConfig):
     ranks = ("r", "gralora_k")
     r: int = field(default=32, metadata=describe("Rank; gralora_k divides it."))
     hybrid_r: int = field(default=0, metadata=describe("Rank of the plain low-rank update beside the blocks."))
-    alpha: int = field(default=64, metadata=describe("The update is multiplied by alpha / (r + hybrid_r)."))
+    alpha: OrAuto = field(
+        default=64, metadata=describe("The update is multiplied by alpha / (r + hybrid_r). 'auto': 2 (r + hybrid_r).")
+    )
     gralora_dropout: float = field(default=0.0, metadata=describe("Dropout of the adapter's input."))
     gralora_k: int = field(default=2, metadata=describe("Blocks per side; it divides in and out."))
     fan_in_fan_out: bool = field(default=False, metadata=describe("The weight is stored as (in, out)."))
     init_weights: bool = field(default=True, metadata=describe("Start at the base model; else all at random."))
 
+    def alpha_for(self, r: int) -> int:
+        """Twice the rank of both updates."""
+        return 2 * (r + self.hybrid_r)
+
+    def scaling_for(self, alpha: float, r: int) -> float:
+        """What the update is multiplied by."""
+        return alpha / (r + self.hybrid_r)
+
     def check(self) -> None:
         """Numbers."""
-        number("alpha", self.alpha)
         probability("gralora_dropout", self.gralora_dropout)
         if self.hybrid_r < 0:
             raise ValueError(f"`hybrid_r` must not be negative; got {self.hybrid_r}. Use 0 for none.")

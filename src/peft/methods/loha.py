@@ -26,17 +26,18 @@ from ..core.scale import ScaledLayer
 from ..core.stack import Adapter, Stack
 from ..core.thinned import Thinned
 from ..kernels import product
-from ..target_config import number, probability
+from ..target_config import Alpha, OrAuto, probability
 from .additive import AdditiveConfig, AdditiveModel
 
 NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
 
 @dataclass
-class LycorisConfig(AdditiveConfig):
+class LycorisConfig(Alpha, AdditiveConfig):
     """What LoHa and LoKr share."""
 
     added = frozenset({"bias"})
+    alpha_per_rank = 1  # as at the default
     rank_pattern: dict | None = field(
         default_factory=dict, metadata=describe("Ranks that differ from r: {regular expression of names: rank}.")
     )
@@ -44,7 +45,7 @@ class LycorisConfig(AdditiveConfig):
         default_factory=dict, metadata=describe("Values that differ from alpha, written as `rank_pattern`.")
     )
     r: int = field(default=8, metadata=describe("Rank."))
-    alpha: int = field(default=8, metadata=describe("The update is multiplied by alpha / r."))
+    alpha: OrAuto = field(default=8, metadata=describe("The update is multiplied by alpha / r. 'auto' is r."))
     rank_dropout: float = field(
         default=0.0, metadata=describe("Share of the update's out-features that training drops at random.")
     )
@@ -55,7 +56,6 @@ class LycorisConfig(AdditiveConfig):
 
     def check(self) -> None:
         """Numbers."""
-        number("alpha", self.alpha)
         probability("rank_dropout", self.rank_dropout)
         probability("module_dropout", self.module_dropout)
 
@@ -64,7 +64,7 @@ class LycorisConfig(AdditiveConfig):
         return {
             "r": self.r,
             "alpha": self.alpha,
-            "scaling": self.alpha / self.r,
+            "scaling": self.scaling_for(self.alpha, self.r),  # type: ignore[arg-type]
             "rank_dropout": self.rank_dropout,
             "rank_dropout_scale": getattr(self, "rank_dropout_scale", True),
             "module_dropout": self.module_dropout,

@@ -27,16 +27,17 @@ from ..core.scale import ScaledLayer
 from ..core.shared import Shared, drawn, kept_once, seeded_on
 from ..core.stack import Adapter, Stack
 from ..kernels.product import scaled_rows
-from ..target_config import number, probability
+from ..target_config import Alpha, OrAuto, probability
 from .additive import AdditiveConfig, AdditiveModel
 from .vera import warn_unsaved
 
 
 @dataclass
-class RandLoraConfig(AdditiveConfig):
+class RandLoraConfig(Alpha, AdditiveConfig):
     """The configuration of RandLoRA."""
 
     kind = "RANDLORA"
+    alpha_name, alpha_per_rank = "randlora_alpha", 20  # as at the default
     added = frozenset({"exclude_modules"})
     r: int = field(default=32, metadata=describe("Rank of each shared pair; smaller trains more numbers."))
     projection_prng_key: int = field(default=0, metadata=describe("Seed of the shared matrices."))
@@ -45,13 +46,14 @@ class RandLoraConfig(AdditiveConfig):
     very_sparse: bool = field(default=False, metadata=describe("Fewer: one of the root of the smaller size."))
     randlora_dropout: float = field(default=0.0, metadata=describe("Dropout on the input, in [0, 1)."))
     fan_in_fan_out: bool = field(default=False, metadata=describe("The weight is stored as (in, out)."))
-    randlora_alpha: int = field(default=640, metadata=describe("The update is multiplied by alpha / r."))
+    randlora_alpha: OrAuto = field(
+        default=640, metadata=describe("The update is multiplied by alpha / r. 'auto' is 20 r.")
+    )
     init_weights: bool = field(default=True, metadata=describe("Start at the base model; else random."))
 
     def check(self) -> None:
         """Numbers, and a word about what files will lack."""
         probability("randlora_dropout", self.randlora_dropout)
-        number("randlora_alpha", self.randlora_alpha)
         for pattern, settings in (self.module_config or {}).items():
             if "r" in settings:
                 raise ValueError(f"module_config[{pattern!r}] sets r, but the shared matrices are cut for one rank.")

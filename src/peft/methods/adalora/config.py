@@ -35,6 +35,7 @@ class AdaLoraConfig(LoraConfig):
     )
 
     other_biases: ClassVar[tuple[str, ...]] = ("adalora_only",)
+    rank_name = "init_r"
 
     def __post_init__(self) -> None:
         pattern, self.rank_pattern = self.rank_pattern, None
@@ -43,6 +44,14 @@ class AdaLoraConfig(LoraConfig):
         self.rank_pattern = pattern
         self._check_unused()
         self._check_schedule()
+
+    def alpha_for(self, r: int) -> int:
+        """Twice the first rank; use_rslora has no effect."""
+        return 2 * r
+
+    def scaling_for(self, alpha: float, r: int) -> float:
+        """What the update is multiplied by; the first rank counts where alpha is none."""
+        return alpha / r if alpha > 0 else 1.0
 
     def _check_unused(self) -> None:
         """Refuse, or tell, what AdaLoRA has no use for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from ...config import PeftConfig, describe
 from ...errors import PeftWarning, UnknownFieldWarning, nearest, report
-from ...target_config import MODULE_CONFIG, check_bias, check_layers, number, rank, read_names
+from ...target_config import MODULE_CONFIG, Alpha, OrAuto, check_bias, check_layers, number, rank, read_names
 from ...types import PeftType
 from .options import (
     ArrowConfig,
@@ -61,18 +62,20 @@ VARIANTS = (
     "use_dora",
 )
 UNDER_DORA = ("use_bdlora", "kasa_config", "monteclora_config", "velora_config")  # those that have a weight
+RSLORA_ALPHA = 16
 PLAIN_INIT = (True, False, None, "gaussian", "orthogonal")
 FLAGS = ("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying", "inference_mode")
 
 
 @dataclass
-class LoraConfig(PeftConfig):
+class LoraConfig(Alpha, PeftConfig):
     """LoRA: W + s B A with factors of rank r, s = lora_alpha / r (Hu et al. 2021, arXiv 2106.09685).
 
     Raises ValueError for values that cannot be, or not together; TypeError for values of the wrong kind.
     """
 
     other_biases: ClassVar[tuple[str, ...]] = ()  # further values of `bias`, for the biases of adapted layers
+    alpha_name = "lora_alpha"
     counts = {"init_lora_weights": ("pissa", "olora", "corda", "lora_ga", "loftq")}  # noqa: RUF012
 
     r: int = field(default=8, metadata=describe("Rank of the factors, at least 1."))
@@ -86,7 +89,12 @@ class LoraConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(
         default=None, metadata=describe("Modules to leave alone, written as `target_modules`.")
     )
-    lora_alpha: int = field(default=8, metadata=describe("The update is scaled by lora_alpha / r."))
+    lora_alpha: OrAuto = field(
+        default=8,
+        metadata=describe(
+            "The update is scaled by lora_alpha / r. 'auto': 2 r, also where rank_pattern sets r; 16 under use_rslora."
+        ),
+    )
     lora_dropout: float = field(default=0.0, metadata=describe("Dropout on the input of A, in [0, 1)."))
     fan_in_fan_out: bool = field(
         default=False, metadata=describe("The base weight is stored as (in, out), as in GPT-2's Conv1D.")
@@ -202,6 +210,14 @@ class LoraConfig(PeftConfig):
         self._check_combinations()
         self._check_module_config()
 
+    def alpha_for(self, r: int) -> int:
+        """Under rsLoRA the same at every rank, which is what its root is for: 16, as in its paper."""
+        return RSLORA_ALPHA if self.use_rslora else super().alpha_for(r)
+
+    def scaling_for(self, alpha: float, r: int) -> float:
+        """What the update is multiplied by."""
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dictionary, without `runtime_config`."""
         values = super().to_dict()
@@ -260,9 +276,9 @@ class LoraConfig(PeftConfig):
 
     def _check_numbers(self) -> None:
         rank("r", self.r)
+        self.resolve_alpha()
         for pattern, r in (self.rank_pattern or {}).items():
             rank(f"rank_pattern[{pattern!r}]", r)
-        number("lora_alpha", self.lora_alpha)
         if self.lora_alpha == 0:
             _warn(
                 "`lora_alpha` is 0, so the update is multiplied by 0: the adapter changes nothing and learns nothing."
