@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 
@@ -680,6 +681,37 @@ def test_the_plan_notes_an_alpha_that_did_not_follow_the_rank(config, said):
 def test_another_word_is_no_alpha(value):
     with pytest.raises(TypeError, match=r"lora_alpha.*must be a number"):
         peft.LoraConfig(lora_alpha=value)
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = transformers.BertConfig()
+        self.embed_tokens, self.q_proj = nn.Embedding(6, 4), nn.Linear(4, 4)
+        self.lm_head, self.score = nn.Linear(4, 6, bias=False), nn.Linear(4, 2)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+
+@pytest.mark.filterwarnings("ignore:The weight of:UserWarning", "ignore:.*ensure_weight_tying.*:UserWarning")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"task_type": "SEQ_CLS"},
+        {"task_type": "TOKEN_CLS", "modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "mica", "r": 2},
+        {"init_lora_weights": "mica", "r": 2, "use_dora": True},
+        {"target_modules": ["lm_head"], "ensure_weight_tying": True, "rank_pattern": {"embed_tokens": 3}},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True, "use_dora": True},
+    ],
+)
+def test_the_plan_counts_what_is_trained_with_heads_ties_and_fixed_factors(fields):
+    config = LoraConfig(**{"target_modules": ["q_proj"], **fields})
+    found = plan(Classifier(), config)
+    model = peft.get_peft_model(Classifier(), config)
+    assert found.trainable == model.get_nb_trainable_parameters()[0]
 
 
 def test_the_plan_counts_parameters_tokens_and_attention():

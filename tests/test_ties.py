@@ -266,6 +266,38 @@ def test_training_keeps_tied_adapters_the_same(make):
         torch.testing.assert_close(delta, deltas[0])
 
 
+APART = {
+    "rank": {"rank_pattern": {"lm_head": 1, "embed_tokens": 4, "shared": 4}},
+    "alpha": {"alpha_pattern": {"lm_head": 7}},
+    "rslora": {"use_rslora": True, "rank_pattern": {"lm_head": 4}},
+    "dora": {"use_dora": True, "rank_pattern": {"lm_head": 4}},
+    "pissa": {"init_lora_weights": "pissa", "alpha_pattern": {"lm_head": 7}},
+    "olora": {"init_lora_weights": "olora", "rank_pattern": {"lm_head": 1}},
+    "pissa-dora": {"init_lora_weights": "pissa_niter_2", "use_dora": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("fields", APART.values(), ids=APART)
+@pytest.mark.parametrize("make", [llama, bart])
+def test_tied_layers_with_settings_of_their_own_start_save_and_merge_right(make, fields, tmp_path):
+    config = lora(**{"init_lora_weights": True, "target_modules": ["lm_head"], "ensure_weight_tying": True, **fields})
+    before, model = logits(prepared_again(make)), quiet(prepared_again(make), config)
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05 * p.requires_grad)
+    expected = logits(model)
+    assert not torch.allclose(expected, before, rtol=1e-2, atol=1e-2)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(prepared_again(make), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(type(merged).from_pretrained(tmp_path / "merged").eval()), logits(merged))
+
+
 @pytest.mark.parametrize("torn", ["encoder.embed_tokens.lora_embedding_B", "lm_head.lora_A.weight"])
 def test_a_file_with_different_values_for_tied_tensors_is_told(torn):
     model = quiet(t5(), lora(target_modules=["shared"], ensure_weight_tying=True))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .core.defaults import TASK_HEADS
 from .model import PeftModel
 
 
@@ -22,7 +23,7 @@ def _given(**named: Any) -> dict[str, Any]:
 class PeftModelForSequenceClassification(PeftModel):
     """A classifier of whole texts; its head is trained and saved with each adapter."""
 
-    head_names = ("classifier", "score")
+    head_names = TASK_HEADS["SEQ_CLS"]
 
     def forward(
         self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None,
@@ -42,7 +43,7 @@ class PeftModelForTokenClassification(PeftModel):
     tokens).
     """
 
-    head_names = ("classifier", "score")
+    head_names = TASK_HEADS["TOKEN_CLS"]
     forward = PeftModelForSequenceClassification.forward
 
 
@@ -96,7 +97,7 @@ class PeftModelForQuestionAnswering(PeftModel):
     adapter.
     """
 
-    head_names = ("qa_outputs",)
+    head_names = TASK_HEADS["QUESTION_ANS"]
 
     def forward(
         self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None,

@@ -12,6 +12,11 @@ DUMMY_TARGET_MODULES = "dummy-target-modules"  # injects nothing and complains a
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}  # stands for the config of a model that has none
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
+TASK_HEADS = {  # what the class of a task trains and saves as a whole
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20  # from this many names on, a smaller equivalent set is sought
 
 # Names of torch dtypes: this file imports no torch.

@@ -29,6 +29,7 @@ def describe(plan: Plan, model: nn.Module, method_of: Callable[[Any], Method]) -
     """
     counts: dict[tuple[Any, ...], int] = {}
     rows = [_row(target, plan.config, method_of, counts) for target in plan.targets]
+    rows += _tied(plan, model, method_of, rows)
     rows += _copies(plan, model)
     rows += _tokens(plan, model)
     rows += _biases(plan, model)
@@ -83,7 +84,8 @@ def _count(method: Method, base: nn.Module, chosen: Any, target: Target) -> int:
         child = innermost(base.get_submodule(name))
         places.append((child, views.view_of(child)))
     sites = [Site(m, v, chosen, target.path, torch.float32, torch.device("meta")) for m, v in places]
-    return sum(_numel(value) for site in sites for value in method.build(site).values())
+    made = [method.build(site) for site in sites]
+    return sum(_numel(value) for m in made for name, value in m.items() if name not in method.untrained(m))
 
 
 def _numel(value: Any) -> int:
@@ -97,6 +99,20 @@ def _shape(base: nn.Module, parameter: str | None) -> tuple[int, ...]:
     if weight is None:
         weight = getattr(base, "in_proj_weight", None)
     return tuple(getattr(weight, "shape", ()))
+
+
+def _tied(plan: Plan, model: nn.Module, method_of: Callable[[Any], Method], rows: list[Row]) -> Iterator[Row]:
+    """One row for each layer that takes the embedding's tensors: the very same, or transposed ones of its rank."""
+    if not plan.target_modules_to_tie:
+        return
+    lead = next(row for row in rows if row.path == plan.embedding)
+    chosen = settings(plan.config, lead.path)
+    for path in plan.target_modules_to_tie:
+        target = Target(path, model.get_submodule(path), None, f"tied to {lead.path!r}")
+        own = _row(target, plan.config, method_of, {})
+        count = 0 if own.kind == lead.kind else _count(method_of(chosen), innermost(target.module), chosen, target)
+        alpha = own.alpha if own.rank == lead.rank else None
+        yield dataclasses.replace(own, rank=lead.rank, alpha=alpha, trainable=count)
 
 
 def _copies(plan: Plan, model: nn.Module) -> Iterator[Row]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from .defaults import DUMMY_TARGET_MODULES
+from .defaults import DUMMY_TARGET_MODULES, TASK_HEADS
 from .pattern import pattern_value, settings
 from .plan import Plan, Target
 from .search import Search, in_order
@@ -91,6 +91,10 @@ def plan(model: nn.Module, config: Any, strict: bool | None = None) -> Plan:
         model = model.get_base_model()  # type: ignore[operator]
     undo = replicate(model, getattr(config, "layer_replication", None) or [])
     config = copy.copy(config)
+    heads = TASK_HEADS.get(getattr(config.task_type, "value", config.task_type), ())
+    if heads and hasattr(config, "modules_to_save"):
+        given = list(config.modules_to_save or ())
+        config.modules_to_save = given + [name for name in heads if name not in given]
     try:
         rewrite(config, model)
         return describe(match(model, config, strict=strict), model, _method_of(config))

@@ -180,8 +180,10 @@ def progress(items: list[Any], show: bool, label: str = "Merging") -> Iterator[A
 
 
 def _update_of(layer: BaseTunerLayer, names: Sequence[str]) -> frozenset[Any]:
-    """The memory of what adapters add to a layer: layers whose adapters are tied have the same."""
-    return frozenset(storage_key(getattr(slot.owner, slot.attr)) for name in names for slot in layer.slots(name))
+    """The memory of what adapters add to a layer, and their scalings: layers whose adapters are tied have the same."""
+    scalings = ((name, layer.adapters[name].__dict__.get("scaling")) for name in names)
+    memory = (storage_key(getattr(slot.owner, slot.attr)) for name in names for slot in layer.slots(name))
+    return frozenset((*memory, *scalings))
 
 
 def retie(

@@ -10,7 +10,7 @@ weight (PiSSA, OLoRA) keep the base here: with the first factors A0, B0 held asi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -63,6 +63,9 @@ class LoRA(LowRank):
             "subtracts": starts.subtracts(site),
         }
 
+    def untrained(self, built: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("lora_B", "lora_embedding_B") if built["keeps_B"] else ()
+
     def form(self, site: Site) -> Hashable:
         alike = site.view.dense and type(self) in (LoRA, OutProjection)
         measured = site.settings.init_lora_weights in starts.MEASURED
@@ -80,14 +83,21 @@ class LoRA(LowRank):
 
     def derive(self, p: Adapter, inner: Stack) -> None:
         """A0, B0 of an initialisation that the literature subtracts from the base weight."""
-        pair = None if p.has(starts.FIRST[0]) else starts.residual(p, inner)
+        tied = p.__dict__.get("tied_to")
+        if p.has(starts.FIRST[0]):
+            pair = None
+        elif tied is not None:
+            A0, B0 = self.first_factors(tied)
+            pair = B0.mT.contiguous(), A0.mT.contiguous()
+        else:
+            pair = starts.residual(p, inner)
         if pair is not None:
             saved = p.settings.init_lora_weights in starts.MEASURED and not keys_in_hand()
             for key, value in zip(starts.FIRST if saved else starts.DERIVED, pair, strict=True):
                 p.layer.keep(p, key, nn.Buffer(value) if saved else value)
 
     def tie(self, p: Adapter, other: Adapter) -> None:
-        """(B A)' = A' B': the embedding's factors, transposed, the same numbers in memory."""
+        """(B A)' = A' B': the embedding's factors, transposed, the same numbers in memory. The scaling stays p's."""
         if p.lora_bias:
             raise ValueError(
                 f"lora_bias=True has no meaning for {p.path!r}, a layer that is tied to an embedding: the bias of one "
@@ -95,6 +105,13 @@ class LoRA(LowRank):
             )
         p.lora_A._parameters["weight"] = nn.Parameter(other.lora_embedding_B.detach().mT)
         p.lora_B._parameters["weight"] = nn.Parameter(other.lora_embedding_A.detach().mT)
+        if p.r != other.r:
+            grown = other.r / p.r
+            p.r, p.lora_alpha = other.r, p.lora_alpha * (math.sqrt(grown) if p.use_rslora else grown)
+        if p.subtracts and other.subtracts:
+            p.tied_to = other
+            if other.has(starts.DERIVED[0]):
+                self.derive(p, p.layer.stack(()))
 
     @torch.no_grad()
     def follow_base(self, p: Adapter, inner: Stack) -> None:
