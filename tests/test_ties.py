@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    merge_checkpoint,
+    set_peft_model_state_dict,
+)
 from peft.core.layer import tuner_layers
 from peft.errors import PeftWarning
 
@@ -296,6 +303,9 @@ def test_tied_layers_with_settings_of_their_own_start_save_and_merge_right(make,
     torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
     merged.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(type(merged).from_pretrained(tmp_path / "merged").eval()), logits(merged))
+    prepared_again(make).save_pretrained(tmp_path / "base")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "streamed")
+    torch.testing.assert_close(logits(type(merged).from_pretrained(tmp_path / "streamed").eval()), logits(merged))
 
 
 @pytest.mark.parametrize("torn", ["encoder.embed_tokens.lora_embedding_B", "lm_head.lora_A.weight"])

@@ -147,6 +147,16 @@ def residual(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor] | None:
     return A0.to(A.dtype).contiguous(), B0.to(A.dtype).contiguous()
 
 
+def of_tied(p: Adapter, tied: Adapter) -> tuple[Tensor, Tensor]:
+    """(A0, B0) of the embedding that p's layer is tied to, transposed; its weight may lie elsewhere, and is p's."""
+    if tied.has(DERIVED[0]):
+        A0, B0 = (tied.held_buffer(name) for name in DERIVED)
+    else:
+        W = p.original_weight().detach().mT.float()
+        A0, B0 = (t.to(_held(p)[0].dtype) for t in decomposed(tied, W, str(p.settings.init_lora_weights)))
+    return B0.mT.contiguous(), A0.mT.contiguous()
+
+
 def _held(p: Adapter) -> tuple[Tensor, Tensor]:
     if p.has("lora_embedding_A"):
         return p.lora_embedding_A, p.lora_embedding_B

@@ -87,8 +87,7 @@ class LoRA(LowRank):
         if p.has(starts.FIRST[0]):
             pair = None
         elif tied is not None:
-            A0, B0 = self.first_factors(tied)
-            pair = B0.mT.contiguous(), A0.mT.contiguous()
+            pair = starts.of_tied(p, tied)
         else:
             pair = starts.residual(p, inner)
         if pair is not None:
@@ -118,6 +117,8 @@ class LoRA(LowRank):
         measured = p.settings.init_lora_weights in starts.MEASURED  # of a base that is no longer there
         stays = not p.subtracts or (measured and (p.has(starts.FIRST[0]) or p.has(starts.DERIVED[0])))
         if not stays and inner.layer.original_weight_device().type != "meta":
+            if (tied := p.__dict__.get("tied_to")) is not None:
+                self.follow_base(tied, tied.layer.stack(()))
             self.derive(p, inner)
 
     def own_factors(self, p: Adapter, blocks: tuple[int, int] = (1, 1)) -> tuple[Tensor, Tensor]:
