@@ -695,6 +695,27 @@ class Classifier(nn.Module):
         return self.embed_tokens
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.UniLoraConfig(r=2),
+        peft.TinyLoraConfig(r=2),
+        peft.VBLoRAConfig(vector_length=4, num_vectors=5, topk=1),
+        peft.VeraConfig(r=3),
+        peft.RandLoraConfig(r=2),
+        peft.HiraConfig(r=2),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_the_plan_counts_what_targets_share(config):
+    config.target_modules, before = {"q_proj", "k_proj"}, torch.get_rng_state()
+    sizes = nn.ModuleDict({"q_proj": nn.Linear(8, 4), "k_proj": nn.Linear(8, 4)})
+    state = torch.get_rng_state()
+    found = plan(sizes, config)
+    assert torch.equal(torch.get_rng_state(), state) and not torch.equal(before, state)
+    assert found.trainable == peft.get_peft_model(sizes, config).get_nb_trainable_parameters()[0] > 0
+
+
 @pytest.mark.filterwarnings("ignore:The weight of:UserWarning", "ignore:.*ensure_weight_tying.*:UserWarning")
 @pytest.mark.parametrize(
     "fields",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from . import views
 from .method import Site
 from .pattern import settings
 from .plan import Plan, Row, Target
+from .shared import late
 from .tie import innermost
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ def describe(plan: Plan, model: nn.Module, method_of: Callable[[Any], Method]) -
     """
     counts: dict[tuple[Any, ...], int] = {}
     rows = [_row(target, plan.config, method_of, counts) for target in plan.targets]
+    rows += _shared(plan, method_of)
     rows += _tied(plan, model, method_of, rows)
     rows += _copies(plan, model)
     rows += _tokens(plan, model)
@@ -76,16 +79,33 @@ def _left(plan: Plan) -> Iterator[str]:
 
 def _count(method: Method, base: nn.Module, chosen: Any, target: Target) -> int:
     """Numbers in all tensors that the method builds on this target, and on what a target module consists of."""
-    view = views.view_of(base, target.parameter, bool(getattr(chosen, "any_module", False)))
-    whole = target.parameter is None
-    parts = view.parts(base) if whole else ()
-    places = [(base, views.view_of(base, part)) for part in parts] or [(base, view)]
-    for name in view.read_children if whole else ():
-        child = innermost(base.get_submodule(name))
-        places.append((child, views.view_of(child)))
+    places = _places(base, target, bool(getattr(chosen, "any_module", False)))
     sites = [Site(m, v, chosen, target.path, torch.float32, torch.device("meta")) for m, v in places]
     made = [method.build(site) for site in sites]
     return sum(_numel(value) for m in made for name, value in m.items() if name not in method.untrained(m))
+
+
+def _places(base: nn.Module, target: Target, any_module: bool) -> list[tuple[nn.Module, Any]]:
+    """The modules and views that get adapters of their own."""
+    view, whole = views.view_of(base, target.parameter, any_module), target.parameter is None
+    parts = view.parts(base) if whole else ()
+    places: list[tuple[nn.Module, Any]] = [(base, views.view_of(base, part)) for part in parts] or [(base, view)]
+    for name in view.read_children if whole else ():
+        child = innermost(base.get_submodule(name))
+        places.append((child, views.view_of(child)))
+    return places
+
+
+def _shared(plan: Plan, method_of: Callable[[Any], Method]) -> Iterator[Row]:
+    """One row for each tensor that is trained once for all targets."""
+    config = copy.copy(plan.config)  # on which methods note what they share
+    any_module = bool(getattr(config, "any_module", False))
+    places = (p for t in plan.targets for p in _places(innermost(t.module), t, any_module))
+    with late(), torch.device("meta"):
+        made = method_of(config).shared(config, (view.shape(base) for base, view in places), {})
+    for name, new in made.items():
+        if isinstance(new.tensor, nn.Parameter):
+            yield Row(name, "", tuple(new.tensor.shape), None, new.tensor.numel(), "shared by all targets")
 
 
 def _numel(value: Any) -> int:
