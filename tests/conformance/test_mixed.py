@@ -179,3 +179,19 @@ def test_a_whole_module_whose_weight_is_read_refuses_a_mixed_batch():
     with pytest.raises(ValueError, match=r"'rest\.self_attn\.out_proj' reads one weight"):
         model(x, adapter_names=["other", "__base__", "default", "other"])
     assert torch.isfinite(model(x)).all()
+
+
+@pytest.mark.parametrize(
+    ("copied", "names"),
+    [("linear1", ["bare", "default", "__base__"]), ("norm1", ["bare", "__base__", "bare"])],
+    ids=["beside rows with copies", "no rows have copies"],
+)
+def test_rows_of_an_adapter_without_a_copy_take_the_original_module(copied, names):
+    model, x = with_copies(copied), torch.randn(3, 3, 8)
+    model.add_adapter("bare", LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    with torch.no_grad():
+        found = model.eval()(x, adapter_names=names)
+        for i, adapter in enumerate(names):
+            model.set_adapter("bare" if adapter == "__base__" else adapter)
+            wanted = Block().eval()(x) if adapter == "__base__" else model(x)
+            close(found[i : i + 1], wanted[i : i + 1], 1e-5)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .batch import Unfused, is_mixed, join_parts, rows_of
 from .buffers import tensors_below
-from .call import BASE, Call
+from .call import Call
 from .layer import AdapterHost, BaseTunerLayer
 from .onload import own_copy
 from .stack import Slot
@@ -142,9 +142,13 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def _module(self) -> nn.Module:
         only = self.call.only
         if only is not None and not self._disabled:
-            return self.original_module if only == BASE else self.adapters[only]
-        name = None if self._disabled or not self._active else self._active[0]
-        return self.original_module if name is None else self.adapters[name]
+            return self._of(only)
+        return self._of(None if self._disabled or not self._active else self._active[0])
+
+    def _of(self, name: str | None) -> nn.Module:
+        """What the rows of an adapter run: its copy, or the original if it has none."""
+        copy: nn.Module = self.adapters.get(name or "", self.original_module)
+        return copy
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.pop("adapter_names", None) or self.call.fact("names")
@@ -153,6 +157,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return self._mixed(tuple(names), x, args, kwargs)
 
     def _mixed(self, names: tuple[str, ...], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        copies = {id(module): module for module in map(self._of, dict.fromkeys(names))}
+        if len(copies) == 1:
+            return next(iter(copies.values()))(x, *args, **kwargs)
         if not isinstance(self.original_module, _BY_ROWS):
             raise TypeError(
                 f"adapter_names cannot be used with {self.path!r} in modules_to_save: a "
@@ -160,14 +167,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                 "convolution layers work."
             )
         groups = self.call.groups(x.shape[0], x.device, self.path, names)
-        lacking = [n for n in groups if n != BASE and n not in self.adapters]
-        if lacking:
-            raise KeyError(f"{self.path!r} has no copy for {lacking}; it has {sorted(self.adapters)} and '{BASE}'.")
         parts = []
         for name, index in groups.items():
             take = rows_of(index, x.shape[0], 0)
-            module = self.original_module if name == BASE else self.adapters[name]
-            parts.append(module(take(x), *map(take, args), **{k: take(v) for k, v in kwargs.items()}))
+            parts.append(self._of(name)(take(x), *map(take, args), **{k: take(v) for k, v in kwargs.items()}))
         return join_parts(parts, torch.cat(list(groups.values())).argsort(), 0)
 
     def unload_and_optionally_merge_module(
