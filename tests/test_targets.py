@@ -721,6 +721,7 @@ def test_the_plan_counts_what_targets_share(config):
     "fields",
     [
         {"task_type": "SEQ_CLS"},
+        {"task_type": "SEQ_CLS", "bias": "all"},
         {"task_type": "TOKEN_CLS", "modules_to_save": ["lm_head"]},
         {"init_lora_weights": "mica", "r": 2},
         {"init_lora_weights": "mica", "r": 2, "use_dora": True},

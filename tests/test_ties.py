@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from peft import (
@@ -19,6 +20,7 @@ from peft import (
 )
 from peft.core.layer import tuner_layers
 from peft.errors import PeftWarning
+from peft.utils.hotswap import hotswap_adapter_from_state_dict
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -306,6 +308,53 @@ def test_tied_layers_with_settings_of_their_own_start_save_and_merge_right(make,
     prepared_again(make).save_pretrained(tmp_path / "base")
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "streamed")
     torch.testing.assert_close(logits(type(merged).from_pretrained(tmp_path / "streamed").eval()), logits(merged))
+
+
+def test_tied_layers_are_one_again_after_a_load_unless_the_file_tells_them_apart(tmp_path):
+    model = quiet(llama(), lora(target_modules=["lm_head"], ensure_weight_tying=True))
+    model.save_pretrained(tmp_path)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for meta in (False, True):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=meta, is_trainable=True).train()
+        optimizer = torch.optim.SGD([p for p in loaded.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            loaded(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+        base = loaded.get_base_model()
+        factor = base.model.embed_tokens.lora_embedding_B["default"]
+        assert base.lm_head.lora_A["default"].weight.data_ptr() == factor.data_ptr()
+        assert torch.equal(base.lm_head.lora_A["default"].weight, factor.mT)
+    state = {k: (v + 1 if "lm_head.lora_A" in k else v).clone().contiguous() for k, v in state.items()}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(PeftWarning, match="'lm_head' is tied to 'model.embed_tokens' .* other factors for each"):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    found = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    assert all(torch.equal(v, found[k]) for k, v in state.items())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("fields", [{}, *APART.values()], ids=["alike", *APART])
+def test_a_combination_of_tied_adapters_is_their_sum(fields):
+    config = lora(**{"target_modules": ["lm_head"], "ensure_weight_tying": True, **fields})
+    model = quiet(prepared(llama), config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05 * p.requires_grad)
+    expected = logits(model)
+    for kind in ("linear", "svd", "exact"):
+        model.add_weighted_adapter(["default"], [1.0], kind, combination_type=kind)
+        model.set_adapter(kind)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_swap_of_other_values_into_tied_tensors_is_refused():
+    tied = quiet(llama(), lora(target_modules=["lm_head"], ensure_weight_tying=True))
+    apart = quiet(llama(), lora(target_modules=["lm_head", "embed_tokens"]))
+    state = get_peft_model_state_dict(apart, save_embedding_layers=False)
+    before = logits(tied)
+    with pytest.raises(RuntimeError, match=r"tied by ensure_weight_tying, but differ in the new adapter"):
+        hotswap_adapter_from_state_dict(tied, state, "default", apart.peft_config["default"])
+    assert torch.equal(logits(tied), before)
 
 
 @pytest.mark.parametrize("torn", ["encoder.embed_tokens.lora_embedding_B", "lm_head.lora_A.weight"])

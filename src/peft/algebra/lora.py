@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core.pattern import special
 from ..core.targets import match
+from ..core.unload import tied_to_embedding
 from ..core.views import view_of
 from ..methods.lora.config import LoraConfig
 from .update import Update
@@ -114,7 +115,13 @@ def union(targets: list[Any]) -> Any:
 
 
 def checked_targets(model: nn.Module, config: Any, updates: Iterable[Update]) -> Any:
-    """The configuration, with the layers listed by name if what it selects is not what the updates stand at."""
+    """The configuration, with the layers listed by name if what it selects is not what the updates stand at.
+
+    It ties layers to the embedding only where one update is theirs.
+    """
+    updates = list(updates)
+    if getattr(config, "ensure_weight_tying", False) and not _tied_alike(model, updates):
+        config = dataclasses.replace(config, ensure_weight_tying=False)
     wanted: dict[str, bool] = {target_of(u): _is_parameter(u) for u in updates}
     modules, parameters = ({n for n, flag in wanted.items() if flag is kind} for kind in (False, True))
     try:
@@ -133,6 +140,18 @@ def checked_targets(model: nn.Module, config: Any, updates: Iterable[Update]) ->
         layers_to_transform=None,
         layers_pattern=None,
     )
+
+
+def _tied_alike(model: nn.Module, updates: list[Update]) -> bool:
+    """Whether layers that share the embedding's weight have updates from the same tied adapters, scaled alike."""
+    group = tied_to_embedding(model)
+    found: dict[str, set[Any]] = {path: set() for path in group}
+    for u in updates:
+        if (path := target_of(u)) in found:
+            tied = bool(getattr(u.p.settings, "ensure_weight_tying", False))
+            found[path].add((u.p.name, tied, u.p.__dict__.get("scaling")))
+    first = next(iter(found.values()), set())
+    return all(given == first for given in found.values()) and all(tied for _, tied, _ in first)
 
 
 def _is_parameter(update: Update) -> bool:

@@ -165,7 +165,9 @@ def _biases(plan: Plan, model: nn.Module) -> Iterator[Row]:
     """One row for the biases of the base model that will be trained."""
     rule = getattr(plan.config, "bias", "none")
     if rule == "all":
-        biases = [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+        copied = tuple(entry for entry in plan.modules_to_save or [] if entry)  # of which the copy's is trained
+        named = [(*name.rpartition("."), p) for name, p in model.named_parameters()]
+        biases = [p for path, _, leaf, p in named if leaf == "bias" and not (copied and path.endswith(copied))]
     elif isinstance(rule, str) and rule.endswith("_only"):
         biases = [b for t in plan.targets if (b := getattr(innermost(t.module), "bias", None)) is not None]
     else:

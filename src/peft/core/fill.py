@@ -49,7 +49,7 @@ def fill(
     if unexpected:
         report(UnexpectedTensorsWarning, _unexpected_text(unexpected, entries, adapter_name), strict, stacklevel=4)
     alone = fresh and _alone(entries)
-    if torn := [] if alone else _torn(found):
+    if torn := [] if alone else torn_in(found):
         text = (
             f"The checkpoint has different values for tensors that are tied in adapter {adapter_name!r}: "
             f"{listing(torn)}. The last of them counts, so the adapter is not the one that was saved. To load that, "
@@ -110,7 +110,7 @@ def paired(entries: list[Entry], state: Mapping[str, Tensor]) -> tuple[Found, li
     return found, [k for k, v in state.items() if not _take(places, found, k, v)]
 
 
-def _torn(found: Found) -> list[str]:
+def torn_in(found: Found) -> list[str]:
     """Keys of places that share their memory but are given different values; a tied one may be transposed."""
     groups: dict[Any, list[tuple[Entry, Tensor]]] = {}
     whole = [pair for pair in found.values() if not sharded.is_spread(pair[0].tensor)]

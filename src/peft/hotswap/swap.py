@@ -24,7 +24,7 @@ from ..core.embeddings import embedding_tensors
 from ..core.entries import Entry, entries_of, plain
 from ..core.experts import fused, rewrite
 from ..core.files import in_hand
-from ..core.fill import as_held, paired, same_kind
+from ..core.fill import as_held, paired, same_kind, torn_in
 from ..core.hub import DOWNLOAD_ARGUMENTS
 from ..core.layer import BaseTunerLayer
 from ..core.method import LowRank, Site
@@ -166,6 +166,11 @@ class Swap:
         if not state:
             raise RuntimeError(f"Hot-swapping the adapter {self.name!r} failed: the new adapter has no tensors.")
         same_kind(found)
+        if torn := torn_in(found):
+            raise RuntimeError(
+                f"Hot-swapping the adapter {self.name!r} failed: {listing(torn)} are the same tensors in it, tied by "
+                "ensure_weight_tying, but differ in the new adapter. Load the new adapter under a name of its own."
+            )
         left = self._embeddings(state, left)
         by_layer: dict[int, list[Entry]] = {}
         for entry in entries:

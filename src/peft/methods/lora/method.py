@@ -21,10 +21,12 @@ from ...core import quantised, storage
 from ...core.direct import CONVS, EVERYWHERE, FORWARD
 from ...core.files import keys_in_hand
 from ...core.kept import kept, lasting, still
+from ...core.lent import same_memory
 from ...core.method import LowRank, Method, Site
 from ...core.stack import Adapter, Stack
 from ...core.views import PLAIN, Linear
 from ...core.views.chosen import NUMBERS
+from ...errors import PeftWarning, report
 from ...kernels import lowrank
 from . import init as starts
 from . import room
@@ -86,7 +88,7 @@ class LoRA(LowRank):
         tied = p.__dict__.get("tied_to")
         if p.has(starts.FIRST[0]):
             pair = None
-        elif tied is not None:
+        elif tied is not None and p.subtracts and tied.subtracts:
             pair = starts.of_tied(p, tied)
         else:
             pair = starts.residual(p, inner)
@@ -107,17 +109,37 @@ class LoRA(LowRank):
         if p.r != other.r:
             grown = other.r / p.r
             p.r, p.lora_alpha = other.r, p.lora_alpha * (math.sqrt(grown) if p.use_rslora else grown)
-        if p.subtracts and other.subtracts:
-            p.tied_to = other
-            if other.has(starts.DERIVED[0]):
-                self.derive(p, p.layer.stack(()))
+        p.tied_to = other
+        if p.subtracts and other.has(starts.DERIVED[0]):
+            self.derive(p, p.layer.stack(()))
+
+    def written(self, p: Adapter) -> None:
+        """Tie again what a file has put in place apart; what differs there stays apart, as it was trained."""
+        other = p.__dict__.get("tied_to")
+        if other is None:
+            return
+        homes = p.lora_A._parameters, p.lora_B._parameters
+        now = [home["weight"] for home in homes]
+        tied = [other.lora_embedding_B.detach().mT, other.lora_embedding_A.detach().mT]
+        plain = all(type(t) is nn.Parameter and t.device == v.device for t, v in zip(now, tied, strict=True))
+        if not plain or now[0].is_meta or all(map(same_memory, now, tied)):
+            return
+        if all(map(torch.equal, now, tied)):
+            for home, held, value in zip(homes, now, tied, strict=True):
+                home["weight"] = nn.Parameter(value, held.requires_grad)
+            return
+        text = (
+            f"{p.path!r} is tied to {other.path!r} in adapter {p.name!r}, but the file holds other factors for each. "
+            "They are loaded as they are, and no longer tied. Set ensure_weight_tying=False in its configuration."
+        )
+        report(PeftWarning, text, strict=False, stacklevel=5)
 
     @torch.no_grad()
     def follow_base(self, p: Adapter, inner: Stack) -> None:
         measured = p.settings.init_lora_weights in starts.MEASURED  # of a base that is no longer there
         stays = not p.subtracts or (measured and (p.has(starts.FIRST[0]) or p.has(starts.DERIVED[0])))
         if not stays and inner.layer.original_weight_device().type != "meta":
-            if (tied := p.__dict__.get("tied_to")) is not None:
+            if (tied := p.__dict__.get("tied_to")) is not None and tied.subtracts:
                 self.follow_base(tied, tied.layer.stack(()))
             self.derive(p, inner)
 
