@@ -484,6 +484,14 @@ def test_files_of_diffusers_without_metadata_have_alpha_or_the_rank(
         assert torch.allclose(found, product(A, B, scaling), atol=1e-6)
 
 
+def test_a_file_of_diffusers_with_embeddings_alone_is_known_again(tmp_path: Path) -> None:
+    saved(config(target_modules=["tokens"]), tmp_path / "adapter")
+    convert_adapter(tmp_path / "adapter", "diffusers", tmp_path / "file", component="unet", drop=True)
+    convert_adapter(tmp_path / "file", "peft", tmp_path / "back")
+    before, after = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("adapter", "back"))
+    assert after and all(torch.equal(before[k], after[k]) for k in after)
+
+
 def test_the_bias_of_b_goes_to_diffusers_and_back(tmp_path: Path) -> None:
     saved(config(lora_bias=True), tmp_path / "adapter")
     convert_adapter(tmp_path / "adapter", "diffusers", tmp_path / "file", component="unet")

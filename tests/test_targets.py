@@ -308,6 +308,17 @@ def test_all_linear_leaves_out_what_it_cannot_adapt_and_says_so():
         match(model, Config(["out_proj"]))
 
 
+def test_weights_that_mixers_read_past_their_modules_are_left_out_or_told():
+    config = transformers.MambaConfig(hidden_size=8, state_size=4, num_hidden_layers=2, vocab_size=16)
+    with torch.device("meta"):
+        model = transformers.MambaForCausalLM(config)
+    found = match(model, LoraConfig(target_modules="all-linear"))
+    assert dict(found.skipped)["backbone.layers.1.mixer.dt_proj"].startswith("the mixer around it reads its weight")
+    assert not any("dt_proj" in name for name in found.module_names)
+    with pytest.warns(UnmatchedTargetWarning, match=r"target_modules selects '.*dt_proj', .* Leave 'dt_proj' out"):
+        assert len(match(model, LoraConfig(target_modules=["dt_proj"]))) == 2
+
+
 def grouped(rows):
     """A model with a block diagonal layer, as transformers' DeepSeek-V4 has it: an nn.Linear by name alone."""
 

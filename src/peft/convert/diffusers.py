@@ -43,7 +43,13 @@ class Diffusers(Format):
     suffix, file_name, whole_pipeline = ".safetensors", "pytorch_lora_weights.safetensors", True
 
     def recognises(self, source: Source) -> bool:
-        ends = ("lora_A.weight", "lora.down.weight", "lora_linear_layer.down.weight", "_lora.down.weight")
+        ends = (
+            "lora_A.weight",
+            "lora_embedding_A",
+            "lora.down.weight",
+            "lora_linear_layer.down.weight",
+            "_lora.down.weight",
+        )
         return not source.parts and any(key.endswith(ends) and not key.startswith("lora_") for key in source.keys)
 
     def why(self, feature: str) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Mamba's fused kernels read these weights without calling the modules.
 _MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 _MAMBA_FUSED = frozenset({"out_proj", "conv1d"})
+_READ = ".dt_proj"  # of mixers of the first Mamba, in whatever model
 _MAMBA_METHODS = frozenset({"LORA", "ADALORA", "XLORA", "RANDLORA"})
 _SETTLED = frozenset([Parameter, type(None)])  # classes of parameters that have a shape
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\."), re.compile(r"[^.]*\.(\d+)\.")  # a list inside; else at the root
@@ -52,6 +53,7 @@ class Search:
         self.layers_seen: set[int] = set()
         self.excluded: list[str] = []
         self.elsewhere: list[str] = []  # selected by name, but outside layers_to_transform
+        self.unused: list[str] = []  # whose forward nobody calls
         self.state_dict_paths: list[str] = []
         self.all_linear, self.default = False, False
         self.selection = self._selection()
@@ -205,12 +207,20 @@ class Search:
             self.skipped.append((path, f"part of the target {last.path!r}"))
             return
         problem = self._problem(path, module)
+        if problem is None and path.endswith(_READ) and self._is_read(path):
+            problem = "the mixer around it reads its weight without calling it" if self.all_linear else None
+            self.unused.append(path)
         if problem is None:
             self.targets.append(Target(path, module, None, reason))
         elif self.all_linear:
             self.skipped.append((path, problem))
         else:
             raise ValueError(f"target_modules ({reason}) selects '{path}', but {problem}.")
+
+    def _is_read(self, path: str) -> bool:
+        """Whether this is a part of a Mamba mixer that reads the weight itself, in kernels and without them."""
+        mixer = self.model.get_submodule(path.rpartition(".")[0])
+        return hasattr(mixer, "A_log") and hasattr(mixer, "x_proj")
 
     def _problem(self, path: str, module: nn.Module) -> str | None:
         """Why this module cannot be adapted, or None."""

@@ -150,6 +150,14 @@ def complain(plan: Plan, search: Search, adapter_name: str, strict: bool | None)
             "exclude_modules=['experts'] says that they are meant to be left out.",
             strict, stacklevel=5,
         )  # fmt: skip
+    if search.unused and not search.all_linear:
+        report(
+            UnmatchedTargetWarning,
+            f"target_modules selects {listing(search.unused)} for the adapter {adapter_name!r}, but the mixers of "
+            f"{search.model_name} read these weights without calling the modules: there an adapter learns nothing, and "
+            "has no effect until it is merged. Leave 'dt_proj' out.",
+            strict, stacklevel=5,
+        )  # fmt: skip
     _complain_of_ties(plan)
 
 
