@@ -308,6 +308,21 @@ def test_all_linear_leaves_out_what_it_cannot_adapt_and_says_so():
         match(model, Config(["out_proj"]))
 
 
+def test_routers_that_call_themselves_linear_are_left_out_and_their_weights_adapted():
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=16)
+    config = transformers.PhimoeConfig(**sizes, num_key_value_heads=2, num_local_experts=4, pad_token_id=0)
+    model, ids = transformers.PhimoeForCausalLM(config).eval(), torch.tensor([[3, 4, 5]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnmatchedTargetWarning)  # of the experts
+        found = plan(model, LoraConfig(target_modules="all-linear"))
+        adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    path = "model.layers.0.mlp.router"
+    assert dict(found.skipped)[path].startswith("PhimoeTopKRouter gives the routes")
+    assert torch.isfinite(adapted(ids).logits).all()
+    with pytest.raises(ValueError, match=rf"PhimoeTopKRouter gives .* target_parameters=\['{path}.weight'\]"):
+        match(adapted.unload(), LoraConfig(target_modules=["router"]))
+
+
 def test_weights_that_mixers_read_past_their_modules_are_left_out_or_told():
     config = transformers.MambaConfig(hidden_size=8, state_size=4, num_hidden_layers=2, vocab_size=16)
     with torch.device("meta"):

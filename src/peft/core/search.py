@@ -97,6 +97,8 @@ class Search:
             kind = kind_of(type(module))
             base = type(innermost(module)) if kind in ("tuner", "aux") else type(module)
             if kind_of(base) != "linear":
+                if why := views.not_linear(base):
+                    self.skipped.append((path, f"{base.__name__} {why}"))
                 continue
             if module is head:
                 self.skipped.append((path, "output head"))
@@ -242,11 +244,8 @@ class Search:
                 "parameters"
             )
         base = innermost(module) if kind == "tuner" else module
-        if views.is_grouped(type(base)):
-            return (
-                f"{type(base).__name__} {views.GROUPED}; adapt the weight itself, with "
-                f"target_parameters=['{path}.weight']"
-            )
+        if why := views.not_linear(type(base)):
+            return f"{type(base).__name__} {why}; adapt the weight itself, with target_parameters=['{path}.weight']"
         if not self._can_adapt(base):
             return (
                 f"{type(base).__name__} is not supported; supported layer types are {views.SUPPORTED}. "

@@ -20,7 +20,6 @@ from .parameter import AttentionView, ParameterView
 
 __all__ = [
     "FUSES",
-    "GROUPED",
     "LABELS",
     "PLAIN",
     "READS",
@@ -32,10 +31,10 @@ __all__ = [
     "ParameterDict",
     "Template",
     "embed_scale",
-    "is_grouped",
     "is_linear",
     "linear_module",
     "main_input",
+    "not_linear",
     "reads_weights",
     "supported",
     "view_of",
@@ -44,6 +43,7 @@ __all__ = [
 _LINEAR, _CONV1D, _EMBEDDING, _ATTENTION = LinearView(), Conv1DView(), EmbeddingView(), AttentionView()
 _WHOLE, _PARALLEL, _ENGINE = ModuleView(), ParallelView(), EngineView()
 GROUPED = "multiplies groups of its input by parts of its weight, which is no W x"
+ROUTES = "gives the routes that it chooses, which are no W x"
 READS, FUSES = "always", "where it can"
 _CONVS = {nn.Conv1d: ConvView(1), nn.Conv2d: ConvView(2), nn.Conv3d: ConvView(3)}
 LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper")
@@ -80,8 +80,8 @@ def _find(m: nn.Module) -> LinearView:
         return _PARALLEL
     if is_engine(type(m)):
         return _ENGINE
-    if is_grouped(type(m)):
-        raise ValueError(f"{type(m).__name__} {GROUPED}. Adapt the weight itself: name it in target_parameters.")
+    if why := not_linear(type(m)):
+        raise ValueError(f"{type(m).__name__} {why}. Adapt the weight itself: name it in target_parameters.")
     sized = hasattr(m, "in_features") and hasattr(m, "out_features") and not is_fused(type(m))
     held = storage.by_class(type(m))
     sized = sized and (held is None or bool(held.weights))
@@ -101,15 +101,21 @@ def supported(m: nn.Module) -> bool:
 
 def is_linear(kind: type) -> bool:
     """Whether layers of this class are what `target_modules="all-linear"` means."""
-    if is_grouped(kind):
+    if not_linear(kind):
         return False
     conv1d = any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in kind.__mro__)
     return conv1d or issubclass(kind, nn.Linear) or is_parallel(kind) or is_engine(kind) or _is_packed_linear(kind)
 
 
-def is_grouped(kind: type) -> bool:
-    """Whether a class that calls itself a linear layer is a block diagonal one, as in transformers' DeepSeek-V4."""
-    return any(c.__name__.endswith("GroupedLinear") for c in kind.__mro__) and not is_fused(kind)
+def not_linear(kind: type) -> str:
+    """What a class does that calls itself a linear layer and is none; "" for all others.
+
+    Block diagonal ones are in transformers' DeepSeek-V4, routers of experts in Llama 4 and PhiMoE.
+    """
+    if any(c.__name__.endswith("GroupedLinear") for c in kind.__mro__) and not is_fused(kind):
+        return GROUPED
+    router = kind.__name__.endswith("Router") and issubclass(kind, nn.Linear)
+    return ROUTES if router and getattr(kind, "forward", None) is not nn.Linear.forward else ""
 
 
 def _is_packed_linear(kind: type) -> bool:
