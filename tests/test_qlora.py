@@ -345,3 +345,22 @@ def test_a_weight_that_was_brought_into_the_order_of_a_cpu_is_read_as_it_was(com
     held = base.weight
     held.data, held.quant_state = functional._convert_weight_packed_for_cpu(held.data, held.quant_state)
     assert (numbers(base) - before).norm() < 0.005 * before.norm()  # its scales are bfloat16
+
+
+@pytest.mark.parametrize("compress_statistics", [True, False])
+def test_a_model_that_has_run_before_it_is_adapted_answers_as_before_while_adapters_are_off(compress_statistics):
+    library = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    form = {"compress_statistics": compress_statistics, "quant_type": "nf4", "compute_dtype": torch.bfloat16}
+    packed = library.nn.Linear4bit(64, 64, bias=False, **form)
+    packed.load_state_dict({"weight": torch.randn(64, 64, dtype=torch.bfloat16) * 0.02})
+    base, x = nn.Sequential(packed.to("cpu")).eval(), torch.randn(50, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        alone = base(x)
+        model = get_peft_model(base, LoraConfig(target_modules=["0"], init_lora_weights=False)).eval()
+        for _ in range(2):
+            with model.disable_adapter():
+                assert torch.equal(model(x), alone)
+            model.merge_adapter(quantized="requantize")
+            model.unmerge_adapter()
+        assert torch.equal(model.unload()(x), alone)

@@ -127,7 +127,7 @@ class FourBit(Packed):
 
 
 def _settings(held: Any, state: Any) -> dict[str, Any]:
-    nested = getattr(state, "nested", held.compress_statistics) or getattr(state, "original_nested", False)
+    nested = getattr(state, "nested", False) or getattr(state, "original_nested", False) or held.compress_statistics
     return {
         "blocksize": state.blocksize,
         "compress_statistics": nested,
@@ -175,11 +175,16 @@ def _is_reordered(state: Any) -> bool:
 
 
 def _plain(data: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Undo the order in which the library keeps a weight for some CPUs after its first call without gradients."""
+    """Undo the order in which the library keeps a weight for some CPUs after its first call without gradients.
+
+    Scales that it has taken out of a double quantisation are not put into another one, which would round them again.
+    """
     if not _is_reordered(state):
         return data, state
-    plain, state = _functional("_convert_weight_packed_for_cpu_inverse")(data, copy.copy(state))
-    if state.absmax.dim() == 2:  # without double quantisation the library leaves the scales as they were
+    state = copy.copy(state)
+    state.original_nested = False
+    plain, state = _functional("_convert_weight_packed_for_cpu_inverse")(data, state)
+    if state.absmax.dim() == 2:  # the library leaves the scales as they were
         state.absmax = state.absmax.mT.flatten().float()
     return plain, state
 
