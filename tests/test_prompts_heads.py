@@ -264,3 +264,45 @@ def test_an_encoder_decoder_trains_its_prompt_only_and_is_saved(family, method, 
 def test_a_task_type_is_needed(method):
     with pytest.raises((ValueError, KeyError), match="task_type"):
         get_peft_model(base("SEQ_CLS"), config(method, None))
+
+
+OPT = {
+    "vocab_size": WORDS, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 32, "word_embed_proj_dim": 16,
+}  # fmt: skip
+PLACES = {  # how models count positions: behind padding's, by the mask, not at all
+    "roberta": ("RobertaForTokenClassification", "RobertaConfig", {**BERT, "pad_token_id": 1}, "TOKEN_CLS"),
+    "mpnet": ("MPNetForTokenClassification", "MPNetConfig", {**BERT, "pad_token_id": 1}, "TOKEN_CLS"),
+    "bert": ("BertForTokenClassification", "BertConfig", BERT, "TOKEN_CLS"),
+    "opt": ("OPTForCausalLM", "OPTConfig", OPT, "CAUSAL_LM"),
+    "t5": ("T5ForConditionalGeneration", "T5Config", T5, "SEQ_2_SEQ_LM"),
+}
+
+
+@each_method
+@pytest.mark.parametrize("family", PLACES)
+def test_rows_of_a_mixed_batch_have_the_positions_that_they_have_alone(family, method):
+    kind, settings, sizes, task = PLACES[family]
+    if family == "mpnet" and method in CACHES:
+        pytest.skip("it takes no cache")
+    torch.manual_seed(0)
+    bare = getattr(transformers, kind)(getattr(transformers, settings)(**sizes)).eval()
+    name, fields = METHODS[method]
+    model = get_peft_model(bare, getattr(peft, name)(task_type=task, num_virtual_tokens=K, **fields))
+    targets = ["q"] if family in ("t5", "mpnet") else ["q_proj"] if family == "opt" else ["query"]
+    model.add_adapter("other", peft.LoraConfig(task_type=task, target_modules=targets, init_lora_weights=False))
+    ids = torch.arange(3, 24).view(3, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0 if family in ("opt", "t5") else 1  # padding on the left
+    given = {"input_ids": ids, "attention_mask": mask}
+    given |= {"decoder_input_ids": ids[:, :4]} if family == "t5" else {}
+    tasks, model = {"task_ids": torch.tensor([0, 1, 0])} if method == "multitask" else {}, model.eval()
+    for names in (["default", "other", "__base__"], ["other", "default", "other"], ["__base__", "__base__", "default"]):
+        with torch.no_grad():
+            found = model(**given, **tasks, adapter_names=names).logits
+            for i, one in enumerate(names):
+                model.set_adapter("other" if one == "__base__" else one)
+                with model.disable_adapter() if one == "__base__" else torch.no_grad():
+                    alone = model(**given, **(tasks if one == "default" else {})).logits
+                last = 4 if family == "t5" else int(mask[i].sum())
+                torch.testing.assert_close(found[i, -last:], alone[i, -last:], rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.call import BASE
 from .cache import prefix_cache
 from .fitting import text_config
-from .mixed import Mixed, hide
+from .mixed import Mixed, hide, hide_decoder
 
 if TYPE_CHECKING:
     from .holder import Prompts
@@ -70,7 +70,7 @@ def _in_front_of_all(prompts: Prompts, encoder: Any, given: dict[str, Any], task
     if labels == "tokens" and out.get("labels") is not None:
         out["labels"] = padded(out["labels"], k, IGNORED)
     if labels == "decoder" and encoder.in_decoder and made.shape[1] > k:
-        return _decoder_in_front(prompts, out, made[:, k:])
+        return hide_decoder(encoder, _decoder_in_front(prompts, out, made[:, k:]))
     return out
 
 

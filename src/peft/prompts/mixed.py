@@ -13,6 +13,8 @@ from ..core.call import BASE
 from .encoder import BasePromptEncoder
 
 ALIKE = ("caches", "in_decoder", "num_virtual_tokens", "rows", "heads", "layers", "stride")
+PAST_PADDING = "create_position_ids_from_inputs_embeds"
+BY_MASK = frozenset({"opt"})  # they count positions by the mask where none are given
 NO_POSITIONS = frozenset({"t5", "mt5", "umt5", "longt5", "bloom"})  # they know distances, or read the mask
 
 
@@ -105,8 +107,28 @@ def hide(model: nn.Module, encoder: Any, out: dict[str, Any], mask: str, generat
             "batch with prompts. Run them apart."
         )
     if takes:
-        places = out.get("position_ids")
+        places, first = out.get("position_ids"), 0
+        if places is None and getattr(model.config, "model_type", "") in BY_MASK:
+            return out
         if places is None:
-            places = torch.arange(total, device=text.device)[total - length :].expand(batch, -1)
-        out["position_ids"] = torch.where(absent[:, None], (places - k).clamp_min(0), places)
+            first = first_place(model)
+            places = torch.arange(first, first + total, device=text.device)[total - length :].expand(batch, -1)
+        out["position_ids"] = torch.where(absent[:, None], (places - k).clamp_min(first), places)
     return out
+
+
+def first_place(model: nn.Module) -> int:
+    """The position of a text's first token: behind that of padding in models made as RoBERTa is."""
+    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    padding = getattr(embeddings, "padding_idx", None)
+    return padding + 1 if isinstance(padding, int) and hasattr(embeddings, PAST_PADDING) else 0
+
+
+def hide_decoder(encoder: Any, out: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the tokens in front of a decoder's text masked out for samples without an adapter."""
+    if not isinstance(encoder, Mixed) or BASE not in encoder.names:
+        return out
+    text, seen = out["decoder_inputs_embeds"], out.get("decoder_attention_mask")
+    seen = torch.ones(text.shape[:2], dtype=torch.long, device=text.device) if seen is None else seen.clone()
+    seen[encoder.absent(text.device), : encoder.num_virtual_tokens] = 0
+    return {**out, "decoder_attention_mask": seen}
