@@ -113,11 +113,9 @@ class LoRA(LowRank):
         if p.subtracts and other.has(starts.DERIVED[0]):
             self.derive(p, p.layer.stack(()))
 
-    def written(self, p: Adapter) -> None:
+    def tie_again(self, p: Adapter) -> None:
         """Tie again what a file has put in place apart; what differs there stays apart, as it was trained."""
-        other = p.__dict__.get("tied_to")
-        if other is None:
-            return
+        other = p.tied_to
         homes = p.lora_A._parameters, p.lora_B._parameters
         now = [home["weight"] for home in homes]
         tied = [other.lora_embedding_B.detach().mT, other.lora_embedding_A.detach().mT]
