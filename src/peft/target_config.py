@@ -120,15 +120,16 @@ class Alpha:
 
     alpha_name: ClassVar[str] = "alpha"
     rank_name: ClassVar[str] = "r"
+    rank_beside: ClassVar[str] = ""  # of a further update
     alpha_per_rank: ClassVar[int] = 2  # so that the scaling is the same at every rank
 
     def alpha_for(self, r: int) -> int:
         """What "auto" is at a rank."""
-        return self.alpha_per_rank * r
+        return self.alpha_per_rank * (r + getattr(self, self.rank_beside, 0))
 
     def scaling_for(self, alpha: float, r: int) -> float:
         """What the update is multiplied by."""
-        return alpha / r
+        return alpha / (r + getattr(self, self.rank_beside, 0))
 
     def resolve_alpha(self) -> None:
         """A number in place of "auto". Raises TypeError or ValueError if it is neither."""

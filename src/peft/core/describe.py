@@ -82,7 +82,8 @@ def _count(method: Method, base: nn.Module, chosen: Any, target: Target) -> int:
     places = _places(base, target, bool(getattr(chosen, "any_module", False)))
     sites = [Site(m, v, chosen, target.path, torch.float32, torch.device("meta")) for m, v in places]
     made = [method.build(site) for site in sites]
-    return sum(_numel(value) for m in made for name, value in m.items() if name not in method.untrained(m))
+    untrained = getattr(getattr(method, "of", method), "untrained", lambda built: ())
+    return sum(_numel(value) for m in made for name, value in m.items() if name not in untrained(m))
 
 
 def _places(base: nn.Module, target: Target, any_module: bool) -> list[tuple[nn.Module, Any]]:

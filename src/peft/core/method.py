@@ -104,10 +104,6 @@ class Method:
         """The tensors of one target under their checkpoint names (modules or parameters), and plain values."""
         raise NotImplementedError
 
-    def untrained(self, built: Mapping[str, Any]) -> tuple[str, ...]:
-        """The names of what `build` made that training leaves as it is."""
-        return ()
-
     def form(self, site: Site) -> Hashable:
         """What tells, beside the settings, which shapes and plain values `build` makes; None: only building does."""
         return None

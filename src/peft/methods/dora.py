@@ -42,7 +42,6 @@ class DoRA(Gaining):
         self.split, self.parts, self.join, self.written = of.split, of.parts, of.join, of.written  # type: ignore
         self.copies, self.may_be_empty, self.reads = of.copies, of.may_be_empty, of.reads  # type: ignore[misc]
         self.form, self.free, self.rest = of.form, of.free, of.rest  # type: ignore[method-assign]
-        self.untrained = of.untrained  # type: ignore[method-assign]
         self.window, self.drawn = of.window, of.drawn  # type: ignore[method-assign]
         if isinstance(of, LowRank) and of.runner is Row:
             self.runner, self.by_row = Gained, of.by_row  # type: ignore[misc,attr-defined]

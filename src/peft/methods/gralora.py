@@ -32,7 +32,7 @@ from .additive import AdditiveConfig, AdditiveModel
 class GraloraConfig(Alpha, AdditiveConfig):
     """The configuration of GraLoRA."""
 
-    kind = "GRALORA"
+    kind, rank_beside = "GRALORA", "hybrid_r"
     added = frozenset({"exclude_modules"})
     ranks = ("r", "gralora_k")
     r: int = field(default=32, metadata=describe("Rank; gralora_k divides it."))
@@ -44,14 +44,6 @@ class GraloraConfig(Alpha, AdditiveConfig):
     gralora_k: int = field(default=2, metadata=describe("Blocks per side; it divides in and out."))
     fan_in_fan_out: bool = field(default=False, metadata=describe("The weight is stored as (in, out)."))
     init_weights: bool = field(default=True, metadata=describe("Start at the base model; else all at random."))
-
-    def alpha_for(self, r: int) -> int:
-        """Twice the rank of both updates."""
-        return 2 * (r + self.hybrid_r)
-
-    def scaling_for(self, alpha: float, r: int) -> float:
-        """What the update is multiplied by."""
-        return alpha / (r + self.hybrid_r)
 
     def check(self) -> None:
         """Numbers."""

@@ -66,6 +66,7 @@ class LoRA(LowRank):
         }
 
     def untrained(self, built: Mapping[str, Any]) -> tuple[str, ...]:
+        """The names of what `build` made that training leaves as it is, which a plan does not count."""
         return ("lora_B", "lora_embedding_B") if built["keeps_B"] else ()
 
     def form(self, site: Site) -> Hashable:
