@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from peft.inspection.asked import EstimateError, inputs_of, optimizer_of
 from peft.inspection.estimate import forward, step
 from peft.inspection.hollow import Ledger
 from peft.inspection.twin import _beside
+from peft.kernels import thin
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -216,6 +218,21 @@ def test_a_model_is_left_as_it_is():
     assert kinds == [type(m) for m in model.modules()]
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_other_threads_compute_in_the_usual_blocks_meanwhile(monkeypatch):
+    seen: dict[str, list[int]] = {"here": [], "there": []}
+
+    def looked(*given):
+        seen["here"].append(len(list(thin._blocks(4096, 256))))
+        with ThreadPoolExecutor(1) as pool:
+            seen["there"].append(pool.submit(lambda: len(list(thin._blocks(4096, 256)))).result())
+        return step(*given)
+
+    usual = len(list(thin._blocks(4096, 256)))
+    monkeypatch.setattr("peft.inspection.estimate.step", looked)
+    peft.estimate(made("llama"), configured("lora", "CAUSAL_LM"), 64, 1024)
+    assert seen["here"][0] < usual == seen["there"][0] == len(list(thin._blocks(4096, 256)))
 
 
 def test_what_the_library_keeps_of_seeds_and_sizes_is_whole():

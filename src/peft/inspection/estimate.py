@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -165,16 +165,11 @@ def total(tensors: Iterable[Tensor]) -> int:
     return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
-@contextmanager
-def _coarse(model: nn.Module, inputs: Any) -> Iterator[None]:
+def _coarse(model: nn.Module, inputs: Any) -> AbstractContextManager[None]:
     """Let products that go in blocks take at most some 16: they differ in time only, and each would cost a look."""
     widest = max((p.shape[-1] for p in model.parameters() if p.dim() > 1), default=1)
     rows = max((prod(t.shape[:2]) for t in tensors_in(inputs)), default=1)
-    usual, thin.BLOCK = thin.BLOCK, max(thin.BLOCK, rows * widest // 16)
-    try:
-        yield
-    finally:
-        thin.BLOCK = usual
+    return thin.coarse(rows * widest // 16)
 
 
 def _check(config: Any, counts: Mapping[str, Any], dtype: Any) -> None:

@@ -9,7 +9,9 @@ form beside it, which runs everywhere else, and where the gradients are differen
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,10 +23,21 @@ from .again import differentiable
 from .modes import node
 
 BLOCK = 2**17  # elements: half a megabyte in float32
+_coarsest = threading.local()
 ONE = 2**18  # elements of an input that is not worth dividing
 WIDE = (torch.float32, torch.float64)
 NARROW = (torch.float16, torch.bfloat16)
 PLAIN = (Tensor, nn.Parameter)
+
+
+@contextmanager
+def coarse(elements: int) -> Iterator[None]:
+    """Blocks of so many elements at least, in this thread alone; for whoever looks at every operation."""
+    usual, _coarsest.elements = getattr(_coarsest, "elements", 0), elements
+    try:
+        yield
+    finally:
+        _coarsest.elements = usual
 
 
 def ordinary(x: Tensor, A: Tensor, B: Tensor, scale: Any) -> bool:
@@ -41,7 +54,7 @@ def takes(x: Tensor, A: Tensor, B: Tensor, scale: Any) -> bool:
 
 def _blocks(count: int, width: int) -> Iterator[slice]:
     """Rows in blocks, each a multiple of 8 rows, so that the mask of each begins with a byte."""
-    step = max(8, BLOCK // width // 8 * 8)
+    step = max(8, max(BLOCK, getattr(_coarsest, "elements", 0)) // width // 8 * 8)
     return (slice(i, min(i + step, count)) for i in range(0, count, step))
 
 
