@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.kernels import slim
 
 RANKS = (1, 2, 3, 4, 7, 8, 11, 12, 16, 24, 40)
-SIZES = ((1, 64), (31, 512), (32, 256), (128, 64), (128, 512), (300, 257))
+SIZES = ((0, 64), (1, 64), (31, 512), (32, 256), (128, 64), (128, 512), (300, 257))
 
 
 @pytest.mark.parametrize("rows, d", SIZES)

@@ -51,7 +51,7 @@ def outer(g: Tensor, h: Tensor, scale: float = 1.0) -> Tensor:
     (rows, k), r = g.shape, h.shape[1]
     if g.dtype is torch.float32 and g.is_cpu and _turns(rows, k, r):
         return torch.addmm(g[:1], h.t(), g, beta=0, alpha=scale).t().contiguous()
-    return torch.addmm(g[:1, :1], g.t(), h, beta=0, alpha=scale)
+    return torch.addmm(g[:1, :1], g.t(), h, beta=0, alpha=scale) if rows else torch.mm(g.t(), h)
 
 
 def backs(g: Tensor, B: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ..config import describe
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
 from ..core.stack import Adapter, Stack
+from ..kernels.modes import lifted
 from ..target_config import choice, divisor
 from .additive import AdditiveConfig, AdditiveModel
 
@@ -79,8 +80,12 @@ class C3A(Delta):
         start, stop, _ = rows.indices(K.shape[-3] * b)
         first = start // b
         K = K[..., first : -(-stop // b), :, :] / (K.shape[-2] * b)
-        windows = torch.cat((K, K), -1).unfold(-1, b, 1).transpose(-3, -2)  # (..., u, s, v, t); s of them turn K by s
-        D = windows.index_select(-3, torch.arange(b, 0, -1, device=K.device)).flatten(-2).flatten(-3, -2)
+        step = torch.arange(b, device=K.device)
+        if lifted():  # vmap has no rule for windows
+            turned = K[..., (step - step[:, None]) % b].transpose(-3, -2)
+        else:  # of K and K again the window b - s is K turned by s
+            turned = torch.cat((K, K), -1).unfold(-1, b, 1).transpose(-3, -2).index_select(-3, b - step)
+        D = turned.flatten(-2).flatten(-3, -2)  # of (..., u, s, v, t)
         return D[..., start - first * b : stop - first * b, :]
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
