@@ -150,6 +150,28 @@ def test_layers_have_the_names_of_their_methods(method):
     assert repr(layer).startswith(f"{method.lower()}.{name}(")
 
 
+SHOWN = {  # a method: how its linear layer and what all layers share are printed
+    "IA3": ({"feedforward_modules": []}, "Linear(\n  (base_layer)"),
+    "BEFT": ({}, "Linear(\n  (base_layer)"),
+    "SUPERTUNING": ({"sparsity": 0.5}, "Linear(\n  (base_layer)"),
+    "UNILORA": ({"r": 2}, "Linear(\n  in_features=8, out_features=6, bias=True\n  (base_layer)"),
+    "RANDLORA": ({"r": 2}, "randlora.Linear(\n  in_features=8, out_features=6, bias=True\n  (base_layer)"),
+    "VERA": ({"r": 2}, "vera.Linear(\n  (base_layer)"),
+    "ADALORA": ({"init_r": 2, "target_r": 1, "total_step": 9}, "adalora.SVDLinear(\n  (base_layer)"),
+}
+
+
+@pytest.mark.parametrize("method", SHOWN)
+def test_layers_are_printed_as_by_the_other_library(method):
+    settings, text = SHOWN[method]
+    config = registry.config_class(method)(target_modules=["0"], **settings)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), config)
+    assert repr(model.base_model.model[0]).startswith(text)
+    if method == "VERA":
+        line = "(vera_A): BufferDict(  (default): Buffer containing: [torch.FloatTensor of size 2x8])"
+        assert line in repr(model)
+
+
 def test_import_star_brings_the_helpers():
     namespace: dict = {}
     exec("from peft.helpers import *", namespace)

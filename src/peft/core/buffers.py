@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from . import sharded
@@ -13,6 +14,12 @@ class BufferDict(nn.Module):
     """Tensors by adapter name that move with the module and are not saved, but for those that ask for it."""
 
     saved = False
+
+    def _get_name(self) -> str:
+        return BufferDict.__name__
+
+    def extra_repr(self) -> str:
+        return listed(self._buffers)
 
     def hold(self, name: str, value: Tensor) -> None:
         """Take an adapter's tensor, saved if it is an `nn.Buffer`; other adapters may have chosen otherwise."""
@@ -43,6 +50,17 @@ class SavedBuffers(BufferDict):
     """Tensors by adapter name that are not trained, and saved."""
 
     saved = True
+
+
+def listed(tensors: Mapping[str, Tensor | None]) -> str:
+    """A line for each, as torch prints a dictionary of parameters."""
+    return "\n".join(f"  ({k}): {_shown(t)}" for k, t in tensors.items() if t is not None)
+
+
+def _shown(t: Tensor) -> str:
+    kind = "Parameter" if isinstance(t, nn.Parameter) else "Buffer"
+    where = f" (GPU {t.get_device()})" if t.is_cuda else ""
+    return f"{kind} containing: [{torch.typename(t)} of size {'x'.join(map(str, t.shape))}{where}]"
 
 
 def tensors_below(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str, str]]:

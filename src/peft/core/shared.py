@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .buffers import listed
 from .cells import celled
 from .host import AdapterHost
 from .stack import Slot
@@ -94,13 +95,18 @@ class SharedTensors(AdapterHost):
     def _set_disabled(self, disabled: bool) -> None:
         self._disabled = disabled
 
-    def __repr__(self) -> str:
-        shapes = {n: tuple(self.tensor(n).shape) for n in sorted(self._get_available_adapters())}
-        return f"SharedTensors({shapes})"
+    def _get_name(self) -> str:
+        return "BufferDict" if self._buffers else "ParameterDict"
+
+    def extra_repr(self) -> str:
+        return listed({**self._parameters, **self._buffers})
 
 
 class SharedGroup(nn.Module):
     """Shared tensors whose names begin alike: `x.0` and `x.1` are the children "0" and "1" of the tuner's child `x`."""
+
+    def _get_name(self) -> str:
+        return nn.ModuleDict.__name__
 
 
 def shared_of(tuner: nn.Module) -> Iterator[tuple[str, SharedTensors]]:

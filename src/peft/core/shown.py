@@ -9,7 +9,7 @@ from torch import nn
 from .buffers import BufferDict
 from .gated import GRAPH
 from .stack import Adapter, Late
-from .views import LinearView
+from .views import LABELS, LinearView
 
 
 class Shown(nn.Module):
@@ -17,12 +17,15 @@ class Shown(nn.Module):
 
     family: ClassVar[str]
     _home_order: ClassVar[tuple[str, ...]]
+    _bare: ClassVar[bool] = False  # layers over plain weights are printed without the family
+    _sized: ClassVar[bool] = False  # linear layers are printed with their sizes
     view: LinearView
     adapters: dict[str, Adapter]
     parameter_name: str | None
     packed: Any
     _run: Any
     call: Any
+    get_base_layer: Any
 
     def __getstate__(self) -> dict[str, Any]:
         self.call.settle()
@@ -34,6 +37,10 @@ class Shown(nn.Module):
 
     def extra_repr(self) -> str:
         """The name of the adapted parameter, if it is one of a module that is no layer; how a weight is quantised."""
+        if self._sized and type(self).__name__ == "Linear":
+            base = self.get_base_layer()
+            *_, out, inp = self.view.shape(base)
+            return f"in_features={inp}, out_features={out}, bias={getattr(base, 'bias', None) is not None}"
         shown = f"parameter_name={self.parameter_name!r}," if self.view.label == "ParamWrapper" else ""
         kind, plain = self.packed, type(self).__name__.endswith(self.view.label)  # else the name says it
         return shown + (f"quantization_backend={kind.label!r}" if kind is not None and kind.label and plain else "")
@@ -60,4 +67,4 @@ class Shown(nn.Module):
 
     def _get_name(self) -> str:
         name = self.__class__.__name__
-        return f"{self.family}.{name}" if self.family else name
+        return name if not self.family or (self._bare and name in LABELS) else f"{self.family}.{name}"

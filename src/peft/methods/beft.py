@@ -71,6 +71,7 @@ class BeftLayer(BaseTunerLayer):
     """A target under BEFT adapters."""
 
     family = "beft"
+    _bare = True
     adapter_layer_names = ("beft_bias",)
     other_param_names = ()
     _home_order = ("beft_bias",)

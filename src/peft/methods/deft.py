@@ -125,7 +125,7 @@ class DeftLayer(BaseTunerLayer):
         "deft_scaling",
         "deft_dropout",
     )
-    _home_order = ("deft_dropout", "deft_P", "deft_R")
+    _home_order = ("deft_P", "deft_R", "deft_dropout")
     _parameter_homes = frozenset({"deft_P", "deft_R"})
 
 

@@ -141,6 +141,7 @@ class GraloraLayer(ScaledLayer):
     """A target under GraLoRA adapters."""
 
     family = "gralora"
+    _sized = True
     adapter_layer_names = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     other_param_names = ("r", "hybrid_r", "alpha", "scaling", "gralora_dropout", "gralora_k")
     _home_order = ("gralora_dropout", "gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")

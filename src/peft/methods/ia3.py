@@ -89,6 +89,7 @@ class IA3Layer(BaseTunerLayer):
     """A target under IA3 adapters."""
 
     family = "ia3"
+    _bare = True
     adapter_layer_names = ("ia3_l",)
     other_param_names = ("is_feedforward",)
     _home_order = ("ia3_l",)

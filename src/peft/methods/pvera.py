@@ -108,6 +108,7 @@ class PveraLayer(BaseTunerLayer):
     """A target under PVeRA adapters."""
 
     family = "pvera"
+    _sized = True
     adapter_layer_names = ("pvera_lambda_b", "pvera_lambda_d")
     other_param_names = ("r", "pvera_dropout", "sample_at_inference")
     _home_order = ("pvera_dropout", "pvera_lambda_b", "pvera_lambda_d")

@@ -131,6 +131,7 @@ class RandLoraLayer(ScaledLayer):
     """A target under RandLoRA adapters."""
 
     family = "randlora"
+    _sized = True
     adapter_layer_names = ("randlora_lambda", "randlora_gamma")
     other_param_names = ("r", "scaling", "randlora_dropout")
     _home_order = ("randlora_dropout", "randlora_lambda", "randlora_gamma")

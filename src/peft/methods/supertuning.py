@@ -140,7 +140,7 @@ class Supra(SuperTuning):
 class SupertuningLayer(BaseTunerLayer):
     """A target under Super-Tuning."""
 
-    family = "supertuning"
+    family, _bare = "supertuning", True
     adapter_layer_names = _home_order = ("supertuning_values", *FACTORS)
     other_param_names = tuple(f"supertuning_{name}" for name in ("indices", "rank", "lora_alpha", "lora_dropout"))
     _parameter_homes = frozenset({"supertuning_values"})

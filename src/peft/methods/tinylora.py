@@ -129,6 +129,7 @@ class TinyLoraLayer(BaseTunerLayer):
     """A target under TinyLoRA."""
 
     family = "tinylora"
+    _sized = True
     adapter_layer_names = ()
     other_param_names = ("r", "tinylora_dropout", "tinylora_A", "tinylora_B", "tinylora_P")
     _home_order = ("tinylora_dropout", "tinylora_A", "tinylora_B", "tinylora_P")

@@ -127,6 +127,7 @@ class VBLoRALayer(BaseTunerLayer):
     """A target under VB-LoRA."""
 
     family = "vblora"
+    _sized = True
     adapter_layer_names = LOGITS
     other_param_names = ("r", "topk", "vblora_dropout")
     _home_order = ("vblora_dropout", *LOGITS)

@@ -8,6 +8,7 @@ from ...core.defaults import BNB_LAYERS
 from ...core.layer import name_layers
 from ...core.scale import ScaledLayer
 from ..additive import AdditiveModel
+from ..lora.layer import LoraLayer
 from .budgets import Budgets
 from .method import FACTORS, AdaLoRA
 
@@ -18,8 +19,8 @@ class AdaLoraLayer(ScaledLayer):
     family = "adalora"
     adapter_layer_names = ("lora_A", "lora_B", "lora_E")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
-    _home_order = ("lora_dropout", "lora_A", "lora_B", "lora_E")
-    _parameter_homes = frozenset(FACTORS)
+    _home_order = (*LoraLayer._home_order, "lora_E")
+    _parameter_homes = LoraLayer._parameter_homes | {*FACTORS}
 
     def natural_scaling(self, adapter: str) -> float:
         """lora_alpha, or the first rank where that is 0; the division by the rank is apart."""

@@ -15,6 +15,7 @@ class FrodLayer(BaseTunerLayer):
     """A target under FRoD adapters."""
 
     family = "frod"
+    _sized = True
     adapter_layer_names = TRAINED
     other_param_names = ("frod_dropout",)
     _home_order = ("frod_dropout", *TRAINED)

@@ -54,8 +54,11 @@ class Beside(SharedTensors):
     def __contains__(self, name: object) -> bool:
         return name in self._modules
 
-    def __repr__(self) -> str:
-        return nn.Module.__repr__(self)
+    def _get_name(self) -> str:
+        return nn.ModuleDict.__name__
+
+    def extra_repr(self) -> str:
+        return ""
 
 
 def body(model: Any) -> Any:
