@@ -78,8 +78,9 @@ def test_two_variants_at_once_are_refused_by_their_names(first):
     second = next(name for name in VARIANTS if name != first)
     with pytest.raises(ValueError, match=f"(?=.*{first})(?=.*{second}).*Choose one"):
         LoraConfig(**VARIANTS[first], **VARIANTS[second])
-    with pytest.raises(ValueError, match=f"{first}.*'pissa'"):
-        LoraConfig(**VARIANTS[first], init_lora_weights="pissa")
+    start = "mica" if first in ("monteclora_config", "velora_config") else "pissa"
+    with pytest.raises(ValueError, match=f"{first}.*{start!r}"):
+        LoraConfig(**VARIANTS[first], init_lora_weights=start)
     if first in ("alora_invocation_tokens", "arrow_config"):
         with pytest.raises(ValueError, match=f"{first} and use_dora"):
             LoraConfig(**VARIANTS[first], use_dora=True)
@@ -90,6 +91,33 @@ def test_dora_goes_with_the_variants_that_have_a_weight(name):
     model = adapted(**VARIANTS[name], use_dora=True).eval()
     wanted = model(X)
     assert not torch.allclose(wanted, net()(X))
+    assert torch.allclose(model.merge_and_unload()(X), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+@pytest.mark.parametrize("name", ["velora_config", "monteclora_config"])
+def test_a_variant_may_start_from_parts_of_the_base_weight(name, init, tmp_path):
+    plain = net().eval()
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["a", "c"], "init_lora_weights": init}
+    model = get_peft_model(net(), LoraConfig(**VARIANTS[name], **options))
+    assert torch.allclose(model.eval()(X), plain(X), atol=1e-6)
+    assert torch.allclose(model.train()(X), plain(X), atol=1e-6 if name == "velora_config" else 0.02)
+    model.save_pretrained(tmp_path / "first")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        model(X).square().mean().backward()
+        optimizer.step()
+    wanted = model.eval()(X)
+    assert not torch.allclose(wanted, plain(X), atol=1e-2)
+    with model.disable_adapter():
+        assert torch.equal(model(X), plain(X))
+    model.save_pretrained(tmp_path / "now")
+    assert torch.equal(PeftModel.from_pretrained(net(), tmp_path / "now").eval()(X), wanted)
+    first = str(tmp_path / "first")
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=first)
+    converted = PeftModel.from_pretrained(net(), tmp_path / "plain").eval()
+    assert converted.peft_config["default"].init_lora_weights is True
+    assert torch.allclose(converted(X), wanted, atol=1e-5)
     assert torch.allclose(model.merge_and_unload()(X), wanted, atol=1e-5)
 
 
@@ -298,15 +326,19 @@ def test_a_blocked_adapter_of_another_rank_is_swapped_in_block_by_block(side, tm
 # ---- VeLoRA ---------------------------------------------------------------------------------------------------------
 
 
-def test_velora_has_loras_output_and_compresses_the_gradient_of_a_only():
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_velora_has_loras_output_and_compresses_the_gradient_of_a_only(init):
     options = VeloraConfig(num_groups=3, scale=2.0, init_type="random")
-    model = adapted(velora_config=options, target_modules=["a"]).train()
+    model = adapted(velora_config=options, target_modules=["a"], init_lora_weights=init).train()
     layer = layer_of(model)
     x = X.clone().requires_grad_()
     A, B, v = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_velora_embed["default"]
     assert v.shape == (4,) and torch.allclose(v.norm(), torch.ones(()))
     y = layer(x)
     W = net().a.weight.detach()
+    if init == "pissa":
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        W = W - (U[:, :4] * S[:4]) @ Vh[:4]
     assert torch.allclose(y, x @ W.mT + net().a.bias + 1.5 * x @ A.mT @ B.mT, atol=1e-5)
     g = torch.randn_like(y)
     y.backward(g)

@@ -64,6 +64,7 @@ VARIANTS = (
 UNDER_DORA = ("use_bdlora", "kasa_config", "monteclora_config", "velora_config")  # those that have a weight
 RSLORA_ALPHA = 16
 PLAIN_INIT = (True, False, None, "gaussian", "orthogonal")
+FROM_BASE = {"velora_config", "monteclora_config"}  # variants that may start from parts of the base weight
 FLAGS = ("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying", "inference_mode")
 
 
@@ -334,7 +335,8 @@ class LoraConfig(Alpha, PeftConfig):
             raise ValueError(f"{' and '.join(chosen)} are variants of LoRA that do not go together. Choose one.")
         init = self.init_lora_weights
         plain = PLAIN_INIT[:-1] if self.use_bdlora else PLAIN_INIT  # halves of one basis have no blocks
-        if [name for name in chosen if name != "use_dora"] and init not in plain:
+        from_base = FROM_BASE.intersection(chosen) and str(init).startswith(("pissa", "olora"))
+        if [name for name in chosen if name != "use_dora"] and init not in plain and not from_base:
             raise ValueError(f"{chosen[0]} starts by itself and does not go with init_lora_weights={init!r}. Use True.")
         lists = self.use_bdlora
         both = set(lists.target_modules_bd_a or ()) & set(lists.target_modules_bd_b or ()) if lists else ()

@@ -168,7 +168,10 @@ class LoRA(LowRank):
         return (A, B) if type(A) in NUMBERS and type(B) in NUMBERS else (numbers(down), numbers(up))
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        A, B = self.own_factors(p)
+        return self.with_first(p, *self.own_factors(p))
+
+    def with_first(self, p: Adapter, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """[A; A0] and [B, -B0] where the initialisation takes B0 A0 out of the base weight."""
         if not p.__dict__["subtracts"]:
             return A, B
         A0, B0 = self.first_factors(p)

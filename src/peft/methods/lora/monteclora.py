@@ -56,8 +56,8 @@ class Sampler(nn.Module):
         u = torch.randn_like(log_alpha)
         return torch.softmax((spread + torch.finfo(spread.dtype).eps).sqrt() * u + log_alpha - log_alpha.mean(), 0)
 
-    def __repr__(self) -> str:
-        return f"MontecloraSampler(r={len(self.std_prior)}, samples={len(self.expert_weights_prior)})"
+    def _get_name(self) -> str:
+        return "MontecloraSampler"
 
 
 class MonteCLoRA(InTraining):
@@ -92,18 +92,22 @@ class MonteCLoRA(InTraining):
             sampler.expert_weights.copy_(w)
         return live
 
+    def live_factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """`factors` with a sampled A; what an initialisation takes out of the base weight is not sampled."""
+        A, B = self.own_factors(p)
+        return self.with_first(p, self.sampled(p, A), B)
+
     def live_delta(self, p: Adapter, W: Tensor) -> Tensor:
         if not p.layer.training:
             return self.delta(p, W)
         self.refuse_merge(p)
-        A, B = self.factors(p)
-        return (B @ self.sampled(p, A)) * p.scaling
+        A, B = self.live_factors(p)
+        return (B @ A) * p.scaling
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not p.layer.training:
             return super().onto(p, inner, y, x)
-        A, B = self.factors(p)
-        A, extra = self.sampled(p, A), self.up_bias(p)
+        (A, B), extra = self.live_factors(p), self.up_bias(p)
         if inner.view.dense:
             y = y if extra is None else (y + extra * p.scaling).to(y.dtype)
             return lowrank.add(y, x, A, B, p.scaling, self.drop_rate(p))

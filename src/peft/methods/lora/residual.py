@@ -18,6 +18,7 @@ from torch import Tensor
 from ...errors import PeftWarning, listing
 from .init import FIRST
 
+SAMPLER = ".lora_monteclora_sampler."  # for training with the rank that it was made for
 RESIDUAL = ("pissa", "olora", "corda", "lora_ga")
 
 
@@ -33,7 +34,7 @@ def convert(state: Mapping[str, Tensor], initial: Mapping[str, Tensor], config: 
     shape.
     """
     _check(config)
-    kept = {k: v for k, v in state.items() if k.rpartition(".")[2] not in FIRST}
+    kept = {k: v for k, v in state.items() if k.rpartition(".")[2] not in FIRST and SAMPLER not in k}
     return joined(kept, initial), _plain_config(config)
 
 
@@ -88,7 +89,7 @@ def _joined(key: str, now: Tensor, initial: Mapping[str, Tensor]) -> Tensor:
 def _plain_config(config: Any) -> Any:
     new = copy.copy(config)
     new.init_lora_weights = True
-    new.corda_config = new.lora_ga_config = None
+    new.corda_config = new.lora_ga_config = new.monteclora_config = None
     factor = math.sqrt(2) if config.use_rslora else 2
     new.r, new.lora_alpha = config.r * 2, config.lora_alpha * factor
     new.rank_pattern = {k: v * 2 for k, v in (config.rank_pattern or {}).items()}

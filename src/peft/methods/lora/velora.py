@@ -42,7 +42,7 @@ class VeLoRA(InTraining):
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not (p.layer.training and torch.is_grad_enabled() and x.is_floating_point()):
             return super().onto(p, inner, y, x)
-        A, B = self.factors(p)
+        A, B = self.own_factors(p)
         x = F.dropout(x.to(A.dtype), self.drop_rate(p))
         axis = -inner.spread(B.new_empty(1)).dim()  # of the features
         v, scale = p.held("lora_velora_embed"), p.settings.velora_config.scale
@@ -51,7 +51,11 @@ class VeLoRA(InTraining):
             h = compressed(x.reshape(-1, x.shape[-1]), A, v.clone(), scale).view(*x.shape[:-1], -1)
         else:
             h = compressed_by(inner.linear, x, axis, A, v.clone(), scale)
-        update = inner.view.rows(h, B) * p.scaling
+        update = inner.view.rows(h, B)
+        if p.subtracts:
+            A0, B0 = self.first_factors(p)
+            update = update - inner.low_rank(x, A0.to(x.dtype), B0.to(x.dtype))
+        update = update * p.scaling
         extra = self.up_bias(p)
         return (y + (update if extra is None else update + inner.spread(extra) * p.scaling)).to(y.dtype)
 
