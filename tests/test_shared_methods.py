@@ -12,7 +12,9 @@ from peft import (
     PeftModel,
     PveraConfig,
     RandLoraConfig,
+    TinyLoraConfig,
     TrainableTokensConfig,
+    UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
     get_peft_model,
@@ -39,6 +41,36 @@ TARGETS = {"target_modules": ["up", "down"]}
 def vblora(**more):
     fields = {"r": 3, "num_vectors": 16, "vector_length": 2, "init_vector_bank_bound": 1.0, **more}
     return VBLoRAConfig(**TARGETS, **fields)
+
+
+SHARING = {
+    "vera": VeraConfig(r=4, **TARGETS),
+    "pvera": PveraConfig(r=4, **TARGETS),
+    "randlora": RandLoraConfig(r=4, **TARGETS),
+    "vblora": VBLoRAConfig(r=2, num_vectors=6, vector_length=2, **TARGETS),
+    "unilora": UniLoraConfig(r=2, theta_d_length=16, **TARGETS),
+    "tinylora": TinyLoraConfig(r=2, u=4, **TARGETS),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_what_layers_share_has_the_dtype_of_the_base_where_it_is_asked_for(name, tmp_path):
+    def wrapped(**more):
+        return get_peft_model(Two().bfloat16(), SHARING[name], **more)
+
+    for model, kind in ((wrapped(), torch.float32), (wrapped(autocast_adapter_dtype=False), torch.bfloat16)):
+        shared = [home.tensor("default") for _, home in shared_of(model.base_model)]
+        assert {t.dtype for t in shared} == {kind}
+    model.add_adapter("second", SHARING[name], autocast_adapter_dtype=False)
+    for _, home in shared_of(model.base_model):
+        same = home.tensor("second").data_ptr() == home.tensor("default").data_ptr()
+        assert same is not home.tensor("default").requires_grad, "what is drawn from a seed is held once"
+    model(X.bfloat16()).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    again = PeftModel.from_pretrained(Two().bfloat16(), tmp_path, autocast_adapter_dtype=False).eval()
+    assert torch.equal(again(X.bfloat16()), model.eval()(X.bfloat16()))
+    assert all(home.tensor("default").dtype is torch.bfloat16 for _, home in shared_of(again.base_model))
 
 
 # ---- VB-LoRA -----------------------------------------------------------------------------------------------------

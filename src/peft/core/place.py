@@ -19,15 +19,13 @@ from .method import Method, Site
 from .mold import Casting
 from .replicate import check_repeated, replicate
 from .roster import Roster
-from .shared import SharedTensors, Sight, is_late, shared_home, shared_of
+from .shared import SharedTensors, Sight, in_dtype, is_late, shared_home, shared_of
 from .stack import Adapter
 from .targets import settings
 from .tie import Place, innermost, places, tied_modules
 from .tokens import TokenRows, TrainableTokensWrapper, check_untargeted
 from .whole import Placing
 from .wrappers import ModulesToSaveWrapper
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -125,6 +123,9 @@ class Injection(Casting, Placing):
             self.undo.append(lambda: self.tuner.waiting.pop(self.name, None))
         else:
             made = method.shared_by(self.config, self._sights(plan), known)
+        sight = next(self._sights(plan), None) if made and not self.autocast else None
+        if sight is not None and (half := views.dtype_beside(sight.view, sight.module)) in views.HALF:
+            made = in_dtype(made, half, known)
         for key, new in made.items():
             home = shared_home(self.tuner, key, self.undo)
             self.undo.append(partial(home.delete_adapter, self.name))
@@ -223,12 +224,7 @@ class Injection(Casting, Placing):
     def site(self, layer: BaseTunerLayer, own: Any, path: str) -> Site:
         """What the tensors of an adapter in this layer look like: beside the base weight, float32 beside half."""
         base = layer.get_base_layer()
-        weight = layer.view.sample(base)
-        dtype = getattr(base, "compute_dtype", None)
-        dtype = dtype or (torch.get_default_dtype() if weight is None else weight.dtype)
-        small = dtype in HALF or "float8" in str(dtype)
-        if not dtype.is_floating_point or (self.autocast and small):
-            dtype = torch.float32
+        weight, dtype = layer.view.sample(base), views.dtype_beside(layer.view, base, self.autocast)
         device = torch.device("meta") if self.meta or weight is None else _device(base, weight)
         return Site(base, layer.view, own, path, dtype, device, self.shared, layer)
 

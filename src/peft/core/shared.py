@@ -144,6 +144,17 @@ def kept_once(made: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[s
     return {k: known[k] if k in known and same(known[k], t) else t for k, t in made.items()}
 
 
+def in_dtype(made: Mapping[str, Shared], dtype: torch.dtype, known: Mapping[str, Any]) -> dict[str, Shared]:
+    """Shared tensors with their numbers rounded to a dtype; those of another adapter in place of equal ones."""
+    found = {}
+    for key, (t, saved) in made.items():
+        if t.is_floating_point() and t.dtype is not dtype:
+            rounded = t.detach().to(dtype)
+            t = nn.Parameter(rounded) if isinstance(t, nn.Parameter) else kept_once({key: rounded}, known)[key]
+        found[key] = Shared(t, saved)
+    return found
+
+
 def drawn(
     shape: tuple[int, ...], bound: float, generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> Tensor:

@@ -140,8 +140,7 @@ def general(site: Site, lead: list[int], out: int, inp: int) -> tuple[nn.Linear,
 class GraloraLayer(ScaledLayer):
     """A target under GraLoRA adapters."""
 
-    family = "gralora"
-    _sized = True
+    family, _sized = "gralora", True
     adapter_layer_names = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     other_param_names = ("r", "hybrid_r", "alpha", "scaling", "gralora_dropout", "gralora_k")
     _home_order = ("gralora_dropout", "gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")

@@ -6,6 +6,7 @@ One file per layout; a new layer type is one class and one line in `_find`. View
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from .. import storage
@@ -20,6 +21,7 @@ from .parameter import AttentionView, ParameterView
 
 __all__ = [
     "FUSES",
+    "HALF",
     "LABELS",
     "PLAIN",
     "READS",
@@ -30,6 +32,7 @@ __all__ = [
     "ModuleDict",
     "ParameterDict",
     "Template",
+    "dtype_beside",
     "embed_scale",
     "is_linear",
     "linear_module",
@@ -47,6 +50,7 @@ ROUTES = "gives the routes that it chooses, which are no W x"
 READS, FUSES = "always", "where it can"
 _CONVS = {nn.Conv1d: ConvView(1), nn.Conv2d: ConvView(2), nn.Conv3d: ConvView(3)}
 LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper")
+HALF = (torch.float16, torch.bfloat16)
 _BY_TYPE: dict[type, LinearView] = {}
 SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention"
 
@@ -128,3 +132,12 @@ def reads_weights(parent: nn.Module | None) -> str:
     if isinstance(parent, nn.MultiheadAttention):
         return READS
     return FUSES if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) else ""
+
+
+def dtype_beside(view: LinearView, m: nn.Module, autocast: bool = False) -> torch.dtype:
+    """The dtype of an adapter's tensors beside a weight; `autocast` makes half precision float32."""
+    weight = view.sample(m)
+    dtype = getattr(m, "compute_dtype", None)
+    dtype = dtype or (torch.get_default_dtype() if weight is None else weight.dtype)
+    small = dtype in HALF or "float8" in str(dtype)
+    return torch.float32 if not dtype.is_floating_point or (autocast and small) else dtype
