@@ -345,6 +345,17 @@ def test_an_alpha_of_zero_is_told():
         lora(lora_alpha=0)
 
 
+@pytest.mark.parametrize("kind", [peft.OFTConfig, peft.PsoftConfig])
+def test_a_series_of_one_term_is_told(kind, recwarn):
+    with pytest.warns(peft.PeftWarning, match="num_cayley_neumann_terms=1 .*not trained. Use more terms") as told:
+        kind(use_cayley_neumann=True, num_cayley_neumann_terms=1)
+    assert told[0].filename == __file__
+    kind(use_cayley_neumann=False, num_cayley_neumann_terms=1)
+    if kind is peft.PsoftConfig:
+        kind(use_cayley_neumann=True, num_cayley_neumann_terms=1, psoft_orth=False)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("again", [[[0, 2], [1, 2]], ((0, 2), (1, 2))])
 def test_a_second_adapter_may_repeat_the_replication_of_the_first_but_ask_for_no_other(again):
     model = nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(2))})

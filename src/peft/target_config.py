@@ -191,6 +191,16 @@ def number(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a finite number; got {value}.")
 
 
+def check_series(config: Any, turns: bool = True) -> None:
+    """Warn where the series of a rotation has one term: the identity, which is all that there will ever be."""
+    if config.use_cayley_neumann and config.num_cayley_neumann_terms == 1 and turns:
+        text = (
+            f"num_cayley_neumann_terms=1 leaves of the series the identity alone: {config.kind}'s rotations change "
+            "nothing and are not trained. Use more terms, such as 5, or use_cayley_neumann=False for the exact ones."
+        )
+        report(PeftWarning, text, strict=False, stacklevel=6)
+
+
 def patterns(name: str, value: Any) -> dict[str, Any]:
     """A dictionary whose keys are regular expressions."""
     if not isinstance(value, (dict, type(None))):

@@ -29,7 +29,7 @@ from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
 from ..errors import PeftWarning, report
 from ..kernels.rotations import cayley, series, skew, turned
-from ..target_config import TargetConfig, choice, number, probability, rank
+from ..target_config import TargetConfig, check_series, choice, number, probability, rank
 
 
 @dataclass
@@ -60,6 +60,7 @@ class OFTConfig(TargetConfig):
         probability("module_dropout", self.module_dropout)
         number("eps", self.eps)
         choice("init_weights", self.init_weights, (True, False))
+        check_series(self)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -132,10 +133,9 @@ class OFT(Rotation):
 
 def nearest_divisor(path: str, n: int, count: int, size: int) -> int:
     """The size of a block, of n features in all; the nearest that fits, with a warning, where the wish does not."""
-    wish = count or size
+    wish, name = count or size, "r" if count else "oft_block_size"
     found = min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wish), d))
     if found != wish:
-        name = "r" if count else "oft_block_size"
         text = f"{name}={wish} does not divide the {n} features of {path!r}. Using {found}, the nearest that does."
         report(PeftWarning, text, strict=False, stacklevel=9)
     if (size := n // found if count else found) == 1:

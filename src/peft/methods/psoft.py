@@ -25,7 +25,7 @@ from ..core.stack import Adapter, Stack
 from ..core.terms import Between
 from ..errors import PeftWarning
 from ..kernels.rotations import cayley, series, skew
-from ..target_config import choice, number, probability
+from ..target_config import check_series, choice, number, probability
 from .additive import AdditiveConfig, AdditiveModel
 
 NOTED = ("r", "psoft_alpha", "ab_svd_init", "psoft_svd", "psoft_svd_lowrank_niter", "random_seed")  # as A and B are
@@ -64,11 +64,11 @@ class PsoftConfig(AdditiveConfig):
         choice("psoft_svd", self.psoft_svd, ("full", "lowrank"))
         probability("psoft_dropout", self.psoft_dropout)
         number("psoft_alpha", self.psoft_alpha)
-        eps = self.cayley_neumann_eps
-        if not 0 < (0.5 if eps is None else eps) < 1:
+        check_series(self, self.psoft_orth)
+        if not 0 < (0.5 if (eps := self.cayley_neumann_eps) is None else eps) < 1:
             raise ValueError(f"cayley_neumann_eps={eps} must lie between 0 and 1, or be None for no limit.")
         if eps is not None and not self.use_cayley_neumann:
-            text = "cayley_neumann_eps has no effect without the series. Set use_cayley_neumann=True, or leave it out."
+            text = "cayley_neumann_eps has no effect without the series. Set use_cayley_neumann=True."
             warnings.warn(text, PeftWarning, stacklevel=5)
 
 
