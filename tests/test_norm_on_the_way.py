@@ -195,3 +195,14 @@ def test_a_training_step_enters_few_functions():
         layer = get_peft_model(nn.Sequential(nn.Linear(D, K)), config).train().base_model.model[0]
         layer(x), layer(x)
         assert calls(lambda layer=layer: layer(x)) <= most, options
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_norm_of_few_features_is_not_what_cancelling_left_of_it(train):
+    """Of one feature a row of V may be close to zero, where |W|^2 + 2 s W A' B' + ... has no digit left."""
+    torch.manual_seed(1)
+    config = LoraConfig(target_modules=["0"], use_dora=True, r=8, init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(1, 3000)), config).train(train)
+    exact, x = copy.deepcopy(model).double(), torch.randn(5, 1)
+    with torch.set_grad_enabled(train):
+        torch.testing.assert_close(model(x).double(), exact(x.double()), rtol=1e-5, atol=1e-6)

@@ -33,7 +33,9 @@ def square(W: Tensor) -> Tensor:
 
 
 def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
-    """|W + s B A| of each row, from W's `square`, without the product: A and B are in float32."""
+    """|W + s B A| of each row, from W's `square`, without the product where that costs more: A and B are in float32."""
+    if _narrow(W, A):
+        return torch.linalg.vector_norm(W.float() + (B @ A) * s, dim=-1)
     if choice.devices and (found := choice.norms(W, squares, A, B, s)) is not None:
         return found
     parts = [slim.down(w.float(), A) if w.dim() == 2 else w.float() @ A.mT for w in tiles(W)]
@@ -42,6 +44,11 @@ def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
         inner = torch.addmm(cross, B, A @ A.mT, beta=2 * s, alpha=s * s)
         return inner.mul_(B).sum(-1).add_(squares).clamp_min_(0).sqrt_()
     return (squares + ((cross * (2 * s) + (B @ (A @ A.mT)) * (s * s)) * B).sum(-1)).clamp_min(0).sqrt()
+
+
+def _narrow(W: Tensor, A: Tensor) -> bool:
+    """Whether W + s B A is as cheap as what avoids it, in which much cancels where the sum of few features is small."""
+    return W.dim() == 2 and W.shape[1] <= A.shape[0]
 
 
 def _over(squares: Tensor) -> Tensor:
@@ -109,6 +116,8 @@ def normed(
     W A' comes out of the product with x, which the rows of A join, where W is read anyway.
     """
     if not thin.ordinary(x, A, B, scale) or x.dtype is not torch.float32 or type(W) not in thin.PLAIN or transformed():
+        return None
+    if _narrow(W, A):
         return None
     found = None if "cpu" in choice.devices else squares()
     return None if found is None else fused(x, W, b, A, B, scale, p, m, None, found)
