@@ -624,6 +624,27 @@ def test_trained_copies_of_embeddings_are_saved_once(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("kind", ["copies", "rows"])
+def test_second_names_of_saved_embeddings_in_files_of_the_other_library_are_passed_over(kind, tmp_path):
+    chosen = {"modules_to_save": ["lm_head"]} if kind == "copies" else {"trainable_token_indices": [1, 2]}
+    model = get_peft_model(llama(tie=kind == "rows"), LoraConfig(r=2, target_modules=["q_proj"], **chosen))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    file = tmp_path / "adapter_model.safetensors"
+    state, head = load_file(file), "base_model.model.lm_head"
+    if kind == "copies":
+        second, first = f"{head}.modules_to_save.weight", f"{head}.weight"
+        state[f"{head}.original_module.weight"] = model.get_base_model().lm_head.original_module.weight.detach()
+    else:
+        rows = "token_adapter.trainable_tokens_delta"
+        second, first = f"{head}.{rows}", f"base_model.model.model.embed_tokens.{rows}"
+    save_file({**state, second: state[first].clone()}, file, metadata={"format": "pt"})
+    again = PeftModel.from_pretrained(llama(tie=kind == "rows"), tmp_path, strict=True)
+    assert same(get_peft_model_state_dict(again), get_peft_model_state_dict(model))
+    save_file({**state, f"{head}.modules_to_save.bias": state[first].clone()}, file, metadata={"format": "pt"})
+    with pytest.warns(UnexpectedTensorsWarning, match=r"lm_head\.modules_to_save\.bias"):
+        PeftModel.from_pretrained(llama(tie=kind == "rows"), tmp_path)
+
+
 # PiSSA and the like as a plain LoRA ---------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from .tie import storage_key
 from .views import PLAIN
 
 Found = dict[str, tuple[Entry, Tensor]]
+COPIES, TOKENS = "modules_to_save", ".token_adapter.trainable_tokens_delta"
 
 
 def fill(
@@ -82,6 +83,7 @@ def checked(
     kinds of numbers.
     """
     found, unexpected = _match(root, entries, state)
+    unexpected = [k for k in unexpected if not _repeats(root, k, state, adapter_name)]
     same_kind(found)
     found = _same_shape(found, ignore_mismatched_sizes)
     if not any(e.live in found for e in entries) and (entries or (state and not elsewhere)):
@@ -101,6 +103,20 @@ def _match(root: nn.Module, entries: list[Entry], state: Mapping[str, Tensor]) -
         return found, []
     base = {plain(e.key): e for e in base_tensors(root)}
     return found, [k for k in left if not _take(base, found, k, state[k])]
+
+
+def _repeats(root: nn.Module, key: str, state: Mapping[str, Tensor], adapter_name: str) -> bool:
+    """Whether a key is the second name of what stands in the file, or in the adapter, once more.
+
+    Files of the other library that hold embeddings have trained copies under their names in the live model, too, and
+    the rows of an output layer that shares those of the embedding.
+    """
+    first = state.get(key.replace(f".{COPIES}.", "."))
+    if first is not None and f".{COPIES}." in key:
+        return first.shape == state[key].shape
+    paths = (path.rpartition(".")[0] for path in _spellings(key))
+    layers = (dict(root.named_modules()).get(path) for path in paths) if key.endswith(TOKENS) else ()
+    return any(isinstance(m, BaseTunerLayer) and adapter_name in m.shares for m in layers)
 
 
 def paired(entries: list[Entry], state: Mapping[str, Tensor]) -> tuple[Found, list[str]]:
