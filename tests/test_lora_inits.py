@@ -23,6 +23,7 @@ from peft import (
     preprocess_loraga,
     replace_lora_weights_loftq,
 )
+from peft.tuners.lora import eva
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.utils.incremental_pca import IncrementalPCA
@@ -233,8 +234,11 @@ def test_eva_looks_at_tokens_with_a_label_only():
     found = get_eva_state_dict(model, data, made, show_progress_bar=False)["a"]
     X = model.e(ids[:, 2:7]).flatten(0, 1).detach()
     assert torch.allclose(same_space(found, torch.linalg.svd(X - X.mean(0))[2][:3]), torch.ones(3), atol=1e-3)
+    found = get_eva_state_dict(model, [{"input_ids": ids, "labels": labels}], made, show_progress_bar=False)["a"]
+    X = model.e(ids[:, 2:]).flatten(0, 1).detach()
+    assert torch.allclose(same_space(found, torch.linalg.svd(X - X.mean(0))[2][:3]), torch.ones(3), atol=1e-3)
     with pytest.raises(ValueError, match="attention_mask"):
-        get_eva_state_dict(model, [{"input_ids": ids}], made, show_progress_bar=False)
+        eva.prepare_model_inputs_fn_language_modeling({"inputs_embeds": X}, made)
 
 
 def test_attention_has_no_inputs_for_eva_and_starts_as_a_plain_lora():

@@ -35,14 +35,15 @@ def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
 def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor], peft_config: Any) -> Tensor:
     """Positions (N, 2) of the tokens that count: not padding and, with `use_label_mask`, with a label.
 
-    Raises ValueError for inputs without an attention mask.
+    Without an attention mask no token is padding, as for the model. Raises ValueError for inputs without tokens.
     """
-    if "attention_mask" not in model_input:
+    tokens = next((model_input[k] for k in ("attention_mask", "input_ids", "labels") if k in model_input), None)
+    if tokens is None:
         raise ValueError(
-            "EVA looks for `attention_mask` in a batch, to tell tokens from padding. Add it, or pass "
+            "EVA looks for `attention_mask` or `input_ids` in a batch, to tell where tokens are. Add one, or pass "
             "prepare_model_inputs_fn=None and prepare_layer_inputs_fn=None to count every vector."
         )
-    counts = model_input["attention_mask"].bool()
+    counts = tokens.bool() if "attention_mask" in model_input else torch.ones_like(tokens, dtype=torch.bool)
     options = peft_config.eva_config
     if options.use_label_mask and "labels" in model_input:
         counts = counts & (model_input["labels"] != options.label_mask_value)
