@@ -13,12 +13,15 @@ from torch import nn
 
 from conformance.storages import STORAGES, numbers, payload
 from peft import (
+    AdaptionPromptConfig,
     DeloraConfig,
     HiraConfig,
     LoHaConfig,
     LoraConfig,
     OFTConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
     get_peft_model,
     prepare_model_for_kbit_training,
 )
@@ -196,6 +199,31 @@ def test_gradients_are_those_of_the_dense_model_after_measuring(kind, targets, f
     rounds_inputs = kind in ("int8", "torchao int8 dynamic")
     for mine, other in zip(found, wanted, strict=True):
         assert (mine - other).norm() / other.norm() < (0.15 if rounds_inputs else 1e-4)
+
+
+PROMPTS = {
+    "tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "adaption": AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2),
+}
+
+
+@each_kind
+@pytest.mark.parametrize("name", PROMPTS)
+def test_gradients_reach_prompts_after_measuring(kind, name, folder):
+    quantised = load(folder, kind)
+    twin = filled(get_peft_model(dense(folder, quantised), PROMPTS[name]))
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in quantised.modules()]
+    model = filled(get_peft_model(quantised, PROMPTS[name]))
+    for m in (model, twin):
+        logits(m)
+        m.train()(IDS, labels=IDS).loss.backward()
+    found, wanted = ([p.grad for p in m.parameters() if p.requires_grad] for m in (model, twin))
+    rough = 0.15 if kind in ("int8", "torchao int8 dynamic") else 0.01  # an adaption prompt's are differences
+    for mine, other in zip(found, wanted, strict=True):
+        assert (mine - other).norm() / other.norm() < rough
+    plain = model.unload()
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in plain.modules()] == hooks
 
 
 @each_kind

@@ -18,12 +18,16 @@ from .host import below
 from .storage import Applied, Packed
 
 
-def let_through(modules: list[nn.Module]) -> None:
-    """Prepare every quantised layer among the modules of a model, adapted or not."""
+def let_through(modules: list[nn.Module]) -> bool:
+    """Prepare every quantised layer among the modules of a model, adapted or not; whether any was not yet."""
+    new = False
     for module, kind in packed_layers(modules):
+        before = len(module._forward_pre_hooks) + len(module._forward_hooks)
         kind.adopt(module)
         if not kind.trains and _pass not in module._forward_hooks.values():
             module.register_forward_hook(_pass)
+        new |= len(module._forward_pre_hooks) + len(module._forward_hooks) > before
+    return new
 
 
 def let_go(model: nn.Module) -> None:

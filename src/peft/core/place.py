@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import PeftWarning, nearest, report
-from . import experts, passing, storage, views
+from . import experts, storage, views
 from .host import below, standing
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
@@ -82,8 +82,6 @@ class Injection(Casting, Placing):
         plan = self.tuner.match(self.model, config, self.name, state_dict)
         if first:
             self._freeze(seen[0])
-            self.undo.append(partial(passing.let_go, self.model))
-            passing.let_through(seen[0])
         self._share(plan)
         self._targets(plan)
         self._tied_adapters(plan)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from . import passing
 from .host import below
 from .targets import walk
 from .tie import Place, aliases, inside
@@ -59,7 +60,9 @@ class Placing:
         swap(module)
 
     def _freeze(self, modules: list[nn.Module] | None = None) -> None:
-        tables = [m._parameters for m in (below(self.model)[0] if modules is None else modules) if m._parameters]
+        """Freeze the base model, and have gradients pass through its quantised layers."""
+        modules = below(self.model)[0] if modules is None else modules
+        tables = [m._parameters for m in modules if m._parameters]
         trainable = [p for table in tables for p in table.values() if p is not None and p.requires_grad]
 
         def put(flag: bool) -> None:
@@ -68,6 +71,8 @@ class Placing:
 
         self.undo.append(lambda: put(True))
         put(False)
+        if passing.let_through(modules):
+            self.undo.append(lambda: passing.let_go(self.model))
 
     def _named(self) -> tuple[list[tuple[str, nn.Module]], dict[str, list[str]]]:
         """Path and module of the model as it is now; further paths of modules that stand at several places."""
