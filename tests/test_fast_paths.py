@@ -71,6 +71,25 @@ def test_second_derivatives_are_those_of_the_formulas(method):
     close_each(twice(model(x)), twice(expected(model, method, layout, x)), 1e-4)
 
 
+@pytest.mark.parametrize("method", [m for m in KNOWN if m != "ln-tuning"])  # whose layers' numbers are its own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wants", [False, True])
+def test_what_a_layer_gives_may_be_changed_in_place(method, dtype, wants):
+    """As nn.ReLU(inplace=True) and `hidden += residual` do: torch refuses it of views that a node made."""
+    layout = WIDE["wide"]
+    model = adapted(method, layout)
+    ((_, layer),) = tuner_layers(model)
+    layer.get_base_layer().to(dtype)
+    inputs, found = list(leaves(model).values()), []
+    for changed in (False, True):
+        x = layout.x().view(2, -1, 48).to(dtype).requires_grad_(wants)
+        torch.manual_seed(0)
+        y = layer(x)
+        y = y.add_(1).relu_() if changed else (y + 1).relu()
+        found.append(torch.autograd.grad(y.double().square().sum(), [*inputs, x][: len(inputs) + wants]))
+    close_each(found[1], found[0], 1e-5 if dtype is torch.float32 else 2e-2)
+
+
 @pytest.mark.parametrize("method", MIXING)
 def test_forward_mode_and_vmap_are_those_of_the_formulas(method):
     layout = WIDE["wide"]
@@ -94,6 +113,18 @@ def test_a_hook_on_the_base_is_run(method):
     layer.get_base_layer().register_forward_hook(lambda module, args, y: seen.append(1))
     close(model(x), wanted)
     assert seen or METHODS[method].values or not calls_the_base(layer), "the hook was passed by"
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"lora_bias": True}, {"use_dora": True}, {"frozen": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inputs", [False, True])
+def test_so_it_may_under_the_forms_of_lora_at_ordinary_sizes(options, dtype, inputs):
+    options = dict(options)
+    frozen = options.pop("frozen", False)
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 512)).to(dtype), LoraConfig(target_modules=["0"], **options))
+    model.base_model.model[0].lora_A["default"].requires_grad_(not frozen)
+    y = model(torch.randn(4, 80, 64, dtype=dtype, requires_grad=inputs))
+    y.add_(1).relu_().sum().backward()
 
 
 @pytest.mark.parametrize(

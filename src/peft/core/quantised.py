@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels import choice, lowrank, masks, thin
 from ..kernels.again import differentiable
-from ..kernels.modes import eager, node
+from ..kernels.modes import eager, node, shaped
 from .direct import EVERYWHERE, FORWARD
 from .storage import Packed, wider
 
@@ -77,7 +77,7 @@ class _Linear(torch.autograd.Function):
         y = inner(x)
         h, bits = thin.down(x.reshape(-1, x.shape[-1]), A, p)
         ctx.save_for_backward(x, A, B, h if ctx.needs_input_grad[2] else None, bits)
-        return lowrank.raised(y.reshape(-1, y.shape[-1]), h, B, ctx.scale, True).view(y.shape)
+        return shaped(lowrank.raised(y.reshape(-1, y.shape[-1]), h, B, ctx.scale, True), y.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import halves, slim
 from .again import differentiable
-from .modes import is_autocast, transformed
+from .modes import is_autocast, shaped, transformed
 
 EXACT = (torch.float32, torch.float64)
 KNOWN = (Tensor, nn.Parameter)
@@ -196,7 +196,8 @@ class _Update(torch.autograd.Function):
         ctx.save_for_backward(x, W, h, A, B)
         lying = h.shape[1] > FEW or not halves.matrix_units()  # MKL has other products for the processors of others
         u = torch.bmm(h, B.mT) if lying else torch.bmm(B, h.mT).mT
-        return placed(F.linear(x, W, b) if y is None else y, u, at, y is None)
+        made = shaped(F.linear(x.reshape(-1, x.shape[-1]), W, b), x.shape[:-1]) if y is None else y
+        return placed(made, u, at, y is None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

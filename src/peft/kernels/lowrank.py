@@ -19,7 +19,7 @@ from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
 from . import choice, masks, slim, thin, whole
-from .modes import is_autocast, node, transformed
+from .modes import is_autocast, node, shaped, transformed
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
@@ -232,7 +232,7 @@ class _Linear(torch.autograd.Function):
         y = raised(y, h, B, ctx.scale, True)
         needs_A, needs_B = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         ctx.save_for_backward(x if needs_A else None, bits, W, A, B, h if needs_B else None)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return shaped(y, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -263,7 +263,7 @@ class _Add(torch.autograd.Function):
         needs_A, needs_B = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
         ctx.shape, ctx.x_dtype = x.shape, x.dtype
         ctx.save_for_backward(x if needs_A else None, bits, A, B, h if needs_B else None)
-        return raised(y.reshape(-1, y.shape[-1]), h, B, ctx.scale, False).view(y.shape)
+        return shaped(raised(y.reshape(-1, y.shape[-1]), h, B, ctx.scale, False), y.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,13 @@ def eager() -> bool:
     if torch.compiler.is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     return not (torch._C._is_any_autocast_enabled() or torch._C._is_tracing())
+
+
+def shaped(y: Tensor, lead: Sequence[int]) -> Tensor:
+    """y (N, k), which a node has made, as (*lead, k) and no view: torch refuses to change a node's view in place."""
+    if type(y) is Tensor and not y._is_view() and not torch._C._len_torch_dispatch_stack():
+        return y.contiguous().resize_(*lead, y.shape[-1])  # the quickest way, which modes that compute nothing have not
+    return torch.ops.aten._unsafe_view.default(y, (*lead, y.shape[-1]))
 
 
 def is_autocast(x: Tensor) -> bool:

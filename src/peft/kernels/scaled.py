@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import choice, masks, slim, thin, whole
 from .again import differentiable
-from .modes import node, transformed
+from .modes import node, shaped, transformed
 
 TILE_ELEMENTS = 16 * 2**20
 
@@ -231,7 +231,7 @@ class _Linear(torch.autograd.Function):
         gain = m * over
         ctx.save_for_backward(x, W, b, A, B, m, over, gain, mask, h, z)
         out = z * gain if b is None else torch.addcmul(b, z, gain)
-        return out if flat is x else out.view(*x.shape[:-1], k)
+        return out if flat is x else shaped(out, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .again import differentiable
-from .modes import eager, node
+from .modes import eager, node, shaped
 
 KNOWN = (Tensor, nn.Parameter)
 TILE = 16  # columns
@@ -124,7 +124,7 @@ class _Up(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, B: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(h, B)
-        return F.linear(h, B, b)
+        return shaped(F.linear(h.reshape(-1, h.shape[-1]), B, b), h.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import halves, masks, slim, whole
 from .again import differentiable
-from .modes import node
+from .modes import node, shaped
 
 BLOCK = 2**17  # elements: half a megabyte in float32
 _coarsest = threading.local()
@@ -168,7 +168,7 @@ class Linear(torch.autograd.Function):
         h, bits = down(flat, A, p)
         ctx.save_for_backward(x, W, b, A, B, h if ctx.needs_input_grad[4] else None, bits)
         y = y if summed else onto(y, h, B, ctx.scale, True)
-        return y if flat is x else y.view(*x.shape[:-1], k)
+        return y if flat is x else shaped(y, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import onto, slim
 from .again import differentiable
-from .modes import eager, node
+from .modes import eager, node, shaped
 from .thin import PLAIN, WIDE
 
 
@@ -63,7 +63,7 @@ class _Linear(torch.autograd.Function):
         high = F.linear(low * u, B)
         ctx.save_for_backward(x, W, b, A, u, B, v, low, high)
         y = y.addcmul_(high, v)
-        return y if flat is x else y.view(*x.shape[:-1], y.shape[1])
+        return y if flat is x else shaped(y, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
