@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, MissConfig, get_peft_model
 from peft.kernels import slim
 
 RANKS = (1, 2, 3, 4, 7, 8, 11, 12, 16, 24, 40)
@@ -92,3 +92,14 @@ def test_no_gradient_of_B_is_summed_standing(options, frozen):
     assert not mode.found
     found = next(p.grad for n, p in model.named_parameters() if "lora_B" in n)
     assert found.shape == (512, 8) and found.is_contiguous()
+
+
+@pytest.mark.parametrize("rows", [(0,), (2, 0), (3, 64)])
+@pytest.mark.parametrize("way", [{"init_weights": "bat"}, {"init_weights": "mini", "mini_r": 8}, {}])
+@pytest.mark.parametrize("grad", [False, True])
+def test_outputs_of_few_features_lie_row_by_row_and_may_be_empty(rows, way, grad):
+    """`logits.view(-1)` after a layer works, whichever way round the product was taken."""
+    model = get_peft_model(nn.Sequential(nn.Linear(256, 24)), MissConfig(target_modules=["0"], r=8, **way))
+    with torch.set_grad_enabled(grad):
+        y = model(torch.randn(*rows, 256, requires_grad=True))
+    assert y.shape == (*rows, 24) and y.view(-1).numel() == y.numel()

@@ -45,7 +45,7 @@ def features(y: Tensor, u: Tensor, gain: Tensor) -> Tensor:
 def repeated(x: Tensor, W: Tensor, b: Tensor | None, h: Tensor, B: Tensor, s: Any) -> Tensor:
     """W x + b + s h B repeated along its features, for B (r, a part of k), in the dtype of W x; as `thin`."""
     y, u = F.linear(x, W, b), h @ B * s
-    parts, u = y.view(u.shape[0], -1, u.shape[1]), u[:, None]
+    parts, u = y.view(u.shape[0], W.shape[0] // u.shape[1], u.shape[1]), u[:, None]
     return (parts.add_(u) if u.dtype is y.dtype else (parts + u).to(y.dtype)).view(y.shape)
 
 

@@ -122,7 +122,7 @@ class LinearView:
 
     def linear(self, m: Layer, x: Tensor, W: Tensor) -> Tensor:
         """W x without bias; W may have any number of rows."""
-        return slim.linear(x, W)
+        return slim.linear(x, W).contiguous()  # which a caller may view as it likes
 
     def vectors(self, m: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What W is multiplied with in a call of the module: vectors (N, I), or the places of the one in one-hot ones.
