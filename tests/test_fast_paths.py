@@ -105,6 +105,29 @@ def test_forward_mode_and_vmap_are_those_of_the_formulas(method):
 
 
 @each
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_trace_serves_other_numbers_of_rows(method, grad):
+    layout = WIDE["wide"]
+    model, x = one(method, layout)
+    x = x.detach().repeat(4, 1)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, (x,), check_trace=False)
+        for rows in (160, 40, 3, 1):
+            close(traced(x[:rows]), model(x[:rows]), 2e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_so_it_does_of_layers_of_ordinary_sizes(options):
+    model, x = nn.Sequential(nn.Linear(256, 512)), torch.randn(4, 80, 256)
+    model = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False, **options)).eval()
+    traced = torch.jit.trace(model, (x,), check_trace=False)
+    for rows in (80, 3, 1):
+        close(traced(x[:, :rows]), model(x[:, :rows]), 2e-5)
+
+
+@each
 def test_a_hook_on_the_base_is_run(method):
     layout = WIDE["wide"]
     model, x = one(method, layout)

@@ -143,6 +143,17 @@ def test_a_hessian_is_that_of_two_backward_passes(method: str) -> None:
     close(flat(found), twice(model(x), leaves(model), t), 1e-4)
 
 
+@pytest.mark.parametrize("method", ["lora", "vera", "waveft"])
+def test_whole_models_are_stacked_with_their_buffers(method: str) -> None:
+    layout = LAYOUTS["linear-3-D"]
+    models, x = [adapted(method, layout) for _ in range(2)], layout.x()
+    state = torch.func.stack_module_state(models)
+    with torch.no_grad():
+        found = vmap(lambda parameters, buffers: functional_call(models[0], (parameters, buffers), (x,)))(*state)
+        for y, model in zip(found, models, strict=True):
+            close(y, model(x), 1e-5)
+
+
 @pytest.mark.parametrize("method", FIVE)
 def test_bases_are_stacked_too(method: str) -> None:
     layout = LAYOUTS["linear-3-D"]

@@ -75,6 +75,8 @@ def summed_up(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | No
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu or x.dtype not in WIDE:
         return None
+    if _C._is_tracing():  # for other numbers of rows, too
+        return None
     held = open_linear(inner, x)
     if held is None or touched(x, held[0]) < method.sums_from * held[0].numel() or method.drop_rate(p):
         return None

@@ -13,8 +13,10 @@ peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
 
 
 def transformed() -> bool:
-    """True where only plain operations may be used: under compile, torch.func or forward-mode differentiation."""
-    return torch.compiler.is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    """True where only plain operations may be used: under compile, traces, torch.func, forward-mode differentiation."""
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    return torch._C._is_tracing()  # for other numbers of rows, too
 
 
 def lifted() -> bool:
@@ -23,15 +25,13 @@ def lifted() -> bool:
 
 
 def eager() -> bool:
-    """Whether operations run as they are written: not `transformed`, not traced, and under no autocast."""
-    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return False
-    return not (torch._C._is_any_autocast_enabled() or torch._C._is_tracing())
+    """Whether operations run as they are written: not `transformed`, and under no autocast."""
+    return not (transformed() or torch._C._is_any_autocast_enabled())
 
 
 def shaped(y: Tensor, lead: Sequence[int]) -> Tensor:
     """y (N, k), which a node has made, as (*lead, k) and no view: torch refuses to change a node's view in place."""
-    if type(y) is Tensor and not y._is_view() and not torch._C._len_torch_dispatch_stack():
+    if type(y) is Tensor and not (y._is_view() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()):
         return y.contiguous().resize_(*lead, y.shape[-1])  # the quickest way, which modes that compute nothing have not
     return torch.ops.aten._unsafe_view.default(y, (*lead, y.shape[-1]))
 

@@ -101,12 +101,14 @@ def plain(values: Tensor, z: Tensor, places: Places) -> Tensor:
 
 def product(values: Tensor, z: Tensor, places: Places) -> Tensor:
     """`plain` of values (n) and z (d, N) of one dtype, which keeps values and z only; not for transforms and graphs."""
+    if torch._C._is_tracing():  # which has no word for a node without tensors among its arguments
+        return plain(values, z, places)
     return _product(values, z, places) if torch.is_grad_enabled() else _sums(values, z, places.bags(False))
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, values: Tensor, places: Places) -> Tensor:
     """W x + b and the product with x (N, d), all of one dtype, (N, k); not for transforms and graphs."""
-    if torch.is_grad_enabled() and not W.requires_grad:
+    if torch.is_grad_enabled() and not (W.requires_grad or torch._C._is_tracing()):
         return _linear(x, W, b, values, places)
     u = product(values, x.mT, places).mT
     return torch.addmm(u if b is None else u + b, x, W.mT)

@@ -5,6 +5,8 @@ Letters: a pair of filters is (2, L), of even L; low and high halves of H number
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,18 +37,18 @@ def inverse(S: Tensor, pair: Tensor) -> Tensor:
 def columnwise(low: Tensor, high: Tensor, pair: Tensor) -> Tensor:
     """Reconstruct (..., 2 n - L + 2, m) along the next to last axis from two halves (..., n, m)."""
     if low.is_cpu and not torch.compiler.is_compiling():
-        return _by_taps(low, high, pair.mT.tolist())
+        return _by_taps(low, high, [tap.unbind() for tap in pair.unbind(-1)])
     both = torch.stack([low, high], -3).reshape(-1, 2, *low.shape[-2:])
     length = pair.shape[-1]
     found = F.conv_transpose2d(both, pair.view(2, 1, length, 1), stride=(2, 1), padding=(length - 2, 0))
     return found.view(*low.shape[:-2], *found.shape[-2:])
 
 
-def _by_taps(low: Tensor, high: Tensor, taps: list[list[float]]) -> Tensor:
+def _by_taps(low: Tensor, high: Tensor, taps: Sequence[Sequence[Tensor]]) -> Tensor:
     """The same, in sums of the halves: a convolution of few channels leaves a processor's vectors empty."""
     last, n, parts = len(taps) // 2 - 1, low.shape[-2], []
     for phase in (taps[0::2], taps[1::2]):
-        made = (torch.add(low * a, high, alpha=b) for a, b in phase)
+        made = (torch.addcmul(low * a, high, b) for a, b in phase)
         moved = [F.pad(t, (0, 0, q, last - q)) if last else t for q, t in enumerate(made)]
         parts.append(sum(moved[1:], moved[0]))
     return torch.stack(parts, -2).flatten(-3, -2)[..., 2 * last : 2 * n, :]
