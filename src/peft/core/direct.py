@@ -75,7 +75,7 @@ def summed_up(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | No
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu or x.dtype not in WIDE:
         return None
-    if _C._is_tracing():  # for other numbers of rows, too
+    if x.numel() < LEAST or _C._is_tracing():  # and traces serve other numbers of rows
         return None
     held = open_linear(inner, x)
     if held is None or touched(x, held[0]) < method.sums_from * held[0].numel() or method.drop_rate(p):
@@ -84,4 +84,5 @@ def summed_up(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | No
     return F.linear(x, held[0] + D, held[1]) if D.dtype is x.dtype else None
 
 
+LEAST = 2**14  # numbers in an input, of fewer of which making W' takes longer
 _KNOWN = (Tensor, nn.Parameter)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import slim
+from .modes import transformed
 
 
 def thin(x: Tensor, W: Tensor, b: Tensor | None, *terms: tuple[Tensor, Tensor, Any]) -> Tensor:
@@ -25,7 +26,8 @@ def thin(x: Tensor, W: Tensor, b: Tensor | None, *terms: tuple[Tensor, Tensor, A
     rest: Tensor | None = None  # in a wider dtype, rounded once: terms may nearly cancel
     for h, B, s in terms:
         if type(s) is float and y.dtype is h.dtype and y.dtype is B.dtype:
-            y = slim.onto(y, h, B.mT, s)
+            large = torch.is_grad_enabled() and not transformed() and y.numel() >= slim.LARGE
+            y = slim.onto(y, h, B.mT, s) if large else y.addmm_(h, B, alpha=s)
         elif type(s) is float and h.dtype is B.dtype:
             rest = (y.to(h.dtype) if rest is None else rest).addmm_(h, B, alpha=s)
         else:

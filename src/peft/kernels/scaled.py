@@ -267,9 +267,13 @@ def _thin(
 
     All are of rows.
     """
-    back = slim.down(g, B.mT, s) if type(s) is float else slim.down(g, B.mT) * s
     of_B = of_x = None
-    if needs[2]:
+    if g.numel() < slim.NUMBERS and type(s) is float:  # what is not read gives the results' forms
+        back = torch.addmm(h, g, B, beta=0, alpha=s)
+        of_B = torch.addmm(B, g.mT, h, beta=0, alpha=s) if needs[2] else None
+    else:
+        back = slim.down(g, B.mT, s) if type(s) is float else slim.down(g, B.mT) * s
+    if needs[2] and of_B is None:
         of_B = slim.outer(g, h, s) if type(s) is float else slim.outer(g, h * s)
     of_A = back.mT @ kept if needs[1] else None
     if needs[0]:

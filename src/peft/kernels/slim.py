@@ -28,15 +28,14 @@ NARROW = 12
 def down(x: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
     """scale x A', (N, r), for x (N, d) and A (r, d), of one dtype; its memory may lie column by column."""
     r = A.shape[0]
-    turned = r % TILE and x.shape[0] >= ROWS and x.numel() >= NUMBERS and x.dtype is torch.float32 and x.is_cpu
-    if turned and (r > 4 or A.stride(1) > 1):  # several threads are slow at turning fewer rows of a lying A
+    turned = x.numel() >= NUMBERS and r % TILE and x.shape[0] >= ROWS and x.dtype is torch.float32 and x.is_cpu
+    turned = turned and (r > 4 or A.stride(1) > 1)  # several threads are slow at turning fewer rows of a lying A
+    if turned:
         A = A if r > 3 else A.contiguous()
         if scale == 1.0:
             return torch.mm(A, x.t()).t()
         return torch.addmm(A[:, :1], A, x.t(), beta=0, alpha=scale).t()
-    if scale == 1.0:
-        return torch.mm(x, A.t())
-    return torch.addmm(x[:, :1], x, A.t(), beta=0, alpha=scale)
+    return F.linear(x, A) if scale == 1.0 else torch.addmm(x[:, :1], x, A.t(), beta=0, alpha=scale)
 
 
 def linear(x: Tensor, A: Tensor) -> Tensor:
