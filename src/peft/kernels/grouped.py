@@ -196,7 +196,8 @@ class _Update(torch.autograd.Function):
         ctx.save_for_backward(x, W, h, A, B)
         lying = h.shape[1] > FEW or not halves.matrix_units()  # MKL has other products for the processors of others
         u = torch.bmm(h, B.mT) if lying else torch.bmm(B, h.mT).mT
-        made = shaped(F.linear(x.reshape(-1, x.shape[-1]), W, b), x.shape[:-1]) if y is None else y
+        made = F.linear(x.reshape(-1, x.shape[-1]), W, b) if y is None else y
+        made = made if y is not None or x.dim() == 2 else shaped(made, x.shape[:-1])
         return placed(made, u, at, y is None)
 
     @staticmethod
