@@ -167,9 +167,12 @@ def test_whole_modules_are_exchanged_too() -> None:
 # ---- compiled models --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_a_prepared_model_is_never_compiled_again(dora: bool) -> None:
-    model = made(use_dora=dora)
+KINDS = {"plain": {}, "DoRA": {"use_dora": True}, "a start from the base weight": {"init_lora_weights": "pissa"}}
+
+
+@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
+def test_a_prepared_model_is_never_compiled_again(fields: dict[str, Any]) -> None:
+    model = made(**fields)
     expected = model(X)
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     assert torch.allclose(model(X), expected, atol=1e-6)
@@ -178,7 +181,7 @@ def test_a_prepared_model_is_never_compiled_again(dora: bool) -> None:
     compiled(X)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(50):
-            other = made(seed, r=1 + seed % 8, lora_alpha=1 + seed, use_dora=dora)
+            other = made(seed, r=1 + seed % 8, lora_alpha=1 + seed, **fields)
             swap(compiled, other)
             assert torch.allclose(compiled(X), other(X), atol=2e-6)  # compiling again would raise
 

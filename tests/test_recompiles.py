@@ -98,6 +98,15 @@ def test_switching_disabling_and_rescaling_compile_nothing(method, train):
     assert made.graphs == 1
 
 
+@pytest.mark.parametrize("method", FIVE)
+def test_a_merge_that_is_taken_back_leaves_the_graph_of_before_valid(method):
+    made = Counted(method, False)
+    made.model.merge_adapter()
+    made.model.unmerge_adapter()
+    made.run()
+    assert made.graphs == 1
+
+
 @both
 @pytest.mark.parametrize("method", FIVE)
 def test_the_disabled_model_is_the_base_bit_for_bit(method, train):

@@ -201,6 +201,21 @@ def test_a_second_adapter_of_other_matrices_is_what_its_file_gives(kind, other, 
     assert len(homes) == 2 and all(home.tensor("alike") is home.tensor("default") for home in homes)
 
 
+@pytest.mark.parametrize("name", ["merged", "tensor", "slots", "disable_adapters", "_below"])
+@pytest.mark.parametrize("kind", [VeraConfig, VBLoRAConfig])
+def test_adapters_may_be_called_what_the_holders_of_shared_tensors_call_their_own(tmp_path, kind, name):
+    fields = {"r": 3, "num_vectors": 16, "vector_length": 2} if kind is VBLoRAConfig else {"r": 3}
+    model = get_peft_model(Two(), kind(**TARGETS, **fields), adapter_name=name).eval()
+    with torch.no_grad():
+        for p in model.adapter_parameters(name).values():
+            p.normal_()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Two(), tmp_path / name, adapter_name=name).eval()
+    assert torch.equal(again(X), model(X))
+    model.delete_adapter(name)
+    assert not any(f".{name}" in key for key in model.state_dict())
+
+
 def test_the_scaled_rows_keep_only_their_factors_and_give_their_gradients():
     from peft.kernels.product import plain, scaled_rows
 

@@ -60,7 +60,9 @@ class SharedTensors(AdapterHost):
             self._parameters[name] = nn.Parameter(new.tensor.to("meta")) if meta else new.tensor
             self.set_requires_grad(name, False)  # until it is activated
         else:
-            self.register_buffer(name, new.tensor, persistent=new.saved)
+            self._buffers[name] = new.tensor  # `register_buffer` refuses names of this class's own attributes
+            if not new.saved:
+                self._non_persistent_buffers_set.add(name)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of an adapter."""

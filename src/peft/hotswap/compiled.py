@@ -61,6 +61,8 @@ def _make_room(p: Any, tensors: dict[str, Any]) -> None:
         if value is not None and value.shape != slot.tensor.shape:
             _resize(slot.owner, value.shape[0], value.shape[1])
             slot.owner._parameters[slot.attr] = nn.Parameter(value, requires_grad=slot.tensor.requires_grad)
+    for key in tensors.keys() - {slot.key for slot in p.layer.slots(p.name)}:  # derived ones, which no file holds
+        p.layer.keep(p, key, tensors[key])
     p.layer._replan()
 
 

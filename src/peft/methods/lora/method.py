@@ -95,6 +95,7 @@ class LoRA(LowRank):
             pair = starts.residual(p, inner)
         if pair is not None:
             saved = p.settings.init_lora_weights in starts.MEASURED and not keys_in_hand()
+            pair = pair if saved else room.wide(*pair, self.own_factors(p)[0].shape[-2])
             for key, value in zip(starts.FIRST if saved else starts.DERIVED, pair, strict=True):
                 p.layer.keep(p, key, nn.Buffer(value) if saved else value)
 
@@ -199,7 +200,10 @@ class LoRA(LowRank):
         return room.window(p, key, held, shape)
 
     def roomy(self, p: Adapter, rank: int) -> dict[str, Tensor]:
-        return room.widened(p, rank)
+        found = room.widened(p, rank)
+        if p.has(starts.DERIVED[0]):
+            found.update(zip(starts.DERIVED, room.wide(*self.first_factors(p), rank), strict=True))
+        return found
 
     def for_file(self, p: Adapter, key: str, value: Tensor) -> Tensor:
         return room.cut(p, key, value)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...core.stack import Adapter
 
@@ -48,6 +49,12 @@ def fill(p: Adapter, A: Tensor, B: Tensor) -> None:
             shape = list(slot.tensor.shape)
             value = values[axis].reshape([*shape[:axis], -1, *shape[axis + 1 :]])
             slot.tensor.copy_(value if value.shape == slot.tensor.shape else padded(p, slot.key, value, shape))
+
+
+def wide(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(..., r, I) and (..., O, r) with zeros up to a rank, if they have less."""
+    more = max(rank - A.shape[-2], 0)
+    return (pad(A, (0, 0, 0, more)), pad(B, (0, more))) if more else (A, B)
 
 
 def cut(p: Adapter, key: str, value: Tensor) -> Tensor:
