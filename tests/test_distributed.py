@@ -27,6 +27,7 @@ CHECKS = [
     "loading",
     "lent",
     *(f"later {name}" for name in (*METHODS, "norms", "pissa")),
+    "budget",
     "unshared",
     "counted",
     "base",
@@ -51,6 +52,25 @@ def sharded(model: nn.Module) -> nn.Module:
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def check_budget(rank: int) -> None:
+    """AdaLoRA shares out ranks by the whole tensors, and the same on every process."""
+    fields = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 6}
+    models = []
+    for spread in (False, True):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(work.net(), peft.AdaLoraConfig(target_modules=work.TARGETS, **fields))
+        model = sharded(model) if spread else model
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(7):
+            work.loss_of(model(work.IDS)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    one, two = (model.peft_config["default"].rank_pattern for model in models)
+    assert one == two and sum(map(sum, one.values())) == 2 * len(one)
+    work.same_state(*map(peft.get_peft_model_state_dict, models), rtol=1e-4, atol=1e-5)
 
 
 def check_ddp(rank: int) -> None:

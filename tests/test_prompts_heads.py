@@ -260,6 +260,43 @@ def test_an_encoder_decoder_trains_its_prompt_only_and_is_saved(family, method, 
             assert torch.equal(model.generate(input_ids=text, max_new_tokens=3, do_sample=False), plain)
 
 
+@each_pair
+@each_method
+@pytest.mark.parametrize("more", [{}, {"num_beams": 2}], ids=str)
+def test_generation_answers_as_the_forward_that_was_trained(family, method, more):
+    """Also the tokens that stand in front of the decoder's text."""
+    model = prompted(pair(family), method, "SEQ_2_SEQ_LM")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape) * 0.3)
+    text = torch.arange(3, 15).view(2, 6)
+    shown = {"return_dict_in_generate": True, "output_logits": True, "eos_token_id": None, "do_sample": False}
+    made = model.generate(input_ids=text, max_new_tokens=3, **shown, **more, **tasks(method))
+    start = torch.full((2, 1), model.config.decoder_start_token_id)
+    with torch.no_grad():
+        wanted = model(input_ids=text, decoder_input_ids=start, **tasks(method)).logits[:, -1]
+        torch.testing.assert_close(made.logits[0][:: more.get("num_beams", 1)], wanted, rtol=1e-4, atol=1e-5)
+        if not more:
+            wanted = model(input_ids=text, decoder_input_ids=made.sequences[:, :-1], **tasks(method)).logits[:, -1]
+            torch.testing.assert_close(made.logits[-1], wanted, rtol=1e-4, atol=1e-5)
+
+
+@each_method
+def test_generation_of_a_mixed_batch_is_right_or_refused(method):
+    """BART's positions cannot be set, so that the text of a sample without a prompt would stand behind it."""
+    names, text = ["__base__", "default"], torch.arange(3, 15).view(2, 6)
+    fields = {"max_new_tokens": 3, "eos_token_id": None, "do_sample": False}
+    with pytest.raises(ValueError, match="takes no position_ids"):
+        prompted(pair("bart"), method, "SEQ_2_SEQ_LM").generate(
+            input_ids=text, adapter_names=names, **fields, **tasks(method)
+        )
+    model = prompted(pair("t5"), method, "SEQ_2_SEQ_LM")
+    made = model.generate(input_ids=text, adapter_names=names, **fields, **tasks(method))
+    assert torch.equal(made[1], model.generate(input_ids=text, **fields, **tasks(method))[1])
+    with model.disable_adapter():
+        assert torch.equal(made[0], model.generate(input_ids=text, **fields)[0])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_task_type_is_needed(method):
     with pytest.raises((ValueError, KeyError), match="task_type"):

@@ -19,7 +19,7 @@ from .checkpointed import checkpoints
 from .inputs import batch_of, behind_keys, checked_tasks, in_front
 from .mixed import hide
 from .running import OURS
-from .settled import Settled, by_ids
+from .settled import Ahead, Settled, by_ids
 
 if TYPE_CHECKING:
     from .holder import Prompts
@@ -54,8 +54,11 @@ def generate(prompts: Prompts, run: Callable[..., Any], args: tuple[Any, ...], g
     if not two and ids is not None and by_ids(prompts, front, given, settings):
         front, cached = None, Settled(prompts, chosen, ids, task_ids)
     if front is not None:
-        made = front.prompt(batch, checked_tasks(front, task_ids, batch))[:, : front.num_virtual_tokens]
-        given = hide(prompts.model, front, in_front(prompts, given, made, front), "attention_mask", True)
+        made = front.prompt(batch, checked_tasks(front, task_ids, batch))
+        text, own = made[:, : front.num_virtual_tokens], made[:, front.num_virtual_tokens :]
+        given = hide(prompts.model, front, in_front(prompts, given, text, front), "attention_mask", True)
+        if two and front.in_decoder and own.shape[1]:
+            cached = Ahead(own, front, cached)
     if cached is not None:
         mask = "decoder_attention_mask" if two else "attention_mask"
         given = hide(prompts.model, cached, _cached(prompts, cached, given, batch, two), mask, True)
@@ -130,9 +133,9 @@ def _cached(prompts: Prompts, encoder: Any, given: dict[str, Any], batch: int, t
     if hasattr(model, "_get_initial_cache_position"):  # transformers 4 takes a filled cache for the text's beginning
         text_at = torch.arange(longest, device=out["attention_mask"].device)
         out["cache_position"] = text_at + encoder.num_virtual_tokens
-    settled = isinstance(encoder, Settled)
-    filled = encoder.filled(model, rows, empty) if settled else prefix_cache(model, encoder, rows, empty)
     if not two:
+        settled = isinstance(encoder, Settled)
+        filled = encoder.filled(model, rows, empty) if settled else prefix_cache(model, encoder, rows, empty)
         return behind_keys(model, encoder, out, rows, "attention_mask", filled)
     if "encoder_outputs" not in out:
         encode: Any = model.get_encoder()  # type: ignore[operator]
@@ -141,4 +144,7 @@ def _cached(prompts: Prompts, encoder: Any, given: dict[str, Any], batch: int, t
         out["encoder_outputs"] = encode(**text, **shown, return_dict=True)
     start: Tensor | None = out.get("decoder_input_ids")
     out["decoder_attention_mask"] = out["attention_mask"].new_ones(batch, 1 if start is None else start.shape[1])
-    return behind_keys(model, encoder, out, rows, "decoder_attention_mask", filled)
+    ahead = isinstance(encoder, Ahead)
+    filled = encoder.filled(model, rows, empty, out) if ahead else prefix_cache(model, encoder, rows, empty)
+    out = behind_keys(model, encoder, out, rows, "decoder_attention_mask", filled)
+    return encoder.hidden(out) if ahead else out

@@ -98,15 +98,13 @@ def hide(model: nn.Module, encoder: Any, out: dict[str, Any], mask: str, generat
     seen = torch.ones(batch, total, dtype=torch.long, device=text.device) if seen is None else seen.clone()
     seen[absent, :k] = 0
     out = {**out, mask: seen}
-    if generating:
-        return out
     takes = "position_ids" in inspect.signature(model.forward).parameters
     if not takes and getattr(model.config, "model_type", "") not in NO_POSITIONS:
         raise ValueError(
             f"adapter_names: {type(model).__name__} takes no position_ids, so samples with {BASE!r} cannot stand in a "
             "batch with prompts. Run them apart."
         )
-    if takes:
+    if takes and not generating:
         places, first = out.get("position_ids"), 0
         if places is None and getattr(model.config, "model_type", "") in BY_MASK:
             return out

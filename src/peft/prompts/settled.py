@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..core.call import BASE
 from .cache import prefix_cache, setting, takes_cache
 from .inputs import checked_tasks, in_front
 from .mixed import Mixed
@@ -89,3 +90,56 @@ class Settled:
         self.prompts.call.ids = none  # there is no text yet in which an adapter could start
         mask = none.new_ones(rows, self.num_virtual_tokens)
         return model(**given, attention_mask=mask, past_key_values=empty, use_cache=True).past_key_values
+
+
+class Ahead:
+    """Stands in the place of an encoder of keys and values, and runs a decoder's own virtual tokens into its cache.
+
+    Arguments:
+        own: the tokens in front of the decoder's text, (batch, k, size).
+        front: what made them.
+        cached: what makes keys and values before them, or None.
+    """
+
+    def __init__(self, own: Tensor, front: Any, cached: Any) -> None:
+        self.own, self.front, self.cached = own, front, cached
+        self.before = 0 if cached is None else cached.num_virtual_tokens
+        self.num_virtual_tokens = self.before + own.shape[1]
+
+    @torch.no_grad()
+    def filled(self, model: nn.Module, rows: int, empty: Any, given: dict[str, Any]) -> Any:
+        """The cache that holds them, `empty` or one that grows, for a batch of `rows` over the encoded text."""
+        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+        if self.cached is None:
+            cache = EncoderDecoderCache(empty or DynamicCache(), DynamicCache())
+        else:
+            cache = prefix_cache(model, self.cached, rows, empty)
+        times, encoded = rows // len(self.own), given["encoder_outputs"][0]
+        own = self.own.to(encoded.dtype).repeat_interleave(times, 0)
+        mask = own.new_ones(rows, self.num_virtual_tokens, dtype=torch.long)
+        text = {"attention_mask": given["attention_mask"].repeat_interleave(times, 0)}
+        if self.cached is not None:
+            text["decoder_attention_mask"] = self._absent(self.cached, mask, 0, times)
+        model(
+            **text,
+            encoder_outputs=(encoded.repeat_interleave(times, 0),),
+            decoder_inputs_embeds=own,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return cache
+
+    def hidden(self, out: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with what samples lack masked out of the decoder's mask."""
+        mask = self._absent(self.front, out["decoder_attention_mask"], self.before)
+        if self.cached is not None:
+            mask = self._absent(self.cached, mask, 0)
+        return {**out, "decoder_attention_mask": mask}
+
+    def _absent(self, encoder: Any, mask: Tensor, start: int, times: int = 1) -> Tensor:
+        if not isinstance(encoder, Mixed) or BASE not in encoder.names:
+            return mask
+        mask, end = mask.clone(), self.num_virtual_tokens if encoder is self.front else self.before
+        mask[encoder.absent(mask.device).repeat_interleave(times), start:end] = 0
+        return mask

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...core.layer import tuner_layers
+from ...core.sharded.gather import full, put
 from ...core.stack import Adapter
 from .config import AdaLoraConfig
 from .method import FACTORS
@@ -123,12 +124,12 @@ class RankAllocator:
         """Take the E of the `count` ranks of least importance away; note what is left."""
         if count < 1:
             return
-        scores = [self.scores(p) for p in self.adapters]
+        scores = [full(self.scores(p)) for p in self.adapters]
         threshold = torch.cat([s.flatten().cpu() for s in scores]).kthvalue(count).values.item()
         pattern: dict[str, list[bool]] = {}
         for p, score in zip(self.adapters, scores, strict=True):
             stays = score > threshold
-            p.lora_E.masked_fill_(~stays.unsqueeze(-1), 0)
+            put(p.lora_E, full(p.lora_E).masked_fill(~stays.unsqueeze(-1), 0))
             vars(p)["kept"] = pattern[f"{p.path}.lora_E"] = stays.flatten().tolist()
         self.peft_config.rank_pattern = pattern
 
@@ -137,5 +138,5 @@ class RankAllocator:
         """Take away what the optimiser has given back to ranks that were cut."""
         for p in self.adapters:
             if p.kept is not None:
-                stays = torch.tensor(p.kept, device=p.lora_E.device).view(p.lora_E.shape)
-                p.lora_E.masked_fill_(~stays, 0)
+                E = full(p.lora_E)
+                put(p.lora_E, E.masked_fill(~torch.tensor(p.kept, device=E.device).view(E.shape), 0))
