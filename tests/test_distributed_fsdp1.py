@@ -21,7 +21,7 @@ from tests import distributed_work as work
 
 METHODS = ["lora", "dora", "head", "tokens", "ia3", "oft", "vera"]
 CHECKS = [*(f"kept {name}" for name in METHODS), "flat pissa", "flat head", "mixed", "summoned", "refusal", "base"]
-CHECKS += ["watched before", "watched after", "watched flat"]
+CHECKS += ["policy dora", "policy oft", "policy lora", "watched before", "watched after", "watched flat"]
 CHECKS += [f"gathered {name}" for name in ("pissa", "head", "bias")]
 
 
@@ -69,6 +69,22 @@ def check_kept(rank: int, name: str, keep: bool = True) -> None:
 
 def check_flat(rank: int, name: str) -> None:
     check_kept(rank, name, keep=False)
+
+
+def check_policy(rank: int, name: str) -> None:
+    """The policy beside original parameters, as transformers' `Trainer` takes it: what is only read is no unit."""
+    one = work.adapted(name)
+    two = FSDP(
+        inner := work.twin(one),
+        auto_wrap_policy=fsdp_auto_wrap_policy(inner),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    wanted, found = one(work.IDS), two(work.half(rank))
+    torch.testing.assert_close(found, wanted[2 * rank : 2 * rank + 2], rtol=1e-4, atol=1e-6)
+    work.loss_of(wanted).backward()
+    work.loss_of(found).backward()
+    work.same_gradients(one, gradients(two), 1e-6)
 
 
 def check_mixed(rank: int) -> None:

@@ -152,7 +152,7 @@ def _checkpoint(model: Any, arguments: dict[str, Any]) -> None:
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
-    """A wrapping policy for FSDP: trainable leaves by themselves, and the transformer's layers.
+    """A wrapping policy for FSDP: trainable leaves that are called by themselves, and the transformer's layers.
 
     The classes of the layers come from the variable FSDP_TRANSFORMER_CLS_TO_WRAP (comma separated), else from
     the model's `_no_split_modules`. Raises TypeError if the model has no module of such a class.
@@ -166,7 +166,8 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
     if wanted and missing:
         raise TypeError(f"Could not find the transformer layer class {missing[0]!r} to wrap in the model.")
     classes = {found[name] for name in class_names if name in found}
-    leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=_is_trainable_leaf)
+    read = _read_only(model)
+    leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=lambda m: id(m) not in read and _is_trainable_leaf(m))
     layers = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
     return functools.partial(_or_policy, policies=[leaves, layers])
 
@@ -194,6 +195,19 @@ def fully_shard_model(model: nn.Module, layer_classes: Sequence[str] | None = No
     for layer in reversed(layers):  # inner ones first
         fully_shard(layer, **kwargs)
     return fully_shard(model, **kwargs)  # type: ignore[return-value]
+
+
+def _read_only(model: nn.Module) -> set[int]:
+    """Modules of adapters that are read and never called: units of their own would not be gathered for that."""
+    from ..core.layer import BaseTunerLayer, tuner_layers
+
+    found: set[int] = set()
+    for _, layer in tuner_layers(model):
+        for name, p in layer.adapters.items() if isinstance(layer, BaseTunerLayer) else ():
+            called = hasattr(p.method, "through_modules") and layer.view.applied(layer.get_base_layer())
+            homes = [home for key, home in layer._modules.items() if key != "base_layer" and name in home._modules]
+            found.update(id(m) for home in homes if not called for m in home._modules[name].modules())
+    return found
 
 
 def _is_trainable_leaf(module: nn.Module) -> bool:
