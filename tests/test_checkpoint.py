@@ -177,6 +177,14 @@ def test_hostile_module_names_make_the_round_trip():
 # A given state dictionary -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (5, 3), (6,)])
+def test_tensors_of_another_shape_are_not_taken_from_a_given_state_dict(shape):
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(r=2, target_modules=["0"]))
+    state = {**model.state_dict(), "base_model.model.0.lora_A.default.weight": torch.ones(shape)}
+    with pytest.raises(ValueError, match=r"another shape than the model's: '0.lora_A.default.weight'|lora_A.default"):
+        get_peft_model_state_dict(model, state)
+
+
 def test_tensors_come_from_the_given_state_dict():
     model = adapted(modules_to_save=["head"])
     full = {k: v + 1 for k, v in model.state_dict().items()}

@@ -300,7 +300,20 @@ def _gathered(entries: list[Entry], state: Mapping[str, Tensor]) -> list[Tensor]
             f"`state_dict` lacks {len(missing)} of the adapter's {len(entries)} tensors: {listing(missing)}. Pass the "
             "full state of the model (names as in `model.state_dict()`), or None to read the live tensors."
         )
-    return [by_name[plain(e.live)] for e in entries]
+    found = [by_name[plain(e.live)] for e in entries]
+    wrong = [e.live for e, t in zip(entries, found, strict=True) if t.numel() and _misshapen(t, e.tensor)]
+    if wrong:
+        raise ValueError(
+            f"`state_dict` holds {len(wrong)} of the adapter's tensors in another shape than the model's: "
+            f"{listing(wrong)}. They may be shards, or another model's: pass the full state of this model."
+        )
+    return found
+
+
+def _misshapen(given: Tensor, held: Tensor) -> bool:
+    """Whether a tensor is surely none of a parameter's values; what FSDP1 holds is a flat part of them."""
+    own = sharded.shape(held)
+    return sharded.shape(given) != own and (len(own) > 1 or given.numel() < own.numel())
 
 
 def _no_rank(entry: Entry, tensor: Tensor) -> bool:
