@@ -301,7 +301,7 @@ def _gathered(entries: list[Entry], state: Mapping[str, Tensor]) -> list[Tensor]
             "full state of the model (names as in `model.state_dict()`), or None to read the live tensors."
         )
     found = [by_name[plain(e.live)] for e in entries]
-    wrong = [e.live for e, t in zip(entries, found, strict=True) if t.numel() and _misshapen(t, e.tensor)]
+    wrong = [e.live for e, t in zip(entries, found, strict=True) if t.numel() and _misshapen(t, e)]
     if wrong:
         raise ValueError(
             f"`state_dict` holds {len(wrong)} of the adapter's tensors in another shape than the model's: "
@@ -310,8 +310,11 @@ def _gathered(entries: list[Entry], state: Mapping[str, Tensor]) -> list[Tensor]
     return found
 
 
-def _misshapen(given: Tensor, held: Tensor) -> bool:
-    """Whether a tensor is surely none of a parameter's values; what FSDP1 holds is a flat part of them."""
+def _misshapen(given: Tensor, entry: Entry) -> bool:
+    """Whether a tensor is surely none of an adapter's; what FSDP1 has spread is there as a flat part, or not at all."""
+    held = {**entry.owner._buffers, **entry.owner._parameters}.get(entry.attr)
+    if held is None:
+        return False
     own = sharded.shape(held)
     return sharded.shape(given) != own and (len(own) > 1 or given.numel() < own.numel())
 
