@@ -101,7 +101,13 @@ def test_the_fields_of_the_earliest_releases_are_named(tmp_path):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("enable_lora", [True, False, True]), ("use_next", True), ("next_config", {"k": 1}), ("block_pattern", {"fc": 2})],
+    [
+        ("enable_lora", [True, False, True]),
+        ("use_next", True),
+        ("next_config", {"k": 1}),
+        ("block_pattern", {"fc": 2}),
+        ("required_features", ["folded"]),
+    ],
 )
 def test_an_unknown_field_that_changes_the_result_refuses(field, value, tmp_path):
     folder = written(tmp_path, {**of_release("0.18"), field: value})

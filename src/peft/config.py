@@ -304,10 +304,10 @@ class PromptLearningConfig(PeftConfig):
 def _changes_the_result(name: str, value: Any) -> bool:
     """Whether an unknown field switches something on that changes what an adapter computes.
 
-    Such fields have had names of a few forms: `use_dora`, `kasa_config`, `rank_pattern`, `lora_bias`; `enable_lora`
-    (releases before 0.3) left some rows of the weight out.
+    As `use_dora`, `kasa_config`, `rank_pattern`, `lora_bias`, `required_features` and, before 0.3, `enable_lora` do.
     """
-    return bool(value) and (name.startswith("use_") or name.endswith(("_config", "_pattern", "_bias", "enable_lora")))
+    forms = ("_config", "_pattern", "_bias", "enable_lora", "required_features")
+    return bool(value) and (name.startswith("use_") or name.endswith(forms))
 
 
 @dataclass
