@@ -160,7 +160,7 @@ class Mergeable(Blocks, Forgetful):
                 if before:
                     self._write(tuple(before))
                 else:
-                    self.__dict__.pop("_saved")
+                    self.__dict__.pop("_saved", None)
             raise
         self.__dict__["_merged"] = before + list(names)
         self._replan()
@@ -243,7 +243,7 @@ class Mergeable(Blocks, Forgetful):
         if not onestep.given_back(self):
             with onload_layer(self.get_base_layer()):
                 self._restore()
-        self.__dict__.pop("_saved")
+        self.__dict__.pop("_saved", None)
         return names
 
     def _tie(self) -> None:
