@@ -267,14 +267,11 @@ def _thin(
 
     All are of rows.
     """
-    of_B = of_x = None
-    if g.numel() < slim.NUMBERS and type(s) is float:  # what is not read gives the results' forms
-        back = torch.addmm(h, g, B, beta=0, alpha=s)
-        of_B = torch.addmm(B, g.mT, h, beta=0, alpha=s) if needs[2] else None
+    of_x = None
+    if type(s) is float:
+        back, of_B = thin.of_h(g, B, h if needs[2] else None, s)
     else:
-        back = slim.down(g, B.mT, s) if type(s) is float else slim.down(g, B.mT) * s
-    if needs[2] and of_B is None:
-        of_B = slim.outer(g, h, s) if type(s) is float else slim.outer(g, h * s)
+        back, of_B = slim.down(g, B.mT) * s, slim.outer(g, h * s) if needs[2] else None
     of_A = back.mT @ kept if needs[1] else None
     if needs[0]:
         of_x = back @ A
