@@ -103,7 +103,7 @@ def _shared(plan: Plan, method_of: Callable[[Any], Method]) -> Iterator[Row]:
     any_module = bool(getattr(config, "any_module", False))
     places = (p for t in plan.targets for p in _places(innermost(t.module), t, any_module))
     with late(), torch.device("meta"):
-        made = method_of(config).shared(config, (view.shape(base) for base, view in places), {})
+        made = method_of(config).shared(config, (view.shape(base) for base, view in places))
     for name, new in made.items():
         if isinstance(new.tensor, nn.Parameter):
             yield Row(name, "", tuple(new.tensor.shape), None, new.tensor.numel(), "shared by all targets")

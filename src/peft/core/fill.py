@@ -13,6 +13,7 @@ from . import sharded
 from .entries import PREFIX, Entry, base_tensors, plain
 from .layer import AdapterHost, BaseTunerLayer
 from .onload import stored
+from .shared import SharedTensors
 from .tie import storage_key
 from .views import PLAIN
 
@@ -308,6 +309,8 @@ def _write(entry: Entry, value: Tensor) -> None:
 def _home(entry: Entry) -> torch.device:
     """Where an adapter's tensor belongs: beside the base layer's, which accelerate may keep elsewhere until it runs."""
     base = entry.layer
+    if isinstance(base, SharedTensors) and base.place is not None:
+        return base.place
     while isinstance(base, AdapterHost) and base._below:
         base = base._modules[base._below[0]]  # type: ignore[assignment]
     held = next((t for t in base._parameters.values() if t is not None), None)

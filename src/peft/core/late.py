@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .buffers import BufferDict
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method
-from .shared import Shared, Sight, shared_of
+from .shared import Shared, Sight, beside, shared_of
 
 Spot = tuple[int, str]  # the identity of a holder, and the name of one of its tensors
 
@@ -38,7 +38,7 @@ class Waiting(NamedTuple):
     def made(self, sight: Callable[[Sight], Sight] | None = None) -> dict[str, Shared]:
         """The tensors; `sight` looks at targets in another way, where their weights are elsewhere."""
         sights = self.sights if sight is None else map(sight, self.sights)
-        return self.method.shared_by(self.settings, sights, self.known)
+        return self.method.shared_by(self.settings, sights)
 
 
 def waiting(tuner: Any, name: str, wait: Waiting) -> dict[str, Shared]:
@@ -67,7 +67,8 @@ def complete(tuner: Any, name: str, lacking: Collection[Spot] = (), sight: Any =
     if any(_wanted(home, name, lacking) for home in homes.values()):
         for key, new in wait.made(sight).items():
             if _wanted(homes[key], name, lacking):
-                _put(homes[key], name, new.tensor)
+                kind = homes[key].tensor(name).dtype
+                _put(homes[key], name, beside({key: new}, homes[key].place, kind, wait.known)[key].tensor)
     for _, layer in tuner_layers(tuner.model):
         p = layer.adapters.get(name) if isinstance(layer, BaseTunerLayer) else None
         if p is not None:

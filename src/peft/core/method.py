@@ -44,6 +44,7 @@ class Site:
     device: torch.device
     shared: dict[str, SharedTensors] = field(default_factory=dict)
     layer: Any = None  # the tuner layer around it, where there is one yet
+    place: torch.device | None = None  # where the layer runs, whatever `device` is; None: not known
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -86,19 +87,18 @@ class Method:
     def __deepcopy__(self, memo: dict[int, Any]) -> Method:
         return self
 
-    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]]) -> dict[str, Shared]:
         """The tensors that all layers of an adapter share, by name.
 
         Arguments:
             settings: the configuration.
             shapes: (..., O, I) of every target, worked out as they are asked for.
-            known: what the first adapter of the method shares already.
         """
         return {}
 
-    def shared_by(self, settings: Any, targets: Iterable[Sight], known: dict[str, Tensor]) -> dict[str, Shared]:
+    def shared_by(self, settings: Any, targets: Iterable[Sight]) -> dict[str, Shared]:
         """The same for a method that looks at the targets' weights, too; `shared` is asked otherwise."""
-        return self.shared(settings, (t.shape for t in targets), known)
+        return self.shared(settings, (t.shape for t in targets))
 
     def build(self, site: Site) -> dict[str, Any]:
         """The tensors of one target under their checkpoint names (modules or parameters), and plain values."""

@@ -19,7 +19,7 @@ from .method import Method, Site
 from .mold import Casting
 from .replicate import check_repeated, replicate
 from .roster import Roster
-from .shared import SharedTensors, Sight, in_dtype, is_late, shared_home, shared_of
+from .shared import SharedTensors, Sight, beside, is_late, shared_home, shared_of
 from .stack import Adapter
 from .targets import settings
 from .tie import Place, innermost, places, tied_modules
@@ -112,7 +112,7 @@ class Injection(Casting, Placing):
 
     def _share(self, plan: Any) -> None:
         """Make what all layers of the adapter share, and file it in the tuner."""
-        known = {k: next(iter(h._buffers.values())) for k, h in shared_of(self.tuner) if h._buffers}
+        known: Any = {k: next(iter(h._buffers.values())) for k, h in shared_of(self.tuner) if h._buffers}
         method = self.kind.method_of(self.config)
         if self.meta and is_late():
             from .late import Once, Waiting, waiting
@@ -120,14 +120,16 @@ class Injection(Casting, Placing):
             made = waiting(self.tuner, self.name, Waiting(method, self.config, Once(self._sights(plan)), known))
             self.undo.append(lambda: self.tuner.waiting.pop(self.name, None))
         else:
-            made = method.shared_by(self.config, self._sights(plan), known)
-        sight = next(self._sights(plan), None) if made and not self.autocast else None
-        if sight is not None and (half := views.dtype_beside(sight.view, sight.module)) in views.HALF:
-            made = in_dtype(made, half, known)
-        for key, new in made.items():
+            made = method.shared_by(self.config, self._sights(plan))
+        if not made:
+            return
+        sight = next(self._sights(plan))
+        weight, own = sight.view.sample(sight.module), views.dtype_beside(sight.view, sight.module, self.autocast)
+        place = _device(sight.module, weight)
+        for key, new in beside(made, place, own if own in views.HALF else None, known).items():
             home = shared_home(self.tuner, key, self.undo)
             self.undo.append(partial(home.delete_adapter, self.name))
-            home.add(self.name, new, self.meta)
+            home.add(self.name, new, place, self.meta)
             self.shared[key] = home
 
     def _sights(self, plan: Any) -> Iterator[Sight]:
@@ -223,8 +225,9 @@ class Injection(Casting, Placing):
         """What the tensors of an adapter in this layer look like: beside the base weight, float32 beside half."""
         base = layer.get_base_layer()
         weight, dtype = layer.view.sample(base), views.dtype_beside(layer.view, base, self.autocast)
-        device = torch.device("meta") if self.meta or weight is None else _device(base, weight)
-        return Site(base, layer.view, own, path, dtype, device, self.shared, layer)
+        place = _device(base, weight)
+        device = torch.device("meta") if self.meta or place is None else place
+        return Site(base, layer.view, own, path, dtype, device, self.shared, layer, place)
 
     def _module(self, path: str, base: nn.Module) -> None:
         """A target module: its matrix or matrices, and the child layers whose weights it reads."""
@@ -365,11 +368,14 @@ class Injection(Casting, Placing):
             config.modules_to_tie = plan.modules_to_tie
 
 
-def _device(base: nn.Module, weight: torch.Tensor) -> torch.device:
-    """Where the weight is when it is used: accelerate keeps an offloaded one on the meta device until then."""
+def _device(base: nn.Module, weight: torch.Tensor | None) -> torch.device | None:
+    """Where the weight is when it is used: accelerate keeps an offloaded one on the meta device until then. None: there
+    is none with numbers."""
     hook = getattr(base, "_hf_hook", None)
     place: Any = getattr(hook, "execution_device", None)
-    if weight.device.type != "meta" or hook is None:
+    if weight is None or (weight.is_meta and hook is None):
+        return None
+    if not weight.is_meta:
         return weight.device
     return place if isinstance(place, torch.device) else torch.device("cpu" if place is None else place)
 

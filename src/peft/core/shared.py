@@ -50,12 +50,15 @@ class SharedTensors(AdapterHost):
     merged: ClassVar[bool] = False
     merged_adapters: ClassVar[tuple[str, ...]] = ()
 
+    place: torch.device | None = None  # where the layers are that read the last one added, if that is known
+
     def __init__(self) -> None:
         super().__init__()
         celled(self)
 
-    def add(self, name: str, new: Shared, meta: bool = False) -> None:
+    def add(self, name: str, new: Shared, place: torch.device | None, meta: bool = False) -> None:
         """File the tensor of an adapter; one that is trained without its numbers, if a file will bring them."""
+        self.__dict__["place"] = place
         if isinstance(new.tensor, nn.Parameter):
             self._parameters[name] = nn.Parameter(new.tensor.to("meta")) if meta else new.tensor
             self.set_requires_grad(name, False)  # until it is activated
@@ -141,18 +144,29 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one.device == other.device and one.dtype is other.dtype and not one.is_meta and torch.equal(one, other)
 
 
-def kept_once(made: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by name, with those of another adapter in place of equal ones."""
-    return {k: known[k] if k in known and same(known[k], t) else t for k, t in made.items()}
+def on(place: torch.device | None, t: Tensor) -> Tensor:
+    """A tensor on a device, if that is known; one whose numbers are still to come stays on the meta device."""
+    return t if t.is_meta or place is None else t.to(place)
 
 
-def in_dtype(made: Mapping[str, Shared], dtype: torch.dtype, known: Mapping[str, Any]) -> dict[str, Shared]:
-    """Shared tensors with their numbers rounded to a dtype; those of another adapter in place of equal ones."""
+def beside(
+    made: Mapping[str, Shared], place: torch.device | None, dtype: torch.dtype | None, known: Mapping[str, Tensor]
+) -> dict[str, Shared]:
+    """Shared tensors where the layers are that read them, so that no forward has to fetch them.
+
+    Arguments:
+        made: the tensors by name.
+        place: the device; None: they stay where they are.
+        dtype: which floating-point ones are rounded to; None: none.
+        known: what another adapter shares; its tensors take the place of equal ones that are not trained.
+    """
     found = {}
     for key, (t, saved) in made.items():
-        if t.is_floating_point() and t.dtype is not dtype:
-            rounded = t.detach().to(dtype)
-            t = nn.Parameter(rounded) if isinstance(t, nn.Parameter) else kept_once({key: rounded}, known)[key]
+        moved = on(place, t.detach()).to(t.dtype if dtype is None or not t.is_floating_point() else dtype)
+        if moved.dtype is not t.dtype or moved.device != t.device:
+            t = nn.Parameter(moved) if isinstance(t, nn.Parameter) else moved
+        if not isinstance(t, nn.Parameter) and key in known and same(known[key], t):
+            t = known[key]
         found[key] = Shared(t, saved)
     return found
 

@@ -59,9 +59,7 @@ class TokenRows(Method):
             held: nn.Parameter = self.share.trainable_tokens_delta
         else:
             held = nn.Parameter(torch.empty(len(self.indices), width, **site.kwargs))
-        index = torch.tensor(
-            [i % count for i in self.indices], device=None if site.device.type == "meta" else site.device
-        )
+        index = torch.tensor([i % count for i in self.indices], device=site.place)
         return {"trainable_tokens_delta": held, "token_indices": index}
 
     def init(self, p: Adapter, inner: Stack) -> None:

@@ -30,7 +30,8 @@ def cayley(Q: Tensor) -> Tensor:
     """(I - Q) (I + Q)^-1, orthogonal for a skew Q, (..., b, b)."""
     Q = Q.float() if Q.dtype in (torch.float16, torch.bfloat16) else Q
     one = kernel.one(Q)
-    return torch.linalg.solve(one + Q, one - Q)  # the two commute
+    # the two commute; I + Q has an inverse always, and to look whether it has would wait for a GPU
+    return torch.linalg.solve_ex(one + Q, one - Q)[0]
 
 
 def series(Q: Tensor, terms: int) -> Tensor:

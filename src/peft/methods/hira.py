@@ -58,7 +58,7 @@ class HiRA(Delta):
 
     reads = True
 
-    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]]) -> dict[str, Shared]:
         """Nothing but a note that ranks differ: the peer's files have rank r all the same, and are taken."""
         settings.__dict__["patterned"] = bool(settings.rank_pattern)
         return {}

@@ -24,7 +24,7 @@ from ..core.defaults import BNB_LAYERS
 from ..core.layer import name_layers
 from ..core.method import LowRank, Site
 from ..core.scale import ScaledLayer
-from ..core.shared import Shared, drawn, kept_once, seeded_on
+from ..core.shared import Shared, drawn, seeded_on
 from ..core.stack import Adapter, Stack
 from ..kernels.product import scaled_rows
 from ..target_config import Alpha, OrAuto, probability
@@ -65,11 +65,11 @@ class RandLoRA(LowRank):
 
     copies = ("randlora_A", "randlora_B")
 
-    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]]) -> dict[str, Shared]:
         small, large = sorted(map(max, zip(*(s[-2:] for s in shapes), strict=True)))
         need = (settings.r, 1, small), (large, math.ceil(small / settings.r), settings.r)
-        made = kept_once(dict(zip(self.copies, draw(*need, settings), strict=True)), known)
-        return {name: Shared(t, settings.save_projection) for name, t in made.items()}
+        made = zip(self.copies, draw(*need, settings), strict=True)
+        return {name: Shared(t, settings.save_projection) for name, t in made}
 
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings

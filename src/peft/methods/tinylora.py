@@ -23,7 +23,7 @@ from ..config import describe
 from ..core.cells import reference
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
-from ..core.shared import Shared
+from ..core.shared import Shared, on
 from ..core.stack import Adapter, Stack
 from ..target_config import CHOSEN, choice, number, probability
 from .additive import AdditiveConfig, AdditiveModel
@@ -73,7 +73,7 @@ class TinyLoRA(LowRank):
     keeps_factors = True
     neutral_zeros = False  # an adapter of other layers counts them otherwise
 
-    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]]) -> dict[str, Shared]:
         places = settings.__dict__["places"] = Places(sum(1 for _ in shapes), settings.weight_tying)
         made, start, bound = {}, settings.init_weights, settings.init_v_bound
         for k in range(places.groups):
@@ -89,13 +89,12 @@ class TinyLoRA(LowRank):
         r = min(c.r, out, inp)
         number = places.number(site.path) if places is not None else 0  # of a plan, which only counts
         P = projection(c, number, r).to(site.dtype)
-        unsaved = None if site.device.type == "meta" else site.device
         first, last = (out, inp) if not site.view.infix else (inp, out)
         return {
             "tinylora_dropout": site.dropout("tinylora_dropout"),
             "tinylora_A": nn.Buffer(torch.empty(*lead, r, last, **site.kwargs)),
             "tinylora_B": nn.Buffer(torch.empty(*lead, first, r, **site.kwargs)),
-            "tinylora_P": nn.Buffer(P.to(site.device)) if c.save_projection else P.to(unsaved),
+            "tinylora_P": nn.Buffer(P.to(site.device)) if c.save_projection else on(site.place, P),
             "r": r,
             "vector": places.vector(site.path) if places is not None else "",
         }

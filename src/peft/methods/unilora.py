@@ -21,7 +21,7 @@ from ..config import describe
 from ..core.kept import kept
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
-from ..core.shared import Shared, is_late
+from ..core.shared import Shared, is_late, on
 from ..core.stack import Adapter
 from ..target_config import CHOSEN, number, probability
 from .additive import AdditiveConfig, AdditiveModel
@@ -63,7 +63,7 @@ class UniLoraConfig(AdditiveConfig):
 class UniLoRA(LowRank):
     """W' = W + B A, read from a vector."""
 
-    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]]) -> dict[str, Shared]:
         count = sum(settings.r * math.prod(lead) * (out + inp) for *lead, out, inp in shapes)
         deal, before = Deal(count, settings.theta_d_length, settings.proj_seed), settings.__dict__.get("deal")
         if before is not None and before.waits and before.form == deal.form:
@@ -82,17 +82,16 @@ class UniLoRA(LowRank):
         built: dict[str, Any] = {"unilora_dropout": site.dropout("unilora_dropout"), "r": c.r}
         if deal is None or not site.shared:  # a plan: nothing but theta is trained, and it is no layer's
             return built
-        device = None if site.device.type == "meta" else site.device
         held: Any = nn.Buffer if c.save_indices else lambda t: t
         built["starts"] = starts = {}
         *lead, out, inp = site.view.shape(site.module)
         for side, shape in (("A", (*lead, c.r, inp)), ("B", (*lead, out, c.r))):
             starts[side] = deal.book(shape)
             at = torch.empty(shape, dtype=torch.int64, device="meta") if is_late() else deal.at(starts[side], shape)
-            built[f"unilora_indices_{side}"] = held(at.to(device))
+            built[f"unilora_indices_{side}"] = held(on(site.place, at))
             if c.save_indices:
                 scale = torch.empty_like(at, dtype=site.dtype) if is_late() else deal.factor[at]
-                built[f"unilora_scales_{side}"] = nn.Buffer(scale.to(device, site.dtype))
+                built[f"unilora_scales_{side}"] = nn.Buffer(on(site.place, scale.to(site.dtype)))
         return built
 
     def drawn(self, p: Adapter, keys: Collection[str]) -> Mapping[str, Tensor]:

@@ -63,7 +63,7 @@ class VBLoRA(LowRank):
 
     neutral_zeros = False  # equal logits take of all vectors alike
 
-    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]]) -> dict[str, Shared]:
         bound = settings.init_vector_bank_bound
         bank = torch.empty(settings.num_vectors, settings.vector_length).uniform_(-bound, bound)
         return {"vblora_vector_bank": Shared(nn.Parameter(bank))}

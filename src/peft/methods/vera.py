@@ -21,7 +21,7 @@ from ..config import describe
 from ..core.direct import open_linear
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
-from ..core.shared import Shared, drawn, kept_once
+from ..core.shared import Shared, drawn
 from ..core.stack import Adapter, Stack
 from ..errors import PeftWarning
 from ..kernels import onto, vectors
@@ -66,13 +66,12 @@ class VeRA(LowRank):
     sums_from = 1.5
     rows = 1  # of A for each of B's columns
 
-    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]]) -> dict[str, Shared]:
         (out, inp), r = map(max, zip(*(s[-2:] for s in shapes), strict=True)), settings.r
         names, of_a, of_b = (f"{self.word}_A", f"{self.word}_B"), (self.rows * r, inp), (out, r)
         generator = torch.Generator().manual_seed(settings.projection_prng_key)
         pair = drawn(of_a, (6 / inp) ** 0.5, generator), drawn(of_b, (6 / r) ** 0.5, generator)
-        made = kept_once(dict(zip(names, pair, strict=True)), known)
-        return {name: Shared(t, settings.save_projection) for name, t in made.items()}
+        return {name: Shared(t, settings.save_projection) for name, t in zip(names, pair, strict=True)}
 
     def build(self, site: Site) -> dict[str, Any]:
         c, word = site.settings, self.word

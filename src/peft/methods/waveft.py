@@ -67,7 +67,7 @@ class WaveFT(Sparse):
     places_key = "waveft_indices"
     whole_from = ((4.5, 0), (8.0, 0))
 
-    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]], known: dict[str, Tensor]) -> dict[str, Shared]:
+    def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]]) -> dict[str, Shared]:
         """Nothing but a note on the configuration: how many coefficients each element of a weight gets."""
         sizes = [out * inp for *_, out, inp in shapes] if settings.proportional_parameters else []
         settings.__dict__["per_element"] = settings.n_frequency * len(sizes) / sum(sizes) if sizes else None

@@ -25,7 +25,7 @@ from ...core.cells import reference
 from ...core.direct import open_linear
 from ...core.draw import scatter
 from ...core.method import Delta, Site
-from ...core.shared import Shared, Sight, kept_once, same
+from ...core.shared import Shared, Sight, same
 from ...core.stack import Adapter, Stack
 from ...kernels import onto, sparse
 from .basis import PART, Kind, bases, kind_of, left, off_diagonal, places, table
@@ -39,7 +39,7 @@ class FRoD(Delta):
     sums_from = 2.0
     may_be_empty = frozenset({"frod_lambda_s_values"})  # where `sparse_rate` chooses no place
 
-    def shared_by(self, settings: Any, targets: Iterable[Sight], known: dict[str, Tensor]) -> dict[str, Shared]:
+    def shared_by(self, settings: Any, targets: Iterable[Sight]) -> dict[str, Shared]:
         kinds: dict[str, Kind] = {}
         for sight in targets:
             name, size = kind_of(sight.path), table(sight.view, sight.shape)[-1]
@@ -48,7 +48,7 @@ class FRoD(Delta):
             kinds.setdefault(name, Kind(size)).add(sight)
         made = places({name: kind.size for name, kind in kinds.items()}, settings)
         made.update((f"frod_V.{name}", V) for name, V in bases(kinds, settings))
-        return {key: Shared(t, settings.save_projection) for key, t in kept_once(made, known).items()}
+        return {key: Shared(t, settings.save_projection) for key, t in made.items()}
 
     def build(self, site: Site) -> dict[str, Any]:
         *lead, _, size = table(site.view, site.view.shape(site.module))
