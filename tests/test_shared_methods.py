@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,6 +11,7 @@ from torch import nn
 
 import peft
 from peft import (
+    FrodConfig,
     PeftModel,
     PveraConfig,
     RandLoraConfig,
@@ -18,8 +21,11 @@ from peft import (
     VBLoRAConfig,
     VeraConfig,
     get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 from peft.core.shared import shared_of
+from peft.utils.hotswap import hotswap_adapter
 
 
 class Two(nn.Module):
@@ -71,6 +77,55 @@ def test_what_layers_share_has_the_dtype_of_the_base_where_it_is_asked_for(name,
     again = PeftModel.from_pretrained(Two().bfloat16(), tmp_path, autocast_adapter_dtype=False).eval()
     assert torch.equal(again(X.bfloat16()), model.eval()(X.bfloat16()))
     assert all(home.tensor("default").dtype is torch.bfloat16 for _, home in shared_of(again.base_model))
+
+
+SEEDED = {
+    "vera": VeraConfig(r=4, init_weights=False, **TARGETS),
+    "pvera": PveraConfig(r=4, init_weights=False, **TARGETS),
+    "randlora": RandLoraConfig(r=4, init_weights=False, **TARGETS),
+    "frod": FrodConfig(init_weights=False, progressbar=False, **TARGETS),
+}
+
+
+def drawn_again(config):
+    return replace(config, projection_prng_key=config.projection_prng_key + 1)
+
+
+def alike(model):
+    """Whether two adapters keep all that is drawn once."""
+    homes = [home for _, home in shared_of(model.base_model)]
+    return bool(homes) and all(h.tensor("default").data_ptr() == h.tensor("second").data_ptr() for h in homes)
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["loaded", "swapped"])
+@pytest.mark.parametrize("name", SEEDED)
+def test_numbers_written_over_one_adapter_leave_those_that_others_share_with_it(name, swapped, tmp_path):
+    model = get_peft_model(Two(), SEEDED[name])
+    model.add_adapter("second", SEEDED[name])
+    assert alike(model)
+    wanted, other = model.eval()(X), get_peft_model(Two(), drawn_again(SEEDED[name])).eval()
+    other.peft_config["default"].projection_prng_key -= 1  # as a file of another generator's numbers has it
+    if swapped:
+        other.save_pretrained(tmp_path)
+        hotswap_adapter(model, tmp_path, "second")
+    else:
+        set_peft_model_state_dict(model, get_peft_model_state_dict(other), "second")
+    assert torch.equal(model(X), wanted)
+    model.set_adapter("second")
+    torch.testing.assert_close(model(X), other(X))
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_equal_numbers_of_files_are_kept_once_and_stay_so_when_the_model_moves(name, tmp_path):
+    get_peft_model(Two(), SEEDED[name]).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(Two(), tmp_path)
+    model.load_adapter(tmp_path, "second")
+    assert alike(model)
+    assert alike(model.double())
+    model.set_adapter("second")
+    second = model.eval()(X.double())
+    model.set_adapter("default")
+    assert torch.equal(model(X.double()), second)
 
 
 # ---- VB-LoRA -----------------------------------------------------------------------------------------------------

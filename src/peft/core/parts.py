@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .entries import PREFIX, Entry
+from .shared import SharedTensors
 from .wrappers import ModulesToSaveWrapper
 
 
@@ -70,6 +71,9 @@ def joined(entries: list[Entry], state: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def written(entries: list[Entry]) -> None:
     """Tell the adapters' methods that a file was written into their tensors."""
+    for entry in entries:
+        if isinstance(entry.owner, SharedTensors):
+            entry.owner.join(entry.attr)
     adapters = {id(e.adapter): e.adapter for e in entries if e.adapter is not None}
     for p in adapters.values():
         p.method.written(p)

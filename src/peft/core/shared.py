@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .buffers import listed
 from .cells import celled
 from .host import AdapterHost
+from .lent import same_memory
 from .stack import Slot
 from .views import LinearView
 
@@ -71,6 +72,31 @@ class SharedTensors(AdapterHost):
         """The tensor of an adapter."""
         found = self._parameters[name] if name in self._parameters else None  # noqa: SIM401 so asked, ZeRO-3 gathers it
         return self._buffers[name] if found is None else found  # type: ignore[return-value]
+
+    def part(self, name: str) -> None:
+        """Give an adapter memory of its own, so that to write its numbers changes no other's."""
+        held = self._buffers.get(name)
+        if held is not None and any(same_memory(held, t) for t in self._others(name)):
+            self._buffers[name] = held.clone()
+
+    def join(self, name: str) -> None:
+        """Keep the tensor of an adapter and an equal one of another once."""
+        held = self._buffers.get(name)
+        if held is not None:
+            self._buffers[name] = next((t for t in self._others(name) if t is held or same(t, held)), held)
+
+    def _others(self, name: str) -> Iterator[Tensor]:
+        return (t for n, t in self._buffers.items() if n != name and t is not None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedTensors:
+        """Move or cast the tensors; those that adapters have in common stay one."""
+        seen: dict[Any, str] = {}
+        held = {n: t for n, t in self._buffers.items() if t is not None}
+        first = {n: seen.setdefault((t.untyped_storage()._cdata, t.shape), n) for n, t in held.items()}
+        super()._apply(fn, recurse)
+        for n, one in first.items():
+            self._buffers[n] = self._buffers[one]
+        return self
 
     def slots(self, name: str) -> list[Slot]:
         """The tensor of an adapter, if it is saved."""

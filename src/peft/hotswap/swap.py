@@ -31,6 +31,7 @@ from ..core.method import LowRank, Site
 from ..core.parts import joined
 from ..core.pattern import settings
 from ..core.renames import Key, found_again, of_now, renamed_paths, tables_of_now
+from ..core.shared import SharedTensors
 from ..core.stack import Adapter
 from ..core.wrappers import ModulesToSaveWrapper
 from ..errors import listing, nearest
@@ -282,7 +283,7 @@ class Swap:
         change = Change(p, own, group)
         tensor = next((e.tensor for e in group if e.tensor.is_floating_point()), group[0].tensor)
         base = p.layer.get_base_layer()
-        site = Site(base, p.layer.view, own, p.path, tensor.dtype, torch.device("meta"), p.shared)
+        site = Site(base, p.layer.view, own, p.path, tensor.dtype, torch.device("meta"), p.shared, place=tensor.device)
         form = p.method.form(site) if not more else None
         key = (id(own), p.method, tensor.dtype, form)
         if form is not None and key in self.forms:
@@ -321,6 +322,9 @@ class Swap:
                 f"The adapter does not fit in the room at {large.p.path!r}: it has {large.shapes}, and there is "
                 f"{ {e.part: tuple(e.tensor.shape) for e in large.places} }."
             )
+        for entry, _ in self.copies:
+            if isinstance(entry.owner, SharedTensors):
+                entry.owner.part(entry.attr)
         copies = ((entry.tensor, value) for entry, value in self.copies)
         fits = [Fit(tensor, tensor, as_held(value, tensor)) for tensor, value in copies]
         self._plain_values(undo)

@@ -25,7 +25,7 @@ from ...core.cells import reference
 from ...core.direct import open_linear
 from ...core.draw import scatter
 from ...core.method import Delta, Site
-from ...core.shared import Shared, Sight, same
+from ...core.shared import Shared, Sight
 from ...core.stack import Adapter, Stack
 from ...kernels import onto, sparse
 from .basis import PART, Kind, bases, kind_of, left, off_diagonal, places, table
@@ -83,11 +83,6 @@ class FRoD(Delta):
         if "category" not in p.__dict__:  # a file came first
             self.prepare(p)
         self.follow_base(p, p.layer.stack(()))
-        for what in SHARED:  # equal ones of two adapters are kept once
-            held = p.shared[f"frod_{what}.{p.category}"]._buffers
-            other = next((t for name, t in held.items() if name != p.name), None)
-            if other is not None and other is not held[p.name] and same(other, held[p.name]):
-                held[p.name] = other
 
     def prepare(self, p: Adapter) -> None:
         name, size = kind_of(p.path), table(p.layer.view, p.layer.view.shape(p.layer.get_base_layer()))[-1]
