@@ -1,4 +1,4 @@
-"""A device that is not there: torch sees another kind than the CPU, with memory of its own and two of them."""
+"""Devices that are not there: torch sees two of another kind than the CPU, of which one has no double precision."""
 
 from __future__ import annotations
 

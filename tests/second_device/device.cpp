@@ -117,15 +117,21 @@ Tensor on_device(const Tensor& t, at::Device d) {
   return at::empty_strided(t.sizes(), t.strides(), t.options().device(d)).copy_(t);
 }
 
+void check_kind(at::Device d, optional<at::ScalarType> kind) {  // the second is like those that lack one
+  TORCH_CHECK(d.index() != 1 || c10::dtype_or_default(kind) != at::kDouble, "this device has no double precision");
+}
+
 Tensor empty(IntArrayRef size, optional<at::ScalarType> dtype, optional<at::Layout>, optional<at::Device> device,
              optional<bool>, optional<at::MemoryFormat> format) {
   c10::DeviceGuard guard(device.value_or(at::Device(KIND, current)));
+  check_kind(guard.current_device(), dtype);
   return at::detail::empty_generic(size, &memory, KEYS, c10::dtype_or_default(dtype), format);
 }
 
 Tensor empty_strided(IntArrayRef size, IntArrayRef stride, optional<at::ScalarType> dtype, optional<at::Layout>,
                      optional<at::Device> device, optional<bool>) {
   c10::DeviceGuard guard(device.value_or(at::Device(KIND, current)));
+  check_kind(guard.current_device(), dtype);
   return at::detail::empty_strided_generic(size, stride, &memory, KEYS, c10::dtype_or_default(dtype));
 }
 

@@ -221,11 +221,12 @@ def of_language_models(place: torch.device) -> Iterator[Callable[[], None]]:
 
 def main(library: str) -> int:
     """Go through all, and say what does not hold."""
-    place = registered(Path(library))
+    place, other = registered(Path(library)), torch.device("second:1")
     warnings.simplefilter("ignore")
     cells = [(m, n) for m in METHODS for n in CHOSEN if forbidden(m, LAYOUTS[n]) is None]
     rooms = {f"{m} on {n}": (of_cell, m, LAYOUTS[n], place) for m, n in cells}
-    rooms |= {f"{m} on two": (of_two, m, (place, torch.device("second:1"))) for m, n in cells if n == "linear"}
+    rooms |= {f"{m} on two": (of_two, m, (place, other)) for m, n in cells if n == "linear"}
+    rooms |= {f"{m} without double": (of_cell, m, LAYOUTS[n], other) for m, n in cells if n == "linear"}
     rooms["transformers"] = (of_language_models, place)
     count = wrong = 0
     for title, (room, *args) in rooms.items():

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALL = (
-    64  # products with a side of at most this length are multiplied out: that is as fast, and signs are those of others
-)
+from ..kernels.modes import has_double
+
+SMALL = 64  # products with a side of at most this length are multiplied out: as fast, and signs are those of others
 EXACT_SIZE = 1024  # matrices whose smaller side is longer are decomposed by random projections where a rank is given
 OVERSAMPLING, POWERS = 16, 4
 ROUNDING = 1e-13  # of a squared norm: single precision
@@ -60,7 +60,7 @@ def joined(pairs: list[Pair]) -> Pair:
 
 def exactly(t: Tensor) -> Tensor:
     """In double precision, where the device has it."""
-    return t.double() if t.device.type != "mps" else t.float()
+    return t.double() if has_double(t.device) else t.float()
 
 
 class Spectrum:
@@ -125,7 +125,7 @@ class Spectrum:
 
         A matrix of zeros has rank 0.
         """
-        square = self.S.reshape(-1, self.S.shape[-1]).double().square()
+        square = exactly(self.S.reshape(-1, self.S.shape[-1])).square()
         rest = square.flip(-1).cumsum(-1).flip(-1)  # what is left out without the k-th value and those after it
         rest = rest + self.left_out().reshape(-1, 1).to(rest)
         whole = rest[:, :1]
@@ -135,7 +135,7 @@ class Spectrum:
         """The best product of rank r, B = U S and A = Vh, or with the root of S on both sides if `balanced`."""
         k = min(r, self.S.shape[-1])
         S = self.S[..., :k]
-        left = self.square - S.double().square().sum()
+        left = self.square - exactly(S).square().sum()
         error = float((left.clamp_min(0) / self.square).sqrt()) if self.square > 0 else 0.0
         right, up = (S.sqrt(), S.sqrt()) if balanced else (torch.ones_like(S), S)
         A, B = right[..., None] * self.Vh[..., :k, :], self.U[..., :k] * up[..., None, :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,6 +40,15 @@ def shaped(y: Tensor, lead: Sequence[int]) -> Tensor:
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast chooses the dtypes of products with x; torch knows of none on the meta device."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+@cache
+def has_double(device: torch.device) -> bool:
+    """Whether a device computes in double precision, as Apple's do not."""
+    try:
+        return torch.empty(1, dtype=torch.float64, device=device).dtype is torch.float64
+    except (TypeError, RuntimeError):
+        return False
 
 
 def node(kind: type[torch.autograd.Function]) -> Callable[..., Any]:

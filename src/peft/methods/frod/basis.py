@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...core.shared import Sight, is_late, seeded_on
 from ...core.unload import progress
+from ...kernels.modes import has_double
 
 LEAST = 1e-12  # a column of this norm is zero
 LARGE = 2**23  # numbers; more are not held in single precision at once
@@ -135,8 +136,12 @@ def places(sizes: dict[str, int], settings: Any) -> dict[str, Tensor]:
 
 
 def left(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """(U, l0) with W = U diag(l0) V', solved in double precision; U in V's dtype where it is large."""
-    wide = V.to(W.device, torch.float64)
+    """(U, l0) with W = U diag(l0) V', solved in double precision, on the CPU where W's device has none.
+
+    U is in V's dtype where it is large.
+    """
+    place = W.device if has_double(W.device) else torch.device("cpu")
+    W, wide = W.detach().to(place), V.to(place).double()
     if W.numel() > LARGE:
         return left_by_parts(W, wide, V.dtype)
     right = W.detach().double().mT

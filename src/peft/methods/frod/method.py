@@ -70,9 +70,10 @@ class FRoD(Delta):
         self.prepare(p)
         V, dtype = self.of_kind(p, "V"), p.frod_lambda_l.dtype
         if V.device.type != "meta":
-            U, scale = left(table(p.layer.view, p.original_weight()), V)
-            p.layer.keep(p, "frod_U", U.to(V.dtype))
-            p.layer.keep(p, "frod_lambda_0", scale.to(dtype))
+            W = table(p.layer.view, p.original_weight())
+            U, scale = left(W, V)
+            p.layer.keep(p, "frod_U", U.to(V.dtype).to(W.device))
+            p.layer.keep(p, "frod_lambda_0", scale.to(dtype).to(W.device))
 
     @torch.no_grad()
     def follow_base(self, p: Adapter, inner: Stack) -> None:
