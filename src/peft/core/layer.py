@@ -53,13 +53,28 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes):
     _off = False
     _run: Any = None  # what a forward calls; None is the base layer
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        call: Call | None = None,
-        parameter: str | None = None,
-        read: str = "",
-    ):
+    def __init__(self, base_layer: nn.Module, *given: Any, **named: Any):
+        """A layer without adapters around `base_layer`, or by itself with one.
+
+        Arguments:
+            base_layer: what it stands for.
+            given: the record of calls, the parameter that is meant, how a parent reads it; or an adapter's name, its
+                configuration and more (`alone.stated`), which may be named, too.
+        """
+        if named or (given and isinstance(given[0], str)):
+            from . import alone
+
+            both = alone.stated(given, named)
+            name, parameter = both.pop("adapter_name"), both.pop("parameter_name", None)
+            config = alone.settings(self.family, both.pop("config", None), both)
+            self._stand(base_layer, None, parameter)
+            alone.furnish(self, name, config)
+        else:
+            self._stand(base_layer, *given)
+
+    def _stand(
+        self, base_layer: nn.Module, call: Call | None = None, parameter: str | None = None, read: str = ""
+    ) -> None:
         d = self.__dict__
         d["training"], d["_parameters"], d["_buffers"] = base_layer.training, {}, NO_BUFFERS
         d["_modules"] = {"base_layer": base_layer}

@@ -150,27 +150,28 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         copy: nn.Module = self.adapters.get(name or "", self.original_module)
         return copy
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.pop("adapter_names", None) or self.call.fact("names")
         if names is None or self._disabled or self.call.only is not None:
-            return self._module()(x, *args, **kwargs)
-        return self._mixed(tuple(names), x, args, kwargs)
+            return self._module()(*args, **kwargs)
+        return self._mixed(tuple(names), args, kwargs)
 
-    def _mixed(self, names: tuple[str, ...], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _mixed(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         copies = {id(module): module for module in map(self._of, dict.fromkeys(names))}
         if len(copies) == 1:
-            return next(iter(copies.values()))(x, *args, **kwargs)
+            return next(iter(copies.values()))(*args, **kwargs)
         if not isinstance(self.original_module, _BY_ROWS):
             raise TypeError(
                 f"adapter_names cannot be used with {self.path!r} in modules_to_save: a "
                 f"{type(self.original_module).__name__} may mix the samples of a batch. Linear, embedding and "
                 "convolution layers work."
             )
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         groups = self.call.groups(x.shape[0], x.device, self.path, names)
         parts = []
         for name, index in groups.items():
             take = rows_of(index, x.shape[0], 0)
-            parts.append(self._of(name)(take(x), *map(take, args), **{k: take(v) for k, v in kwargs.items()}))
+            parts.append(self._of(name)(*map(take, args), **{k: take(v) for k, v in kwargs.items()}))
         return join_parts(parts, torch.cat(list(groups.values())).argsort(), 0)
 
     def unload_and_optionally_merge_module(

@@ -135,9 +135,12 @@ def reads_weights(parent: nn.Module | None) -> str:
 
 
 def dtype_beside(view: LinearView, m: nn.Module, autocast: bool = False) -> torch.dtype:
-    """The dtype of an adapter's tensors beside a weight; `autocast` makes half precision float32."""
+    """The dtype of an adapter's tensors beside a weight; `autocast` makes half precision float32.
+
+    Eight bits store a weight, but nothing is drawn, learnt or multiplied in them: beside those it is float32.
+    """
     weight = view.sample(m)
     dtype = getattr(m, "compute_dtype", None)
     dtype = dtype or (torch.get_default_dtype() if weight is None else weight.dtype)
-    small = dtype in HALF or "float8" in str(dtype)
-    return torch.float32 if not dtype.is_floating_point or (autocast and small) else dtype
+    stored = not dtype.is_floating_point or "float8" in str(dtype)
+    return torch.float32 if stored or (autocast and dtype in HALF) else dtype
