@@ -130,3 +130,40 @@ def test_adapters_beside_weights_stored_in_eight_bits_are_float32(config, autoca
     config.target_modules = ["0"]
     model = get_peft_model(base, config, autocast_adapter_dtype=autocast)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def modes(model):
+    """The names of the modules that are in training, below the tuner."""
+    return sorted(n.removeprefix("base_model.model.") for n, m in model.named_modules() if m.training and "model." in n)
+
+
+def small(**fields):
+    config = LoraConfig(r=2, target_modules=["0"], lora_dropout=0.5, init_lora_weights=False, **fields)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval(), config
+
+
+def test_what_is_to_learn_is_in_training_though_its_model_is_not():
+    model = get_peft_model(*small())
+    new = ["0", *(f"0.{k}{e}" for k in ("lora_A", "lora_B", "lora_dropout") for e in ("", ".default"))]
+    x = torch.ones(64, 4)
+    assert modes(model) == new and not torch.equal(model(x)[0], model(x)[1]), "dropout is in force"
+    assert modes(get_peft_model(*small(inference_mode=True))) == []
+
+
+def test_a_further_adapter_leaves_the_mode_of_the_others(tmp_path):
+    model = get_peft_model(*small())
+    model.save_pretrained(tmp_path)
+    model.eval()
+    model.add_adapter("b", small()[1])
+    assert modes(model) == ["0.lora_A.b", "0.lora_B.b", "0.lora_dropout.b"]
+    for name in "cde":  # from the second on by what was kept of the first
+        model.load_adapter(tmp_path, name, is_trainable=name != "e")
+        assert modes(model) == ([] if name == "e" else [n for n in modes(model) if n[-1] in "bcd"])
+        assert name == "e" or f"0.lora_dropout.{name}" in modes(model)
+
+
+def test_modes_are_as_before_where_an_adapter_could_not_be_added():
+    model = get_peft_model(*small()).eval()
+    with pytest.raises(ValueError, match="nope"):
+        model.add_adapter("b", LoraConfig(target_modules=["0"], trainable_token_indices={"nope": [0]}))
+    assert modes(model) == []

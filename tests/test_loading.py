@@ -330,7 +330,7 @@ def shared_file(name, folder, monkeypatch, **fields):
     dealt, deal = [], np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda seed: (dealt.append(seed), deal(seed))[1])
     x = torch.randn(5, 8)
-    return x, model(x).detach(), dealt
+    return x, model.eval()(x).detach(), dealt
 
 
 @pytest.mark.filterwarnings("ignore:save_projection")

@@ -244,7 +244,10 @@ class AdapterFile:
             undo.append(partial(recipe.take_out, self.name))
             recipe.place(tuner, self.name, config, made, is_trainable)
             tuner._join(tuner.kind_of(config).companion, self.name, undo)
-            if not is_trainable and (model.training or tuner.training or not recipe.evaluating()):
+            quiet = not (model.training or tuner.training or tuner.modes_differ) and recipe.evaluating()
+            if is_trainable:
+                tuner.modes_differ = True
+            elif not quiet:
                 evaluate(model, None)
         except BaseException:
             for step in reversed(undo):

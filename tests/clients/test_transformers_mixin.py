@@ -184,6 +184,15 @@ def test_a_folder_is_loaded_for_inference_or_for_training(is_trainable, folder):
     assert torch.equal(logits(model.eval()), logits(expected))
 
 
+def test_an_adapter_to_be_trained_is_in_training_beside_a_base_that_is_not(folder):
+    model = llama().eval()
+    model.load_adapter(folder, is_trainable=True)
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            assert module.training == ("lora_" in name)
+            assert all(p.requires_grad == ("lora_" in name) for p in module.parameters())
+
+
 def test_a_configuration_and_a_state_are_loaded_without_files(folder):
     model = llama()
     model.load_adapter(peft_config=config(), adapter_state_dict=dict(tensors(folder)), adapter_name="given")

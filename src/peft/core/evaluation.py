@@ -1,8 +1,9 @@
-"""Putting a model into evaluation after a load, at a cost that other adapters hardly raise."""
+"""The mode that new adapters are in: training where they learn, whatever the model is in; evaluation after a load."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from .layer import BaseTunerLayer
 
 
 def evaluate(model: nn.Module, new: str | None, found: list[nn.Module] | None = None) -> Callable[[], None]:
-    """`model.eval()`, in one walk; where all but a new adapter is in evaluation already, no other adapter is visited.
+    """`model.eval()`, in one walk; what is in evaluation already costs a look at most.
 
     Arguments:
         model: a model with adapters.
@@ -51,7 +52,8 @@ def _evaluate(model: nn.Module, new: str | None, found: list[nn.Module] | None, 
         layer.eval()  # which forgets what is kept
     homes = [(x, home) for x in layers for key, home in x._modules.items() if key not in x._below and home is not None]
     inner = [home for layer, home in homes if layer.training]
-    inner += [m for layer, home in homes if not layer.training for m in [home._modules.get(new)] if m is not None]
+    still = [home._modules.values() for layer, home in homes if not layer.training]
+    inner += [m for modules in still for m in modules if m is not None and m.training]
     was += [m for m in found if m.training]
     for m in found:
         m.__dict__["training"] = False
@@ -62,3 +64,33 @@ def _evaluate(model: nn.Module, new: str | None, found: list[nn.Module] | None, 
             inner += [child for child in m._modules.values() if child is not None]
         else:
             m.eval()
+
+
+def learning(tuner: Any, layers: Iterable[BaseTunerLayer], name: str) -> Callable[[], None]:
+    """Put an adapter's modules into training, as new modules are, also where the model around them is not.
+
+    A layer that has no other adapter follows; one that has others stays as it is, and the tuner notes that their modes
+    may differ. Returns what takes it back.
+    """
+    found: list[dict[str, Any]] = []
+    for layer in layers:
+        own = layer.__dict__
+        if own["training"]:
+            continue
+        alone = len(own["adapters"]) == 1
+        tuner.modes_differ |= not alone
+        found += [own] if alone else []
+        for key, home in own["_modules"].items():
+            if key in layer._below or home is None:
+                continue
+            found += [home.__dict__] if alone else []
+            new = home.__dict__["_modules"].get(name)
+            if new is not None:
+                found += [m.__dict__ for m in new.modules()] if new._modules else [new.__dict__]
+
+    def turn(mode: bool) -> None:
+        for attributes in found:
+            attributes["training"] = mode
+
+    turn(True)
+    return partial(turn, False)

@@ -130,8 +130,7 @@ class Mold:
 
     def fill(self, layer: BaseTunerLayer, path: str, tables: list[dict[str, Any]], filling: Filling) -> None:
         """Another adapter, which has its parameters already; as `add`."""
-        training = filling.training and layer.__dict__["training"]
-        d = self._put(layer, path, tables, filling.name, filling.weights, training).__dict__
+        d = self._put(layer, path, tables, filling.name, filling.weights, filling.training).__dict__
         d["name"], d["settings"], d["shared"] = filling.name, filling.settings, filling.shared
 
     def _put(

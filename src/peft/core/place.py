@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import PeftWarning, nearest, report
 from . import experts, storage, views
+from .evaluation import learning
 from .host import below, standing
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
@@ -94,6 +95,8 @@ class Injection(Casting, Placing):
         if off:  # new layers of a disabled model are so too
             for _, layer in tuner_layers(self.model):
                 layer._set_disabled(True)
+        if not getattr(config, "inference_mode", False):
+            self.undo.append(learning(self.tuner, self.placed, self.name))
         self._biases()
         self._stored_layout()
         self._note(plan)

@@ -56,6 +56,7 @@ class BaseTuner(Switching, Combined, nn.Module):
     unmergeable: ClassVar[str] = ""  # why no weight can hold any of its adapters, and what to do
     injection: ClassVar[type[Injection]] = Injection
     companion: ClassVar[type | None] = None  # what a method does over the whole model, made with the tuner
+    modes_differ = False  # whether modules of an adapter may be in training in a layer that is in evaluation
     hooks: list[Any]  # on the model, taken off with the adapters
     beside: dict[str, Any]  # what holds adapters outside the model's layers, by name
     waiting: dict[str, Any]  # what is made once an adapter has been held against its file, by adapter name
