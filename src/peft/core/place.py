@@ -24,7 +24,7 @@ from .shared import SharedTensors, Sight, beside, is_late, shared_home, shared_o
 from .stack import Adapter
 from .targets import settings
 from .tie import Place, innermost, places, tied_modules
-from .tokens import TokenRows, TrainableTokensWrapper, check_untargeted
+from .tokens import TokenRows, TrainableTokensWrapper, check_same_tokens, check_untargeted
 from .whole import Placing
 from .wrappers import ModulesToSaveWrapper
 
@@ -274,7 +274,7 @@ class Injection(Casting, Placing):
         chosen = {self._one(modules, others, suffix): list(indices) for suffix, indices in wanted.items()}
         tied = {path: tied_modules((path, self.get(path)[2]), modules) for path in chosen}
         if getattr(self.config, "ensure_weight_tying", False):
-            _check_same_tokens(chosen, tied)
+            check_same_tokens(chosen, tied)
         done: set[str] = set()
         for path, indices in chosen.items():
             if path in done:
@@ -391,13 +391,3 @@ def _existing(found: nn.Module, parameter: str | None) -> BaseTunerLayer | None:
             return layer
         layer = layer._modules["base_layer"]
     return None
-
-
-def _check_same_tokens(chosen: dict[str, list[int]], tied: dict[str, list[str]]) -> None:
-    for path, indices in chosen.items():
-        for other in tied[path]:
-            if other in chosen and chosen[other] != indices:
-                raise ValueError(
-                    f"trainable_token_indices names {path!r} and {other!r}, which share one weight, with different "
-                    "tokens, but ensure_weight_tying=True. Give both the same tokens, or name only the embedding."
-                )

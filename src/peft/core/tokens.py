@@ -248,3 +248,14 @@ def check_disjoint(layer: BaseTunerLayer, names: Sequence[str]) -> None:
                     "together. Only one adapter at a time can train a token."
                 )
             seen[token] = name
+
+
+def check_same_tokens(chosen: dict[str, list[int]], tied: dict[str, list[str]]) -> None:
+    """Raise ValueError if tied embeddings are to be trained for different tokens."""
+    for path, indices in chosen.items():
+        for other in tied[path]:
+            if other in chosen and chosen[other] != indices:
+                raise ValueError(
+                    f"trainable_token_indices names {path!r} and {other!r}, which share one weight, with different "
+                    "tokens, but ensure_weight_tying=True. Give both the same tokens, or name only the embedding."
+                )
