@@ -66,6 +66,10 @@ class UnwritableError(PeftError, OSError):
     """A folder or a file cannot be written; `errno` is the system's number."""
 
 
+class OtherProcessError(PeftError, RuntimeError):
+    """Another process of a distributed run has failed in what all of them do together."""
+
+
 class PeftWarning(UserWarning):
     """Base class of the library's own warnings."""
 

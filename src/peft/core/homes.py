@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Homes(AdapterHost):
     _plain: frozenset[str] = frozenset()  # names of the plain values of all adapters, whatever their method
     _beside: Callable[[Tensor], Tensor]
     _replan: Callable[[], None]
+    readable: Callable[[], AbstractContextManager[None]]
     stack: Callable[..., Stack]
 
     def _file(self, key: str, name: str, value: Any, p: Adapter) -> None:
@@ -154,4 +155,5 @@ class Homes(AdapterHost):
 def _follow_base(layer: Homes, keys: Any) -> None:
     """After loading a state dict: what was derived from the base weight may be stale."""
     for p in layer.adapters.values():
-        p.method.follow_base(p, layer.stack(()))
+        with layer.readable():
+            p.method.follow_base(p, layer.stack(()))

@@ -60,6 +60,10 @@ class AdapterHost(Lean):
     def _disable_adapters(self) -> bool:
         return self._disabled
 
+    def holders(self) -> list[nn.Module]:
+        """The modules that hold the tensors of its adapters."""
+        return []
+
     def train(self, mode: bool = True) -> AdapterHost:
         """As torch's, at a cost that many loaded adapters hardly raise: their own modules are plain ones."""
         self.__dict__["training"] = mode

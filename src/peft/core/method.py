@@ -21,12 +21,12 @@ from . import quantised
 from .direct import open_linear, summed_up
 from .folding import Fold, Product
 from .kept import kept
+from .sharded.gather import full
 from .views import LinearView
 
 if TYPE_CHECKING:
     from .shared import Shared, SharedTensors, Sight
     from .stack import Adapter, Stack
-
 
 MANY_ROWS = 32  # of an input, from which on a second dense product costs more than adding two matrices
 FEW_NUMBERS = 2**14  # in a weight, up to which it always does
@@ -52,9 +52,9 @@ class Site:
         return {"dtype": self.dtype, "device": self.device}
 
     def original(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(W, b) of the base without any merged adapter."""
+        """(W, b) of the base without any merged adapter, whole."""
         if self.layer is None:
-            return self.view.read(self.module), self.view.bias(self.module)
+            return full(self.view.read(self.module)), full(self.view.bias(self.module))
         return self.layer.original_weight(), self.layer.original_bias()
 
     def dropout(self, argument: str) -> nn.Module:

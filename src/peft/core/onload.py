@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -92,11 +93,17 @@ def own_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     """
     staying = {id(hook): _staying(hook) for m in module.modules() for hook in _hooks(m)}
     with nullcontext() if memo else onload_layer(module, write=False):
-        return copy.deepcopy(module, {**_made_whole(module, memo or {}), **staying})
+        known = {**_of_meshes(module, memo or {}), **staying}
+        new = copy.deepcopy(module, known)
+    for m in new.modules():
+        if isinstance(run := m.__dict__.get("forward"), FunctionType):
+            m.__dict__["forward"] = _rebound(run, known)
+    return new
 
 
-def _made_whole(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """`memo`, with whole tensors in place of those that FSDP2, which knows nothing of a copy, brings together."""
+def _of_meshes(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """`memo`, with what the copy holds in place of DTensors: whole tensors where FSDP2, which knows nothing of a copy,
+    brings them together, and parts of its own elsewhere, as torch may fail to copy those."""
     found = dict(memo)
     for m in module.modules():
         for name, t in m._parameters.items():
@@ -104,7 +111,41 @@ def _made_whole(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
                 empty = id(t) in memo
                 value = torch.empty(t.shape, dtype=t.dtype, device="meta") if empty else full(t.detach()).clone()
                 found[id(t)] = nn.Parameter(value, t.requires_grad)
+            elif t is not None and is_mesh(t) and id(t) not in memo:
+                found[id(t)] = nn.Parameter(t.detach().clone(), t.requires_grad)
     return found
+
+
+def _rebound(run: FunctionType, known: dict[int, Any]) -> FunctionType:
+    """A function that a program put in place of a module's forward, for the copy: what it has enclosed of the module
+    that was copied is the copy's.
+
+    Arguments:
+        run: the function, which copying has left as it is.
+        known: {identity of what was copied: the copy}.
+    """
+    if id(run) in known:
+        return known[id(run)]
+    known[id(run)] = run
+    cells = [c for c in run.__closure__ or () if c != CellType()]  # all but those that hold nothing yet
+    if not cells or len(cells) != len(run.__closure__ or ()):
+        return run
+    made = tuple(CellType(_of_copy(c.cell_contents, known)) for c in cells)
+    new = known[id(run)] = FunctionType(run.__code__, run.__globals__, run.__name__, run.__defaults__, made)
+    new.__kwdefaults__ = run.__kwdefaults__
+    new.__dict__.update(run.__dict__)
+    return new
+
+
+def _of_copy(value: Any, known: dict[int, Any]) -> Any:
+    """What stands for a value that a function has enclosed, in the function of the copy."""
+    if isinstance(value, MethodType) and id(value.__self__) in known:
+        return MethodType(value.__func__, known[id(value.__self__)])
+    if isinstance(value, FunctionType):
+        return _rebound(value, known)
+    if type(value) in (dict, list, set):  # in which the function notes what it has done
+        return copy.copy(value)
+    return known.get(id(value), value) if isinstance(value, nn.Module) else value
 
 
 def _staying(hook: Any) -> Any:

@@ -76,6 +76,7 @@ def written(entries: list[Entry]) -> None:
             entry.owner.join(entry.attr)
     adapters = {id(e.adapter): e.adapter for e in entries if e.adapter is not None}
     for p in adapters.values():
-        p.method.written(p)
+        with p.layer.readable():
+            p.method.written(p)
         if "tied_to" in p.__dict__:
             getattr(p.method, "of", p.method).tie_again(p)

@@ -200,7 +200,8 @@ class Recipe:
             roster.told(name, held, ())
         for job in self._told:
             p = job.layer.adapters[name]
-            p.method.written(p)
+            with p.layer.readable():
+                p.method.written(p)
         config.__dict__.update((k, copy.copy(v)) for k, v in self.stored.items())
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import check_adapters, nearest
 from ..registry import tuner_class
-from . import rounding
+from . import rounding, sharded
 from . import unload as unloading
 from .blocks import one_scratch
 from .call import Call, first_tensor
@@ -124,7 +124,7 @@ class BaseTuner(Switching, Combined, nn.Module):
         self._check_new_adapter(model, adapter_name, config)
         self.kind_of(config).prepare_config(config, model_type(model))
         undo = [] if undo is None else undo
-        with no_collection():
+        with no_collection(), sharded.drawing_alike(model):
             try:
                 self.before_layers(model, adapter_name, autocast_adapter_dtype, undo)
                 steps = self.kind_of(config).injection(
@@ -349,7 +349,7 @@ class BaseTuner(Switching, Combined, nn.Module):
 
     def forward(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
         with nullcontext() if task_ids is None else self.call.of(first_tensor(args, kwargs), task_ids=task_ids):
-            return self.completed(self.model.forward(*args, **kwargs))
+            return self.completed(self.model(*args, **kwargs))
 
     def completed(self, output: Any) -> Any:
         """The model's output, with what methods add to it."""

@@ -115,6 +115,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if name in self.adapters:
             yield from self.adapters[name].parameters()
 
+    def holders(self) -> list[nn.Module]:
+        """The copies, and the modules in them."""
+        return [m for copy in self.adapters.values() for m in copy.modules()]
+
     def _set_disabled(self, disabled: bool) -> None:
         self.__dict__["_disabled"] = disabled
 

@@ -1,8 +1,10 @@
 """Tensors that are spread over processes: gathering and scattering them, and adapters of layers whose weight is so."""
 
+from .alike import adapters_whole, as_one, drawing_alike, is_shared, writes
 from .gather import (
     WRITES,
     full,
+    inside,
     is_flat,
     is_lent,
     is_mesh,
@@ -12,32 +14,38 @@ from .gather import (
     leads,
     lent_back,
     like,
+    names,
     put,
     refuse_flat,
     shape,
     summoned,
     unwrapped,
-    wait,
     whole,
 )
 
 __all__ = [
     "WRITES",
+    "adapters_whole",
+    "as_one",
+    "drawing_alike",
     "full",
+    "inside",
     "is_flat",
     "is_lent",
     "is_mesh",
+    "is_shared",
     "is_spread",
     "is_zero",
     "laid_into",
     "leads",
     "lent_back",
     "like",
+    "names",
     "put",
     "refuse_flat",
     "shape",
     "summoned",
     "unwrapped",
-    "wait",
     "whole",
+    "writes",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gather import full, is_mesh
+from .gather import full, is_lent, is_mesh
 
 Placements = tuple[Any, ...]
 
@@ -41,6 +41,44 @@ def whole_of(part: Tensor, mesh: Any, placements: Placements, shape: tuple[int, 
 
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def heads_of(projection: nn.Module) -> tuple[Any, tuple[bool, ...]] | None:
+    """(mesh, along which of its axes) attention heads are split, as the layer that makes them is; None if they are not.
+
+    Arguments:
+        projection: the linear layer of keys, or of queries, keys and values.
+    """
+    weight = projection._parameters.get("weight")
+    if not is_mesh(weight) or is_lent(projection, "weight"):
+        return None
+    split = tuple(sharded_by(p, 0, 2) for p in weight.placements)  # type: ignore[union-attr]
+    return (weight.device_mesh, split) if any(split) else None  # type: ignore[union-attr]
+
+
+def part_of_heads(whole: Tensor, axis: int, projection: nn.Module) -> Tensor:
+    """This process's heads of a tensor that all processes have whole; each of them gets the whole gradient."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    if (found := heads_of(projection)) is None:
+        return whole
+    mesh, split = found
+    rest = replicated(mesh)
+    wanted = [Shard(axis) if s else r for s, r in zip(split, rest, strict=True)]
+    given = DTensor.from_local(whole, mesh, rest, run_check=False)
+    return given.redistribute(placements=wanted).to_local()
+
+
+def for_all_heads(tensor: Tensor, projection: nn.Module) -> Tensor:
+    """A tensor that works on this process's heads alone; each process gets the gradient from all heads."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    if (found := heads_of(projection)) is None:
+        return tensor
+    mesh, split = found
+    rest = replicated(mesh)
+    summed = [Partial() if s else r for s, r in zip(split, rest, strict=True)]
+    return DTensor.from_local(tensor, mesh, rest, run_check=False).to_local(grad_placements=summed)
 
 
 class Edge:
@@ -122,8 +160,8 @@ class Seen(Apart):
 
     def bias(self, m: nn.Module) -> Tensor | None:
         """b, (O,), or None."""
-        found = self._view.bias(m)
-        return None if found is None else full(found)
+        found: Tensor | None = full(self._view.bias(m))
+        return found
 
 
 class Roles:

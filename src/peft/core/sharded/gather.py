@@ -12,12 +12,12 @@ import inspect
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-WRITES = frozenset({"merge_adapter", "unmerge_adapter", "merge_and_unload", "unload"})
+WRITES = frozenset({"merge_adapter", "unmerge_adapter", "merge_and_unload", "unload", "add_weighted_adapter"})
 WRAPPED = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 Held = tuple[dict[str, Any], str, Tensor]  # where a tensor hangs: the dictionary, its name, itself
 
@@ -43,6 +43,11 @@ def is_spread(tensor: Any) -> bool:
     return is_mesh(tensor) or is_zero(tensor) or is_flat(tensor)
 
 
+def is_gathered(tensor: Any) -> bool:
+    """Whether a tensor is spread, and can be made whole by itself."""
+    return is_mesh(tensor) or is_zero(tensor)
+
+
 def is_flat(tensor: Any) -> bool:
     """Whether FSDP1 manages a parameter, so that between uses it has one dimension and a part of the elements."""
     return getattr(tensor, "_fsdp_flattened", False) is True
@@ -57,14 +62,23 @@ def laid_into(tensor: Any) -> list[tuple[str, nn.Module, str]]:
     return [(f"{where}." if where else "", module, name) for name, module, where in infos]
 
 
-def full(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every process; one that is not spread is handed back as it is."""
+@overload
+def full(tensor: Tensor) -> Tensor: ...
+@overload
+def full(tensor: None) -> None: ...
+def full(tensor: Any) -> Any:
+    """The whole tensor, on every process; one that is not spread is handed back as it is, and so is None."""
     if is_mesh(tensor):
-        return tensor.full_tensor()  # type: ignore[attr-defined]
+        return tensor.full_tensor()
     if is_zero(tensor):
         with _zero([tensor], write=False):
             return tensor.detach().clone()
     return tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a DTensor; another tensor as it is."""
+    return tensor.to_local() if is_mesh(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shape(tensor: Tensor) -> torch.Size:
@@ -125,17 +139,18 @@ def unwrapped(name: str) -> str:
     return ".".join(s for s in name.split(".") if s not in WRAPPED) if "_wrapped_module" in name else name
 
 
+def inside(model: nn.Module) -> nn.Module:
+    """The model that FSDP1 and checkpointing have been put around."""
+    while (below := next((model._modules[name] for name in WRAPPED if name in model._modules), None)) is not None:
+        model = below
+    return model
+
+
 def leads(model: nn.Module) -> bool | None:
     """Whether this process writes what all of them gather; None where nothing is spread, so that each has it all."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or not any(is_spread(p) for p in model.parameters()):
+    if not together() or not any(is_spread(p) for p in model.parameters()):
         return None
     return torch.distributed.get_rank() == 0
-
-
-def wait() -> None:
-    """Go on once all processes are here."""
-    torch.distributed.barrier()
 
 
 # Modules ------------------------------------------------------------------------------------------------------------
@@ -156,18 +171,35 @@ def whole(modules: Iterable[nn.Module], write: Collection[str] = (), mesh: bool 
     kept = [t for _, name, t in held if is_zero(t) and name in write]
     with _zero([t for i, t in zero.items() if all(t is not k for k in kept)], False), _zero(kept, True):
         parts = [h for h in held if mesh and is_mesh(h[2])]
+        shown: dict[int, Tensor] = {}  # one value for a tensor that hangs in several places
         for home, name, tensor in parts:
-            value = full(tensor.detach())
-            home[name] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+            if id(tensor) not in shown:
+                value = full(tensor.detach())
+                shown[id(tensor)] = (
+                    nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+                )
+            home[name] = shown[id(tensor)]
         try:
             yield
             for home, name, tensor in parts:
-                if name in write:
+                if name in write and (new := home.get(name)) is not None and new.shape == tensor.shape:
                     with torch.no_grad():
-                        put(tensor, home[name].detach())
+                        put(tensor, new.detach())
         finally:
             for home, name, tensor in parts:
-                home[name] = tensor
+                new = home.get(name)
+                if new is shown.get(id(tensor), tensor) or (
+                    name in write and new is not None and new.shape == tensor.shape
+                ):
+                    home[name] = tensor
+                elif new is not None and new.shape == tensor.shape:  # another tensor has been put there
+                    made = like(new, tensor)
+                    home[name] = nn.Parameter(made, new.requires_grad) if isinstance(new, nn.Parameter) else made
+
+
+def names(modules: Iterable[nn.Module]) -> set[str]:
+    """The names of all tensors that the given modules hold."""
+    return {name for m in modules for name in (*m._parameters, *m._buffers)}
 
 
 def _held(module: nn.Module) -> Iterator[Held]:
@@ -217,9 +249,13 @@ def _class(place: str, name: str) -> Any:
 
     Other packages import the engine for everybody, so that its being there tells nothing.
     """
+    return getattr(sys.modules.get(place), name, None) if together() else None
+
+
+def together() -> bool:
+    """Whether several processes work together."""
     distributed = sys.modules.get("torch.distributed")
-    together = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    return getattr(sys.modules.get(place), name, None) if together else None
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _outside(model: nn.Module, kind: Any) -> Iterator[nn.Parameter]:

@@ -193,6 +193,8 @@ def place(p: Adapter, roles: Roles) -> None:
     """Spread the tensors of a new adapter as its layer's weight is; the values are those of the first process."""
     base = p.layer.get_base_layer()
     edge = Edge(p.layer.view, base, getattr(base, p.layer.view.name))
+    if (tied := getattr(p.method, "share", None)) is not None:  # what has been placed there
+        p.method.tie(p, tied)
     for key, home in p.layer._modules.items():
         if key == "base_layer" or p.name not in home:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from ...errors import PeftWarning
 from ..merge import Mergeable
 from ..method import Site
 from ..stack import Adapter, Stack
-from .gather import full, is_lent, is_mesh, is_spread, whole
+from .gather import full, is_gathered, is_lent, is_mesh, is_spread, names, together, whole
 
 UNSHARED = (
     "An adapter is added to a model that fully_shard has spread already, so it lies whole on each process, outside of "
@@ -36,19 +36,21 @@ class Together(Mergeable):
         finally:
             self.__dict__.pop("_compact", None)
 
-    def _is_spread(self) -> bool:
+    def _is_spread(self, spread: Callable[[Tensor], bool] = is_spread) -> bool:
         return any(
-            t is not None and is_spread(t)
-            for m in self._holders()
+            t is not None and spread(t)
+            for m in (self.get_base_layer(), *self.holders())
             for d in (m._parameters, m._buffers)
             for t in d.values()
         )
 
-    def _holders(self) -> list[nn.Module]:
-        """The modules that hold the layer's tensors."""
-        base = self.get_base_layer()
+    def holders(self) -> list[nn.Module]:
+        """The modules that hold the tensors of its adapters."""
         shared = {id(home): home for p in self.adapters.values() for home in p.shared.values()}
-        modules = [base, *shared.values()]
+        modules: list[nn.Module] = [*shared.values()]
+        for p in self.adapters.values():
+            if (tied := getattr(p.method, "share", None)) is not None:  # of another layer
+                modules += tied.layer.holders()
         for key, home in self._modules.items():
             if key != "base_layer" and home is not None:
                 modules += (
@@ -59,7 +61,16 @@ class Together(Mergeable):
     def _opened(self, write: bool = False, mesh: bool = True) -> AbstractContextManager[None]:
         if self._compact or not self._is_spread():
             return nullcontext()
-        return whole(self._holders(), (self.view.name, self.view.bias_name) if write else (), mesh)
+        return whole(
+            (self.get_base_layer(), *self.holders()), (self.view.name, self.view.bias_name) if write else (), mesh
+        )
+
+    def readable(self) -> AbstractContextManager[None]:
+        """Inside, what its adapters hold is whole, and may be written; the base weight lies as it lay."""
+        if not together() or not self._is_spread(is_gathered):
+            return nullcontext()
+        modules = self.holders()
+        return whole(modules, names(modules))
 
     def check_finite(self, names: tuple[str, ...]) -> None:
         """As `Mergeable.check_finite`."""
@@ -92,6 +103,10 @@ class Together(Mergeable):
     def original_weight(self) -> Tensor:
         """The base weight without any merged adapter, (..., O, I), whole."""
         return full(super().original_weight())
+
+    def original_bias(self) -> Tensor | None:
+        """The base bias without any merged adapter, (O,), whole, or None."""
+        return full(super().original_bias())
 
     def base_weight(self) -> Tensor:
         """The base weight as it is now, (..., O, I), whole."""

@@ -23,6 +23,7 @@ from ...core.files import keys_in_hand
 from ...core.kept import kept, lasting, still
 from ...core.lent import same_memory
 from ...core.method import LowRank, Method, Site
+from ...core.sharded.gather import full, is_mesh, local
 from ...core.stack import Adapter, Stack
 from ...core.views import PLAIN, Linear
 from ...core.views.chosen import NUMBERS
@@ -121,10 +122,11 @@ class LoRA(LowRank):
         homes = p.lora_A._parameters, p.lora_B._parameters
         now = [home["weight"] for home in homes]
         tied = [other.lora_embedding_B.detach().mT, other.lora_embedding_A.detach().mT]
-        plain = all(type(t) is nn.Parameter and t.device == v.device for t, v in zip(now, tied, strict=True))
-        if not plain or now[0].is_meta or all(map(same_memory, now, tied)):
+        pairs = list(zip(now, tied, strict=True))
+        plain = all((is_mesh(t) or type(t) is nn.Parameter) and t.device == v.device for t, v in pairs)
+        if not plain or now[0].is_meta or all(same_memory(local(t), local(v)) for t, v in pairs):
             return
-        if all(map(torch.equal, now, tied)):
+        if all(torch.equal(full(t.detach()), full(v)) for t, v in pairs):
             for home, held, value in zip(homes, now, tied, strict=True):
                 home["weight"] = nn.Parameter(value, held.requires_grad)
             return
