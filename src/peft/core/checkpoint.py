@@ -97,7 +97,7 @@ def _own_state(
             "gather the full state on the saving process and pass it as `state_dict`."
         )
     keys = [plain(e.key) if unwrap_compiled else prefix + sharded.unwrapped(e.key) for e in entries]
-    beside = root.__dict__.get("prompts")  # what stands beside the model writes its own
+    beside = _beside(root)  # which writes its own
     own: dict[str, Tensor] = {} if beside is None else beside.for_file(adapter_name)
     for key, e, value in zip(keys, entries, tensors, strict=True):
         value = brought(e.owner, e.attr, value) if value.is_meta else value
@@ -166,7 +166,7 @@ def _tell_of_base(root: nn.Module, entries: list[Entry], found: Found, adapter_n
     others = [name for name in getattr(root, "peft_config", ()) if name != adapter_name]
     own = {entry.live for entry in entries} if others else set()
     base = [pair for live, pair in found.items() if others and live not in own]
-    changed = [e.key for e, v in base if not sharded.is_spread(e.tensor) and not _same(e.tensor, v)]
+    changed = [e.key for e, v in base if not sharded.is_spread(e.tensor) and not _same(e.value(), v)]
     if changed:
         text = (
             f"The file of adapter {adapter_name!r} holds other numbers for {listing(changed)} of the base model, which "
@@ -226,7 +226,7 @@ def _arranged(
     _refuse_merged(root, adapter_name)
     state = of_now(config, fused(root, state))
     state = joined(entries, found_again(root, entries, state))
-    beside = root.__dict__.get("prompts")
+    beside = _beside(root)
     return root, entries, *((state, None) if beside is None else beside.take(state, adapter_name))
 
 
@@ -290,6 +290,11 @@ def _refuse_merged(root: nn.Module, name: str) -> None:
 def _unwrap(model: nn.Module) -> tuple[nn.Module, str]:
     inner = model._modules.get("_orig_mod")
     return (inner, "_orig_mod.") if inner is not None else (model, "")
+
+
+def _beside(root: nn.Module) -> Any:
+    """The prompts that stand beside a PeftModel, which FSDP1 may have been put around; None without any."""
+    return sharded.inside(root).__dict__.get("prompts")
 
 
 def _gathered(entries: list[Entry], state: Mapping[str, Tensor]) -> list[Tensor]:

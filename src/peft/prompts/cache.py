@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.sharded.edge import part_of_heads
+from ..core.sharded.gather import together
+from ..core.tie import innermost
 from . import keys
 from .encoder import BasePromptEncoder
 from .fitting import text_config
 
+PROJECTIONS = frozenset({"k_proj", "qkv_proj", "query_key_value"})  # what makes keys, alone or with others
 KINDS = ("dynamic", "offloaded", "static", "offloaded_static", "quantized")
 
 
@@ -45,10 +50,17 @@ def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int, empty:
         if found is not None and found != made:
             key, value = (part[:, : found[0], :, : found[1]] for part in (key, value))
         if found is not None:
-            cache.update(key, value, i)
+            cache.update(*_of_process(model, key, value), i)
     if not getattr(config, "is_encoder_decoder", False):
         return cache
     return EncoderDecoderCache(cache, DynamicCache())
+
+
+def _of_process(model: nn.Module, *pair: Tensor) -> Iterator[Tensor]:
+    """Keys and values of the heads that this process has, where attention is split over several."""
+    split = together() and next((m for n, m in model.named_modules() if n.rpartition(".")[2] in PROJECTIONS), None)
+    for part in pair:
+        yield part_of_heads(part, 1, innermost(split)) if split else part
 
 
 def takes_cache(model: nn.Module) -> bool:

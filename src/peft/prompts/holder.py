@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import sharded
 from ..core import unload as unloading
 from ..core.call import Call
 from ..core.layer import tuner_layers
@@ -120,7 +121,8 @@ class Prompts(Switching):
         """Make an adapter's encoder and the copies of whole modules; everything is taken back if that fails."""
         undo = [] if undo is None else undo
         try:
-            Beside(self, name, undo).run()
+            with sharded.drawing_alike(model):
+                Beside(self, name, undo).run()
         except BaseException:
             for step in reversed(undo):
                 step()
@@ -203,17 +205,31 @@ class Prompts(Switching):
     def for_file(self, name: str) -> dict[str, Tensor]:
         """The prompt of an adapter by key in files; nothing for adapters of layers."""
         encoder: Any = self.encoders._modules.get(name)
-        return {} if encoder is None else encoder.for_file()
+        if encoder is None:
+            return {}
+        with sharded.whole(encoder.modules()):
+            found: dict[str, Tensor] = encoder.for_file()
+        return found
 
     def take(self, state: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], Callable[[], None] | None]:
         """(the tensors that are not the prompt's, what writes the prompt's); raises before anything is written."""
         if name not in self.encoders:
             return state, None
         encoder: Any = self.encoders[name]
-        mine = encoder.check(state, name)
+        with sharded.whole(encoder.modules()):
+            mine = encoder.check(state, name)
         numbers = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
+        if not (encoder.flat or numbers) and sharded.is_shared(encoder):
+            raise ValueError(
+                f"A file holds the prompt itself, and the network that makes the prompt of adapter {name!r} is spread "
+                "over processes already, so it cannot be left behind. Load the adapter before fully_shard is called."
+            )
 
         def write() -> None:
+            with sharded.whole(encoder.modules(), sharded.names(encoder.modules())):
+                put()
+
+        def put() -> None:
             if encoder.resume(mine, numbers):
                 return
             if not encoder.flat:

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ...core.call import BASE, Call
+from ...core.sharded.edge import for_all_heads
+from ...core.sharded.gather import is_spread, together
 from ...core.stack import Slot
+from ...core.tie import innermost
 from ...core.wrappers import AuxiliaryTrainingWrapper
 
 
@@ -47,13 +50,18 @@ class AdaptedAttention(AuxiliaryTrainingWrapper):
 
     def _show(self, name: str) -> None:
         """Put an adapter's tensors where the module's own names are; files know only these."""
-        if self.shown == name:
+        if self.shown == name or self._is_fixed():
             return
         for key, others in (("adaption_prompt", self.other_prompts), ("adaption_gate", self.other_gates)):
             if self.shown:
                 others[self.shown] = self._parameters.pop(key)
             self._parameters[key] = others.pop(name)
         self.__dict__["shown"] = name
+
+    def _is_fixed(self) -> bool:
+        """Whether tensors are to stay in their places, as what spreads them over processes knows them by these."""
+        managed = getattr(self, "_is_fsdp_managed_module", False)
+        return managed or (bool(self.shown) and any(map(is_spread, self.held(self.shown))))
 
     def held(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """(prompt, gate) of an adapter."""
@@ -141,11 +149,16 @@ class AdaptedAttention(AuxiliaryTrainingWrapper):
 
     def _update(self, q: Tensor, name: str) -> Tensor:
         """O(g softmax(q K' / sqrt(d)) V) for queries (batch, heads, tokens, d)."""
-        prompt, gate = self.held(name)
+        prompt, gate = self._inside(name)
         K, V = (self._heads(t, q.shape[-1]) for t in self._keys_values(prompt.to(q.dtype)))
         K, V = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (K, V))
         weights = (q @ K.mT * q.shape[-1] ** -0.5).softmax(-1, dtype=torch.float32).to(q.dtype)
         return self._out((gate.to(q.dtype) * weights @ V).transpose(1, 2).flatten(2))
+
+    def _inside(self, name: str) -> tuple[Tensor, Tensor]:
+        """(prompt, gate) of an adapter, as they work on the heads that are here."""
+        prompt, gate = self.held(name)
+        return prompt, for_all_heads(gate, innermost(self._projection())) if together() else gate
 
     # ---- what the attention module computes with ----------------------------------------------------------------
 
