@@ -129,6 +129,54 @@ def test_what_needs_an_offloaded_weight_at_other_times_brings_it_in(dora, tmp_pa
         torch.testing.assert_close(merged(X), wanted(X))
 
 
+class Words(nn.Sequential):
+    """Tells which its embedding is, as transformers' models do."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Embedding(12, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 12))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self[0]
+
+
+OFFLOADED = {
+    "tokens": lambda: LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [1, 2]}),
+    "whole": lambda: LoraConfig(r=2, target_modules=["1"], modules_to_save=["3"]),
+    "words": lambda: LoraConfig(r=2, target_modules=["0", "1"]),
+    "frod": lambda: peft.FrodConfig(target_modules=["1"]),
+    "adamss": lambda: peft.AdamssConfig(target_modules=["1"], r=4),
+}
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_adapters_come_change_places_and_sum_up_where_the_base_is_offloaded(name, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    from peft.utils.hotswap import hotswap_adapter
+
+    ids, found = torch.arange(12).view(3, 4), []
+    for offloads in (False, True):
+        model = Words()
+        if offloads:
+            accelerate.cpu_offload(model, torch.device("cpu"))
+        torch.manual_seed(3)
+        model = get_peft_model(model, OFFLOADED[name]())
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.1)
+        if not offloads:
+            model.save_pretrained(tmp_path)
+        model.load_adapter(str(tmp_path), "other")
+        model.add_weighted_adapter(["default", "other"], [0.6, 0.7], "sum", combination_type="linear")
+        model.set_adapter("sum")
+        found.append([model(ids)])
+        model.set_adapter("default")
+        hotswap_adapter(model, str(tmp_path), "default")
+        found[-1].append(model(ids))
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("which", ["base_layer", "lora_A", "lora_B"])
 @pytest.mark.parametrize(
     "kind", ["forward", "forward_pre", "full_backward", "full_backward_pre", "everywhere", "class"]

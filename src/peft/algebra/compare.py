@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checkpoint import adapter_config, get_peft_model_state_dict, walk
+from ..core.sharded import adapters_whole
 from .factors import Pair, exactly, joined
 from .update import Update, updates
 
@@ -103,11 +104,12 @@ def diff(model: nn.Module, first: str, second: str, other: nn.Module | None = No
     """
     other = model if other is None else other
     configs = adapter_config(model, first), adapter_config(other, second)
-    one, two = (_by_name(m, n) for m, n in ((model, first), (other, second)))
     found = AdapterDiff((first, second), config=_fields(*configs))
-    for name in dict.fromkeys([*one, *two]):
-        found.layers[name] = _layer(name, one.get(name), two.get(name))
-    rest_one, rest_two = _rest(model, first), _rest(other, second)
+    with adapters_whole(model), adapters_whole(other):
+        one, two = (_by_name(m, n) for m, n in ((model, first), (other, second)))
+        for name in dict.fromkeys([*one, *two]):
+            found.layers[name] = _layer(name, one.get(name), two.get(name))
+        rest_one, rest_two = _rest(model, first), _rest(other, second)
     for key in dict.fromkeys([*rest_one, *rest_two]):
         found.others[key] = _relative(rest_one.get(key), rest_two.get(key))
     return found

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.checkpoint import adapter_config, walk
 from ..core.files import staged, write_weights
+from ..core.sharded import adapters_whole
 from ..core.tokens import TokenRows
 from ..core.wrappers import AuxiliaryTrainingWrapper
 from ..errors import PeftWarning
@@ -52,6 +53,11 @@ def to_lora(model: nn.Module, rank: float, adapter_name: str = "default", progre
     Raises TypeError for an adapter that changes no weights, ValueError for a rank that cannot be or trained biases.
     """
     check_rank(rank)
+    with adapters_whole(model):
+        return _as_lora(model, rank, adapter_name, progressbar)
+
+
+def _as_lora(model: nn.Module, rank: float, adapter_name: str, progressbar: bool) -> Conversion:
     root, config = _source(model, adapter_name)
     layers = updates(model, {adapter_name: 1.0}, tokens=_kind(config) == "TRAINABLE_TOKENS")
     if not layers or updates(model, {adapter_name: 1.0}, whole=True):

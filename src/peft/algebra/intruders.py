@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.layer import tuner_layers
+from ..core.sharded import adapters_whole, put
 from ..errors import check_adapters
 from ..names import check_adapter_name
 from .combine import Result
@@ -52,18 +53,18 @@ def reduce_intruder_dimension(
     tuner = peft_model.base_model
     _check(tuner, old_adapter_name, new_adapter_name)
     _check_numbers(top_k, threshold_epsilon, mitigation_lambda)
-    found = updates(tuner.model, {old_adapter_name: 1.0})
-    results: dict[str, Result | None] = {}
-    for path, (update,) in found.items():
-        if update.factors is None:
-            raise ValueError(f"The adapter at {update.p.path!r} is no plain LoRA, and its update no product B A.")
-        results[path] = _reduced(update, top_k, threshold_epsilon, mitigation_lambda, logging_sink)
-    config = copy.copy(tuner.peft_config[old_adapter_name])
-    with Added(tuner, new_adapter_name, config):
-        for path, layer in tuner_layers(tuner.model):
-            if path in results:
-                _write(layer, old_adapter_name, new_adapter_name, results[path])
-        write_rest(tuner, new_adapter_name, {old_adapter_name: 1.0})
+    with adapters_whole(peft_model):
+        results: dict[str, Result | None] = {}
+        for path, (update,) in updates(tuner.model, {old_adapter_name: 1.0}).items():
+            if update.factors is None:
+                raise ValueError(f"The adapter at {update.p.path!r} is no plain LoRA, and its update no product B A.")
+            results[path] = _reduced(update, top_k, threshold_epsilon, mitigation_lambda, logging_sink)
+        config = copy.copy(tuner.peft_config[old_adapter_name])
+        with Added(tuner, new_adapter_name, config):
+            for path, layer in tuner_layers(tuner.model):
+                if path in results:
+                    _write(layer, old_adapter_name, new_adapter_name, results[path])
+            write_rest(tuner, new_adapter_name, {old_adapter_name: 1.0})
     peft_model.set_adapter(new_adapter_name)
 
 
@@ -117,4 +118,4 @@ def _write(layer: Any, old: str, new: str, result: Result | None) -> None:
         write(layer.adapters[new], result)
         return
     for source, target in zip(layer.slots(old), layer.slots(new), strict=True):
-        target.tensor.copy_(source.tensor)
+        put(target.tensor, source.tensor)

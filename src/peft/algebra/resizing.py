@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..core.sharded import lent_back
 from ..errors import check_adapters
 from .combine import Recipe
 from .conversion import check_rank
@@ -41,6 +42,7 @@ def resize(model: Any, rank: float, adapter_name: str = "default", new_adapter_n
     recipe = Recipe(
         "svd", **size, advice="Give a larger rank, or a share of the squared norm to keep, such as rank=0.9999."
     )
+    lent_back(model)
     return add_weighted_adapter(tuner, [adapter_name], [1.0], new_adapter_name, recipe)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.layer import BaseTunerLayer, tuner_layers
 from ..core.method import Delta, LowRank
+from ..core.sharded import full
 from ..core.stack import Adapter
 from ..core.tokens import TokenRows
 from .factors import Pair, exactly
@@ -152,7 +153,7 @@ class Update:
         if isinstance(method, LowRank):
             extra = method.up_bias(p)
             return None if extra is None else (extra * method.scaling(p)).detach().float()
-        b = p.layer.view.bias(p.layer.get_base_layer())
+        b = full(p.layer.view.bias(p.layer.get_base_layer()))
         new = p.method.bias(p, b)
         if new is None or new is b:
             return None

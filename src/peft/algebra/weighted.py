@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.buffers import tensors_below
 from ..core.layer import BaseTunerLayer, tuner_layers
+from ..core.onload import brought
+from ..core.sharded import adapters_whole, full, put
 from ..core.tokens import TokenRows
 from ..core.wrappers import ModulesToSaveWrapper
 from ..errors import PeftWarning, check_adapters, listing
@@ -76,6 +79,11 @@ def add_weighted_adapter(
 
     Everything is computed before the model is touched, and an error leaves it as it was.
     """
+    with adapters_whole(tuner):
+        return _add(tuner, adapters, weights, adapter_name, recipe)
+
+
+def _add(tuner: Any, adapters: list[str], weights: list[float], adapter_name: str, recipe: Recipe) -> Report:
     shares = _checked(tuner, adapters, weights, adapter_name)
     alone = len(adapters) == 1
     recipe.check(prunes=not alone)
@@ -192,9 +200,9 @@ def _write_linear(tuner: Any, name: str, layers: dict[str, list[Update]], values
         p, source = layer.adapters[name], layers[path][0].p
         for key, home in layer._modules.items():
             if key in values[path]:
-                getattr(p, key).copy_(values[path][key])
+                put(getattr(p, key), values[path][key])
             elif key != "base_layer" and source.name in home and isinstance(home[source.name], Tensor):
-                home[name].copy_(home[source.name])  # places that chance or a file has chosen
+                put(home[name], home[source.name])  # places that chance or a file has chosen
 
 
 # ---- a LoRA ---------------------------------------------------------------------------------------------------
@@ -238,12 +246,12 @@ def write(p: Any, result: Result) -> None:
     infix = p.layer.view.infix
     for key, value in ((f"lora_{infix}A", A), (f"lora_{infix}B", B)):
         held: Any = getattr(p, key)
-        getattr(held, "weight", held).copy_(value)
+        put(getattr(held, "weight", held), value)
     if result.bias is not None:
-        _inside(p).up_bias(p).copy_(result.bias / float(p.scaling))
+        put(_inside(p).up_bias(p), result.bias / float(p.scaling))
     if result.magnitude is not None:
         m = p.lora_magnitude_vector.weight
-        m.copy_(result.magnitude.reshape(m.shape))
+        put(m, result.magnitude.reshape(m.shape))
 
 
 def _inside(p: Any) -> Any:
@@ -285,28 +293,36 @@ def _write_module(layer: Any, name: str, shares: dict[str, float]) -> None:
     homes = (h for k, h in layer._modules.items() if k not in layer._below and name in h)
     home = next(homes) if whole else layer.adapters
     given: Any = layer.original() if whole else layer.original_module
-    original = given.state_dict()
-    copies = [(home[n].state_dict(), w) for n, w in shares.items() if n in home]
-    for key, held in home[name].state_dict(keep_vars=True).items():
+    original = _saved(given)
+    copies = [(_saved(home[n]), w) for n, w in shares.items() if n in home]
+    for key, held in _saved(home[name]).items():
         tensors = [c[key] for c, _ in copies]
         if held.is_floating_point() and tensors:
-            held.data.copy_(blended(tensors, original[key].to(tensors[0]), [w for _, w in copies]))
+            put(held.data, blended(tensors, full(original[key]).to(tensors[0]), [w for _, w in copies]))
         elif tensors:
-            held.data.copy_(tensors[0])
+            put(held.data, tensors[0])
+
+
+def _saved(module: Any) -> dict[str, Tensor]:
+    """The tensors that files hold of a module; its `state_dict` has hooks of what spreads it over processes."""
+    found = ((leaf, owner, attr, getattr(owner, attr)) for owner, leaf, attr in tensors_below(module))
+    return {leaf: brought(owner, attr, t) if t.is_meta else t for leaf, owner, attr, t in found}
 
 
 def _write_tokens(layer: Any, name: str, shares: dict[str, float]) -> None:
     new = layer.adapters[name]
-    at = {int(i): k for k, i in enumerate(new.held_buffer("token_indices"))}
+    at = {i: k for k, i in enumerate(full(new.held_buffer("token_indices")).tolist())}
     W = layer.original_weight()
-    start = (W.mT if layer.view.infix else W)[new.held_buffer("token_indices")].to(new.trainable_tokens_delta)
+    values = full(new.trainable_tokens_delta).clone()
+    start = (W.mT if layer.view.infix else W)[full(new.held_buffer("token_indices"))].to(values)
     rows: dict[int, list[tuple[Tensor, float]]] = {}
     for n, w in shares.items():
         p = layer.adapters.get(n)
         for k, i in enumerate(p.held_buffer("token_indices")) if p is not None else ():
             rows.setdefault(at[int(i)], []).append((p.trainable_tokens_delta[k], w))
     for k, found in rows.items():
-        new.trainable_tokens_delta[k] = blended([t for t, _ in found], start[k], [w for _, w in found])
+        values[k] = blended([t for t, _ in found], start[k], [w for _, w in found])
+    put(new.trainable_tokens_delta, values)
 
 
 class Added:

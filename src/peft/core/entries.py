@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .base_state import WRAPPERS, saved_tensors
 from .layer import BaseTunerLayer, tuner_layers
+from .onload import brought
 from .stack import Adapter
 
 PREFIX = "base_model.model."
@@ -39,6 +40,11 @@ class Entry(NamedTuple):
         """The parameter or buffer as it is now."""
         found = self.owner._parameters.get(self.attr)
         return self.owner._buffers[self.attr] if found is None else found  # type: ignore[return-value]
+
+    def value(self) -> Tensor:
+        """The tensor, from where a hook keeps it."""
+        held = self.tensor
+        return brought(self.owner, self.attr, held) if held.is_meta else held
 
 
 def tensors_of(entries: list[Entry]) -> list[Tensor]:

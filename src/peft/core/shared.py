@@ -15,6 +15,8 @@ from .buffers import listed
 from .cells import celled
 from .host import AdapterHost
 from .lent import same_memory
+from .onload import onload_layer
+from .sharded.gather import full
 from .stack import Slot
 from .views import LinearView
 
@@ -40,8 +42,15 @@ class Sight(NamedTuple):
         return self.view.shape(self.module)
 
     def weight(self) -> Tensor:
-        """The base weight without any merged adapter, (..., O, I)."""
-        return self.view.read(self.module) if self.layer is None else self.layer.original_weight()
+        """The base weight without any merged adapter, (..., O, I), whole."""
+        W = full(self.view.read(self.module))
+        if W.is_meta and is_late():  # what lies elsewhere is not brought in for its shape
+            return W
+        if self.layer is not None:
+            found: Tensor = self.layer.original_weight()
+            return found
+        with onload_layer(self.module, write=False):
+            return full(self.view.read(self.module))
 
 
 class SharedTensors(AdapterHost):

@@ -76,9 +76,10 @@ class Fit(NamedTuple):
 def derive(change: Change, fits: list[Fit]) -> None:
     """Compute what depends on the base weight anew, and note what the forward needs."""
     p = change.p
-    p.method.derive(p, p.layer.stack(()))
-    if change.neutral:
-        p.method.rest(p)
+    with p.layer.readable():
+        p.method.derive(p, p.layer.stack(()))
+        if change.neutral:
+            p.method.rest(p)
     for fit in fits if not change.neutral else ():  # what is derived may be learnt: magnitudes
         fit.part.copy_(fit.value)
     p.layer._replan()

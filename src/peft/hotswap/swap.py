@@ -31,6 +31,7 @@ from ..core.method import LowRank, Site
 from ..core.parts import joined
 from ..core.pattern import settings
 from ..core.renames import Key, found_again, of_now, renamed_paths, tables_of_now
+from ..core.sharded import full, lent_back
 from ..core.shared import SharedTensors
 from ..core.stack import Adapter
 from ..core.wrappers import ModulesToSaveWrapper
@@ -106,6 +107,7 @@ def put(root: nn.Module, state: Mapping[str, Tensor], name: str, old: Any, new: 
         new: the new adapter's configuration.
         fixed: refuse what does not fit in the tensors that are there.
     """
+    lent_back(root)
     with torch.no_grad(), no_collection():
         swap = Swap(root, name, old, new, fixed)
         swap.match(state)
@@ -202,10 +204,10 @@ class Swap:
         found, left = paired(entries, {key: state[key] for key in left})
         same_kind(found)
         for entry, value in found.values():
-            here = entry.tensor
+            here = full(entry.value().detach())
             if value.shape == here.shape and torch.equal(value.to(here.device, here.dtype), here):
                 continue
-            if value.shape != here.shape or self.fixed:
+            if value.shape != here.shape or self.fixed or entry.tensor.is_meta:
                 raise RuntimeError(
                     f"The new adapter brings embeddings of its own, {tuple(value.shape)}, which are not those of the "
                     f"model ({entry.key}, {tuple(here.shape)}). Put it on a model of its own."
@@ -283,7 +285,9 @@ class Swap:
         change = Change(p, own, group)
         tensor = next((e.tensor for e in group if e.tensor.is_floating_point()), group[0].tensor)
         base = p.layer.get_base_layer()
-        site = Site(base, p.layer.view, own, p.path, tensor.dtype, torch.device("meta"), p.shared, place=tensor.device)
+        site = Site(
+            base, p.layer.view, own, p.path, tensor.dtype, torch.device("meta"), p.shared, p.layer, tensor.device
+        )
         form = p.method.form(site) if not more else None
         key = (id(own), p.method, tensor.dtype, form)
         if form is not None and key in self.forms:
