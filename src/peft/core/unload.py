@@ -15,6 +15,7 @@ from .blocks import one_scratch
 from .layer import BaseTunerLayer, tuner_layers
 from .lent import own
 from .onload import onload_layer
+from .sharded.gather import is_lent
 from .snapshot import whole
 from .tie import Place, input_embedding, places, storage_key, tied_modules
 from .tokens import check_disjoint
@@ -57,13 +58,24 @@ def untie(layers: list[BaseTunerLayer], names: Sequence[str], groups: dict[Any, 
 
     Merging into a shared one would change the other module too (an output layer tied to the embedding, replicated
     layers). Unmerging puts the shared parameters back.
+
+    Raises ValueError where FSDP2 spreads them: it would go on with the shared one. Nothing is changed then.
     """
+    work = []
     for layer in layers if groups else ():
         if layer.tied is not None or not any(n in layer.adapters for n in names):
             continue
         base, view = layer.get_base_layer(), layer.view
         held = {attr: base._parameters.get(attr) for attr in (view.name, view.bias_name)}
         found = {attr: p for attr, p in held.items() if p is not None and storage_key(p) in groups}
+        if any(is_lent(base, attr) for attr in found):
+            raise ValueError(
+                f"The weight of {layer._where()!r} is tied to that of another module, and fully_shard has spread both "
+                "as one, so a merge cannot give it a weight of its own. Save the adapter and merge it where the model "
+                "is not spread (`peft merge` does it file by file), or untie the weights before fully_shard is called."
+            )
+        work.append((layer, base, found))
+    for layer, base, found in work:
         for attr, p in found.items():
             alone = p.detach() if own(base, attr) else p.detach().clone()  # W' will take other memory
             base._parameters[attr] = nn.Parameter(alone, requires_grad=p.requires_grad)
