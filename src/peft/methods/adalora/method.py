@@ -75,10 +75,11 @@ class AdaLoRA(LowRank):
     def among_all(self, p: Adapter, key: str, value: Tensor, kept: list[bool]) -> Tensor:
         """A factor of the ranks that were kept among all ranks of p: the others have no E, and p's A and B."""
         held, index = getattr(p, key).detach(), torch.tensor(kept)
-        axis = 1 if key == "lora_B" else 0
-        if sharded.is_spread(held) or value.shape != (*held.shape[:axis], sum(kept), *held.shape[axis + 1 :]):
+        axis, shape = int(key == "lora_B"), sharded.shape(held)
+        if value.shape != (*shape[:axis], sum(kept), *shape[axis + 1 :]):
             return value
-        full = torch.zeros_like(held) if key == "lora_E" else held.clone()
+        none = key == "lora_E" or value.is_meta
+        full = torch.zeros(shape, dtype=held.dtype) if none else sharded.full(held).clone()
         full = full.to(value.device)
         return full.index_copy(axis, index.nonzero().squeeze(-1).to(value.device), value.to(full.dtype))
 
@@ -93,6 +94,7 @@ class AdaLoRA(LowRank):
 
     def disorder(self, p: Adapter) -> list[Tensor]:
         """How far A and B are from orthogonal: the norm of A A' - I, and of B' B - I."""
-        A, B = p.held("lora_A"), p.held("lora_B")
+        A, B = (sharded.full(p.held(name)) for name in ("lora_A", "lora_B"))
+        sharded.refuse_flat((A, B))
         one = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device)
         return [torch.linalg.matrix_norm(gram - one).mean() for gram in (A @ A.mT, B.mT @ B)]
