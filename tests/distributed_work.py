@@ -130,9 +130,10 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def other_values(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """New numbers for an adapter, alike on every process."""
+    """New numbers for an adapter, alike on every process; indices stay."""
     generator = torch.Generator().manual_seed(7)
-    return {k: torch.randn(v.shape, generator=generator).to(v.dtype) * 0.1 for k, v in state.items()}
+    made = {k: torch.randn(v.shape, generator=generator).to(v.dtype) * 0.1 for k, v in state.items()}
+    return {k: made[k] if v.is_floating_point() else v for k, v in state.items()}
 
 
 def shared_folder() -> str:

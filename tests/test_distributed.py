@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,11 @@ CHECKS = [
     "lent",
     *(f"later {name}" for name in (*METHODS, "norms", "pissa")),
     "budget",
+    "cut",
+    "loss",
+    "swap",
+    "sum",
+    "tied",
     "unshared",
     "counted",
     "base",
@@ -71,6 +78,95 @@ def check_budget(rank: int) -> None:
     one, two = (model.peft_config["default"].rank_pattern for model in models)
     assert one == two and sum(map(sum, one.values())) == 2 * len(one)
     work.same_state(*map(peft.get_peft_model_state_dict, models), rtol=1e-4, atol=1e-5)
+
+
+def budgeted() -> nn.Module:
+    fields = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 6, "lora_alpha": 64}
+    return peft.get_peft_model(work.net(), peft.AdaLoraConfig(target_modules=work.TARGETS, **fields))
+
+
+def check_cut(rank: int) -> None:
+    """A file with the ranks that were kept goes over an adapter that has all of them, spread or not."""
+    torch.manual_seed(0)
+    folder, source = work.shared_folder(), budgeted()
+    learner = adam(source)
+    for _ in range(7):
+        work.loss_of(source(work.IDS)).backward()
+        learner.step()
+        learner.zero_grad()
+    source.save_pretrained(folder, is_main_process=rank == 0)
+    dist.barrier()
+    model = sharded(budgeted())
+    model.load_adapter(folder, "default", is_trainable=True)
+    torch.testing.assert_close(model(work.IDS), source(work.IDS), rtol=1e-4, atol=1e-5)
+    assert model.peft_config["default"].rank_pattern == source.peft_config["default"].rank_pattern
+    work.same_state(peft.get_peft_model_state_dict(source), peft.get_peft_model_state_dict(model))
+
+
+class WithLoss(work.Net):
+    """Gives its loss, as transformers' models do."""
+
+    def forward(self, ids: torch.Tensor) -> types.SimpleNamespace:
+        return types.SimpleNamespace(loss=work.loss_of(super().forward(ids)))
+
+
+def check_loss(rank: int) -> None:
+    """AdaLoRA's own term of the loss is computed of whole factors, and its gradient counts once."""
+    torch.manual_seed(0)
+    one = peft.get_peft_model(WithLoss(), peft.AdaLoraConfig(target_modules=work.TARGETS, total_step=9))
+    two = sharded(work.twin(one))
+    wanted, found = one(work.IDS).loss, two(work.IDS).loss
+    torch.testing.assert_close(found, wanted)
+    wanted.backward()
+    found.backward()
+    work.same_gradients(one, gradients(two), 1e-5)
+
+
+def check_swap(rank: int) -> None:
+    """What is put in place of an adapter stays, when it comes after a forward without a backward, too."""
+    folder, one = work.shared_folder(), work.adapted("lora")
+    peft.set_peft_model_state_dict(one, work.other_values(peft.get_peft_model_state_dict(one)))
+    one.save_pretrained(folder, is_main_process=rank == 0)
+    dist.barrier()
+    two = fully_shard(work.adapted("lora"))
+    with torch.no_grad():
+        two(work.IDS)
+        peft.utils.hotswap.hotswap_adapter(two, folder, "default")
+        for model in (one, two):
+            model.merge_adapter()
+        torch.testing.assert_close(two(work.IDS), one(work.IDS), rtol=1e-4, atol=1e-5)
+
+
+def check_sum(rank: int) -> None:
+    for name in ("lora", "dora", "head", "norms", "vera"):
+        found = []
+        for spread in (False, True):
+            model = work.adapted(name)
+            folder = work.shared_folder()
+            model.save_pretrained(folder, is_main_process=rank == 0)
+            dist.barrier()
+            model = fully_shard(model) if spread else model
+            model.load_adapter(folder, "other")
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model(work.IDS)
+                model.add_weighted_adapter(["default", "other"], [0.4, 0.3], "sum", combination_type="linear")
+                model.set_adapter("sum", inference_mode=True)
+                found.append(model(work.IDS))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def check_tied(rank: int) -> None:
+    """A weight that fully_shard has spread as one for two modules cannot be merged for one of them."""
+    base = work.net()
+    base.head.weight = base.embed.weight
+    model = sharded(peft.get_peft_model(base, peft.LoraConfig(target_modules=["embed", "q"], r=2)))
+    before = work.base_state(model)
+    with pytest.raises(ValueError, match=r"weight of 'embed' is tied .*`peft merge`"):
+        model.merge_adapter()
+    work.same_state(before, work.base_state(model))
+    with torch.no_grad():
+        model(work.IDS)
 
 
 def check_ddp(rank: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from .config import PeftConfig
-from .core import late
+from .core import late, sharded
 from .core.base_state import original_modules
 from .core.checkpoint import Foreseen, as_it_is, foreseen, open_adapter, poured_into, renamed, set_peft_model_state_dict
 from .core.collector import no_collection
@@ -62,6 +62,7 @@ class AdapterFile:
         renames: {regular expression: replacement} for the keys.
         options: `ignore_mismatched_sizes`, `strict`, `torch_device`.
         base: the base model.
+        shared: several processes hold parts of it, and load together.
     """
 
     saved: Saved
@@ -69,6 +70,7 @@ class AdapterFile:
     renames: dict[str, str] | None
     options: Mapping[str, Any]
     base: nn.Module
+    shared: bool
     autocast: bool = True
     _known: Foreseen | None = None
     _pouring: Pouring | None = None  # what goes where, if the adapter and the file are the usual ones
@@ -83,7 +85,7 @@ class AdapterFile:
         """Look into the files of a folder or repository, to be loaded under `name` into `model`."""
         renames = renames if renames is not None else getattr(model, "_checkpoint_conversion_mapping", None)
         saved = open_adapter(os.fspath(model_id), **hub_arguments(options))
-        return cls(saved, name, renames or None, options, model)
+        return cls(saved, name, renames or None, options, model, sharded.is_shared(model))
 
     @property
     def outline(self) -> Mapping[str, Tensor]:
@@ -176,7 +178,8 @@ class AdapterFile:
             if not (is_trainable or self._new):
                 steps = [undo, evaluate(model, None)]  # before anything is written
             self._check_base(model, strict := self.options.get("strict"))
-            state = self.saved.read(self.options.get("torch_device"), own=self._new)
+            with sharded.as_one(self.shared):
+                state = self.saved.read(self.options.get("torch_device"), own=self._new)
             state.update(self.saved.noted(model, self.name))
             if self._pouring is not None:
                 result = _IncompatibleKeys([], [])

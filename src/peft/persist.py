@@ -6,9 +6,10 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -52,7 +53,7 @@ class Persistent:
         save_directory: str,
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
+        save_embedding_layers: Literal["auto"] | bool = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
         verify: bool = False,
@@ -79,29 +80,27 @@ class Persistent:
         """
         check_spelling(kwargs, Persistent.save_pretrained, FOR_SAVING)
         names = selected(self, selected_adapters)
-        leads = _gathers(self, names, kwargs.get("state_dict"), save_embedding_layers)
-        is_main_process = is_main_process and leads is not False
-        folder = prepare_folder(save_directory, sweep=is_main_process)
+        given = kwargs.get("state_dict")
+        shared = given is None and sharded.is_shared(self)
+        writes = sharded.writes(is_main_process) if shared else is_main_process
+        how = safe_serialization, path_initial_model_for_weight_conversion, verify, max_shard_size
+        folder = Path(save_directory)
+        with sharded.as_one(shared):
+            if writes or not shared:
+                prepare_folder(folder, sweep=writes)
         targets = {name: folder if name == "default" else folder / name for name in names}
-        with folders(folder, *targets.values()):
-            for name, target in targets.items() if is_main_process else ():
-                if target is not folder:  # that has been done
-                    settle(target)
-                save_adapter(
-                    self,
-                    name,
-                    target,
-                    kwargs.get("state_dict"),
-                    save_embedding_layers,
-                    safe_serialization,
-                    path_initial_model_for_weight_conversion,
-                    verify,
-                    max_shard_size,
-                )
-        if is_main_process:
-            self.create_or_update_model_card(str(folder))
-        if leads is not None:
-            sharded.wait()
+        with folders(folder, *targets.values()) if writes or not shared else nullcontext():
+            for name, target in targets.items() if shared or writes else ():
+                with sharded.as_one(shared):
+                    state = get_peft_model_state_dict(self, given, name, save_embedding_layers=save_embedding_layers)
+                    if not writes:
+                        continue
+                    if target is not folder:  # that has been done
+                        settle(target)
+                    save_adapter(self, name, target, state, *how)
+        with sharded.as_one(shared):
+            if writes:
+                self.create_or_update_model_card(str(folder))
 
     @classmethod
     def from_pretrained(
@@ -135,10 +134,11 @@ class Persistent:
         from .loading import AdapterFile
 
         check_spelling(kwargs, Persistent.from_pretrained.__func__, FOR_LOADING)  # type: ignore[attr-defined]
-        config, content = read_config(model_id, is_trainable, kwargs, config)
-        if not isinstance(config, PeftConfig):
-            raise ValueError(f"config must be a PeftConfig, but is {type(config).__name__}.")
-        file = AdapterFile.of(model, model_id, adapter_name, key_mapping, kwargs)
+        with sharded.as_one(sharded.is_shared(model)):
+            config, content = read_config(model_id, is_trainable, kwargs, config)
+            if not isinstance(config, PeftConfig):
+                raise ValueError(f"config must be a PeftConfig, but is {type(config).__name__}.")
+            file = AdapterFile.of(model, model_id, adapter_name, key_mapping, kwargs)
         by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING if cls.__name__ == "PeftModel" else {}
         kind: Any = by_task.get(config.task_type or "", cls)
         place, undo = attempts(
@@ -176,11 +176,13 @@ class Persistent:
 
         check_spelling(kwargs, Persistent.load_adapter, FOR_LOADING)
         kwargs = {"torch_device": torch_device, **kwargs}
-        file = AdapterFile.of(self.get_base_model(), model_id, adapter_name, key_mapping, kwargs)
-        if adapter_name in self.peft_config:
+        base, there = self.get_base_model(), adapter_name in self.peft_config
+        with sharded.as_one(sharded.is_shared(base)):
+            file = AdapterFile.of(base, model_id, adapter_name, key_mapping, kwargs)
+            config, content = (None, None) if there else read_config(model_id, is_trainable, kwargs)
+        if config is None:
             result = file.over(self, model_id, is_trainable, low_cpu_mem_usage)
         else:
-            config, content = read_config(model_id, is_trainable, kwargs)
             set_runtime(config, ephemeral_gpu_offload)
 
             def place(meta: bool) -> tuple[Any, Callable[[], Any]]:
@@ -237,20 +239,11 @@ def selected(model: PeftModel, names: list[str] | None) -> list[str]:
     return [n for n in known if n in names]
 
 
-def _gathers(model: PeftModel, names: list[str], given: Any, save_embedding_layers: Any) -> bool | None:
-    """Whether this process writes what all of them gather, having gathered if not; None where each has everything."""
-    leads = None if given is not None else sharded.leads(model)
-    for name in names if leads is False else ():
-        get_peft_model_state_dict(model, None, name, save_embedding_layers=save_embedding_layers)
-    return leads
-
-
 def save_adapter(
     model: PeftModel,
     name: str,
     folder: Path,
-    state_dict: Mapping[str, Tensor] | None,
-    save_embedding_layers: Any,
+    state: dict[str, Tensor],
     safe: bool,
     initial: str | None,
     verify: bool,
@@ -260,7 +253,6 @@ def save_adapter(
     from .hotswap.compiled import true_ranks
 
     config = true_ranks(model, name, model.peft_config[name])
-    state = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=save_embedding_layers)
     if not state and not _may_be_empty(config):
         raise ValueError(f"Adapter {name!r} has no tensors, so there is nothing to save.")
     if bare := [key for key, tensor in state.items() if tensor.is_meta]:

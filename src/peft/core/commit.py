@@ -278,13 +278,24 @@ def make_folders(*places: Place) -> list[Path]:
                 path = Path(place)
                 missing = [p for p in (path, *path.parents) if not os.path.lexists(p)]
                 for folder in reversed(missing):
-                    folder.mkdir()
-                    made.insert(0, folder)
+                    if _made(folder):
+                        made.insert(0, folder)
                 path.mkdir(exist_ok=True)  # a file, or a link that leads nowhere, is told
     except BaseException:
         remove_folders(made)
         raise
     return made
+
+
+def _made(folder: Path) -> bool:
+    """Whether a folder was made here; False if another process has made it meanwhile."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
 
 
 def remove_folders(made: list[Path]) -> None:
