@@ -245,6 +245,10 @@ def check_shared(folder: str, name: str) -> None:
         model(IDS).logits.pow(2).mean().backward()
     work.same_state(values, peft.get_peft_model_state_dict(two))
     work.same_gradients(one, {n: p.grad for n, p in two.named_parameters() if p.requires_grad}, 1e-5)
+    full = {n: work.whole(p.detach()) for n, p in two.named_parameters()}
+    if dist.get_rank() == 0:  # no process has to be asked for what is given
+        work.same_state(values, peft.get_peft_model_state_dict(two, state_dict=full))
+    dist.barrier()
     two.save_pretrained(f"{folder}/{name}")
     work.same_state(values, read_weights(Path(folder) / name / "adapter_model.safetensors"))
     if name == "cpt":  # a further one would start from words that are spread

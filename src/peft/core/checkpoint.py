@@ -98,7 +98,7 @@ def _own_state(
         )
     keys = [plain(e.key) if unwrap_compiled else prefix + sharded.unwrapped(e.key) for e in entries]
     beside = _beside(root)  # which writes its own
-    own: dict[str, Tensor] = {} if beside is None else beside.for_file(adapter_name)
+    own: dict[str, Tensor] = {} if beside is None else beside.for_file(adapter_name, state_dict)
     for key, e, value in zip(keys, entries, tensors, strict=True):
         value = brought(e.owner, e.attr, value) if value.is_meta else value
         whole = value if type(value) is nn.Parameter and not value.__dict__ else sharded.full(value)

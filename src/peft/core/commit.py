@@ -44,7 +44,7 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _staged(target: Path) -> Iterator[Path]:
     with writing(target):
-        stage = Path(tempfile.mkdtemp(prefix=PREFIX, dir=os.fspath(target)))
+        stage = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=os.fspath(target)))
     try:
         with _named(target):
             yield stage
@@ -117,7 +117,7 @@ def _put_list(stage: Path, moving: list[str], replaced: list[str]) -> None:
 def _finish(stage: Path, target: Path, moving: list[str], replaced: list[str]) -> None:
     for name in moving:
         here = os.path.join(stage, name)
-        if os.path.lexists(here):
+        with suppress(FileNotFoundError):  # another process has moved it
             os.replace(here, os.path.join(target, name))
     for name in replaced:
         with suppress(FileNotFoundError):
@@ -154,10 +154,24 @@ def settle(folder: str | os.PathLike[str]) -> None:
     """Finish a move that a crash has interrupted, and remove what a crash has left half-written."""
     for stage in _stages(folder):
         listed = _listed(stage)
-        if listed is None:
+        if listed is None and not _is_at_work(stage):
             shutil.rmtree(stage, ignore_errors=True)
-        else:
+        elif listed is not None:
             _finish(stage, Path(folder), *listed)
+
+
+def _is_at_work(stage: Path) -> bool:
+    """Whether the process that made a folder still runs here: several may save to one place at the same time."""
+    maker = stage.name.removeprefix(PREFIX).partition("-")[0]
+    if os.name != "posix" or not maker.isdigit():
+        return False
+    try:
+        os.kill(int(maker), 0)  # asks, and does nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def current(folder: str | os.PathLike[str], name: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -202,12 +202,17 @@ class Prompts(Switching):
 
     # Files ------------------------------------------------------------------------------------------------
 
-    def for_file(self, name: str) -> dict[str, Tensor]:
-        """The prompt of an adapter by key in files; nothing for adapters of layers."""
+    def for_file(self, name: str, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The prompt of an adapter by key in files; nothing for adapters of layers.
+
+        Arguments:
+            name: the adapter.
+            given: the full state by live name; what it holds of the encoder is taken, and no other process asked.
+        """
         encoder: Any = self.encoders._modules.get(name)
         if encoder is None:
             return {}
-        with sharded.whole(encoder.modules()):
+        with sharded.whole(encoder.modules()) if not given else sharded.with_values(encoder, _of(given, name)):
             found: dict[str, Tensor] = encoder.for_file()
         return found
 
@@ -248,6 +253,12 @@ class Prompts(Switching):
         if encoder is None or not encoder.beside_file():
             return {}
         return noted_in(folder) or noted_in(os.path.dirname(os.path.abspath(folder)))  # beside folders of adapters
+
+
+def _of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """What a model's state holds of the encoder of an adapter, by name in it."""
+    parts = ((key.rpartition(f"prompt_encoder.{name}."), value) for key, value in state.items())
+    return {leaf: value for (_, found, leaf), value in parts if found}
 
 
 def _check_task(config: Any) -> None:

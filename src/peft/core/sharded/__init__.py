@@ -21,6 +21,7 @@ from .gather import (
     summoned,
     unwrapped,
     whole,
+    with_values,
 )
 
 __all__ = [
@@ -47,5 +48,6 @@ __all__ = [
     "summoned",
     "unwrapped",
     "whole",
+    "with_values",
     "writes",
 ]

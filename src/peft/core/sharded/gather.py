@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, overload
 
@@ -195,6 +195,27 @@ def whole(modules: Iterable[nn.Module], write: Collection[str] = (), mesh: bool 
                 elif new is not None and new.shape == tensor.shape:  # another tensor has been put there
                     made = like(new, tensor)
                     home[name] = nn.Parameter(made, new.requires_grad) if isinstance(new, nn.Parameter) else made
+
+
+@contextmanager
+def with_values(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, a module's parameters have other values, by name; those that are not named stay, unless spread.
+
+    Raises ValueError for a spread parameter without a value.
+    """
+    held = [(f"{path}.{h[1]}" if path else h[1], *h) for path, m in module.named_modules() for h in _held(m)]
+    held = [h for h in held if isinstance(h[3], nn.Parameter)]
+    lacking = [name for name, _, _, t in held if name not in values and is_spread(t)]
+    if lacking:
+        raise ValueError(f"The given state lacks {lacking[0]!r}, of which this process holds a part only.")
+    try:
+        for name, home, attr, tensor in held:
+            if name in values:
+                home[attr] = nn.Parameter(values[name].detach().to(tensor.dtype), tensor.requires_grad)
+        yield
+    finally:
+        for _, home, attr, tensor in held:
+            home[attr] = tensor
 
 
 def names(modules: Iterable[nn.Module]) -> set[str]:
