@@ -190,7 +190,8 @@ def test_a_file_with_broken_ranks_leaves_the_adapter_as_it_was(tmp_path):
     assert other.peft_config["default"].rank_pattern is None
 
 
-def test_training_goes_on_with_the_step_and_the_averages_that_the_optimizer_has_kept():
+@pytest.mark.parametrize("further", [None, 3], ids=["new", "gone further"])
+def test_training_goes_on_with_the_step_and_the_averages_that_the_optimizer_has_kept(further):
     x, labels = data()
 
     def steps(model, optimizer, count):
@@ -207,9 +208,13 @@ def test_training_goes_on_with_the_step_and_the_averages_that_the_optimizer_has_
     first = optimizer_of(half)
     steps(half, first, 5)
     kept = copy.deepcopy((half.state_dict(), first.state_dict()))
-    again = wrapped()
+    again, second = half, first
+    if further is None:
+        again = wrapped()
+        second = optimizer_of(again)
+    else:
+        steps(half, first, further)
     again.load_state_dict(kept[0])
-    second = optimizer_of(again)
     second.load_state_dict(kept[1])
     steps(again, second, 7)
     assert again.base_model.allocator("default").steps == 12

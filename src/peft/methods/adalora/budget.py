@@ -53,10 +53,11 @@ class RankAllocator:
         return all(getattr(p, name).grad is not None for p in self.adapters for name in FACTORS)
 
     def recall(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Go on from what the state of an optimiser, which was saved and loaded again, has noted."""
+        """Go on from what the state of an optimiser has noted, if it was loaded since: it is of another step then."""
         noted = {(p.path, name): state.get(getattr(p, name), {}) for p in self.adapters for name in FACTORS}
-        if not self.steps and all(_STEP in held for held in noted.values()):
-            self.steps = max(held[_STEP] for held in noted.values())
+        steps = max((held.get(_STEP, 0) for held in noted.values()), default=0)
+        if steps != self.steps and all(_STEP in held for held in noted.values()):
+            self.steps = steps
             self.averages = {key: (held[_MEAN], held[_CHANGE]) for key, held in noted.items() if _MEAN in held}
 
     def note(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
