@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ SWAPS = {
     "adamss": lambda: peft.AdamssConfig(target_modules=["o_proj"], r=4),
 }
 SHARED = ("prompt", "cpt", "gate")
-CHECKS = [*CONFIGS, "traffic", "first", "tied tokens", "tied words", "sums", "swaps", "failures", "within"]
+CHECKS = [*CONFIGS, "traffic", "first", "tied tokens", "tied words", "sums", "swaps", "failures", "within", "experts"]
 CHECKS += [f"shared {name}" for name in SHARED]
 IDS = torch.arange(10).view(2, 5)
 
@@ -214,6 +215,33 @@ def check_failures(folder: str) -> None:
     with pytest.raises(ValueError if rank else OtherProcessError, match=r"adapter_config\.json"):
         peft.PeftModel.from_pretrained(base, str(target) if rank == 0 else f"{folder}/nowhere")
     assert not [n for n, _ in base.named_modules() if "lora" in n]
+
+
+def check_experts(folder: str) -> None:
+    """A copy of experts that lie on several processes runs its own, whatever stands between its forward and them."""
+    transformers = pytest.importorskip("transformers")
+    settings = pytest.importorskip("transformers.distributed").DistributedConfig
+    if "ep_size" not in inspect.signature(settings).parameters:
+        return
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    plain = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads))
+    if dist.get_rank() == 0:
+        plain.save_pretrained(f"{folder}/experts")
+    dist.barrier()
+    parts = settings(tp_size=2, ep_size=2)
+    base = type(plain).from_pretrained(f"{folder}/experts", distributed_config=parts)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["mlp"])
+    one, two = peft.get_peft_model(plain, config), peft.get_peft_model(base, work.twin(config))
+    values = {k: 2 * v for k, v in work.other_values(peft.get_peft_model_state_dict(one)).items()}
+    for model in (one, two):
+        peft.set_peft_model_state_dict(model, values)
+    wanted, found = one(IDS).logits, two(IDS).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    wanted.pow(2).mean().backward()
+    found.pow(2).mean().backward()
+    work.same_gradients(one, {n: p.grad for n, p in two.named_parameters() if p.requires_grad}, 1e-5)
 
 
 def check_within(folder: str) -> None:

@@ -139,13 +139,24 @@ def _rebound(run: FunctionType, known: dict[int, Any]) -> FunctionType:
 
 def _of_copy(value: Any, known: dict[int, Any]) -> Any:
     """What stands for a value that a function has enclosed, in the function of the copy."""
-    if isinstance(value, MethodType) and id(value.__self__) in known:
-        return MethodType(value.__func__, known[id(value.__self__)])
+    if isinstance(value, MethodType):
+        owner = _of_copy(value.__self__, known)
+        return value if owner is value.__self__ else MethodType(value.__func__, owner)
     if isinstance(value, FunctionType):
         return _rebound(value, known)
     if type(value) in (dict, list, set):  # in which the function notes what it has done
         return copy.copy(value)
-    return known.get(id(value), value) if isinstance(value, nn.Module) else value
+    if isinstance(value, nn.Module) or id(value) in known:
+        return known.get(id(value), value)
+    if type(value).__module__.partition(".")[0] in ("torch", "builtins") or not hasattr(value, "__dict__"):
+        return value
+    known[id(value)] = value  # an object that stands between the function and the module
+    held = {k: v for k, v in vars(value).items() if type(v) not in (dict, list, set)}
+    made = {k: _of_copy(v, known) for k, v in held.items()}
+    if any(made[k] is not v for k, v in held.items()):
+        known[id(value)] = twin = copy.copy(value)
+        vars(twin).update(made)
+    return known[id(value)]
 
 
 def _staying(hook: Any) -> Any:
