@@ -135,6 +135,12 @@ def check_swap(rank: int) -> None:
         for model in (one, two):
             model.merge_adapter()
         torch.testing.assert_close(two(work.IDS), one(work.IDS), rtol=1e-4, atol=1e-5)
+    small = sharded(peft.get_peft_model(work.net(), peft.LoraConfig(target_modules=[*work.TARGETS, "embed"], r=2)))
+    before = peft.get_peft_model_state_dict(small)
+    with pytest.raises(RuntimeError, match=r"larger at .* swap before fully_shard"):
+        peft.utils.hotswap.hotswap_adapter(small, folder, "default")
+    work.same_state(before, peft.get_peft_model_state_dict(small))
+    small(work.IDS)
 
 
 def check_sum(rank: int) -> None:

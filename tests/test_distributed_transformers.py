@@ -179,15 +179,21 @@ def check_sums(folder: str) -> None:
 
 
 def check_swaps(folder: str) -> None:
-    """One adapter's tensors take the place of another's."""
+    """One adapter's tensors take the place of another's, of another rank too, which are placed as the first were."""
     from peft.utils.hotswap import hotswap_adapter
 
     for name, make in SWAPS.items():
         one, two = pair(folder, make)
+        for model in (one, two):  # of which the next takes the place
+            if name == "words":
+                model.delete_adapter("default")
+                model.add_adapter("default", peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], r=1))
+                model.set_adapter("default")
         one.save_pretrained(f"{folder}/{name}", is_main_process=dist.get_rank() == 0)
         dist.barrier()
         for model in (one, two):
             hotswap_adapter(model, f"{folder}/{name}/other", "default")
+        assert all(hasattr(p, "device_mesh") for n, p in two.named_parameters() if "lora_" in n)
         torch.testing.assert_close(
             two(IDS).logits, one(IDS).logits, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -13,6 +13,7 @@ from ..core.buffers import tensors_below
 from ..core.entries import Entry
 from ..core.fill import as_held
 from ..core.method import Site
+from ..core.sharded import is_mesh
 from ..core.stack import Adapter
 
 Undo = list[Callable[[], Any]]
@@ -109,6 +110,12 @@ def rebuild(change: Change, undo: Undo) -> None:
     """Put the modules that the new configuration builds in place of those that are too small."""
     p, layer = change.p, change.p.layer
     first = layer.slots(p.name)[0].tensor
+    if is_mesh(first) and not layer._splits():
+        raise RuntimeError(
+            f"The new adapter is larger at {p.path!r} than the one that fully_shard has spread, which knows the "
+            "tensors that are there and takes no others. Load it under a name of its own, or swap before fully_shard "
+            "is called."
+        )
     flags = {q.requires_grad for q in layer.adapter_parameters(p.name)}
     homes = {k: h for k, h in layer._modules.items() if k != "base_layer" and p.name in h}
     before = {k: h[p.name] for k, h in homes.items()}
@@ -131,6 +138,7 @@ def rebuild(change: Change, undo: Undo) -> None:
         p.method.rest(p)
     for slot in layer.slots(p.name) if not change.neutral else ():
         slot.tensor.copy_(as_held(change.tensors[slot.key], slot.tensor))
+    layer._spread(p, change.site)
     layer._replan()
 
 

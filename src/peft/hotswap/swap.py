@@ -288,6 +288,7 @@ class Swap:
         site = Site(
             base, p.layer.view, own, p.path, tensor.dtype, torch.device("meta"), p.shared, p.layer, tensor.device
         )
+        site = p.layer._noting(site)
         form = p.method.form(site) if not more else None
         key = (id(own), p.method, tensor.dtype, form)
         if form is not None and key in self.forms:
