@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import types
 
 import pytest
@@ -221,6 +222,110 @@ def test_training_goes_on_with_the_step_and_the_averages_that_the_optimizer_has_
     assert again.peft_config["default"].rank_pattern == whole.peft_config["default"].rank_pattern
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
     assert not any("sensitivity" in key for held in second.state.values() for key in held)  # of no use any more
+
+
+def by_order(model, steps, order, first=1, optimizer=None, state=None):
+    """Steps with the user's calls before or after those of the optimizer, or without them."""
+    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    x, labels = data()
+    for step in range(first, first + steps):
+        model(x, labels).loss.backward()
+        if order == "before":
+            model.base_model.update_and_allocate(step)
+        optimizer.step()
+        if order == "after":
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("steps", [7, 9, 12])
+@pytest.mark.parametrize("order, every", [("before", 1), ("after", 4), ("", 4)])
+def test_a_file_answers_as_the_model_at_every_step_of_the_schedule(order, every, steps, tmp_path):
+    model = wrapped(deltaT=every)
+    by_order(model, steps, order)
+    model.eval().save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    x, _ = data()
+    torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path)(x).y, model(x).y)
+    pattern = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    assert (pattern is None) == (steps < 9)
+    if pattern:
+        kept = {key: sum(flags) for key, flags in pattern.items()}
+        assert kept == {f"{n}.lora_E": len(v) for n, v in zip(("one", "two"), _E(tmp_path), strict=True)}
+
+
+def _E(folder):
+    return [v for k, v in sorted(peft.load_peft_weights(folder).items()) if k.endswith("lora_E")]
+
+
+@pytest.mark.parametrize("order", ["after", ""])
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_run_goes_on_from_the_adapters_file_as_if_it_had_not_stopped(order, every, tmp_path):
+    whole, half, again = wrapped(deltaT=every), wrapped(deltaT=every), wrapped(deltaT=every)
+    by_order(whole, 12, order)
+    first = by_order(half, 6, order)
+    half.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for p in again.base_model.allocator("default").adapters:
+            p.lora_A.normal_(), p.lora_B.normal_()
+    again.load_adapter(tmp_path, "default", is_trainable=True)
+    by_order(again, 6, order, first=7, state=copy.deepcopy(first.state_dict()))
+    assert again.peft_config["default"].rank_pattern == whole.peft_config["default"].rank_pattern
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_calls_that_begin_amid_the_schedule_say_that_nothing_was_measured_before():
+    model = wrapped()
+    with pytest.warns(peft.PeftWarning, match="begins to measure at step 6"):
+        by_order(model, 1, "before", first=6)
+
+
+def test_a_layer_without_gradients_is_worth_nothing_and_stops_nobody():
+    model = wrapped(orth_reg_weight=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x, _ = data()
+    for _ in range(12):
+        torch.tanh(model.base_model.model.one(x)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pattern = model.peft_config["default"].rank_pattern
+    assert not any(pattern["two.lora_E"]) and any(pattern["one.lora_E"])
+    (model(x).y.square().mean()).backward()
+    optimizer.step()  # which begins the state of factors that it has not trained before
+
+
+def test_an_adapter_of_a_name_that_was_deleted_has_a_schedule_of_its_own():
+    model = fit(wrapped(), 4)
+    config = model.peft_config["default"]
+    model.add_adapter("other", peft.LoraConfig(target_modules=["one"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    fit(model, 12)
+    assert sum(ranks(model)) == 6 and model.base_model.allocator("default").steps == 12
+
+
+def test_a_pattern_that_no_step_has_cut_is_not_written(tmp_path):
+    pattern = {"one.lora_E": [True] * 3 + [False] * 3, "two.lora_E": [False] * 6}
+    model = wrapped(rank_pattern=pattern, init_lora_weights=False).eval()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"] is None
+    torch.manual_seed(0)
+    x, _ = data()
+    torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path)(x).y, model(x).y)
+
+
+def test_importances_of_half_precision_are_added_up_in_single():
+    torch.manual_seed(0)
+    model = get_peft_model(Net().bfloat16(), AdaLoraConfig(**FIELDS), autocast_adapter_dtype=False)
+    x, labels = (t.bfloat16() for t in data())
+    model(x, labels).loss.backward()
+    model.base_model.update_and_allocate(1)
+    assert all(t.dtype is torch.float32 for pair in model.base_model.rankallocator.averages.values() for t in pair)
 
 
 def test_a_layer_that_lost_every_rank_is_saved_and_loaded(tmp_path):

@@ -253,6 +253,8 @@ def save_adapter(
     from .hotswap.compiled import true_ranks
 
     config = true_ranks(model, name, model.peft_config[name])
+    for companion in getattr(model._tuner, "companions", {}).values():
+        config = companion.for_file(name, config)
     if not state and not _may_be_empty(config):
         raise ValueError(f"Adapter {name!r} has no tensors, so there is nothing to save.")
     if bare := [key for key, tensor in state.items() if tensor.is_meta]:

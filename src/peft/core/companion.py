@@ -31,6 +31,10 @@ class Companion:
         """
         return state
 
+    def for_file(self, name: str, config: Any) -> Any:
+        """An adapter's configuration as files hold it: itself, or a copy with what the adapter's tensors are."""
+        return config
+
     def taken_over(self, name: str, own: Any) -> None:
         """Such a file, with `own` beside it, has been written into the adapter."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...core.layer import tuner_layers
 from ...core.sharded.gather import full, put
 from ...core.stack import Adapter
+from ...errors import PeftWarning, report
 from .config import AdaLoraConfig
 from .method import FACTORS
 
@@ -48,15 +49,21 @@ class RankAllocator:
         """All ranks that the adapter has."""
         return sum(p.lora_E.numel() for p in self.adapters)
 
+    @property
+    def end(self) -> int:
+        """The step at which ranks are cut for the last time."""
+        return int(self.peft_config.total_step or 0) - self.peft_config.tfinal
+
     def ready(self) -> bool:
-        """Whether every factor has a gradient."""
-        return all(getattr(p, name).grad is not None for p in self.adapters for name in FACTORS)
+        """Whether there are gradients to measure by: those of a layer that did not take part are zero."""
+        held = [getattr(p, name) for p in self.adapters for name in FACTORS]
+        return any(q.grad is not None for q in held) and all(q.requires_grad for q in held)
 
     def recall(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Go on from what the state of an optimiser has noted, if it was loaded since: it is of another step then."""
         noted = {(p.path, name): state.get(getattr(p, name), {}) for p in self.adapters for name in FACTORS}
         steps = max((held.get(_STEP, 0) for held in noted.values()), default=0)
-        if steps != self.steps and all(_STEP in held for held in noted.values()):
+        if steps != self.steps and any(_STEP in held for held in noted.values()):
             self.steps = steps
             self.averages = {key: (held[_MEAN], held[_CHANGE]) for key, held in noted.items() if _MEAN in held}
 
@@ -64,7 +71,10 @@ class RankAllocator:
         """Leave the step and the averages in the state of the optimiser, which goes where training is to be resumed."""
         for p in self.adapters:
             for name in FACTORS:
-                held, pair = state[getattr(p, name)], self.averages.get((p.path, name))
+                factor = getattr(p, name)
+                if factor.grad is None and not state.get(factor):
+                    continue  # optimisers take a state that holds something for one that they have begun
+                held, pair = state[factor], self.averages.get((p.path, name))
                 found = {} if pair is None else {_MEAN: pair[0], _CHANGE: pair[1]}
                 for key in (_MEAN, _CHANGE):
                     held.pop(key, None)
@@ -77,15 +87,19 @@ class RankAllocator:
             t: the step, from 1.
             measure: whether the gradients are new.
 
-        Raises ValueError if a gradient is missing.
+        Raises ValueError if there are no gradients.
         """
-        self.steps = t
-        end = int(self.peft_config.total_step or 0) - self.peft_config.tfinal
+        end, begun = self.end, self.steps
         if t < end and measure:
+            if t > 1 and not begun:
+                self.tell(t)
             self.measure()
+        self.steps = t
         if t > end:
             self.cut_again()
             return
+        for p in self.adapters:
+            vars(p)["kept"] = None  # ranks come back until the end, so files hold all of them
         last = min(self.peft_config.target_r * len(self.adapters), self.ranks)
         budget, due = self.peft_config.budget(t, self.ranks, last)
         if due or t == end:
@@ -93,20 +107,29 @@ class RankAllocator:
         if t == end:
             self.averages = {}
 
+    def tell(self, t: int) -> None:
+        """Say that what was measured before step t is not there."""
+        text = (
+            f"AdaLoRA begins to measure at step {t}, so ranks are shared out by what follows. To go on where a run "
+            "has stopped, load the optimizer's state and call update_and_allocate(step) after optimizer.step()."
+        )
+        report(PeftWarning, text, strict=False, stacklevel=5)
+
     @torch.no_grad()
     def measure(self) -> None:
         """Update the importance of every number."""
         beta1, beta2 = self.peft_config.beta1, self.peft_config.beta2
         if not self.ready():
             raise ValueError(
-                "AdaLoRA shares out ranks by gradients, but some factors have none. Call update_and_allocate(step) "
-                "after loss.backward() and before optimizer.zero_grad()."
+                "AdaLoRA shares out ranks by gradients, but its factors have none, or some are frozen. Call "
+                "update_and_allocate(step) after loss.backward() and before optimizer.zero_grad()."
             )
         for p in self.adapters:
             for name in FACTORS:
-                held = getattr(p, name)
-                now = (held * held.grad).abs()
-                zero = torch.zeros_like(now)
+                held = getattr(p, name).detach().float()
+                grad = getattr(p, name).grad
+                zero = torch.zeros_like(held)
+                now = zero if grad is None else (held * grad).abs()
                 mean, change = self.averages.get((p.path, name), (zero, zero))
                 mean = beta1 * mean + (1 - beta1) * now
                 change = beta2 * change + (1 - beta2) * (now - mean).abs()
@@ -131,13 +154,17 @@ class RankAllocator:
         for p, score in zip(self.adapters, scores, strict=True):
             stays = score > threshold
             put(p.lora_E, full(p.lora_E).masked_fill(~stays.unsqueeze(-1), 0))
-            vars(p)["kept"] = pattern[f"{p.path}.lora_E"] = stays.flatten().tolist()
+            pattern[f"{p.path}.lora_E"] = stays.flatten().tolist()
+            vars(p)["kept"] = pattern[f"{p.path}.lora_E"] if self.steps >= self.end else None
         self.peft_config.rank_pattern = pattern
 
     @torch.no_grad()
     def cut_again(self) -> None:
         """Take away what the optimiser has given back to ranks that were cut."""
         for p in self.adapters:
+            flags = (self.peft_config.rank_pattern or {}).get(f"{p.path}.lora_E")
+            if p.kept is None and flags is not None and len(flags) == p.lora_E.numel():
+                vars(p)["kept"] = flags  # the run that cut them has ended before its last cut
             if p.kept is not None:
                 E = full(p.lora_E)
                 put(p.lora_E, E.masked_fill(~torch.tensor(p.kept, device=E.device).view(E.shape), 0))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -33,16 +34,23 @@ class Budgets(Companion):
     by_hand: bool  # the user calls update_and_allocate
     measured: bool  # the step's gradients have been looked at
     passes: int  # losses since the last step that was followed
+    optimizers: dict[str, weakref.ref[Any]]  # whose last step has trained an adapter
 
     def __init__(self, tuner: Any) -> None:
-        self.tuner, self.allocators = tuner, {}
+        self.tuner, self.allocators, self.optimizers = tuner, {}, {}
         self.by_hand = self.measured = False
         self.passes = 0
         _followers.add(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "optimizers": {}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         _followers.add(self)
+
+    def added(self, name: str, undo: list[Callable[[], Any]]) -> None:
+        self.allocators.pop(name, None)  # of an adapter of this name that was deleted
 
     # ---- the budget --------------------------------------------------------------------------------------------
 
@@ -72,24 +80,36 @@ class Budgets(Companion):
         Arguments:
             global_step: the number of this step.
 
-        Raises ValueError if a gradient is missing.
+        Raises ValueError if there are no gradients.
         """
         self.by_hand = True
         for name in self._trained():
-            self.allocator(name).update_and_allocate(global_step, measure=not self.measured)
+            optimizer = self.optimizers.get(name, _nobody)()
+            self._share(name, global_step, not self.measured, None if optimizer is None else optimizer.state)
         self.measured, self.passes = False, 0
+
+    def _share(self, name: str, step: int | None, measure: bool, state: Any) -> None:
+        """Share out an adapter's ranks after a step (None: the next one), going by the state of its optimiser."""
+        budget = self.allocator(name)
+        if state is not None:
+            budget.recall(state)
+        budget.update_and_allocate(budget.steps + 1 if step is None else step, measure)
+        if state is not None:
+            budget.note(state)
 
     def _after_step(self, optimizer: Any) -> None:
         """A step of an optimiser: if it trains an adapter here, share out its ranks."""
-        if self.by_hand:
-            return
         held = {id(q) for group in optimizer.param_groups for q in group["params"]}
         for name in self._trained():
             budget = self.allocator(name)
-            if budget.adapters and id(budget.adapters[0].lora_E) in held and budget.ready():
-                budget.recall(optimizer.state)
-                budget.update_and_allocate(budget.steps + 1)
-                budget.note(optimizer.state)
+            if not budget.adapters or id(budget.adapters[0].lora_E) not in held:
+                continue
+            self.optimizers[name] = weakref.ref(optimizer)
+            if self.by_hand:
+                if budget.steps >= budget.end:
+                    budget.cut_again()
+            elif budget.ready():
+                self._share(name, None, True, optimizer.state)
                 self.measured, self.passes = True, 0
 
     def schedule(self, name: str) -> int | None:
@@ -123,6 +143,21 @@ class Budgets(Companion):
         return state_dict
 
     # ---- files -------------------------------------------------------------------------------------------------
+
+    def for_file(self, name: str, config: Any) -> Any:
+        """With the `rank_pattern` of the factors that files hold, which are whole until the last cut."""
+        held = {f"{p.path}.lora_E": p for p in self._of(name)}
+        flags = {key: p.kept or [True] * p.lora_E.numel() for key, p in held.items()}
+        before = config.rank_pattern or {}
+        for key in before.keys() & flags.keys():
+            if sum(before[key]) == len(flags[key]) < len(before[key]):  # layers that were made so
+                flags[key] = before[key]
+        pattern = flags if held and not all(map(all, flags.values())) else None
+        if not held or pattern == config.rank_pattern:
+            return config
+        config = copy.copy(config)
+        config.rank_pattern = pattern
+        return config
 
     def spread(self, name: str, own: Any, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The factors of a file, which holds the ranks that were kept, in their places among all ranks.
@@ -189,6 +224,10 @@ class Budgets(Companion):
 def _flags(config: Any) -> dict[str, list[bool]]:
     """{path of a layer's lora_E: whether each rank was kept}, as a configuration beside a file tells it."""
     return dict(config.rank_pattern or {})
+
+
+def _nobody() -> None:
+    """The optimiser of an adapter that no step has trained."""
 
 
 def _follow(optimizer: Any, args: Any, kwargs: Any) -> None:
