@@ -59,6 +59,8 @@ CONFIGS = {
     "olora": ("LoraConfig", {**LINEAR, "r": 8, "init_lora_weights": "olora"}),
     "tokens": ("LoraConfig", {"r": 8, "trainable_token_indices": [1, 2]}),
     "saved": ("LoraConfig", {"r": 8, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "adamss": ("AdamssConfig", {**LINEAR, "r": 16, "num_subspaces": 3, "subspace_rank": 2}),
+    "adamss-dynamic": ("AdamssConfig", {**LINEAR, "r": 16, "num_subspaces": 3, "use_dynamic_rank": True}),
     "osf": ("OSFConfig", {"target_modules": ["q_proj", "down_proj"]}),
     "poly": ("PolyConfig", {"target_modules": ["q_proj"], "n_tasks": 3}),
     "tasks": ("MultitaskPromptTuningConfig", {"num_virtual_tokens": 8, "num_tasks": 2}),

@@ -114,7 +114,8 @@ class Hollow(Ledger):
             return self._look(func, args, kwargs, known)
         self._forget(func, args, kwargs)
         found = _filled(outline, lambda made: self._give(func, made, given))
-        if (place := CHOICES.get(func._schema.name)) is not None:
+        if func._schema.name in CHOICES:
+            place = CHOICES[func._schema.name]
             self._spread(found if place is None else found[place], func, args, kwargs)
         return found
 

@@ -22,20 +22,27 @@ def labels(points: Tensor, clusters: int, rounds: int, seed: int) -> Tensor:
     start = np.random.RandomState(seed).choice(n, size=clusters, replace=False, p=np.full(n, 1 / n, X.dtype))
     centres, before = X[start], np.full(n, -1)
     for _ in range(rounds):
-        found = _nearest(X, centres)
+        distances = _distances(X, centres)
+        found = np.argmin(distances, axis=1)
         new = _means(X, centres, found)
         shift, centres = np.square(new - centres).sum(), new
         if np.array_equal(found, before):
-            return torch.from_numpy(found)
+            return _nearest(points, distances)
         if shift <= limit:
             break
         before = found
-    return torch.from_numpy(_nearest(X, centres))
+    return _nearest(points, _distances(X, centres))
 
 
-def _nearest(X: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """The centre nearest to each point, the first of several; rounded as there, for points equally far from all."""
-    return np.argmin(np.einsum("ij,ij->i", centres, centres) - 2 * (X @ centres.T), axis=1)
+def _distances(X: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """The square of the distance of each point from each centre, less that of the point; rounded as there."""
+    return np.einsum("ij,ij->i", centres, centres) - 2 * (X @ centres.T)
+
+
+def _nearest(points: Tensor, distances: np.ndarray) -> Tensor:
+    """The centre nearest to each point, the first of several: chosen by torch, for a run without numbers to deal out."""
+    held = points.detach().new_empty(distances.shape, dtype=torch.float32, device="cpu")
+    return held.copy_(torch.from_numpy(-distances)).argmax(1)
 
 
 def _means(X: np.ndarray, centres: np.ndarray, found: np.ndarray) -> np.ndarray:

@@ -38,7 +38,8 @@ class Deal:
         if not c.use_dynamic_rank:
             return most
         size = torch.linalg.svdvals(self.U[at.to(self.U.device)]).square()  # those of X X'
-        return max(1, min(most, int((size > c.svd_threshold * size[0]).sum())))
+        small = int((size <= c.svd_threshold * size[0]).sum())  # none, where a run without numbers counts them
+        return max(1, min(most, len(size) - small))
 
     def places(self) -> Tensor:
         """Where each row stands when the clusters are put one below another."""
