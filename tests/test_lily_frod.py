@@ -48,6 +48,15 @@ def held(model: PeftModel, home: str, adapter: str = "default", leaf: str = "fc"
 # ---- Lily --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("targets", [["fc", "out"], r".*(fc|out)$"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_a_plan_counts_shared_factors_once(stride, targets):
+    config = lily(stride_A=stride, target_modules=targets)
+    planned = peft.plan(Net(), config)
+    model = get_peft_model(Net(), config)
+    assert planned.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("adapter", ["default", "second"])
 def test_layers_of_one_kind_share_their_factors(adapter):
     model = get_peft_model(Net(), lily(stride_A=2))

@@ -20,6 +20,8 @@ from .tie import innermost
 if TYPE_CHECKING:
     from .method import Method
 
+Made = list[dict[str, Any]]
+
 
 def describe(plan: Plan, model: nn.Module, method_of: Callable[[Any], Method]) -> Plan:
     """Fill `rows` and `base_parameters` of a plan, and return it.
@@ -29,8 +31,8 @@ def describe(plan: Plan, model: nn.Module, method_of: Callable[[Any], Method]) -
         model: the model that was matched, on any device; its weights are not read.
         method_of: the method of one target from its settings; it builds the tensors on the meta device.
     """
-    counts: dict[tuple[Any, ...], int] = {}
-    rows = [_row(target, plan.config, method_of, counts) for target in plan.targets]
+    made, before = dict[Any, Made](), dict[Any, int]()
+    rows = [_row(target, plan, method_of, made, before) for target in plan.targets]
     rows += _shared(plan, method_of)
     rows += _tied(plan, model, method_of, rows)
     rows += _copies(plan, model)
@@ -42,19 +44,22 @@ def describe(plan: Plan, model: nn.Module, method_of: Callable[[Any], Method]) -
     return plan
 
 
-def _row(target: Target, config: Any, method_of: Callable[[Any], Method], counts: dict[tuple[Any, ...], int]) -> Row:
+def _row(
+    target: Target, plan: Plan, method_of: Callable[[Any], Method], made: dict[Any, Made], before: dict[Any, int]
+) -> Row:
     base = innermost(target.module)
-    chosen = settings(config, target.name)
+    chosen = settings(plan.config, target.name)
     shape = _shape(base, target.parameter)
     bias = getattr(base, "bias", None) is not None
     key = (type(base), shape, bias, id(chosen), getattr(base, "groups", 1), target.parameter)
-    if key not in counts:
-        counts[key] = _count(method_of(chosen), base, chosen, target)
+    if key not in made:
+        made[key] = _made(method_of(chosen), base, chosen, target)
+    count = _count(method_of(chosen), made[key], target, plan.target_modules, before)
     name = target.name or "(the model)"
     rank = getattr(chosen, getattr(chosen, "rank_name", "r"), None)
     alpha = getattr(chosen, getattr(chosen, "alpha_name", ""), None)
     scaling = None if alpha is None else chosen.scaling_for(alpha, rank)
-    return Row(name, type(base).__name__, shape, rank, counts[key], target.reason, alpha, scaling)
+    return Row(name, type(base).__name__, shape, rank, count, target.reason, alpha, scaling)
 
 
 def _left(plan: Plan) -> Iterator[str]:
@@ -77,13 +82,26 @@ def _left(plan: Plan) -> Iterator[str]:
         )
 
 
-def _count(method: Method, base: nn.Module, chosen: Any, target: Target) -> int:
-    """Numbers in all tensors that the method builds on this target, and on what a target module consists of."""
+def _made(method: Method, base: nn.Module, chosen: Any, target: Target) -> Made:
+    """What the method builds on this target, and on what a target module consists of."""
     places = _places(base, target, bool(getattr(chosen, "any_module", False)))
     sites = [Site(m, v, chosen, target.path, torch.float32, torch.device("meta")) for m, v in places]
-    made = [method.build(site) for site in sites]
-    untrained = getattr(getattr(method, "of", method), "untrained", lambda built: ())
-    return sum(_numel(value) for m in made for name, value in m.items() if name not in untrained(m))
+    return [method.build(site) for site in sites]
+
+
+def _count(method: Method, made: Made, target: Target, names: Any, before: dict[Any, int]) -> int:
+    """Numbers in all that is trained of this, but for what an earlier target has already.
+
+    Arguments:
+        method, made, target: see `_made`.
+        names: the targets' names, as the configuration will hold them.
+        before: where methods note what came before.
+    """
+    of = getattr(method, "of", method)
+    untrained = getattr(of, "untrained", lambda built: ())
+    repeated = getattr(of, "repeated", lambda built, path, names, before: ())
+    left_out = [{*untrained(m), *repeated(m, target.path, names, before)} for m in made]
+    return sum(_numel(v) for m, out in zip(made, left_out, strict=True) for name, v in m.items() if name not in out)
 
 
 def _places(base: nn.Module, target: Target, any_module: bool) -> list[tuple[nn.Module, Any]]:
@@ -130,8 +148,10 @@ def _tied(plan: Plan, model: nn.Module, method_of: Callable[[Any], Method], rows
     chosen = settings(plan.config, lead.path)
     for path in plan.target_modules_to_tie:
         target = Target(path, model.get_submodule(path), None, f"tied to {lead.path!r}")
-        own = _row(target, plan.config, method_of, {})
-        count = 0 if own.kind == lead.kind else _count(method_of(chosen), innermost(target.module), chosen, target)
+        own, count = _row(target, plan, method_of, {}, {}), 0
+        if own.kind != lead.kind:
+            made = _made(method_of(chosen), innermost(target.module), chosen, target)
+            count = _count(method_of(chosen), made, target, plan.target_modules, {})
         alpha = own.alpha if own.rank == lead.rank else None
         yield dataclasses.replace(own, rank=lead.rank, alpha=alpha, trainable=count)
 

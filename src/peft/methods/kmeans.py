@@ -40,7 +40,7 @@ def _distances(X: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def _nearest(points: Tensor, distances: np.ndarray) -> Tensor:
-    """The centre nearest to each point, the first of several: chosen by torch, for a run without numbers to deal out."""
+    """The centre nearest to each point, the first of several; by torch, which a run without numbers answers."""
     held = points.detach().new_empty(distances.shape, dtype=torch.float32, device="cpu")
     return held.copy_(torch.from_numpy(-distances)).argmax(1)
 

@@ -11,6 +11,7 @@ Zhong et al. 2024, arXiv 2407.09946. Different from the peer: adapters added lat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
@@ -31,7 +32,7 @@ from ..core.views import READS, linear_module
 from ..kernels import onto
 from ..target_config import TargetConfig, number
 
-HOMES = ("lily_A", "lily_B", "lily_router")
+HOMES, NUMBERS = ("lily_A", "lily_B", "lily_router"), ("r", "scaling", "stride_A", "num_B")
 
 
 @dataclass
@@ -73,11 +74,14 @@ class Lily(Delta):
             "lily_A": linear_module(inp, c.r, **site.kwargs),
             "lily_B": linear_module(out, c.num_B * c.r, **site.kwargs),
             "lily_router": linear_module(c.r, c.num_B, **site.kwargs),
-            "r": c.r,
-            "scaling": c.scaling,
-            "stride_A": c.stride_A,
-            "num_B": c.num_B,
+            **{name: getattr(c, name) for name in NUMBERS},
         }
+
+    def repeated(self, built: Mapping[str, Any], path: str, names: Any, before: dict[Any, int]) -> tuple[str, ...]:
+        """The names of what `build` made that a layer before has already, as `Sharing` puts them together."""
+        kind = suffix(path, names), tuple(built[name].weight.shape for name in HOMES), built["stride_A"]
+        i = before[kind] = before.get(kind, -1) + 1
+        return ("lily_B",) * (i > 0) + ("lily_A",) * (i % built["stride_A"] > 0)
 
     def init(self, p: Adapter, inner: Stack) -> None:
         for name in HOMES:
@@ -86,10 +90,8 @@ class Lily(Delta):
             p.lily_B.weight.zero_()
 
     def refuse_merge(self, p: Adapter) -> NoReturn:
-        raise NotImplementedError(
-            f"The adapter {p.name!r} at {p.path!r} mixes its experts as the input has it (Lily), so no weight holds it "
-            "and it cannot be merged. Keep it apart."
-        )
+        at = f"The adapter {p.name!r} at {p.path!r}"
+        raise NotImplementedError(f"{at} mixes its experts as the input has it, so no weight holds it: keep it apart.")
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         self.refuse_merge(p)
@@ -99,8 +101,8 @@ class Lily(Delta):
         if held is None or type(self).onto is not Lily.onto:
             return None
         h = F.linear(x.reshape(-1, x.shape[-1]).to(A.dtype), A)
-        B = F.linear(h, G).softmax(-1).mean(0) @ experts.view(p.num_B, -1)
-        return onto.thin(x, *held, (h, B.view(p.r, -1), p.scaling))
+        B = (F.linear(h, G).softmax(-1).mean(0) @ experts.view(p.num_B, -1)).view(p.r, -1)
+        return onto.thin(x, *held, (h, B, p.scaling))
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         A, experts, G = (p.held(name).weight for name in HOMES)
@@ -142,11 +144,10 @@ class LilyLayer(ScaledLayer):
 
     family = "lily"
     adapter_layer_names = HOMES
-    other_param_names = ("r", "scaling", "stride_A", "num_B")
+    other_param_names = NUMBERS
     _home_order = HOMES
 
     def natural_scaling(self, adapter: str) -> float:
-        """The configuration's `scaling`."""
         return float(self.adapters[adapter].settings.scaling)
 
 
