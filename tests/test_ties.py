@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import peft
 from peft import (
     LoraConfig,
     PeftModel,
@@ -20,6 +21,7 @@ from peft import (
 )
 from peft.core.layer import tuner_layers
 from peft.errors import PeftWarning
+from peft.tuners.lora import BdLoraConfig, KasaConfig, LoraGAConfig, preprocess_loraga
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 
 transformers = pytest.importorskip("transformers")
@@ -273,6 +275,43 @@ def test_training_keeps_tied_adapters_the_same(make):
     assert deltas[0].abs().sum() > 0
     for delta in deltas[1:]:
         torch.testing.assert_close(delta, deltas[0])
+
+
+def test_what_mica_keeps_stays_as_it_is_in_every_tied_layer():
+    changes = {"target_modules": ["embed_tokens"], "init_lora_weights": "mica", "ensure_weight_tying": True}
+    planned = peft.plan(llama(), lora(**changes))
+    model = quiet(prepared(llama), lora(**changes)).train()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert planned.trainable == sum(p.numel() for p in trained)
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {
+        n.split(".")[-3 if n.endswith("weight") else -2] for n, p in model.named_parameters() if (p != before[n]).any()
+    }
+    assert moved == {"lora_embedding_A", "lora_B"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kasa_config": KasaConfig()},
+        {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()},
+        {"use_bdlora": BdLoraConfig(target_modules_bd_a=["embed_tokens"], nblocks=2, match_strict=False)},
+    ],
+    ids=["kasa", "lora_ga", "bdlora"],
+)
+def test_what_would_be_one_tied_layers_alone_is_refused(fields):
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True, **fields)
+    model = llama()
+    if "lora_ga_config" in fields:
+        preprocess_loraga(model, config, lambda: model(input_ids=IDS, labels=IDS).loss.backward())
+    with pytest.raises(NotImplementedError, match="ensure_weight_tying=False"):
+        quiet(model, config)
+    assert not any("lora" in name for name, _ in model.named_modules())
 
 
 APART = {

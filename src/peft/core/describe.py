@@ -89,18 +89,19 @@ def _made(method: Method, base: nn.Module, chosen: Any, target: Target) -> Made:
     return [method.build(site) for site in sites]
 
 
-def _count(method: Method, made: Made, target: Target, names: Any, before: dict[Any, int]) -> int:
+def _count(method: Method, made: Made, target: Target, names: Any, before: dict[Any, int], tied: bool = False) -> int:
     """Numbers in all that is trained of this, but for what an earlier target has already.
 
     Arguments:
         method, made, target: see `_made`.
         names: the targets' names, as the configuration will hold them.
         before: where methods note what came before.
+        tied: whether the tensors will be those of an embedding, transposed.
     """
     of = getattr(method, "of", method)
-    untrained = getattr(of, "untrained", lambda built: ())
+    untrained = getattr(of, "untrained", lambda built, tied: ())
     repeated = getattr(of, "repeated", lambda built, path, names, before: ())
-    left_out = [{*untrained(m), *repeated(m, target.path, names, before)} for m in made]
+    left_out = [{*untrained(m, tied), *repeated(m, target.path, names, before)} for m in made]
     return sum(_numel(v) for m, out in zip(made, left_out, strict=True) for name, v in m.items() if name not in out)
 
 
@@ -151,7 +152,7 @@ def _tied(plan: Plan, model: nn.Module, method_of: Callable[[Any], Method], rows
         own, count = _row(target, plan, method_of, {}, {}), 0
         if own.kind != lead.kind:
             made = _made(method_of(chosen), innermost(target.module), chosen, target)
-            count = _count(method_of(chosen), made, target, plan.target_modules, {})
+            count = _count(method_of(chosen), made, target, plan.target_modules, {}, tied=True)
         alpha = own.alpha if own.rank == lead.rank else None
         yield dataclasses.replace(own, rank=lead.rank, alpha=alpha, trainable=count)
 

@@ -36,10 +36,12 @@ class LoraLayer(ScaledLayer):
     _parameter_homes = frozenset({"lora_embedding_A", "lora_embedding_B", "lora_embedding_bias"})
 
     def never_trained(self, name: str) -> Sequence[nn.Parameter]:
-        """MiCA's B."""
+        """MiCA's B, which the layer that is tied to an embedding has for its A."""
         p = self.adapters.get(name)
         if p is None or not p.__dict__.get("keeps_B"):
             return ()
+        if "tied_to" in p.__dict__:
+            return (p.lora_A.weight,)
         return (p.lora_embedding_B if p.has("lora_embedding_B") else p.lora_B.weight,)
 
     def check_active(self, names: Sequence[str]) -> None:

@@ -66,9 +66,10 @@ class LoRA(LowRank):
             "subtracts": starts.subtracts(site),
         }
 
-    def untrained(self, built: Mapping[str, Any]) -> tuple[str, ...]:
+    def untrained(self, built: Mapping[str, Any], tied: bool) -> tuple[str, ...]:
         """The names of what `build` made that training leaves as it is, which a plan does not count."""
-        return ("lora_B", "lora_embedding_B") if built["keeps_B"] else ()
+        fixed = ("lora_A",) if tied else ("lora_B", "lora_embedding_B")
+        return fixed if built["keeps_B"] else ()
 
     def form(self, site: Site) -> Hashable:
         alike = site.view.dense and type(self) in (LoRA, OutProjection)
@@ -107,6 +108,9 @@ class LoRA(LowRank):
                 f"lora_bias=True has no meaning for {p.path!r}, a layer that is tied to an embedding: the bias of one "
                 "is no bias of the other. Set lora_bias=False, or ensure_weight_tying=False."
             )
+        measured = p.settings.init_lora_weights in starts.MEASURED
+        if measured or any(q.__dict__.get(mark) for mark in ("takes_out", "blocked") for q in (p, other)):
+            super().tie(p, other)  # which refuses: first factors, KaSA's d or blocks would be one layer's alone
         p.lora_A._parameters["weight"] = nn.Parameter(other.lora_embedding_B.detach().mT)
         p.lora_B._parameters["weight"] = nn.Parameter(other.lora_embedding_A.detach().mT)
         if p.r != other.r:
