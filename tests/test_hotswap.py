@@ -24,6 +24,9 @@ from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
+from peft.tuners.lora import KasaConfig, LoraGAConfig, preprocess_loraga
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from peft.utils.hotswap import (
     check_hotswap_configs_compatible,
     hotswap_adapter,
@@ -184,6 +187,71 @@ def test_a_prepared_model_is_never_compiled_again(fields: dict[str, Any]) -> Non
             other = made(seed, r=1 + seed % 8, lora_alpha=1 + seed, **fields)
             swap(compiled, other)
             assert torch.allclose(compiled(X), other(X), atol=2e-6)  # compiling again would raise
+
+
+BESIDE = {
+    "corda": {"init_lora_weights": "corda", "corda_config": CordaConfig()},
+    "lora_ga": {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig(scale="unit")},
+    "kasa": {"kasa_config": KasaConfig()},
+    "kasa-dora": {"kasa_config": KasaConfig(), "use_dora": True},
+}
+
+
+def started(seed: int, kind: str, layout: str = "", **fields: Any) -> PeftModel:
+    """A model whose adapter holds more of a rank beside A and B: first factors, or d and the least directions."""
+    cell = LAYOUTS.get(layout)
+    base, x = (Net(), X) if cell is None else (cell.model(), cell.x())
+    targets = {"target_modules": r"layers\.\d"} if cell is None else cell.targets
+    config = LoraConfig(**{"lora_alpha": 6, **targets, **BESIDE[kind], **fields})
+    if kind == "corda":
+        preprocess_corda(base, config, lambda: base(x))
+    elif kind == "lora_ga":
+        preprocess_loraga(base, config, lambda: base(x).square().sum().backward())
+    model = get_peft_model(base, config)
+    train(model, seed=seed)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_a_prepared_model_has_room_for_what_lies_beside_the_factors(kind: str, tmp_path: Path) -> None:
+    model = started(0, kind, r=2)
+    expected = model(X)
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    assert torch.allclose(model(X), expected, atol=1e-6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(X)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(6):
+            other = started(seed, kind, r=1 + seed % 4, lora_alpha=1 + seed)
+            swap(compiled, other)
+            assert torch.allclose(compiled(X), other(X), atol=2e-6)
+            if "kasa" in kind:
+                terms = [m.base_model._get_kasa_loss() for m in (model, other)]
+                torch.testing.assert_close(*terms)
+    model.save_pretrained(tmp_path)
+    wanted = get_peft_model_state_dict(other)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    assert state.keys() == wanted.keys() and all(torch.equal(v, state[k]) for k, v in wanted.items())
+    assert torch.allclose(PeftModel.from_pretrained(Net(), tmp_path)(X), other(X), atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["conv-2d", "embedding", "parameter-3-D", "attention-packed", "conv-2d-grouped"])
+@pytest.mark.parametrize("kind", ["lora_ga", "kasa"])
+def test_there_is_such_room_on_every_layout(kind: str, layout: str) -> None:
+    if (kind, layout) == ("lora_ga", "conv-2d-grouped"):
+        return  # a start from the weight is refused beside groups
+    cell = LAYOUTS[layout]
+    model, other = started(0, kind, layout, r=2), started(1, kind, layout, r=2 if cell.grouped else 3)
+    expected, x = model(cell.x()), cell.x()
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    torch.testing.assert_close(model(x), expected)
+    tensors = {id(p) for p in model.parameters()}
+    swap(model, other)
+    torch.testing.assert_close(model(x), other(x))
+    assert {id(p) for p in model.parameters()} == tensors
+    state, wanted = get_peft_model_state_dict(model), get_peft_model_state_dict(other)
+    assert all(torch.equal(v, state[k]) for k, v in wanted.items())
 
 
 def test_a_prepared_model_saves_its_adapter_without_the_room(tmp_path: Path) -> None:

@@ -59,7 +59,10 @@ def _make_room(p: Any, tensors: dict[str, Any]) -> None:
     for slot in p.layer.slots(p.name):
         value = tensors.get(slot.key)
         if value is not None and value.shape != slot.tensor.shape:
-            _resize(slot.owner, value.shape[0], value.shape[1])
+            if slot.attr in slot.owner._buffers:
+                slot.owner._buffers[slot.attr] = value
+                continue
+            _resize(slot.owner, *value.shape[:2])
             slot.owner._parameters[slot.attr] = nn.Parameter(value, requires_grad=slot.tensor.requires_grad)
     for key in tensors.keys() - {slot.key for slot in p.layer.slots(p.name)}:  # derived ones, which no file holds
         p.layer.keep(p, key, tensors[key])
@@ -81,7 +84,7 @@ def _check_compiled(model: nn.Module, check: str) -> None:
     warnings.warn(text, stacklevel=3)
 
 
-def _resize(module: nn.Module, rows: int, columns: int) -> None:
+def _resize(module: nn.Module, rows: int, columns: int = 0) -> None:
     """Let a module say the size that its weight has now."""
     for names, size in ((("out_features", "out_channels"), rows), (("in_features", "in_channels"), columns)):
         for name in names:

@@ -19,7 +19,9 @@ from ...core.kept import lasting
 from ...core.method import Site
 from ...core.stack import Adapter, Stack
 from ...core.terms import Term, summed
+from .init import DERIVED
 from .method import LoRA, hooked
+from .room import own, wide
 
 
 class KaSA(LoRA):
@@ -47,8 +49,9 @@ class KaSA(LoRA):
     def derive(self, p: Adapter, inner: Stack) -> None:
         U, S, Vh = torch.linalg.svd(p.original_weight().detach().float(), full_matrices=False)
         r, dtype = p.r, p.lora_diag.dtype
-        p.layer.keep(p, "lora_residual_A", Vh[..., -r:, :].to(dtype).contiguous())
-        p.layer.keep(p, "lora_residual_B", (U[..., -r:] * S[..., None, -r:]).to(dtype).contiguous())
+        pair = wide(Vh[..., -r:, :].to(dtype), (U[..., -r:] * S[..., None, -r:]).to(dtype), p.lora_diag.shape[-1])
+        for key, value in zip(DERIVED, pair, strict=True):
+            p.layer.keep(p, key, value.contiguous())
 
     @torch.no_grad()
     def follow_base(self, p: Adapter, inner: Stack) -> None:
@@ -95,7 +98,7 @@ def loss(adapters: Iterable[Any]) -> Tensor | float:
     total: Tensor | float = 0.0
     for p in adapters:
         options = p.settings.kasa_config
-        A, B = getattr(p.method, "of", p.method).own_factors(p)  # that inside, under DoRA
+        A, B = own(p, *getattr(p.method, "of", p.method).own_factors(p))  # that inside, under DoRA
         eye = torch.eye(p.r, dtype=A.dtype, device=A.device)
         apart = torch.linalg.matrix_norm(B.mT @ B - eye) + torch.linalg.matrix_norm(A @ A.mT - eye)
         total = total + options.beta * p.lora_diag.square().sum() + options.gamma * apart.sum()

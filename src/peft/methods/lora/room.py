@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ...core.stack import Adapter
 
 _OF_RANK = {"lora_A.weight": 0, "lora_B.weight": 1}  # the axis of a linear layer's factors
+_BESIDE = {"lora_first_A": 0, "lora_first_B": 1, "lora_diag": 0}  # the same, behind the axes of stacked matrices
 
 
 def padded(p: Adapter, key: str, value: Tensor, shape: Sequence[int]) -> Tensor | None:
@@ -45,7 +47,7 @@ def fill(p: Adapter, A: Tensor, B: Tensor) -> None:
     values = dict(zip((0, 1), view.held(base, A, B), strict=True))
     for slot in p.layer.slots(p.name):
         axis, _ = _axis(p, slot.key)
-        if axis is not None:
+        if axis is not None and slot.key not in _BESIDE:
             shape = list(slot.tensor.shape)
             value = values[axis].reshape([*shape[:axis], -1, *shape[axis + 1 :]])
             slot.tensor.copy_(value if value.shape == slot.tensor.shape else padded(p, slot.key, value, shape))
@@ -65,7 +67,7 @@ def cut(p: Adapter, key: str, value: Tensor) -> Tensor:
     axis, blocks = _axis(p, key)
     if axis is None:
         return value
-    rank = wanted(p, axis, int(p.r))
+    rank = wanted(p, key, int(p.r))
     if value.shape[axis] <= rank:
         return value
     parts = value.unflatten(axis, (blocks, -1)).narrow(axis + 1, 0, rank // blocks)
@@ -78,14 +80,25 @@ def fits(p: Adapter, key: str, shape: tuple[int, ...]) -> bool:
     if axis is None or len(shape) <= axis:
         return False
     held = next((list(s.tensor.shape) for s in p.layer.slots(p.name) if s.key == key), [])
-    return len(held) == len(shape) and [*held[:axis], wanted(p, axis, int(p.r)), *held[axis + 1 :]] == list(shape)
+    return len(held) == len(shape) and [*held[:axis], wanted(p, key, int(p.r)), *held[axis + 1 :]] == list(shape)
 
 
-def wanted(p: Adapter, axis: int, rank: int) -> int:
+def wanted(p: Adapter, key: str, rank: int) -> int:
     """The size of the rank's axis for a rank: that of A for each expert, of B for each expert, but not each block."""
+    if key in _BESIDE:
+        return rank
     view, base = p.layer.view, p.layer.get_base_layer()
     experts = view.shape(base)[0] if len(view.shape(base)) > 2 else 1
-    return rank * experts // (_blocks(p)[1] if axis else 1)
+    return rank * experts // (_blocks(p)[1] if _axis(p, key)[0] else 1)
+
+
+def own(p: Adapter, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., r, I) and (..., O, r) without the padding, which every block has at its end."""
+    if A.shape[-2] == p.r:
+        return A, B
+    n, _ = _blocks(p)
+    at = torch.arange(A.shape[-2], device=A.device).unflatten(0, (n, -1))[:, : int(p.r) // n].flatten()
+    return A[..., at, :], B[..., at]
 
 
 def _blocks(p: Adapter) -> tuple[int, int]:
@@ -99,6 +112,8 @@ def _blocks(p: Adapter) -> tuple[int, int]:
 def _axis(p: Adapter, key: str) -> tuple[int | None, int]:
     """(the rank's axis of a tensor, into how many blocks it falls: in A there are some for each expert)."""
     n, shared = _blocks(p)
+    if key in _BESIDE:
+        return len(p.layer.view.shape(p.layer.get_base_layer())) - 2 + _BESIDE[key], n
     name = key.removesuffix(".weight").removeprefix("lora_").removeprefix("embedding_")
     if name == "B":
         return 1, n // shared
@@ -125,7 +140,7 @@ def widened(p: Adapter, target: int) -> dict[str, Tensor]:
         if p.r > target:
             raise ValueError(f"The adapter {p.name!r} has rank {p.r} at {p.path!r}, more than target_rank={target}.")
         tensor, shape = slot.tensor.detach(), list(slot.tensor.shape)
-        shape[axis] = wanted(p, axis, target)
+        shape[axis] = wanted(p, slot.key, target)
         padding = padded(p, slot.key, tensor, shape)
         found[slot.key] = tensor if padding is None else padding
     return found
