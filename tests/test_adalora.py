@@ -13,6 +13,7 @@ from torch import nn
 
 import peft
 from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 
 FIELDS = {"target_modules": ["one", "two"], "init_r": 6, "target_r": 3, "total_step": 12, "tinit": 2, "tfinal": 3}
 
@@ -326,6 +327,40 @@ def test_importances_of_half_precision_are_added_up_in_single():
     model(x, labels).loss.backward()
     model.base_model.update_and_allocate(1)
     assert all(t.dtype is torch.float32 for pair in model.base_model.rankallocator.averages.values() for t in pair)
+
+
+@pytest.mark.parametrize("steps", [6, 12])
+def test_files_of_other_ranks_take_each_others_place(steps, tmp_path):
+    for name, change in (("one", {}), ("other", {"target_r": 2})):
+        model = wrapped(**change)
+        by_order(model, 12 if name == "one" else steps, "")
+        model.eval().save_pretrained(tmp_path / name)
+    x, _ = data()
+    torch.manual_seed(0)
+    swapped = PeftModel.from_pretrained(Net(), tmp_path / "one")
+    hotswap_adapter(swapped, tmp_path / "other", "default")
+    torch.testing.assert_close(swapped(x).y, model(x).y)
+    swapped.save_pretrained(tmp_path / "again")
+    torch.manual_seed(0)
+    torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path / "again")(x).y, model(x).y)
+
+
+def test_a_file_with_cut_ranks_is_loaded_by_a_model_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    settings = transformers.LlamaConfig(**sizes, num_attention_heads=2)
+    transformers.set_seed(0)
+    base = transformers.LlamaForCausalLM(settings)
+    plain = copy.deepcopy(base)
+    model = get_peft_model(base, AdaLoraConfig(**{**FIELDS, "target_modules": ["q_proj", "v_proj"]}))
+    optimizer, ids = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad), torch.tensor([[3, 4, 5, 6]])
+    for _ in range(12):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path)
+    plain.load_adapter(str(tmp_path))
+    torch.testing.assert_close(plain.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_a_layer_that_lost_every_rank_is_saved_and_loaded(tmp_path):

@@ -28,6 +28,7 @@ OF_THE_WEIGHTS = frozenset(
         *("r", "alpha", "lora_alpha", "rank_pattern", "alpha_pattern", "module_config"),
         *("init_weights", "init_ia3_weights", "prompt_tuning_init", "prompt_tuning_init_text"),
         *("tokenizer_name_or_path", "tokenizer_kwargs"),
+        *("target_r", "total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),
     ]
 )
 

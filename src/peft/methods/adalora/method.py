@@ -31,7 +31,9 @@ class AdaLoRA(LowRank):
         c = site.settings
         *lead, out, inp = site.view.shape(site.module)
         alpha = c.lora_alpha if c.lora_alpha > 0 else float(c.init_r)
-        shapes = {"lora_A": (c.init_r, inp), "lora_B": (out, c.init_r), "lora_E": (c.init_r, 1)}
+        left = kept(c, site.path) if c.inference_mode and not lead else None  # where no ranks will be shared out
+        r = c.init_r if left is None else left
+        shapes = {"lora_A": (r, inp), "lora_B": (out, r), "lora_E": (r, 1)}
         return {
             "lora_dropout": site.dropout("lora_dropout"),
             **{name: nn.Parameter(torch.empty(*lead, *shape, **site.kwargs)) for name, shape in shapes.items()},
@@ -60,10 +62,10 @@ class AdaLoRA(LowRank):
 
     def takes(self, p: Adapter, key: str, shape: tuple[int, ...]) -> bool:
         """A file's factors have the ranks that its configuration says were kept."""
-        rank, here = kept(p.settings, p.path), tuple(getattr(p, key).shape)
-        axis = -1 if key == "lora_B" else -2
-        wanted = [rank if i == len(here) + axis else n for i, n in enumerate(here)]
-        return rank is not None and list(shape) == wanted
+        rank, here = kept(p.settings, p.path), getattr(p, key).shape
+        axis = len(here) - (1 if key == "lora_B" else 2)
+        others = [n for i, n in enumerate(here) if i != axis] == [n for i, n in enumerate(shape) if i != axis]
+        return others and len(shape) == len(here) and shape[axis] in (rank, int(p.ranknum))
 
     def for_file(self, p: Adapter, key: str, value: Tensor) -> Tensor:
         """Files hold the ranks that were kept; experts, whose ranks differ, are filed whole."""
