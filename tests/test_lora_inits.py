@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -760,6 +761,19 @@ def test_more_turns_of_loftq_follow_the_papers_algorithm():
         product = (U[:, :3] * S[:3]) @ Vh[:3]
     A, B = factors(model)
     assert torch.allclose(2 * B @ A, product, atol=1e-5)
+
+
+def test_an_adapter_made_by_a_configuration_of_the_other_library_is_of_this_one(tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 4))
+    config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights="pissa", peft_version="0.21.2")
+    model = get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.0 + 0.5 * p.requires_grad)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(9)
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path)(ids), model.eval()(ids))
 
 
 def test_loftq_leaves_the_base_as_it_was_and_its_files_hold_the_factors_only(tmp_path):

@@ -12,12 +12,14 @@ from torch import nn
 
 from ..errors import check_adapters, nearest
 from ..registry import tuner_class
+from ..version import __version__
 from . import rounding, sharded
 from . import unload as unloading
 from .blocks import one_scratch
 from .call import Call, first_tensor
 from .collector import no_collection
 from .combined import Combined
+from .files import keys_in_hand
 from .host import hosts
 from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
@@ -122,6 +124,8 @@ class BaseTuner(Switching, Combined, nn.Module):
         """
         config = self.peft_config[adapter_name]
         self._check_new_adapter(model, adapter_name, config)
+        if state_dict is None and not keys_in_hand():
+            config.peft_version = __version__  # it is made here, wherever its configuration comes from
         self.kind_of(config).prepare_config(config, model_type(model))
         undo = [] if undo is None else undo
         with no_collection(), sharded.drawing_alike(model):
