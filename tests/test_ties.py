@@ -22,6 +22,8 @@ from peft import (
 from peft.core.layer import tuner_layers
 from peft.errors import PeftWarning
 from peft.tuners.lora import BdLoraConfig, KasaConfig, LoraGAConfig, preprocess_loraga
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 
 transformers = pytest.importorskip("transformers")
@@ -300,16 +302,19 @@ def test_what_mica_keeps_stays_as_it_is_in_every_tied_layer():
     [
         {"kasa_config": KasaConfig()},
         {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()},
+        {"init_lora_weights": "corda", "corda_config": CordaConfig()},
         {"use_bdlora": BdLoraConfig(target_modules_bd_a=["embed_tokens"], nblocks=2, match_strict=False)},
     ],
-    ids=["kasa", "lora_ga", "bdlora"],
+    ids=["kasa", "lora_ga", "corda", "bdlora"],
 )
 def test_what_would_be_one_tied_layers_alone_is_refused(fields):
     config = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True, **fields)
     model = llama()
     if "lora_ga_config" in fields:
         preprocess_loraga(model, config, lambda: model(input_ids=IDS, labels=IDS).loss.backward())
-    with pytest.raises(NotImplementedError, match="ensure_weight_tying=False"):
+    if "corda_config" in fields:
+        preprocess_corda(model, config, lambda: model(input_ids=IDS))
+    with pytest.raises((NotImplementedError, ValueError), match="ensure_weight_tying=False"):
         quiet(model, config)
     assert not any("lora" in name for name, _ in model.named_modules())
 

@@ -91,6 +91,7 @@ def missing(path: str) -> NoReturn:
         f"init_lora_weights='corda' found no `{NAME}` at {path!r}. Call peft.tuners.lora.corda.preprocess_corda(model, "
         "lora_config, run_model) on the base model first, with the same target_modules. An adapter whose file lacks "
         "`lora_first_A` needs it to be loaded, too, unless it is saved with `path_initial_model_for_weight_conversion`."
+        " A layer that is tied to the embedding has no measurement of its own: set ensure_weight_tying=False."
     )
 
 
