@@ -134,7 +134,9 @@ def test_components_that_cannot_be_are_refused(make, match):
 
 def test_eva_gives_the_principal_components_of_all_inputs():
     model = get_peft_model(net(), config("eva", eva_config=EvaConfig(rho=1.0, tau=0.999)))
+    tensors = {id(p) for p in model.parameters()}
     initialize_lora_eva_weights(model, batches(), **CALL)
+    assert {id(p) for p in model.parameters()} == tensors, "an optimizer that was made before trains them"
     X = torch.cat(batches())
     A, B = factors(model)
     _, _, Vh = torch.linalg.svd(X - X.mean(0), full_matrices=False)

@@ -82,6 +82,10 @@ def _key(path: str, layers: dict[str, Any]) -> str:
 
 def _rebuild(tuner: Any, path: str, layer: Any, name: str, A: Tensor) -> None:
     old = layer.adapters[name]
+    if len(A) == old.r and not old.lora_A.weight.is_meta:  # the very tensors stay, which an optimizer may hold
+        old.lora_A.weight.copy_(A.reshape(old.lora_A.weight.shape))
+        old.lora_B.weight.zero_()
+        return
     wide = old.lora_A.weight.dtype
     trained = any(q.requires_grad for q in layer.adapter_parameters(name))
     layer._drop(name)
