@@ -393,6 +393,28 @@ def test_hot_swapping_brings_the_first_factors_too(init, tmp_path):
 
 
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])
+def test_a_model_of_transformers_loads_the_first_factors_too(init, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    transformers.set_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2)).eval()
+    plain, ids = copy.deepcopy(base), torch.tensor([[3, 4, 5, 6]])
+    options = {"corda_config": CordaConfig()} if init == "corda" else {"lora_ga_config": LoraGAConfig()}
+    made = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=init, **options)
+    if init == "corda":
+        preprocess_corda(base, made, lambda: base(input_ids=ids))
+    else:
+        preprocess_loraga(base, made, lambda: base(input_ids=ids, labels=ids).loss.backward())
+    model = get_peft_model(base, made).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * p.requires_grad)
+    model.save_pretrained(tmp_path)
+    plain.load_adapter(str(tmp_path))
+    torch.testing.assert_close(plain.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("init", ["corda", "lora_ga"])
 def test_a_file_without_first_factors_asks_for_the_measurement(init, tmp_path):
     model, made = measured(corda_config=CordaConfig()) if init == "corda" else graded()
     model = get_peft_model(model, made)

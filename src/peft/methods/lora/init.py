@@ -19,13 +19,16 @@ Letters: W (..., O, I) the base weight, r the rank, s the scaling, U S V' a sing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ...core.defaults import SAFETENSORS_WEIGHTS_NAME
 from ...core.files import keys_in_hand
+from ...core.header import read_header
 from ...errors import PeftWarning, report
 from . import corda, loraga
 from .calibration import Spot, at
@@ -89,7 +92,7 @@ def subtracts(site: Any) -> bool:
     kind = site.settings.init_lora_weights
     if kind not in MEASURED:
         return isinstance(kind, str) and (kind.startswith("pissa") or kind == "olora") and not _plain(site, kind)
-    if measured(Spot(site.path, site.module, site.view, site.settings)) or first_in_hand():
+    if measured(_spot(site)) or _comes_later(site):
         return True
     if kind == "corda":
         corda.missing(site.path)
@@ -122,14 +125,23 @@ def measured(spot: Spot) -> bool:
     return spot.get(MEASURED[spot.settings.init_lora_weights]) is not None
 
 
-def first_in_hand() -> bool:
-    """Whether the adapter will be filled from a file that holds its first factors."""
-    return any(key.endswith(FIRST[0]) for key in keys_in_hand())
+def _spot(site: Any) -> Spot:
+    return Spot(site.path, site.module, site.view, site.settings)
+
+
+def _comes_later(site: Any) -> bool:
+    """Whether the first factors are in a file: that in hand, or the one beside a configuration for inference."""
+    keys: Collection[str] = keys_in_hand()
+    folder = site.settings.__dict__.get("origin")
+    if not keys and folder and site.settings.inference_mode and not measured(_spot(site)):
+        file = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)  # which transformers will read by itself
+        keys = read_header(file).tensors if os.path.isfile(file) else ()
+    return any(key.endswith(FIRST[0]) for key in keys)
 
 
 def room(site: Any) -> dict[str, Tensor]:
     """Where the first factors of a file go, if the adapter will be filled from one that holds them."""
-    if site.settings.init_lora_weights not in MEASURED or not first_in_hand():
+    if site.settings.init_lora_weights not in MEASURED or not _comes_later(site):
         return {}
     *lead, out, inp = site.view.shape(site.module)
     r = site.settings.r
