@@ -363,6 +363,20 @@ def test_a_file_with_cut_ranks_is_loaded_by_a_model_of_transformers(tmp_path):
     torch.testing.assert_close(plain.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+def test_files_of_the_other_library_are_without_alpha_pattern(tmp_path):
+    plain = fit(wrapped(), 12).eval()
+    plain.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = {**json.loads(path.read_text()), "alpha_pattern": {"one": 32}}
+    x, _ = data()
+    for version in ("0.21.2", peft.__version__):
+        path.write_text(json.dumps({**values, "peft_version": version}))
+        torch.manual_seed(0)
+        with pytest.warns(peft.PeftWarning, match="alpha_pattern|configuration"):
+            loaded = PeftModel.from_pretrained(Net(), tmp_path)
+        assert torch.allclose(loaded(x).y, plain(x).y) == (version == "0.21.2")
+
+
 def test_a_layer_that_lost_every_rank_is_saved_and_loaded(tmp_path):
     model = wrapped()
     model.base_model.resize_modules_by_rank_pattern(

@@ -45,6 +45,18 @@ class AdaLoraConfig(LoraConfig):
         self._check_unused()
         self._check_schedule()
 
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """The other library's AdaLoRA passes over `alpha_pattern`, so that its files are trained without."""
+        if kwargs.get("alpha_pattern") and str(kwargs.get("peft_version")).startswith("0"):
+            text = (
+                f"alpha_pattern={kwargs['alpha_pattern']} is left out: the library that saved this AdaLoRA adapter "
+                "has trained it without."
+            )
+            report(PeftWarning, text, strict=False, stacklevel=5)
+            kwargs["alpha_pattern"] = {}
+        return super().check_kwargs(**kwargs)
+
     def alpha_for(self, r: int) -> int:
         """Twice the first rank; use_rslora has no effect."""
         return 2 * r
