@@ -91,7 +91,7 @@ class Lily(Delta):
 
     def refuse_merge(self, p: Adapter) -> NoReturn:
         at = f"The adapter {p.name!r} at {p.path!r}"
-        raise NotImplementedError(f"{at} mixes its experts as the input has it, so no weight holds it: keep it apart.")
+        raise NotImplementedError(f"{at} mixes its experts as the input has it, so it cannot be merged. Keep it apart.")
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         self.refuse_merge(p)
