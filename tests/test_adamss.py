@@ -114,6 +114,12 @@ def test_the_budget_falls_as_the_schedule_has_it_and_frozen_subspaces_stay_as_th
     trained(model, range(9, 14))
     now = dict(model.named_parameters())
     assert len(frozen) == 10 and all(torch.equal(now[n], p) and not now[n].requires_grad for n, p in frozen.items())
+    model.add_adapter("other", config())
+    for twin in (model, copy.deepcopy(model)):
+        twin.set_adapter("other")
+        twin.set_adapter("default")
+        now = dict(twin.named_parameters())
+        assert all(now[n].requires_grad == (n not in frozen) for n in now if "adamss" in n and "default" in n)
 
 
 def test_those_stay_that_matter_most():

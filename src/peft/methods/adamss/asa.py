@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ...core.companion import Companion
+from ...core.host import changed
 from ...core.layer import BaseTunerLayer, tuner_layers
 from ...core.stack import Adapter
 from ...errors import PeftWarning, report
@@ -69,11 +70,11 @@ class Subspaces(Companion):
         self.calls += 1
         for name, c in self.tuner.peft_config.items():
             if getattr(c, "use_asa", False) and c.init_warmup <= global_step <= c.final_warmup:
-                pairs = [pair for p in self.adapters(name) for pair in zip(p.adamss_A, p.adamss_B, strict=True)]
-                for t in (t for pair in pairs for t in pair if t.requires_grad and t.grad is not None):
+                places = [(p, k) for p in self.adapters(name) for k in range(len(p.adamss_A))]
+                for t in (t for at in places for t in pair(*at) if t.requires_grad and t.grad is not None):
                     self._measure(t, c)
                 if global_step % c.mask_interval == 0:
-                    self._cut(pairs, target(c, len(pairs), global_step))
+                    self._cut(places, target(c, len(places), global_step))
 
     def _measure(self, t: nn.Parameter, c: Any) -> None:
         importance = (t * t.grad).abs()  # type: ignore[operator]
@@ -82,18 +83,27 @@ class Subspaces(Companion):
         b1, b2 = c.asa_importance_beta, c.asa_uncertainty_beta
         self.seen[t] = b1 * mean + (1 - b1) * importance, b2 * spread + (1 - b2) * off
 
-    def _cut(self, pairs: list[Subspace], target: int) -> None:
+    def _cut(self, places: list[tuple[Adapter, int]], target: int) -> None:
         """Keep the `target` subspaces of the highest score among those that were measured since the last cut."""
+        pairs = [pair(*at) for at in places]
         scored = [(self._score(pair), i) for i, pair in enumerate(pairs) if any(t in self.seen for t in pair)]
         for _, i in sorted(scored, key=lambda found: -found[0])[target:]:
+            p, k = places[i]
+            vars(p)["frozen"] = (*p.frozen, k)  # a switch to the adapter, too, leaves it so
             for t in pairs[i]:
                 t.requires_grad_(False)
+        changed()
         for t in (t for pair in pairs for t in pair):
             self.seen.pop(t, None)
 
     def _score(self, pair: Subspace) -> float:
         found = (self.seen[t] for t in pair if t in self.seen)
         return sum(float((mean * spread).mean()) for mean, spread in found)
+
+
+def pair(p: Adapter, k: int) -> Subspace:
+    """A_k and B_k."""
+    return p.adamss_A[k], p.adamss_B[k]
 
 
 def target(c: Any, total: int, step: int) -> int:

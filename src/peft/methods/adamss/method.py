@@ -49,6 +49,7 @@ class AdaMSS(LowRank):
             "adamss_newB": nn.Buffer(deal.N.to(**site.kwargs)),
             "num_subspaces": len(deal.clusters),
             "guessed": unknown,
+            "frozen": (),
         }
 
     def init(self, p: Adapter, inner: Stack) -> None:
