@@ -27,6 +27,8 @@ MORE = {
     "randlora": peft.RandLoraConfig(r=4, target_modules=["q_proj"]),
     "psoft": peft.PsoftConfig(r=2, target_modules=["q_proj"]),
     "hira": peft.HiraConfig(r=2, target_modules=TARGETS),
+    "frod": peft.FrodConfig(target_modules=TARGETS, progressbar=False),
+    "rows": peft.TrainableTokensConfig(token_indices=[3, 5]),
 }
 ALL = {**{name: c for name, c in METHODS.items() if name != "bias"}, **MORE}
 
@@ -44,7 +46,7 @@ def test_a_method_runs_and_merges_over_weights_that_lie_elsewhere(method, tmp_pa
     here = moved(get_peft_model(llama(attention_bias=True), copy.deepcopy(ALL[method])))
     expected = logits(here)
     here.save_pretrained(tmp_path / "adapter")
-    where = "disk" if method in ("lora", "dora", "head") else "cpu"
+    where = "disk" if method in ("lora", "dora", "head", "frod", "rows") else "cpu"
     model = PeftModel.from_pretrained(away(where, tmp_path / "base"), tmp_path / "adapter")
     torch.testing.assert_close(logits(model), expected)
     with model.disable_adapter():
@@ -53,7 +55,9 @@ def test_a_method_runs_and_merges_over_weights_that_lie_elsewhere(method, tmp_pa
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "oft", "head", "ln_tuning", "hira", "parameter"])
+@pytest.mark.parametrize(
+    "method", ["lora", "dora", "oft", "head", "ln_tuning", "hira", "parameter", "frod", "rows", "tokens"]
+)
 def test_a_method_is_trained_over_weights_that_lie_elsewhere(method, tmp_path):
     gradients = []
     for base in (llama(attention_bias=True), away("cpu", tmp_path)):

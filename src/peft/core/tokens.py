@@ -66,8 +66,7 @@ class TokenRows(Method):
         if not self.at_base:
             p.trainable_tokens_delta.normal_()
         elif self.share is None:
-            W = inner.view.read(inner.base)
-            W = p.original_weight() if W.is_meta else W  # accelerate keeps it elsewhere
+            W = p.original_weight()
             p.trainable_tokens_delta.copy_((W.mT if inner.view.infix else W)[p.held_buffer("token_indices")])
 
     def tie(self, p: Adapter, other: Adapter) -> None:
