@@ -20,6 +20,8 @@ else:
     settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, whoever does it first
 if not torch.accelerator.is_available():  # torch.manual_seed would note its stack for devices that are not there: 1 ms
     torch.manual_seed = torch.default_generator.manual_seed
 

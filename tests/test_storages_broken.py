@@ -112,6 +112,27 @@ def test_broken_packages_beside_transformers(tmp_path):
     assert run(textwrap.dedent(code)).endswith("the whole road\n")
 
 
+def test_a_torch_without_the_newest_kinds_of_numbers_is_enough_for_everything_else():
+    code = """
+    import torch
+    del torch.float8_e8m0fnu  # as before torch 2.7
+    from torch import nn
+    from peft import LoraConfig, get_peft_model
+    from peft.storages import codes
+
+    class Own(nn.Sequential):
+        pass
+
+    model = get_peft_model(Own(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    model(torch.randn(3, 8)).sum().backward()
+    try:
+        codes.exponents(torch.zeros(2, dtype=torch.uint8))
+    except RuntimeError as error:
+        print(error)
+    """
+    assert "E8M0 need torch 2.7" in run(textwrap.dedent(code))
+
+
 class HQQLinear(nn.Module):
     """A layer of a library of which too little is installed."""
 

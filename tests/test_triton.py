@@ -20,8 +20,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 triton = pytest.importorskip("triton", reason="Triton is not installed: `make kernels` runs these tests with it")
 
 import triton.language as tl  # noqa: E402

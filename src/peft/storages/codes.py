@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+E4M3, E8M0 = torch.float8_e4m3fn, getattr(torch, "float8_e8m0fnu", None)
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of E2M1, by the low three bits
 # Between two magnitudes; the middle itself goes to the code that ends in 0, which is the upper one after these.
 _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
@@ -58,6 +58,13 @@ class Four:
         found = found + 8 * torch.signbit(values).int()
         low, high = found.unflatten(-1, (-1, 2)).unbind(-1)
         return (low | (high << 4)).to(torch.uint8).view(like.dtype)
+
+
+def exponents(stored: Tensor) -> Tensor:
+    """Bytes as numbers of E8M0. Raises RuntimeError under a torch that has none."""
+    if E8M0 is None:
+        raise RuntimeError(f"Scales of E8M0 need torch 2.7 or newer, this is {torch.__version__}. Install a newer one.")
+    return stored.view(E8M0)
 
 
 def power(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:

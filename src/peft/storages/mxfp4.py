@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.storage import Payload
-from .codes import E8M0
+from .codes import exponents
 from .experts import Experts
 from .scaled import place
 
@@ -43,7 +43,7 @@ class MXFP4Experts(Experts):
             )
         codes = blocks.detach().flatten(-2)
         scale = getattr(module, f"{name}_scales").detach()
-        return {"codes": codes, "scale": scale.view(E8M0), "sizes": (1, 1, 32), "spare": held}
+        return {"codes": codes, "scale": exponents(scale), "sizes": (1, 1, 32), "spare": held}
 
     def shape(self, module: nn.Module, name: str) -> tuple[int, ...]:
         m: Any = module

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.storage import Payload
-from .codes import E4M3, E8M0
+from .codes import E4M3, E8M0, exponents
 from .scaled import Scaled, place
 
 ROOM = 448.0 * 6.0  # the largest scale of a block times the largest code
@@ -61,7 +61,7 @@ class ModelOpt(Packed4):
         if scale is None or form not in ("NVFP4QTensor", "MXFP4QTensor", "FP8QTensor"):
             raise _unread(module, name, form)
         if form == "MXFP4QTensor":
-            scale = scale.view(codes.shape[0], -1).view(E8M0)
+            scale = exponents(scale.view(codes.shape[0], -1))
         sizes = {"NVFP4QTensor": (1, 16), "MXFP4QTensor": (1, 32)}.get(form)
         return {"codes": codes, "scale": scale, "over": held.get("_double_scale"), "sizes": sizes}
 
@@ -92,7 +92,7 @@ class Compressed(Packed4):
         codes = held.get(name) if packed is None else packed
         if codes is None or scale is None or not _readable(codes, scale, packed is not None):
             raise _unread(module, name, str(getattr(codes, "dtype", None)))
-        blocks: Tensor = scale.detach().view(E8M0) if scale.dtype == torch.uint8 else scale.detach()
+        blocks: Tensor = exponents(scale.detach()) if scale.dtype == torch.uint8 else scale.detach()
         sizes = None if packed is None else (1, 16 if scale.dtype == E4M3 else 32)
         payload: Payload = {"codes": codes.detach(), "scale": blocks, "sizes": sizes, "over": None, "whole": None}
         if whole is not None:
