@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from conformance.layouts import LAYOUTS
 from conformance.rows import adapted, close, config, given, tuner_layers
 from conformance.rows import train as train_adapter
+from peft import PeftModel, VeraConfig, get_peft_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
 
@@ -279,3 +280,16 @@ def test_rescaling_a_prepared_model_compiles_nothing(train):
         rescale(made.model, scale)
         made.run()
     assert made.graphs == 1
+
+
+@pytest.mark.filterwarnings("ignore::peft.errors.ChangedConfigWarning")
+def test_layers_that_a_failed_load_has_taken_out_are_not_asked_when_another_model_is_compiled(tmp_path):
+    layout, settings = LAYOUTS["linear"], VeraConfig(target_modules=["layer"], r=4)
+    get_peft_model(layout.model(), settings).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"r": 4', '"r": 8'))
+    with pytest.raises(RuntimeError, match="size mismatch") as held:  # and with it the layers
+        PeftModel.from_pretrained(layout.model(), tmp_path)
+    model = get_peft_model(layout.model(), settings).eval()
+    torch.compile(model, backend="eager", fullgraph=True)(layout.x())
+    assert held.value

@@ -51,6 +51,13 @@ class Deferred:
         if Deferred.at_once:
             self.settle()
 
+    def forget(self) -> None:
+        """There are no layers any more that could follow."""
+        with _lock:
+            if self._wanted is not None:
+                self._wanted, self.plain = None, self._after
+            _waiting.discard(self)
+
     def flag(self, device: torch.device, on: bool) -> Tensor:
         """The tensor that says to traced layers whether they are in force; two that are never written to."""
         found = self.__dict__.setdefault("_flags", {})

@@ -71,6 +71,7 @@ class Injection(Casting, Placing):
         seen = below(self.model)
         held = standing(seen[0])
         first, off = not held, self._are_off(held)
+        self.undo += [self.tuner.call.forget] if first else []
         ranges = getattr(config, "layer_replication", None)
         if ranges and first:
             self.undo.append(replicate(self.model, ranges))
