@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,23 +43,25 @@ def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int, empty:
     sliding = getattr(config, "layer_types", None) is not None
     cache = empty or (DynamicCache(config=config) if sliding else DynamicCache())
     held = keys.shapes(config)
+    makes = _makes_keys(model) if together() else None
     for i, (key, value) in enumerate(pairs):
         layer, made = cache.layers[i] if sliding and i < len(cache.layers) else None, (key.shape[1], key.shape[3])
         found = keys.room(layer, None if held is None else held[i], made)
         if found is not None and found != made:
             key, value = (part[:, : found[0], :, : found[1]] for part in (key, value))
+        if makes is not None:
+            key, value = (part_of_heads(part, 1, makes) for part in (key, value))
         if found is not None:
-            cache.update(*_of_process(model, key, value), i)
+            cache.update(key, value, i)
     if not getattr(config, "is_encoder_decoder", False):
         return cache
     return EncoderDecoderCache(cache, DynamicCache())
 
 
-def _of_process(model: nn.Module, *pair: Tensor) -> Iterator[Tensor]:
-    """Keys and values of the heads that this process has, where attention is split over several."""
-    split = together() and next((m for n, m in model.named_modules() if n.rpartition(".")[2] in PROJECTIONS), None)
-    for part in pair:
-        yield part_of_heads(part, 1, innermost(split)) if split else part
+def _makes_keys(model: nn.Module) -> nn.Module | None:
+    """The first layer that makes keys; the split of its heads is that of all."""
+    found = (m for n, m in model.named_modules() if n.rpartition(".")[2] in PROJECTIONS)
+    return next(map(innermost, found), None)
 
 
 def takes_cache(model: nn.Module) -> bool:

@@ -185,9 +185,8 @@ class ShadowModel(BaseTuner):
 
     def _watch(self, model: Any, done: list[Callable[[], Any]]) -> None:
         look = self.__dict__["look"] = Look(self)
-        for module in (self, model):  # a task's class calls the tuner, generation the model; never both
-            self.hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
-            self.hooks.append(module.register_forward_hook(look.after, with_kwargs=True, always_call=True))
+        self.hooks.append(model.register_forward_pre_hook(look, with_kwargs=True))
+        self.hooks.append(model.register_forward_hook(look.after, with_kwargs=True, always_call=True))
         done.append(self._look_away)
 
     def _look_away(self) -> None:

@@ -186,10 +186,8 @@ class XLoraModel(LoraModel):
         gate = XLoraClassifier(name, config, len(layers), device=device, dtype=dtype)
         gate.set_requires_grad(name, False)
         look = Look(self)
-        hooks: list[Any] = []
-        for module in (self, model):  # a task's class calls the tuner, generation the model; never both
-            hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
-            hooks.append(module.register_forward_hook(look.after, always_call=True))
+        hooks = [model.register_forward_pre_hook(look, with_kwargs=True)]
+        hooks.append(model.register_forward_hook(look.after, always_call=True))
         self.hooks.extend(hooks)
         undo += [h.remove for h in hooks]
         before = self._modules.get(GATE)
