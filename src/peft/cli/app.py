@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -128,12 +129,21 @@ def _add(app: Any, name: str, kind: type, run: Callable[[Any], int], help: str) 
     app.command(name, help=help)(command)
 
 
+def _leave_the_others() -> None:
+    """End what several processes had together: threads that still listen to it may abort this one at its end."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def _guarded(run: Callable[[Any], int], options: Any) -> int:
     """The exit code: 0 done, 1 the system refused, 2 wrong option, 130 interrupted."""
     from peft.cli.report import error
 
     try:
-        return run(options)
+        code = run(options)
+        _leave_the_others()
+        return code
     except PeftError as problem:
         error(str(problem))
         return 1 if isinstance(problem, OSError) else 2
