@@ -131,9 +131,12 @@ def _add(app: Any, name: str, kind: type, run: Callable[[Any], int], help: str) 
 
 def _leave_the_others() -> None:
     """End what several processes had together: threads that still listen to it may abort this one at its end."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if "torch.distributed" not in sys.modules:
+        return
+    from peft.core.sharded.gather import together
+
+    if together():
+        sys.modules["torch.distributed"].destroy_process_group()
 
 
 def _guarded(run: Callable[[Any], int], options: Any) -> int:

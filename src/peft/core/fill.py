@@ -13,7 +13,7 @@ from . import sharded
 from .entries import PREFIX, Entry, base_tensors, plain
 from .layer import AdapterHost, BaseTunerLayer
 from .onload import stored
-from .shared import SharedTensors
+from .shared import SharedTensors, part
 from .tie import storage_key
 from .views import PLAIN
 
@@ -270,9 +270,7 @@ def _put(entry: Entry, value: Tensor, homes: dict[int, torch.device], own: bool)
 def _write_all(found: Found, alone: bool, fresh: bool, own: bool) -> None:
     """Write the tensors into their places; those of an adapter that was there before are as they were if that fails."""
     homes: dict[int, torch.device] = {}
-    for entry, _ in found.values():
-        if isinstance(entry.owner, SharedTensors):
-            entry.owner.part(entry.attr)
+    part(entry for entry, _ in found.values())
     ready = [(e, v if _assigned(e) else as_held(v, e.tensor)) for e, v in found.values()]
     before: list[tuple[Tensor, Tensor]] = []
     try:

@@ -71,7 +71,6 @@ class Injection(Casting, Placing):
         seen = below(self.model)
         held = standing(seen[0])
         first, off = not held, self._are_off(held)
-        self.undo += [self.tuner.call.forget] if first else []
         ranges = getattr(config, "layer_replication", None)
         if ranges and first:
             self.undo.append(replicate(self.model, ranges))
@@ -83,6 +82,7 @@ class Injection(Casting, Placing):
             self.undo.append(experts.rewrite(config, self.model))
         plan = self.tuner.match(self.model, config, self.name, state_dict)
         if first:
+            self.undo.append(self.tuner.call.forget)
             self._freeze(seen[0])
         self._share(plan)
         self._targets(plan)

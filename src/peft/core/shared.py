@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -43,9 +43,9 @@ class Sight(NamedTuple):
 
     def weight(self) -> Tensor:
         """The base weight without any merged adapter, (..., O, I), whole."""
-        W = full(self.view.read(self.module))
-        if W.is_meta and is_late():  # what lies elsewhere is not brought in for its shape
-            return W
+        sample = self.view.sample(self.module)
+        if sample is not None and sample.is_meta and is_late():  # what lies elsewhere is not brought in for its shape
+            return self.view.read(self.module)
         if self.layer is not None:
             found: Tensor = self.layer.original_weight()
             return found
@@ -140,6 +140,13 @@ class SharedTensors(AdapterHost):
 
     def extra_repr(self) -> str:
         return listed({**self._parameters, **self._buffers})
+
+
+def part(places: Iterable[Any]) -> None:
+    """See `SharedTensors.part`, for those of the places (`owner`, `attr`) that are to be written that are shared."""
+    for place in places:
+        if isinstance(place.owner, SharedTensors):
+            place.owner.part(place.attr)
 
 
 class SharedGroup(nn.Module):

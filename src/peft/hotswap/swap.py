@@ -32,7 +32,7 @@ from ..core.parts import joined
 from ..core.pattern import settings
 from ..core.renames import Key, found_again, of_now, renamed_paths, tables_of_now
 from ..core.sharded import full, lent_back
-from ..core.shared import SharedTensors
+from ..core.shared import part
 from ..core.stack import Adapter
 from ..core.wrappers import ModulesToSaveWrapper
 from ..errors import listing, nearest
@@ -327,9 +327,7 @@ class Swap:
                 f"The adapter does not fit in the room at {large.p.path!r}: it has {large.shapes}, and there is "
                 f"{ {e.part: tuple(e.tensor.shape) for e in large.places} }."
             )
-        for entry, _ in self.copies:
-            if isinstance(entry.owner, SharedTensors):
-                entry.owner.part(entry.attr)
+        part(entry for entry, _ in self.copies)
         copies = ((entry.tensor, value) for entry, value in self.copies)
         fits = [Fit(tensor, tensor, as_held(value, tensor)) for tensor, value in copies]
         self._plain_values(undo)

@@ -1,6 +1,6 @@
 """Tensors that are spread over processes: gathering and scattering them, and adapters of layers whose weight is so."""
 
-from .alike import adapters_whole, as_one, drawing_alike, is_shared, writes
+from .alike import adapters_whole, as_one, drawing_alike, writes
 from .gather import (
     WRITES,
     full,
@@ -8,6 +8,7 @@ from .gather import (
     is_flat,
     is_lent,
     is_mesh,
+    is_shared,
     is_spread,
     is_zero,
     laid_into,

@@ -12,7 +12,7 @@ from torch import nn
 from ...errors import OtherProcessError
 from ..host import tuner_layers
 from .edge import replicated
-from .gather import is_mesh, is_spread, lent_back, like_first, together, whole
+from .gather import is_mesh, is_shared, lent_back, like_first, together, whole
 
 
 @contextmanager
@@ -51,11 +51,6 @@ def _told(fact: Any) -> list[Any]:
     found = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, fact)
     return found
-
-
-def is_shared(model: nn.Module) -> bool:
-    """Whether several processes hold parts of a model."""
-    return together() and any(is_spread(p) for p in model.parameters())
 
 
 @contextmanager

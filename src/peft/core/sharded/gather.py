@@ -146,11 +146,14 @@ def inside(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_shared(model: nn.Module) -> bool:
+    """Whether several processes hold parts of a model."""
+    return together() and any(is_spread(p) for p in model.parameters())
+
+
 def leads(model: nn.Module) -> bool | None:
     """Whether this process writes what all of them gather; None where nothing is spread, so that each has it all."""
-    if not together() or not any(is_spread(p) for p in model.parameters()):
-        return None
-    return torch.distributed.get_rank() == 0
+    return torch.distributed.get_rank() == 0 if is_shared(model) else None
 
 
 # Modules ------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,8 +136,14 @@ def _comes_later(site: Any) -> bool:
     folder = site.settings.__dict__.get("origin")
     if not keys and folder and site.settings.inference_mode and not measured(_spot(site)):
         file = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)  # which transformers will read by itself
-        keys = read_header(file).tensors if os.path.isfile(file) else ()
+        keys = _held_by(file, os.stat(file).st_mtime_ns) if os.path.isfile(file) else ()
     return any(key.endswith(FIRST[0]) for key in keys)
+
+
+@lru_cache(maxsize=1)
+def _held_by(file: str, changed: int) -> Collection[str]:
+    """The keys of a file, which every layer asks for."""
+    return read_header(file).tensors
 
 
 def room(site: Any) -> dict[str, Tensor]:
