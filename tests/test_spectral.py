@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peft
+from conformance.rows import close
 from peft import (
     OSFConfig,
     PeftModel,
@@ -111,6 +112,45 @@ def test_what_osf_learns_stays_orthogonal_to_the_leading_directions():
         assert not torch.allclose(low["U_low"], U[:, 2:6], atol=1e-3)
         torch.testing.assert_close(U[:, :2].mT @ low["U_low"].detach(), torch.zeros(2, 4), atol=1e-6, rtol=0)
         torch.testing.assert_close(low["V_low"].detach() @ Vh[:2].mT, torch.zeros(4, 2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(24, 20), (20, 24), (24, 24)], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_the_gradients_of_osf_are_projected_with_few_rows_as_with_many(rows, sizes, dtype):
+    """As G - H H' G of the unprojected gradient, for the leading directions H: few rows are projected in its place."""
+    torch.manual_seed(rows)
+    base = nn.Sequential(nn.Linear(*sizes)).to(dtype)
+    model = get_peft_model(base, OSFConfig(effective_rank=6, init_weights=False, target_modules=["0"]))
+    layer, x = model.base_model.model[0], torch.randn(rows, sizes[0], dtype=dtype, requires_grad=True)
+    low, weight = layer.osf_svd_params["default"], layer.weight.detach().float()
+    U, S, Vh = (t.to(dtype).float() for t in torch.linalg.svd(weight, full_matrices=False))
+    held = {name: low[name].detach().requires_grad_() for name in low}
+    first = (U[:, 6:] * S[6:]) @ Vh[6:]
+    z = x.detach().float().requires_grad_()
+    wanted = z @ (weight - first + (held["U_low"] * held["S_low"]) @ held["V_low"]).mT + layer.bias.float()
+    y = model(x)
+    close(y.float(), wanted, 1e-5 if dtype is torch.float32 else 8e-3)
+    g = torch.randn_like(y)
+    y.backward(g)
+    dU, dS, dV, dx = torch.autograd.grad(wanted, [*(held[f"{name}_low"] for name in "USV"), z], g.float())
+    high, right = U[:, :6], Vh[:6]
+    if dtype is torch.float32:  # what a rounded basis spans is no complement of what another does
+        dU, dV = dU - high @ (high.mT @ dU), dV - dV @ right.mT @ right
+        close(low["U_low"].grad, dU, 1e-4)
+        close(low["V_low"].grad, dV, 1e-4)
+    rounding = 1e-4 if dtype is torch.float32 else 8e-3
+    close(low["S_low"].grad, dS, rounding)
+    close(x.grad.float(), dx, rounding)
+
+
+def test_a_step_of_osf_with_one_row_makes_no_products_of_matrices():
+    """No product of the gradient's size, d x m, with a basis of m vectors."""
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 64)), OSFConfig(target_modules=["0"]))
+    with torch.profiler.profile(with_flops=True) as seen:
+        model(torch.randn(1, 64)).sum().backward()
+    assert 0 < sum(event.flops for event in seen.key_averages()) <= 2 * 64 * (64 + 15 * 32)
+    model(torch.empty(0, 64)).sum().backward()  # no rows at all
 
 
 @pytest.mark.parametrize(

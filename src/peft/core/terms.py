@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import lowrank, onto, slim
+from ..kernels.modes import transformed
+from ..kernels.projected import Held, Parts, beside, projected
 from ..kernels.thin import WIDE
 from ..kernels.whole import touched
 from .direct import open_linear
@@ -63,6 +65,43 @@ class Between(LowRank):
             if A.dtype is M.dtype is B.dtype and M.dim() == 2:
                 return over(x, *held, [(A, B, M)])
         return super().at_once(p, inner, x)
+
+
+class Moved(LowRank):
+    """W' = W + B diag(g) A - B0 diag(g0) A0: three factors that are learnt, without what they were first.
+
+    The gradients of A and B stay within subspaces.
+    """
+
+    def moved(self, p: Adapter) -> tuple[Parts, Parts, tuple[Held, Held]]:
+        """(A, B, g), as they were first, and what A's rows and B's columns may move in."""
+        raise NotImplementedError
+
+    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+        """In training, few rows are projected in place of the gradients that they give."""
+        if type(self).onto is not LowRank.onto:
+            return super().at_once(p, inner, x)
+        held = open_linear(inner, x) if torch.is_grad_enabled() and not transformed() else None
+        new, old, bases = self.moved(p)
+        few = held is not None and x.numel() < new[2].numel() * x.shape[-1]
+        y = None if few else summed(inner, x, self.terms(p))
+        if held is not None and y is None:
+            return beside(x, *held, new, old, bases)
+        return super().at_once(p, inner, x) if y is None else y
+
+    def terms(self, p: Adapter) -> tuple[Term, Term]:
+        """B diag(g) A and - B0 diag(g0) A0."""
+        (A, B, g), (A0, B0, g0), (right, left) = self.moved(p)
+        return (projected(A.mT, *right).mT, projected(B, *left), g), (A0, B0, -g0)
+
+    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        (A, B, g), (A0, B0, g0) = self.terms(p)
+        return torch.cat((A, A0), -2), torch.cat((B * g[..., None, :], B0 * g0[..., None, :]), -1)
+
+    def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        A, B = self.factors(p)
+        r = A.shape[-2] // 2
+        return B[..., rows, :r] @ A[..., :r, :] + B[..., rows, r:] @ A[..., r:, :]
 
 
 def _update(terms: Sequence[Term]) -> Tensor:

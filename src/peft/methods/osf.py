@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import describe
 from ..core.defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND, targets_by_model_type
 from ..core.layer import BaseTunerLayer, name_layers
-from ..core.method import LowRank, Site
+from ..core.method import Site
 from ..core.stack import Adapter, Stack
-from ..core.terms import Term, summed
+from ..core.terms import Moved
 from ..errors import PeftWarning, report
-from ..kernels.projected import projected
+from ..kernels.projected import Held, Parts
 from ..target_config import number
 from .additive import AdditiveConfig, AdditiveModel
 
@@ -57,7 +57,7 @@ class OSFConfig(AdditiveConfig):
             report(PeftWarning, "target_svd_config has no effect. Use rank_pattern instead.", None, 5)
 
 
-class OSF(LowRank):
+class OSF(Moved):
     """W' = W + U diag(S) V - U0 diag(S0) V0."""
 
     neutral_zeros = False
@@ -99,28 +99,13 @@ class OSF(LowRank):
         for t in () if p.cache["fresh"] else p.osf_svd_params.values():
             t.normal_()
 
-    def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
-        found = summed(inner, x, self.terms(p)) if type(self).onto is LowRank.onto else None
-        return super().at_once(p, inner, x) if found is None else found
-
-    def terms(self, p: Adapter) -> tuple[Term, Term]:
-        """U diag(S) V and - U0 diag(S0) V0."""
+    def moved(self, p: Adapter) -> tuple[Parts, Parts, tuple[Held, Held]]:
+        """(V, U, S), as they were first, and what V's rows and U's columns may move in: a span, or a complement."""
         held, (U0, S0, V0) = p.held("osf_svd_params"), (p.held_buffer(name) for name in FIRST)
         U, S, V = (getattr(held, name) for name in LOW)
-        least = S.shape[-1] + p.effective_rank
-        tall, wide = U.shape[-2] > least, V.shape[-1] > least
-        U = projected(U, p.held_buffer("osf_U_high") if tall else U0, not tall)
-        V = projected(V.mT, (p.held_buffer("osf_V_high") if wide else V0).mT, not wide).mT
-        return (V, U, S), (V0, U0, -S0)
-
-    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        (V, U, S), (V0, U0, S0) = self.terms(p)
-        return torch.cat((V, V0), -2), torch.cat((U * S[..., None, :], U0 * S0[..., None, :]), -1)
-
-    def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        A, B = self.factors(p)
-        m = A.shape[-2] // 2
-        return B[..., rows, :m] @ A[..., :m, :] + B[..., rows, m:] @ A[..., m:, :]
+        wide, tall = (n > S.shape[-1] + p.effective_rank for n in (V.shape[-1], U.shape[-2]))
+        right, left = p.held_buffer("osf_V_high") if wide else V0, p.held_buffer("osf_U_high") if tall else U0
+        return (V, U, S), (V0, U0, S0), ((right.mT, not wide), (left, not tall))
 
 
 def kept(path: str, rank: int | float | None, most: int) -> int:
