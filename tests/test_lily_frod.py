@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 import peft
+from conformance.rows import close
 from peft import FrodConfig, GloraConfig, LilyConfig, PeanutConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.core.shared import Sight, shared_of
 from peft.core.views import view_of
 from peft.methods.frod import basis
 from peft.methods.frod.basis import kind_of, number_of
+from peft.methods.frod.method import FRoD
 from peft.methods.lily import suffix
 
 
@@ -241,6 +243,22 @@ def test_equal_bases_of_files_are_kept_once(tmp_path):
     tuner = model.base_model
     homes = [home for name, home in shared_of(tuner) if name.startswith(("frod_V", "frod_s_indices"))]
     assert homes and all(home.tensor("default") is home.tensor("second") for home in homes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_middle_of_frod_is_not_made_dense_for_few_rows(dtype, monkeypatch):
+    """It holds a hundredth of the numbers; over a weight in half precision it is neither filled in nor rounded."""
+    base = nn.Sequential(nn.Linear(24, 16)).to(dtype)
+    config = FrodConfig(target_modules=["0"], init_weights=False, sparse_rate=0.1)
+    model = get_peft_model(base, config)
+    layer, x = model.base_model.model[0], torch.randn(3, 24, dtype=dtype, requires_grad=True)
+    with torch.no_grad():
+        wanted = x.double() @ (layer.weight + layer.get_delta_weight("default")).double().mT + layer.bias.double()
+    monkeypatch.setattr(FRoD, "pieces", None)
+    y = model(x)
+    y.sum().backward()
+    close(y.double(), wanted, 1e-5 if dtype is torch.float32 else 2e-2)
+    assert all(p.grad.abs().sum() > 0 for p in (x, *model.parameters()) if p.requires_grad)
 
 
 def test_a_share_that_chooses_no_place_trains_the_diagonal_and_is_saved(tmp_path):

@@ -122,13 +122,13 @@ class FRoD(Delta):
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held = open_linear(inner, x) if type(self).onto is FRoD.onto and x.is_cpu and x.numel() else None
         values, U = p.held("frod_lambda_s_values"), p.held_buffer("frod_U")
-        if held is None or torch.compiler.is_compiling() or not (values.dtype is x.dtype is U.dtype):
+        if held is None or torch.compiler.is_compiling() or U.dtype is not x.dtype:
             return None
         at, V = (self.of_kind(p, what).to(U.device) for what in SHARED)
         thin = inner.drop(x, self.drop_rate(p), V.dtype)[0].reshape(-1, x.shape[-1])
-        z = V.mT @ thin.mT  # features first, for the sparse product
+        z = (V.mT @ thin.mT).to(values.dtype)  # features first, for the sparse product
         t = sparse.product(values, z, sparse.places(p.cache, at, (len(V), len(V)))) + self.moved(p)[:, None] * z
-        return onto.thin(x, *held, (t.mT, U.mT, 1.0))
+        return onto.thin(x, *held, (t.mT.to(U.dtype), U.mT, 1.0))
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not inner.view.dense:
