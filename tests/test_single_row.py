@@ -18,6 +18,8 @@ from peft.kernels import lowrank
 from peft.methods.lora.method import LoRA
 from test_base_square import put
 
+HALVES = [torch.bfloat16, torch.float16]
+DORA = {"use_dora": True}
 VIEWS = {"view", "_unsafe_view", "t", "detach", "alias"}
 
 
@@ -34,27 +36,32 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def adapted(d, bias=False, dtype=torch.float32, start=False, **options):
+def adapted(d, bias=False, dtype=torch.float32, start=False, over=None, **options):
+    """A layer under an adapter of this dtype, over a weight of another where one is given."""
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(d, 7, bias=bias)).to(dtype)
+    base = nn.Sequential(nn.Linear(d, 7, bias=bias)).to(over or dtype)
     config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=start, **options)
-    model = get_peft_model(base, config, autocast_adapter_dtype=False).to(dtype).eval()
-    if options.get("use_dora"):
+    model = get_peft_model(base, config, autocast_adapter_dtype=over is not None).eval()
+    model = model if over else model.to(dtype)
+    if options.get("use_dora") and not start:
         with torch.no_grad():
             model.base_model.model[0].lora_magnitude_vector["default"].weight.mul_(torch.rand(7) + 0.5)
     return model
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
+@pytest.mark.parametrize("over", [None, *HALVES], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("d", [1, 2, 33])
 @torch.no_grad()
-def test_a_row_is_what_it_is_in_a_batch(d, bias, dtype, options):
-    model = adapted(d, bias, dtype, **options)
-    batch = torch.randn(5, d).to(dtype)
+def test_a_row_is_what_it_is_in_a_batch(d, bias, dtype, over, options):
+    if over and dtype is not torch.float32:
+        return
+    model = adapted(d, bias, dtype, over=over, **options)
+    batch = torch.randn(5, d).to(over or dtype)
     wanted = model(batch)
-    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5
+    tolerance = 2e-2 if torch.bfloat16 in (dtype, over) else 2e-3 if over else 1e-5
     for shape in ((1, d), (1, 1, d)):
         for _ in range(2):  # the second finds what evaluation keeps
             rows = torch.cat([model(row.view(shape)).reshape(1, 7) for row in batch])
@@ -62,12 +69,17 @@ def test_a_row_is_what_it_is_in_a_batch(d, bias, dtype, options):
         assert model(batch[:1].view(shape)).shape == (*shape[:-1], 7)
 
 
+@pytest.mark.parametrize("options, over", [({}, None), *((o, t) for o in ({}, DORA) for t in HALVES)], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("d", [1, 2, 33, 512])
 @torch.no_grad()
-def test_an_update_of_zero_leaves_the_bits_of_the_base(d, bias):
-    model = adapted(d, bias, start=True)
-    for x in torch.randn(20, 1, d):
+def test_an_update_of_zero_leaves_the_bits_of_the_base(d, bias, options, over):
+    model = adapted(d, bias, start=True, over=over, **options)
+    if options:  # of a magnitude that is the norm to the last bit
+        layer = model.base_model.model[0]
+        p = layer.adapters["default"]
+        p.lora_magnitude_vector.weight.copy_(p.method.norm(p))
+    for x in torch.randn(20, 1, d).to(over or torch.float32):
         y = model(x)
         with model.disable_adapter():
             assert torch.equal(model(x), y)
@@ -213,35 +225,40 @@ CHANGES = {
     "a switch": lambda model, layer: (
         model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)),
         model.set_adapter("b"),
-        model(torch.zeros(1, 8)),
+        model(torch.zeros(1, 8, dtype=layer.base_layer.weight.dtype)),
     ),
     "none active": lambda model, layer: model.base_model.disable_adapter_layers(),
 }
 STILL = {"nothing", "another weight", "another weight of A", "a bias", "another scaling", "a rescaled layer"}
-STILL |= {"other weights", "double precision", "a switch"}
+STILL |= {"other weights", "double precision", "half a model", "a switch"}
 KINDS = pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
 
 
+@pytest.mark.parametrize("over", [None, *HALVES], ids=str)
 @pytest.mark.parametrize("change", CHANGES)
 @KINDS
 @torch.no_grad()
-def test_whatever_changes_is_seen_by_the_next_row(options, change):
-    model = adapted(8, **options)
-    x = torch.randn(1, 1, 8)
+def test_whatever_changes_is_seen_by_the_next_row(options, change, over):
+    if over and ("without a parameter" in change or change in ("double precision", "half a model")):
+        return  # which make the same of any
+    model = adapted(8, over=over, **options)
+    x = torch.randn(1, 1, 8).to(over or torch.float32)
     model(x)  # the first call of a model looks for much else, and keeps a gain
     assert short(model, x)[0] and short(model, x)[0]
     CHANGES[change](model, model.base_model.model[0])
-    x = x.to(torch.float64 if change == "double precision" else torch.bfloat16 if "half" in change else torch.float32)
+    model.base_model.model[0].get_base_layer().to(over)
+    x = x.to(torch.float64 if change == "double precision" else torch.bfloat16 if "half" in change else x.dtype)
     took, found = short(model, x)
     again, once_more = short(model, x)
     if "adapter" not in change and change not in ("a merge", "none active"):
         assert took == (change in STILL and (not options or change in ("nothing", "a bias", "a switch")))
         assert again == (change in STILL)
     wanted = model(torch.cat([x, x]))[:1]  # two rows never go this way
+    rounding = {torch.bfloat16: 2e-2, torch.float16: 4e-3}.get(x.dtype, 1e-5)
     for y in (found, once_more):
-        torch.testing.assert_close(y, wanted, rtol=2e-2 if "half" in change else 1e-5, atol=1e-5)
+        torch.testing.assert_close(y, wanted, rtol=rounding, atol=rounding if over else 1e-5)
     if change not in ("nothing", "a merge", "double precision"):
-        fresh = adapted(8, **options)(x.float())
+        fresh = adapted(8, over=over, **options)(x.to(over or torch.float32)).float()
         assert not torch.allclose(found.float(), fresh), "the change changes nothing"
 
 
@@ -267,7 +284,9 @@ def test_whatever_changes_is_seen_by_the_next_step(change, rows):
         took, y = short(model, x)
         if "adapter" not in change and change not in ("a merge", "none active", "a switch"):
             never = {"another weight", "double precision"}  # of W gradients are wanted; single precision alone is taken
-            assert took == (change in (STILL | {"dropout"}) - never and (turn == 1 or change != "other weights"))
+            assert took == (
+                change in (STILL - {"half a model"} | {"dropout"}) - never and (turn == 1 or change != "other weights")
+            )
         found = gradients(y, model, x)
         run = layer._run or layer.base_layer
         wanted = gradients(getattr(run, "long", run)(x), model, x)
@@ -320,11 +339,12 @@ WRITES = {
 }
 
 
+@pytest.mark.parametrize("over", [None, *HALVES], ids=str)
 @pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize("write", WRITES)
 @torch.no_grad()
-def test_a_gain_is_of_the_numbers_that_tensors_hold(name, write):
-    model, x = adapted(8, use_dora=True), torch.randn(1, 8)
+def test_a_gain_is_of_the_numbers_that_tensors_hold(name, write, over):
+    model, x = adapted(8, over=over, use_dora=True), torch.randn(1, 8).to(over or torch.float32)
     layer = model.base_model.model[0]
     t = TENSORS[name](layer)
     moved.buffer = bytearray(t.numel() * t.element_size())
@@ -337,17 +357,17 @@ def test_a_gain_is_of_the_numbers_that_tensors_hold(name, write):
             return  # is frozen
         model.eval()
     took, found = short(model, x)
-    wanted = defined(layer, x)
+    wanted, rounding = defined(layer, x.float()).to(x.dtype), {None: 1e-5, torch.float16: 2e-3}.get(over, 2e-2)
     assert not took and short(model, x)[0]
-    for y in (found, model(x)):
-        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+    for y in (found, model(x), model(torch.cat([x, x]))[:1]):
+        torch.testing.assert_close(y, wanted, rtol=rounding, atol=rounding)
     assert not torch.allclose(found, before)
 
 
 def defined(layer, x):
     """m V / |V| x, V = W + s B A."""
     W, A, B, m = (of(layer) for of in TENSORS.values())
-    V = W + layer.scaling["default"] * B @ A
+    V = W.to(A.dtype) + layer.scaling["default"] * B @ A
     return x @ (m[:, None] * V / V.norm(dim=1, keepdim=True)).T
 
 

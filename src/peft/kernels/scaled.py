@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import choice, masks, slim, thin, whole
+from . import choice, masks, narrow, slim, thin, whole
 from .again import differentiable
 from .modes import node, shaped, transformed
 
@@ -129,8 +129,10 @@ def folded(A: Tensor, B: Tensor, scale: Any, gain: Tensor) -> tuple[Tensor, Tens
 
 
 def evaluated(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, gain: Tensor, gained: Tensor) -> Tensor:
-    """The same where no gradient is wanted, of what stays between forwards."""
+    """The same where no gradient is wanted, of what stays between forwards; x and W may be narrower than that."""
     traced = torch.compiler.is_compiling() or torch._C._is_tracing()  # for other numbers of rows, too
+    if x.dtype is not A.dtype:
+        return narrow.gained(x, W, b, A, gain, gained)
     # products of matrices are a long way round for a single row
     if x.numel() == x.shape[-1] and x.is_cpu and not traced:
         v = x.view(-1)

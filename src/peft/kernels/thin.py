@@ -52,7 +52,7 @@ def takes(x: Tensor, A: Tensor, B: Tensor, scale: Any) -> bool:
     return ordinary(x, A, B, scale) and x.numel() > 0 and B.numel() > 0 and (x.dtype is A.dtype or x.dtype in NARROW)
 
 
-def _blocks(count: int, width: int) -> Iterator[slice]:
+def blocks(count: int, width: int) -> Iterator[slice]:
     """Rows in blocks, each a multiple of 8 rows, so that the mask of each begins with a byte."""
     step = max(8, max(BLOCK, getattr(_coarsest, "elements", 0)) // width // 8 * 8)
     return (slice(i, min(i + step, count)) for i in range(0, count, step))
@@ -70,7 +70,7 @@ def down(x: Tensor, A: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
     if not p and halves.suit(size, x.dtype, A, halves.MORE):
         return halves.wide(x, A.t()), None
     h, bits = A.new_empty((x.shape[0], A.shape[0])), []
-    for rows in _blocks(*x.shape):
+    for rows in blocks(*x.shape):
         part = x[rows]
         if p:
             mask = masks.draw(part.shape, p, x.device)
@@ -94,7 +94,7 @@ def onto(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool) -> Tensor:
     if halves.suit(y.numel(), y.dtype, h):
         return halves.onto(y if own else y.clone(), h if scale == 1 else h * scale, B.t())
     out = y if own else torch.empty_like(y)
-    for rows in _blocks(*y.shape):
+    for rows in blocks(*y.shape):
         out[rows].copy_(y[rows].to(h.dtype).addmm_(h[rows], B.t(), alpha=scale))
     return out
 
@@ -111,7 +111,7 @@ def of_h(g: Tensor, B: Tensor, h: Tensor | None, scale: float) -> tuple[Tensor, 
         return halves.wide(g, B).mul_(scale), None if h is None else halves.across(h, g).t().contiguous().mul_(scale)
     back = B.new_empty((g.shape[0], B.shape[1]))
     of_B = None if h is None else B.new_empty((B.shape[1], B.shape[0]))
-    for rows in _blocks(*g.shape):
+    for rows in blocks(*g.shape):
         part = g[rows].to(B.dtype)
         back[rows].copy_(slim.down(part, B.t(), scale))
         if of_B is not None and h is not None:
@@ -139,7 +139,7 @@ def of_x(
         return halves.product(back, A), of_x(back, x, None, A, None)[1]
     of_A = None if x is None else A.new_empty(A.shape)
     found = None if kind is None else A.new_empty((count, width), dtype=kind)
-    for rows in _blocks(count, width):
+    for rows in blocks(count, width):
         held = None if bits is None else bits[rows.start * width // 8 : -(-rows.stop * width // 8)]
         mask = masks.unpacked(held, (rows.stop - rows.start, width), A.dtype)
         if found is not None:

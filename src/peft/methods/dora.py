@@ -25,7 +25,7 @@ from ..core.kept import kept, still
 from ..core.method import Delta, LowRank, Site
 from ..core.stack import Adapter, Stack
 from ..kernels import scaled
-from ..kernels.scaled import tiles
+from ..kernels.thin import NARROW, WIDE
 from .lora.row import Gained, Row
 from .magnitude import Gaining, Magnitude, product
 
@@ -92,8 +92,8 @@ class DoRA(Gaining):
     def _rows(self, p: Adapter, W: Tensor) -> list[Tensor]:
         if not self.of.rowwise(p):
             return [self.of.weight(p, W)]
-        start = itertools.accumulate((w.shape[-2] for w in tiles(W)), initial=0)
-        return [self.of.weight(p, w, slice(s, s + w.shape[-2])) for w, s in zip(tiles(W), start, strict=False)]
+        start = itertools.accumulate((w.shape[-2] for w in scaled.tiles(W)), initial=0)
+        return [self.of.weight(p, w, slice(s, s + w.shape[-2])) for w, s in zip(scaled.tiles(W), start, strict=False)]
 
     def gain(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
         """m / |V|, (..., rows); where a row of V is zero its direction does not matter."""
@@ -123,19 +123,20 @@ class DoRA(Gaining):
         return self.of.drop_rate(p)
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
-        held = open_linear(inner, x)
-        gradients = torch.is_grad_enabled()
+        held, gradients = open_linear(inner, x), torch.is_grad_enabled()
         if held is None or (gradients and held[0].requires_grad) or (of := self._thin(p)) is None:
             return None
-        found = None if gradients or of.drop_rate(p) else still(p)
-        if found is not None and found[0].dtype is x.dtype:
+        rate, narrow = of.drop_rate(p), x.dtype in NARROW
+        found = None if gradients or rate else still(p)
+        if found is not None and (narrow or found[0].dtype is x.dtype):
             return scaled.evaluated(x, *held, *found)
-        (A, B), m, s, rate = of.factors(p), self.magnitude(p), of.scaling(p), of.drop_rate(p)
-        if not m.dtype is A.dtype is x.dtype or m.dtype not in (torch.float32, torch.float64):
+        (A, B), m, s = of.factors(p), self.magnitude(p), of.scaling(p)
+        if narrow and not (gradients or rate):
+            A, B, m = A.float(), B.float(), m.float()
+        elif not m.dtype is A.dtype is x.dtype or m.dtype not in WIDE:
             return None
         if gradients or rate:
-            W, b = held
-            y = scaled.normed(x, W, b, A, B, s, rate, m, lambda: self.squares_now(p, W)) if gradients else None
+            y = scaled.normed(x, *held, A, B, s, rate, m, lambda: self.squares_now(p, held[0])) if gradients else None
             return scaled.linear(x, *held, A, B, s, rate, m, self.safe_norm(p).to(m.dtype)) if y is None else y
         return scaled.evaluated(x, *held, *kept(p, lambda: scaled.folded(A, B, s, self.gain(p).to(m.dtype)), base=True))
 

@@ -19,11 +19,12 @@ from ...core.direct import EVERYWHERE, FORWARD
 from ...core.kept import KEEPING, STEPS, still
 from ...core.stack import Adapter, Stack
 from ...core.views import Linear
-from ...kernels import choice, scaled
-from ...kernels.thin import PLAIN, WIDE
+from ...kernels import choice, narrow, scaled
+from ...kernels.thin import NARROW, PLAIN, WIDE
 
 peek, get = _C._functorch.peek_interpreter_stack, dict.get
 owner = Tensor.untyped_storage
+TAKEN = {(kind, torch.float32) for kind in NARROW} | {(kind, kind) for kind in WIDE}  # of the layer, of its factors
 HOMES = ("lora_A", "lora_B", "lora_dropout")
 NEVER = {"training": False}  # in place of a dropout that is not there
 Place = tuple[dict[str, Any], str, Any]  # a table, and what it is to have under a key
@@ -58,15 +59,14 @@ class Row(Stack):
         W, a, up = held.get("weight"), held_A.get("weight"), held_B.get("weight")  # which some libraries take away
         b, dtype, shape = held.get("bias", held), x.dtype, x.shape
         same = type(W) is type(a) is type(up) is nn.Parameter and (b is None or type(b) is nn.Parameter)
-        same = same and W.dtype is a.dtype is up.dtype is dtype and dtype in WIDE and shape[-1] == d and len(shape) > 1
+        same = same and W.dtype is dtype and a.dtype is up.dtype and (dtype, a.dtype) in TAKEN and shape[-1] == d
         same = same and type(base) is nn.Linear and type(A) is type(B) is Linear and nn.Linear.forward is FORWARD
-        same = same and m["base_layer"] is base and m["lora_A"] is home_A and m["lora_B"] is home_B
+        same = same and m["base_layer"] is base and m["lora_A"] is home_A and m["lora_B"] is home_B and len(shape) > 1
         same = same and in_A[name] is A and in_B[name] is B and m.get("lora_dropout") is home_drop
         more_than = of_drop["training"] or "forward" in of_base or "forward" in of_A or "forward" in of_B or any(hooks)
-        more_than = more_than or "_forward_hooks" in of_A or "_forward_hooks" in of_B or any(EVERYWHERE)
-        if not same or more_than or _C._is_tracing() or "cpu" in choice.devices or type(x) not in PLAIN:
-            return self.long(x)
-        if not x.is_cpu or forward_ad._current_level >= 0 or _C._is_any_autocast_enabled() or peek() is not None:
+        more_than = more_than or "_forward_hooks" in of_A or "_forward_hooks" in of_B or any(EVERYWHERE) or not x.is_cpu
+        more_than = more_than or "cpu" in choice.devices or type(x) not in PLAIN or peek() is not None
+        if not same or more_than or _C._is_tracing() or forward_ad._current_level >= 0 or _C._is_any_autocast_enabled():
             return self.long(x)
         if beside and any(map(is_not, map(get, beside[0], beside[1]), beside[2])):
             return self._anew(x)
@@ -74,15 +74,17 @@ class Row(Stack):
             return self.learn(x, W, b, a, up, scale, kept)
         v = x.view(-1)
         if kept is None:
+            if dtype is not a.dtype:
+                return narrow.row(x, W, b, a, up, scale)
             y = W.mv(v) if b is None else torch.addmv(b, W, v)
             return y.addmv_(up, a.mv(v), alpha=scale).view(*shape[:-1], -1)
         size, gain, gained, marks = kept
         seen = (W._version, a._version, up._version, size._version, W.data_ptr(), a.data_ptr(), up.data_ptr())
-        now = (*seen, size.data_ptr(), owner(W)._cdata, owner(a)._cdata, owner(up)._cdata, owner(size)._cdata)
-        if now != marks:
+        if (*seen, size.data_ptr(), owner(W)._cdata, owner(a)._cdata, owner(up)._cdata, owner(size)._cdata) != marks:
             return self._anew(x)
-        y = W.mv(v)
-        y = y.mul_(gain) if b is None else torch.addcmul(b, y, gain)
+        if dtype is not a.dtype:
+            return narrow.gained(x, W, b, a, gain, gained)
+        y = W.mv(v).mul_(gain) if b is None else torch.addcmul(b, W.mv(v), gain)
         return y.addmv_(gained, a.mv(v)).view(*shape[:-1], -1)
 
     def _anew(self, x: Tensor) -> Tensor:
