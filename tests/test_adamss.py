@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 import peft
+from conformance.rows import close
 from peft import AdamssConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.methods.adamss import deal
 from peft.methods.adamss.asa import target
+from peft.methods.adamss.method import AdaMSS
 from peft.methods.kmeans import labels
 
 # Labels that scikit-learn 1.9 gives: KMeans(k, init="random", n_init=1, max_iter=10, random_state=123456789).
@@ -203,3 +205,21 @@ def test_an_adapter_added_while_another_is_merged_sees_the_base_weight():
 def test_settings_that_cannot_be_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         config(use_asa=True, **{field: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_evaluation_puts_the_clusters_together_once(dtype, monkeypatch):
+    torch.manual_seed(0)
+    config = AdamssConfig(r=4, num_subspaces=2, subspace_rank=2, target_modules=["0"], init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(24, 16)).to(dtype), config).eval()
+    layer, x, made = model.base_model.model[0], torch.randn(2, 3, 24, dtype=dtype), []
+    whole = AdaMSS.up
+    monkeypatch.setattr(AdaMSS, "up", lambda self, p: made.append(1) or whole(self, p))
+    for _ in range(3):
+        y = model(x)
+    assert len(made) == 1 and y.dtype is dtype
+    p = layer.adapters["default"]
+    W = layer.weight.double() + layer.get_delta_weight("default").double()
+    b = layer.bias.double() + p.method.up_bias(p).double()
+    close(y.double(), x.double() @ W.mT + b, 1e-5 if dtype is torch.float32 else 1e-2)

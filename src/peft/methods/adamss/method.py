@@ -26,6 +26,7 @@ from ...core.kept import kept
 from ...core.method import LowRank, Site
 from ...core.stack import Adapter, Stack
 from ...errors import PeftWarning
+from ...kernels import onto
 from .deal import Deal, Unknown
 
 
@@ -152,9 +153,8 @@ class AdaMSS(LowRank):
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held = None if torch.compiler.is_compiling() else open_linear(inner, x)
-        alike = p.held_buffer("adamss_newB").dtype is x.dtype
-        if held is None or not alike or not self.has_bias(p, x.shape[-1]):
+        lean = p.held_buffer("adamss_newB").dtype is x.dtype or not torch.is_grad_enabled()  # else x is kept as it is
+        if held is None or not lean or not self.has_bias(p, x.shape[-1]):
             return super().at_once(p, inner, x)
         down, up = kept(p, lambda: (self.down(p), self.up(p)))  # the column of the bias is a bias of the first product
-        h = F.linear(x, down[:, :-1], down[:, -1]).flatten(0, -2)
-        return torch.addmm(F.linear(x, *held).flatten(0, -2), h, up.mT).unflatten(0, x.shape[:-1])
+        return onto.thin(x, *held, (F.linear(x.to(down.dtype), down[:, :-1], down[:, -1]).flatten(0, -2), up.mT, 1.0))
