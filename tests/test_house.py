@@ -124,6 +124,24 @@ def test_no_imports_go_round_in_a_circle() -> None:
 
 
 @each_file
+def test_torch_is_imported_before_its_parts(file: Path) -> None:
+    """Else threads that ask for names of this library at once, as the first to need torch, get half of torch."""
+    asked = [
+        name
+        for node in tree(file).body
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom) and not node.level
+            else []
+        )
+    ]
+    parts = [name for name in asked if name.partition(".")[0] == "torch"]
+    assert not parts or parts[0] == "torch"
+
+
+@each_file
 def test_a_file_is_short_enough_to_read_at_once(file: Path) -> None:
     path, length = path_of(file), len(file.read_text(encoding="utf-8").splitlines())
     is_method = re.fullmatch(r"methods/(?!__)\w+\.py", path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import peft
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, registry
 from peft.core.call import BASE
 
 IDS = torch.arange(24).view(4, 6) % 20
@@ -204,3 +206,37 @@ def test_a_copy_has_turns_of_its_own() -> None:
             done.start()
             done.join(5)
             assert not done.is_alive()
+
+
+def test_threads_may_ask_at_once_for_a_package_and_for_a_file_of_it(tmp_path, monkeypatch):
+    looking = threading.Event()
+    rooms = [f"outer_room_{i}" for i in range(8)]  # without the order of imports, every other one fails
+
+    class Slow(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name in rooms:
+                looking.set()
+                time.sleep(0.03)
+
+    found: dict[str, Any] = {}
+
+    def ask(place: str) -> None:
+        try:
+            found[place] = registry.load(f"{place}:Inner")
+        except RuntimeError as error:  # Python found that the two wait for each other
+            found[place] = error
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [Slow(), *sys.meta_path])
+    for room in rooms:
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").write_text("from .inner import Inner\n")
+        (tmp_path / room / "inner.py").write_text("class Inner: ...\n")
+        looking.clear()
+        threads = [threading.Thread(target=ask, args=(place,)) for place in (room, f"{room}.inner")]
+        for thread in threads:
+            thread.start()
+            looking.wait(10)
+        for thread in threads:
+            thread.join(20)
+    assert all(isinstance(found[room], type) and found[room] is found[f"{room}.inner"] for room in rooms), found

@@ -29,11 +29,11 @@ def names(module: str, *tables: Mapping[str, str]) -> Hooks:
 
     def __getattr__(name: str) -> Any:
         if name not in places and not name.startswith("_") and _is_module(f"{module}.{name}"):
-            return import_module(f"{module}.{name}")
+            return whole(f"{module}.{name}")
         if name not in places:
             raise AttributeError(f"module {module!r} has no attribute {name!r}.{_reason(name, places)}")
         place, _, original = places[name].partition(":")
-        value = getattr(import_module(place), original or name)
+        value = getattr(whole(place), original or name)
         setattr(sys.modules[module], name, value)
         return value
 
@@ -41,6 +41,17 @@ def names(module: str, *tables: Mapping[str, str]) -> Hooks:
         return sorted({*vars(sys.modules[module]), *places})
 
     return __getattr__, __dir__, sorted(places)
+
+
+def whole(module: str) -> ModuleType:
+    """Import a module, and before it the packages it lies in, each to its end.
+
+    A thread that is in the package, and asks for a file of it, and one that is in the file, and asks for the package,
+    would wait for each other; Python gives one of them an error then.
+    """
+    for package in re.finditer(r"\.", module):
+        import_module(module[: package.start()])
+    return import_module(module)
 
 
 def _is_module(fullname: str) -> bool:
@@ -112,7 +123,7 @@ class Deep(MetaPathFinder, Loader):
         """Show every name of the method's file."""
         place = _place(module.__name__)
         assert place is not None
-        own = vars(import_module(place))
+        own = vars(whole(place))
         module.__doc__ = own["__doc__"]
         shown = " ".join(name for name in own if not name.startswith("_"))
         module.__getattr__, module.__dir__, module.__all__ = names(module.__name__, {place: shown})  # type: ignore
@@ -128,7 +139,7 @@ def _place(fullname: str) -> str | None:
     if found[2] and spec.submodule_search_locations is not None and find_spec(f"{method}.{found[2]}"):
         return f"{method}.{found[2]}"
     if found[2] == "bnb":  # of the methods that have layers of their own for its weights
-        return method if hasattr(import_module(method), "Linear4bit") else None
+        return method if hasattr(whole(method), "Linear4bit") else None
     return method if found[2] in (None, "config", "layer", "model", "router") else None
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from .errors import UnknownNameError, nearest
+from .lazy import whole
 from .types import PeftType, TaskType
 
 
@@ -172,7 +172,7 @@ def load(entry: str | type) -> Any:
         return entry
     module, _, name = entry.partition(":")
     found = getattr(sys.modules.get(module), name, None)  # quicker than to ask for the import again
-    return getattr(import_module(module), name) if found is None else found
+    return getattr(whole(module), name) if found is None else found
 
 
 def config_class(peft_type: str | PeftType) -> Any:

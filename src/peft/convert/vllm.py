@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F
 
 from .folder import PeftFolder, write_folder
 from .format import Options, Report, Source

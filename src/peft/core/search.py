@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
 from torch.nn.parameter import Parameter, is_lazy
 
 from ..errors import listing
@@ -15,9 +16,6 @@ from .pattern import Selector, compiled
 from .plan import Plan, Target
 from .tie import aliases, innermost
 from .walking import kind_of, model_type, walk
-
-if TYPE_CHECKING:
-    from torch import nn
 
 # Mamba's fused kernels read these weights without calling the modules.
 _MAMBA = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
