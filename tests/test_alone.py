@@ -78,7 +78,7 @@ def test_other_methods_and_defaults():
         (TypeError, "adapter_name must be its name", lambda b: lora.Linear(b, config=LoraConfig())),
         (TypeError, "adapter_name", lambda b: lora.Linear(b, "a", LoraConfig(), adapter_name="b")),
         (ValueError, "positive integer", lambda b: lora.Linear(b, "a", LoraConfig(), r=0)),
-        (TypeError, "belong together", lambda b: VeraLinear(b, "a", VeraConfig(r=2))),
+        (TypeError, "^Layers of VERA belong together", lambda b: VeraLinear(b, "a", VeraConfig(r=2))),
         (
             TypeError,
             "belong together",

@@ -13,6 +13,7 @@ from .core.hub import hub_arguments
 from .errors import nearest
 from .model import PeftModel
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from .types import plain
 
 _NAMES = {
     "peft.core.defaults": "TOKENIZER_CONFIG_NAME",
@@ -83,14 +84,14 @@ class _BaseAutoPeftModel:
     @classmethod
     def _class(cls, config: PeftConfig, allowed: tuple[str, ...]) -> Any:
         """The class that loads the base model."""
-        task = getattr(config.task_type, "value", config.task_type)
+        task = plain(config.task_type)
         if cls.task is not None:
-            if task is not None and task != cls.task:
+            if task and task != cls.task:
                 raise ValueError(
                     f"{cls.__name__} is for {cls.task}, but the adapter is for {task}.{_right_class(task)}"
                 )
             return getattr(importlib.import_module("transformers"), str(cls.auto_class))
-        if task is not None:
+        if task:
             raise ValueError(f"The adapter is for {task}.{_right_class(task)}")
         mapping = config.auto_mapping
         if not mapping:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .core.files import staged
+from .types import plain
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _with_tags(front: str, tags: list[str], end: str) -> str:
 
 def _metadata(model: PeftModel) -> dict[str, Any]:
     base = model.get_base_model()
-    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}
+    kinds = {plain(c.peft_type) for c in model.peft_config.values()}
     names = set(getattr(base, "model_tags", None) or ())
     data: dict[str, Any] = {"library_name": "peft"}
     name = _name(model, base)

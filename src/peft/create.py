@@ -14,6 +14,7 @@ from .config import PeftConfig, check_config
 from .errors import IncompleteError
 from .names import check_adapter_name, warn_about_name
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, config_class, tuner_class
+from .types import plain
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -114,7 +115,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _method(config: PeftConfig) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
+    return plain(config.peft_type)
 
 
 def _note_origin(model: nn.Module, config: PeftConfig, revision: str | None) -> None:

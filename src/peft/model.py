@@ -26,6 +26,7 @@ from .names import check_adapter_name, warn_about_name
 from .persist import Persistent
 from .registry import tuner_class
 from .status import TunerLayerStatus, TunerModelStatus, count_parameters, get_layer_status, get_model_status
+from .types import plain
 
 CHECKPOINTING = ("gradient_checkpointing_enable", "activation_checkpointing_enable")  # of transformers
 INPUTS = ("enable_input_require_grads", "get_input_embeddings")
@@ -320,8 +321,8 @@ class PeftModel(Persistent, nn.Module):
         alone = next((k for k in kinds.values() if getattr(k, "alone", False)), None) if len(kinds) > 1 else None
         if alone is not None:
             raise ValueError(
-                f"Adapter {adapter_name!r} is {_value(peft_config.peft_type)}, but the model has adapters of the "
-                f"methods {listing(map(_value, there))}, and {alone.__name__} takes adapters of its own method only."
+                f"Adapter {adapter_name!r} is {plain(peft_config.peft_type)}, but the model has adapters of the "
+                f"methods {listing(map(plain, there))}, and {alone.__name__} takes adapters of its own method only."
             )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -394,7 +395,3 @@ def setting(sources: Sequence[Any], key: str) -> Any:
     """The first of the sources, dictionaries or objects, that sets a key."""
     found = (s.get(key) if isinstance(s, dict) else getattr(s, key, None) for s in sources)
     return next((v for v in found if v), None)
-
-
-def _value(member: Any) -> Any:
-    return getattr(member, "value", member)

@@ -33,6 +33,7 @@ from .errors import (
 )
 from .known import Content
 from .registry import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from .types import plain
 
 # Names among the further arguments that mean something, here or to the programs that hand them on.
 FOR_SAVING = frozenset({"state_dict", "save_function", "push_to_hub", "token", "variant"})
@@ -346,7 +347,8 @@ def set_runtime(config: PeftConfig, ephemeral_gpu_offload: bool) -> None:
         return
     runtime = getattr(config, "runtime_config", None)
     if runtime is None:
-        text = f"ephemeral_gpu_offload=True has no effect on the method {config.peft_type}, which has no place for it."
+        kind = plain(config.peft_type)
+        text = f"ephemeral_gpu_offload=True has no effect on the method {kind}, which has no place for it."
         report(PeftWarning, text, strict=False, stacklevel=4)
     else:
         runtime.ephemeral_gpu_offload = True

@@ -13,6 +13,7 @@ from .core.layer import BaseTunerLayer, tuner_layers
 from .core.onload import below
 from .core.shared import SharedTensors
 from .core.tokens import TrainableTokensWrapper
+from .types import plain
 
 IRREGULAR: Literal["irregular"] = "irregular"
 
@@ -79,7 +80,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=_base_type(model),
         adapter_model_type=type(_tuner(model)).__name__ if tuned else "None",
-        peft_types={n: _value(c.peft_type) for n, c in _configs(model).items()} if tuned else {},
+        peft_types={n: plain(c.peft_type) for n, c in _configs(model).items()} if tuned else {},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
@@ -167,7 +168,7 @@ def _tuner(model: nn.Module) -> nn.Module | None:
 def _root(model: nn.Module) -> nn.Module:
     prompts = [c for c in _configs(model).values() if c.is_prompt_learning or c.is_adaption_prompt]
     if prompts and len(prompts) == len(_configs(model)):
-        raise TypeError(f"{_value(prompts[0].peft_type)} has no adapter layers, so there is no status of layers.")
+        raise TypeError(f"{plain(prompts[0].peft_type)} has no adapter layers, so there is no status of layers.")
     tuner = _tuner(model)
     return model if tuner is None else tuner
 
@@ -179,7 +180,3 @@ def _base_type(model: nn.Module) -> str:
         c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(model).__mro__
     )
     return type(model).__name__ if known else "other"
-
-
-def _value(member: Any) -> str:
-    return str(getattr(member, "value", member))

@@ -67,3 +67,8 @@ class TaskType(str, Enum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+def plain(name: str | None) -> str:
+    """A member's string, of which Python's releases make different texts (`LORA` or `PeftType.LORA`); "" for None."""
+    return str(name.value if isinstance(name, Enum) else name or "")

@@ -20,6 +20,7 @@ from ..errors import PeftWarning
 from ..methods.lora.config import LoraConfig
 from ..methods.lora.model import LoraModel
 from ..persist import for_file, prepare_folder
+from ..types import plain
 from .combine import Result
 from .factors import Pair, Spectrum
 from .lora import biases, checked_targets, even, parts, plain_config, target_of
@@ -169,7 +170,7 @@ def _source(model: nn.Module, name: str) -> tuple[nn.Module, Any]:
 
 
 def _kind(config: Any) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
+    return plain(config.peft_type)
 
 
 def _progress(layers: dict[str, Any], show: bool) -> Iterator[tuple[str, Any]]:

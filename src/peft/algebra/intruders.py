@@ -21,6 +21,7 @@ from ..core.layer import tuner_layers
 from ..core.sharded import adapters_whole, put
 from ..errors import check_adapters
 from ..names import check_adapter_name
+from ..types import plain
 from .combine import Result
 from .factors import Spectrum, exactly
 from .update import Update, updates
@@ -72,7 +73,7 @@ def _check(tuner: Any, old: str, new: str) -> None:
     configs = tuner.peft_config
     check_adapters([old], configs)
     if configs[old].peft_type != "LORA":
-        kind = getattr(configs[old].peft_type, "value", configs[old].peft_type)
+        kind = plain(configs[old].peft_type)
         raise ValueError(f"The adapter {old!r} is {kind}; intruder dimensions are reduced for LoRA only.")
     check_adapter_name(new)
     if new in configs:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..core.sharded import lent_back
 from ..errors import check_adapters
+from ..types import plain
 from .combine import Recipe
 from .conversion import check_rank
 from .weighted import Report, add_weighted_adapter
@@ -32,7 +33,7 @@ def resize(model: Any, rank: float, adapter_name: str = "default", new_adapter_n
     tuner = tuner_of(model)
     configs = tuner.peft_config
     check_adapters([adapter_name], configs)
-    kind = str(getattr(configs[adapter_name].peft_type, "value", configs[adapter_name].peft_type))
+    kind = plain(configs[adapter_name].peft_type)
     if kind != "LORA":
         raise ValueError(
             f"The adapter {adapter_name!r} is {kind}, which has no factors to resize. Convert it to a LoRA of the rank "

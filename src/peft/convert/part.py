@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.entries import PREFIX
 from ..core.pattern import Selector, settings
 from ..errors import PeftError, listing
+from ..types import plain
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 LORA = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B")
@@ -91,7 +92,7 @@ class Part:
     @property
     def method(self) -> str:
         """LORA, LOHA ..."""
-        return str(getattr(self.config.peft_type, "value", self.config.peft_type))
+        return plain(self.config.peft_type)
 
     def split(self) -> tuple[list[Layer], dict[str, Tensor]]:
         """The targets in the file's order, and the tensors that belong to none."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import nearest
 from ..registry import config_class, tuner_class
+from ..types import plain
 from . import views
 from .method import Site
 from .views.linear import TransposedView
@@ -78,7 +79,8 @@ def furnish(layer: Any, name: str, config: Any) -> None:
     kind, base = tuner_class(config.peft_type), layer.get_base_layer()
     several = kind.uses_shared_state or layer.view.read_children
     if several:
-        what = f"Layers of {config.peft_type}" if kind.uses_shared_state else f"The parts of a {type(base).__name__}"
+        shared = f"Layers of {plain(config.peft_type)}"
+        what = shared if kind.uses_shared_state else f"The parts of a {type(base).__name__}"
         raise TypeError(
             f"{what} belong together, so none can be made by itself. Wrap a model of that one module: "
             "get_peft_model(nn.Sequential(module), config)."

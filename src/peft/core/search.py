@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import Parameter, is_lazy
 
 from ..errors import listing
+from ..types import plain
 from . import storage, views
 from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from .pattern import Selector, compiled
@@ -77,7 +78,7 @@ class Search:
     def _defaults(self) -> Any:
         from .defaults import targets_by_model_type
 
-        method = str(getattr(self.config.peft_type, "value", self.config.peft_type))
+        method = plain(self.config.peft_type)
         kind = self.model_type
         wanted = targets_by_model_type(method).get(kind)
         if not wanted and self.required and not getattr(self.config, "target_parameters", None):

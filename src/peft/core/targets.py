@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..types import plain
 from .defaults import DUMMY_TARGET_MODULES, TASK_HEADS
 from .pattern import pattern_value, settings
 from .plan import Plan, Target
@@ -91,7 +92,7 @@ def plan(model: nn.Module, config: Any, strict: bool | None = None) -> Plan:
         model = model.get_base_model()  # type: ignore[operator]
     undo = replicate(model, getattr(config, "layer_replication", None) or [])
     config = copy.copy(config)
-    heads = TASK_HEADS.get(getattr(config.task_type, "value", config.task_type), ())
+    heads = TASK_HEADS.get(plain(config.task_type), ())
     if heads and hasattr(config, "modules_to_save"):
         given = list(config.modules_to_save or ())
         config.modules_to_save = given + [name for name in heads if name not in given]

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import check_adapters, nearest
 from ..registry import tuner_class
+from ..types import plain
 from ..version import __version__
 from . import rounding, sharded
 from . import unload as unloading
@@ -221,15 +222,15 @@ class BaseTuner(Switching, Combined, nn.Module):
         kind = self.kind_of(config)
         if kind.leads and not isinstance(self, kind):
             raise ValueError(
-                f"The adapter {name!r} runs the whole model in its own way ({config.peft_type}), so it must be the "
-                "model's first. Wrap the model with it, then add the others."
+                f"The adapter {name!r} runs the whole model in its own way ({plain(config.peft_type)}), so it must be "
+                "the model's first. Wrap the model with it, then add the others."
             )
         for m in hosts(model):
             if name not in (m.adapters if isinstance(m, BaseTunerLayer) else m._get_available_adapters()):
                 continue
             raise ValueError(f"The model has an adapter {name!r} already. Delete it first, or choose another name.")
         bias = getattr(config, "bias", "none")
-        own = f"{str(getattr(config.peft_type, 'value', config.peft_type)).lower()}_only"
+        own = f"{plain(config.peft_type).lower()}_only"
         if bias not in (*BIASES, own, f"{kind.prefix}only"):
             raise NotImplementedError(
                 f"bias={bias!r} is not known.{nearest(str(bias), (*BIASES, own))} Use 'none', 'all' or {own!r}."

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from ..config import PeftConfig
+from ..types import plain
 
 # The fields in which two adapters must agree: what is built into the layers' modules.
 CONFIG_KEYS_TO_CHECK = {"LORA": ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]}
@@ -61,7 +61,7 @@ def unlike(config0: PeftConfig, config1: PeftConfig) -> str | None:
 
 def _names(config: PeftConfig) -> list[str]:
     free = (SELECTED | OF_THE_FILE | OF_THE_WEIGHTS) - getattr(type(config), "together", frozenset())
-    kind = str(_value(config.peft_type))
+    kind = plain(config.peft_type)
     return CONFIG_KEYS_TO_CHECK.get(kind) or [f.name for f in dataclasses.fields(config) if f.name not in free]
 
 
@@ -69,10 +69,6 @@ def check_kind(config0: PeftConfig, config1: PeftConfig) -> None:
     """Raise ValueError for adapters of two methods."""
     if config0.peft_type != config1.peft_type:
         raise ValueError(
-            f"Incompatible PEFT types found: {_value(config0.peft_type)} and {_value(config1.peft_type)}. Load the new "
+            f"Incompatible PEFT types found: {plain(config0.peft_type)} and {plain(config1.peft_type)}. Load the new "
             "adapter under a name of its own."
         )
-
-
-def _value(member: Any) -> Any:
-    return getattr(member, "value", member)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeftError, WrongKindError, nearest
+from ..types import plain
 
 
 class EstimateError(PeftError, ValueError):
@@ -80,9 +81,7 @@ def _class(transformers: Any, settings: Any, config: Any) -> Any:
         if isinstance(found := getattr(transformers, name, None), type) and issubclass(found, nn.Module):
             return found
     task = getattr(config, "task_type", None)
-    auto = (
-        [TASKS[getattr(task, "value", task)]] if task else ["AutoModelForCausalLM", "AutoModelForImageClassification"]
-    )
+    auto = [TASKS[plain(task)]] if task else ["AutoModelForCausalLM", "AutoModelForImageClassification"]
     for name in [*auto, "AutoModelForSeq2SeqLM", "AutoModel"]:
         found = getattr(transformers, name)._model_mapping.get(type(settings), None)
         if found is not None:

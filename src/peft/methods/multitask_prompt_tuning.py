@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import describe
 from ..target_config import rank
-from ..types import PeftType
+from ..types import PeftType, plain
 from .prompt_tuning import PromptEmbedding, PromptTuningConfig
 
 
@@ -92,7 +92,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         if path is None:
             raise ValueError(
                 f"prompt_tuning_init_state_dict_path needs to be specified with prompt_tuning_init="
-                f"{getattr(config.prompt_tuning_init, 'value', config.prompt_tuning_init)!r}."
+                f"{plain(config.prompt_tuning_init)!r}."
             )
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file

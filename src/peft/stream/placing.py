@@ -32,6 +32,7 @@ from ..errors import (
 )
 from ..persist import read_config
 from ..registry import tuner_class
+from ..types import plain
 from .shards import CheckpointError
 
 
@@ -69,7 +70,7 @@ def read(adapters: Sequence[str | os.PathLike[str]], weights: Sequence[float]) -
     sources: list[Source] = []
     for place, weight in zip([os.fspath(a) for a in adapters], weights, strict=True):
         config, _ = read_config(place, False, {})
-        method = getattr(config.peft_type, "value", config.peft_type)
+        method = plain(config.peft_type)
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise CheckpointError(
                 f"The adapter in {place} is of the method {method}, which adds tokens, keys or values to the input and "

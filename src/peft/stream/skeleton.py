@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core.buffers import tensors_below
 from ..errors import PeftWarning, report
+from ..types import plain
 from .shards import CheckpointError, Stored
 
 CONFIG = "config.json"
@@ -98,9 +99,9 @@ def known(base: Path, stated: dict[str, Any], config: Any) -> tuple[Any, Any]:
 
 def _for_task(transformers: Any, own: Any, settings: Any, config: Any) -> Any:
     """The class that the adapter was trained on: the checkpoint's own, or that of the task's head."""
-    task = getattr(config.task_type, "value", config.task_type)
+    task = plain(config.task_type)
     named = _model_class(transformers, (config.auto_mapping or {}).get("base_model_class"))
-    auto = getattr(transformers, TASKS.get(task or "", ""), None)
+    auto = getattr(transformers, TASKS.get(task, ""), None)
     usual = auto._model_mapping.get(type(settings), None) if auto is not None else named
     usual = usual[0] if isinstance(usual, (tuple, list)) else usual
     if usual is None or (own is not None and task in GENERATING and own.__name__ != f"{_stem(usual)}Model"):

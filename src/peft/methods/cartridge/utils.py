@@ -18,7 +18,7 @@ from ...core.files import staged, write_weights
 from ...core.seen import evaluating
 from ...errors import PeftWarning, check_adapters, report
 from ...prompts.fitting import text_config
-from ...types import PeftType
+from ...types import PeftType, plain
 
 SAME = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
 
@@ -105,7 +105,7 @@ def _key_value_adapter(model: Any, adapter_name: str | None) -> tuple[str, Any]:
     config = model.peft_config[name]
     if config.peft_type not in (PeftType.CARTRIDGE, PeftType.PREFIX_TUNING):
         raise ValueError(
-            f"Adapter {name!r} is {getattr(config.peft_type, 'value', config.peft_type)}; only cartridges and prefix "
+            f"Adapter {name!r} is {plain(config.peft_type)}; only cartridges and prefix "
             "tuning (without projection) are keys and values that can start from a text."
         )
     if getattr(config, "prefix_projection", False):

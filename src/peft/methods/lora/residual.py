@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PeftWarning, listing
+from ...types import plain
 from .init import FIRST
 
 SAMPLER = ".lora_monteclora_sampler."  # for training with the rank that it was made for
@@ -53,7 +54,7 @@ def joined(state: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[s
 
 
 def _check(config: Any) -> None:
-    kind = getattr(config.peft_type, "value", config.peft_type)
+    kind = plain(config.peft_type)
     if kind != "LORA":
         raise ValueError(f"path_initial_model_for_weight_conversion is for LoRA adapters, but this one is {kind}.")
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):

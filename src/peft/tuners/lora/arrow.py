@@ -10,6 +10,7 @@ from ...methods.lora.arrow import ROUTER
 from ...methods.lora.config import ArrowConfig, LoraConfig
 from ...model import PeftModel
 from ...registry import MODEL_CLASSES, load
+from ...types import plain
 
 __all__ = ["create_arrow_model"]
 
@@ -76,7 +77,7 @@ def _same(configs: dict[str, Any]) -> Any:
     first_name, first = next(iter(configs.items()))
     for name, config in configs.items():
         if not isinstance(config, LoraConfig):
-            raise ValueError(f"{name} is a {config.peft_type} adapter. Arrow routes among LoRA adapters.")
+            raise ValueError(f"{name} is a {plain(config.peft_type)} adapter. Arrow routes among LoRA adapters.")
         for field in ("r", "target_modules"):
             here, there = getattr(config, field), getattr(first, field)
             if (set(here) if isinstance(here, (list, set)) else here) != (
