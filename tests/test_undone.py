@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 import peft
-from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    TaskType,
+    VeraConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.core.deferred import Deferred
 from peft.core.layer import tuner_layers
 from peft.optimizers import create_loraplus_optimizer
@@ -57,9 +65,16 @@ def adapted(merged=False):
     return model
 
 
+def beside_vectors():
+    """An adapter whose tensors lie in tables of parameters and of buffers that files lack."""
+    model = get_peft_model(net(), config(target_modules=["one"]))
+    model.add_adapter("other", VeraConfig(r=2, target_modules=["one", "two"], save_projection=False))
+    return model
+
+
 def state(model):
     """All that a model shows of itself, the objects among it."""
-    shown = {}
+    shown = dict.fromkeys(f"{key} in a file" for key in model.state_dict())
     for path, m in model.named_modules():
         shown[path] = type(m).__name__, id(m), m.training, list(m._modules), list(m._parameters), len(m._forward_hooks)
     for path, p in model.named_parameters(remove_duplicate=False):
@@ -130,6 +145,7 @@ CHANGES = {
     "unmerging": (partial(adapted, merged=True), lambda m, d: m.unmerge_adapter()),
     "deleting": (adapted, lambda m, d: m.delete_adapter("default")),
     "deleting another": (adapted, lambda m, d: m.delete_adapter("other")),
+    "deleting vectors": (beside_vectors, lambda m, d: m.delete_adapter("other")),
     "switching": (adapted, lambda m, d: m.set_adapter("other")),
     "switching a merged one": (partial(adapted, merged=True), lambda m, d: m.set_adapter("other")),
     "training": (adapted, lambda m, d: m.set_requires_grad("other")),
@@ -152,7 +168,9 @@ def test_a_change_that_fails_anywhere_leaves_the_model_as_it_was(change, at_once
         warnings.simplefilter("ignore")
         saved = get_peft_model(net(), config(modules_to_save=["head"]))
         saved.save_pretrained(tmp_path)
-        act(make(), tmp_path)  # what is done once is no step of those that follow
+        done = make()
+        act(done, tmp_path)  # what is done once is no step of those that follow
+        there = done.state_dict().keys()
         last = steps(partial(act, make(), tmp_path))
         came = 0
         for step in range(1, last - last // 20, max(last // 40, 1)):  # at the very end all is done
@@ -162,6 +180,7 @@ def test_a_change_that_fails_anywhere_leaves_the_model_as_it_was(change, at_once
                 came += 1
                 assert state(model) == before, f"{change}: the {step}th of {last} calls fails"
                 act(model, tmp_path)  # and it can be done afterwards
+                assert model.state_dict().keys() == there
         assert came > 20
 
 

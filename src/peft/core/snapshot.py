@@ -19,6 +19,8 @@ _TABLES = (
     "_modules",
     "_parameters",
     "_buffers",
+    "_non_persistent_buffers_set",
+    "_keys",  # of an nn.ParameterDict
     "_forward_hooks",
     "_forward_pre_hooks",
     "_forward_hooks_with_kwargs",

@@ -163,8 +163,8 @@ class Switching:
                 layer.delete_adapter(adapter_name, active)
                 if follows:  # otherwise what the other adapters train stays as it is
                     layer.activate(active)
-        del self.peft_config[adapter_name]
-        self.active_adapter = remaining[0] if len(remaining) == 1 else remaining
+            del self.peft_config[adapter_name]
+            self.active_adapter = remaining[0] if len(remaining) == 1 else remaining
 
     def _unmerge(self, layers: list[Any]) -> None:
         for layer in layers:
