@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import warnings
 from functools import partial
@@ -20,6 +21,7 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
+from peft.core import onestep
 from peft.core.deferred import Deferred
 from peft.core.layer import tuner_layers
 from peft.optimizers import create_loraplus_optimizer
@@ -182,6 +184,29 @@ def test_a_change_that_fails_anywhere_leaves_the_model_as_it_was(change, at_once
                 act(model, tmp_path)  # and it can be done afterwards
                 assert model.state_dict().keys() == there
         assert came > 20
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_an_interrupted_merge_for_good_ends_its_layer_and_can_go_on(settings, monkeypatch):
+    model = get_peft_model(net(), config(**settings)).eval()
+    wanted = model(X)
+    write, at = onestep._write, []
+
+    def written(*given):
+        at.append(signal.raise_signal(signal.SIGINT) if not at else None)  # W' stands, and the layer does not know it
+        write(*given)
+
+    monkeypatch.setattr(onestep, "_write", written)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.merge_and_unload()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [layer.merged for _, layer in tuner_layers(model)] == [True, False]
+    torch.testing.assert_close(model(X), wanted)
+    torch.testing.assert_close(model.merge_and_unload()(X), wanted)
 
 
 def test_training_mode_comes_back_if_a_module_refuses_evaluation(tmp_path):

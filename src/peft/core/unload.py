@@ -19,6 +19,7 @@ from .sharded.gather import is_lent
 from .snapshot import whole
 from .tie import Place, input_embedding, places, storage_key, tied_modules
 from .tokens import check_disjoint
+from .uncut import uncut
 from .walking import walk
 from .wrappers import AuxiliaryTrainingWrapper
 
@@ -173,12 +174,14 @@ class Ready:
 
 
 def _merge_for_good(model: nn.Module, work: Work, ready: Ready, names: list[str], progressbar: bool) -> None:
-    """Write what was checked."""
+    """Write what was checked, each layer in full: half a layer could not be told from a whole one afterwards."""
     groups = shared(model)
     untie([layer for layer, _ in work], names, groups)
-    for layer, mine in progress(work, progressbar):
-        if not ready.merged(layer):
-            layer._merge(mine, keep=False)
+    with uncut() as layer_ends:
+        for layer, mine in progress(work, progressbar):
+            if not ready.merged(layer):
+                layer._merge(mine, keep=False)
+            layer_ends()
     retie(model, groups, work)
 
 
