@@ -100,8 +100,8 @@ def merged(layer: Any, name: str) -> bool:
     saved = Saved(weight=(storage.DENSE, found.weight.data))
     if found.bias is not None:
         saved["bias"] = storage.DENSE, found.bias[0].data
+    layer.__dict__.update(_saved=saved, _merged=[name])  # first, so that an interrupted write is taken back
     _write(layer, found, made)
-    layer.__dict__.update(_saved=saved, _merged=[name])
     layer._replan()
     return True
 

@@ -210,11 +210,11 @@ class Injection(Casting, Placing):
         full = f"{path}.{parameter}" if parameter else path
         own = settings(self.config, full)
         method_of = self.kind.method_of if method is None else method
+        if not fresh:
+            self.undo += [layer._replan, partial(layer._drop, self.name)]
         layer.add_adapter(self.name, method_of(own), self.site(layer, own, full), init=not self.meta)
         if fresh:
             self.put(parent, leaf, layer, found)
-        else:
-            self.undo += [layer._replan, partial(layer._drop, self.name)]
         self.placed.append(layer)
         self.full.append(layer)
         return layer
