@@ -112,12 +112,12 @@ def test_what_the_system_refuses_is_told(
     def refused(*args: Any, **kwargs: Any) -> Any:
         raise OSError(number, os.strerror(number), str(out))
 
-    made = os.mkdir
+    made = Path.mkdir
 
-    def mkdir(path: Any, *args: Any) -> None:
-        refused() if Path(path) == out.parent else made(path, *args)
+    def mkdir(path: Path, *args: Any, **kwargs: Any) -> None:
+        refused() if path == out.parent else made(path, *args, **kwargs)
 
-    monkeypatch.setattr(os, "mkdir", mkdir)
+    monkeypatch.setattr(Path, "mkdir", mkdir)
     with pytest.raises(UnwritableError, match=r"no permission|can only be read") as found:
         write(source, out)
     assert found.value.errno == number and str(tmp_path) in str(found.value)
