@@ -124,6 +124,25 @@ def test_what_the_system_refuses_is_told(
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("write", WRITERS, ids=lambda f: f.__name__)
+def test_a_name_that_the_system_cannot_write_is_told(
+    write: Callable[[Path, Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "größer" / "out"
+    source.mkdir()
+    saved(source / "adapter"), base(source / "base")
+    before, made = tree(tmp_path), Path.mkdir
+
+    def mkdir(path: Path, *args: Any, **kwargs: Any) -> None:  # as where LC_ALL=C and Python's UTF-8 mode is off
+        str(path).encode("ascii")
+        made(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(UnwritableError, match=r"'ascii'.*Choose another name, or start Python with -X utf8"):
+        write(source, out)
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("write", [save, save_config, convert], ids=lambda f: f.__name__)
 def test_a_folder_that_is_there_but_cannot_be_written_is_told(
     write: Callable[[Path, Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -245,11 +245,14 @@ def writing(place: Place) -> Iterator[None]:
         yield
     except UnwritableError:
         raise
+    except UnicodeEncodeError as error:
+        cause = f"names of files are in {error.encoding!r} here, which lacks some of its characters"
+        raise refusal(place, cause, "Choose another name, or start Python with -X utf8", errno.EILSEQ) from error
     except OSError as error:
-        cause = _CAUSES.get(error.errno or 0)
-        if cause is None:
+        known = _CAUSES.get(error.errno or 0)
+        if known is None:
             raise
-        raise refusal(place, *cause, error.errno) from error
+        raise refusal(place, *known, error.errno) from error
 
 
 @contextmanager
