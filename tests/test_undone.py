@@ -180,7 +180,7 @@ def test_a_change_that_fails_anywhere_leaves_the_model_as_it_was(change, at_once
         done = make()
         act(done, tmp_path)  # what is done once is no step of those that follow
         there = done.state_dict().keys()
-        last = steps(partial(act, make(), tmp_path))
+        last = min(steps(partial(act, make(), tmp_path)) for _ in range(2))  # the second time may still be longer
         came = 0
         for step in range(1, last - last // 20, max(last // 40, 1)):  # at the very end all is done
             model = make()
