@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peft import LoraConfig, TinyLoraConfig, get_peft_model
 from peft.core import quantised, storage
 from peft.core.passing import packed_layers
+from peft.methods.dora import DoRA
 
 WAYS = ("nf4", "int8")
 D, K = 64, 96
@@ -180,3 +181,84 @@ def test_what_is_kept_has_the_size_of_the_input_or_of_the_rank() -> None:
         model(x)
     new = [t for t in kept if t.untyped_storage().data_ptr() not in own]
     assert sorted(t.numel() for t in new) == [5 * 4, 5 * D]
+
+
+CHANGES = {
+    "nothing": lambda model, layer: None,
+    "B": lambda model, layer: layer.lora_B["default"].weight.mul_(3),
+    "A elsewhere": lambda model, layer: setattr(
+        layer.lora_A["default"].weight, "data", layer.lora_A["default"].weight.flip(0)
+    ),
+    "m": lambda model, layer: layer.lora_magnitude_vector["default"].weight.mul_(2),
+    "scaling": lambda model, layer: layer.set_scale("default", 3.0),
+    "a bias": lambda model, layer: layer.get_base_layer().bias.add_(1),
+    "training": lambda model, layer: (model.train(), layer.lora_B["default"].weight.data.mul_(2), model.eval()),
+    "another base": lambda model, layer: setattr(
+        layer.get_base_layer(), "weight", other_base(layer.get_base_layer().weight)
+    ),
+    "a merge and back": lambda model, layer: (model.merge_adapter(), model.unmerge_adapter()),
+    "merged": lambda model, layer: (
+        model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)),
+        model.base_model.set_adapter(["b", "default"]),
+        model.merge_adapter(["b"]),
+    ),
+}
+
+
+def other_base(weight: Any) -> Any:
+    way = "nf4" if hasattr(weight, "quant_state") else "int8"
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(D, K, dtype=torch.bfloat16))
+    if way == "int8":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        return model[0].weight
+    bnb = pytest.importorskip("bitsandbytes")
+    return bnb.nn.Params4bit(model[0].weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_a_gain_over_a_quantised_weight_is_kept_until_something_changes(
+    way: str, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(way, torch.bfloat16, use_dora=True).eval()
+    layer, made = model.base_model.model[0], []
+    model(torch.randn(2, D).bfloat16())  # after which a library may order its weight anew
+    norm = DoRA.norm
+    monkeypatch.setattr(DoRA, "norm", lambda *args: made.append(1) or norm(*args))
+    x = torch.randn(1, 3, D).bfloat16()
+    before = model(x)
+    made.clear()
+    for _ in range(3):
+        assert torch.equal(model(x), before)
+    assert not made
+    CHANGES[change](model, layer)
+    made.clear()
+    rows = [torch.cat([model(x[:, i : i + 1]) for i in range(3)], 1), model(x)]
+    assert len(made) == (change not in ("nothing", "a merge and back"))
+    monkeypatch.setattr("peft.core.kept.KEEPING.on", False)
+    wanted = model(x)
+    for y in rows:
+        torch.testing.assert_close(y, wanted, rtol=0.02, atol=0.02)
+    if change not in ("nothing", "a merge and back"):
+        assert not torch.allclose(wanted, before, rtol=0.05, atol=0.05), "the change changes nothing"
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_a_row_over_a_quantised_weight_is_what_plain_operations_give(
+    way: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    model, x = adapted(way, dtype, **options).eval(), torch.randn(5, 1, D, dtype=dtype)
+    found = torch.cat([model(row[None]) for row in x]), model(x), model(x[0])[None]
+    with torch.enable_grad(), pytest.MonkeyPatch.context() as plainly:
+        plainly.setattr(quantised, "beside", lambda *_: None)
+        wanted = model(x).detach()
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    for y, to in zip(found, (wanted, wanted, wanted[:1]), strict=True):
+        assert y.dtype is dtype
+        torch.testing.assert_close(y, to, **close)

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..kernels.modes import lifted, transformed
 
 if TYPE_CHECKING:
+    from .method import LowRank
     from .stack import Adapter
 
 
@@ -101,6 +102,22 @@ def kept(p: Adapter, make: Callable[[], Any], base: bool = False, what: str = "k
         if counted and not any(isinstance(t := where.get(key), Tensor) and lies_shared(t) for where, key in mine):
             p.cache[what] = Kept(value, p.layer, places)
     return value
+
+
+def kept_over(p: Adapter, make: Callable[[], Any]) -> Any:
+    """`kept` of what depends on a quantised base weight, too, whose storage tells whether it has changed."""
+    key = p.layer.original_key(None) if lasting(p) else None
+    if key is None:
+        return make()
+    found = still(p)
+    if found is not None and found[0] != key:
+        p.cache.pop("kept")
+    return kept(p, lambda: (key, make()))[1]
+
+
+def kept_factors(method: LowRank, p: Adapter) -> tuple[Tensor, Tensor]:
+    """The factors of the method's update, as evaluation keeps them if they are dear."""
+    return kept(p, lambda: method.factors(p), what="factors") if method.keeps_factors else method.factors(p)
 
 
 def lies_shared(t: Tensor) -> bool:

@@ -80,18 +80,18 @@ class Mergeable(Blocks, Forgetful):
         base = self.get_base_layer()
         return used_at(base, self.view.sample(base))
 
-    def original_key(self, W: Tensor) -> Hashable:
+    def original_key(self, W: Tensor | None) -> Hashable:
         """Equal for two moments between which the base weight, without any merged adapter, has not changed.
 
         Arguments:
-            W: what `original_weight` gives now.
+            W: what `original_weight` gives now; it is not needed of a quantised weight.
 
         None if that is not known.
         """
         base, name = self.get_base_layer(), self.view.name
         kind, payload = (storage.of(base, name), None) if self._saved is None else self._saved[name]
         if not kind.packed:
-            return identity(W)
+            return None if W is None else identity(W)
         return kind.key(base, name) if payload is None else kind.payload_key(payload)
 
     @property

@@ -20,7 +20,7 @@ from ..kernels.thin import WIDE
 from . import quantised
 from .direct import open_linear, summed_up
 from .folding import Fold, Product
-from .kept import kept
+from .kept import kept_factors
 from .sharded.gather import full
 from .views import LinearView
 
@@ -381,8 +381,7 @@ class LowRank(Delta):
         held = open_linear(inner, x) if type(self).onto is LowRank.onto else None
         if held is None or self.up_bias(p) is not None:
             return quantised.beside(self, p, inner, x) if inner.packed and type(self).onto is LowRank.onto else None
-        A, B = kept(p, lambda: self.factors(p), what="factors") if self.keeps_factors else self.factors(p)
-        rate = self.drop_rate(p)
+        (A, B), rate = kept_factors(self, p), self.drop_rate(p)
         if held[0].requires_grad and (rate or A.dtype is not x.dtype):
             return None
         return lowrank.linear(x, *held, A, B, self.scaling(p), rate)

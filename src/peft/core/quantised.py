@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import choice, lowrank, masks, thin
+from ..kernels import choice, lowrank, masks, narrow, thin
 from ..kernels.again import differentiable
 from ..kernels.modes import eager, node, shaped
 from .direct import EVERYWHERE, FORWARD
+from .kept import kept_factors
 from .storage import Packed, wider
 
 if TYPE_CHECKING:
@@ -24,14 +25,18 @@ if TYPE_CHECKING:
 
 
 def beside(method: LowRank, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
-    """W x + b + s B A dropout(x) where A learns, on a CPU; None where plain operations have to do it.
+    """W x + b + s B A dropout(x) where A learns, or nothing does, on a CPU; None where plain operations have to do it.
 
     Arguments:
         method: of the adapter p, which has no more to it than A, B, s and the dropout.
         inner: what the adapter stands on.
         x: (..., d).
     """
-    if not torch.is_grad_enabled() or not x.is_cpu or not eager() or "cpu" in choice.devices or not _is_open(inner):
+    if not x.is_cpu or not eager() or "cpu" in choice.devices:
+        return None
+    if not torch.is_grad_enabled():
+        return _evaluated(method, p, inner, x)
+    if not _is_open(inner):
         return None
     if method.up_bias(p) is not None:
         return None
@@ -39,6 +44,17 @@ def beside(method: LowRank, p: Adapter, inner: Stack, x: Tensor) -> Tensor | Non
     if A.requires_grad and A.dim() == 2 and thin.takes(x, A, B, scale):
         return _linear(x, A, B, scale, rate, inner)
     return lowrank.add(inner(x), x, A, B, scale, rate)  # factors may be dear, and are not made twice
+
+
+def _evaluated(method: LowRank, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+    """The same where no gradient is wanted, of a base that may be more than that layer."""
+    scale = method.scaling(p)
+    if method.drop_rate(p) or type(scale) is not float or not inner.view.dense or method.up_bias(p) is not None:
+        return None
+    (A, B), y = kept_factors(method, p), inner(x)
+    if type(y) is not Tensor or y.dtype is not x.dtype or A.dim() != 2 or not thin.takes(x, A, B, scale):
+        return lowrank.add(y, x, A, B, scale)
+    return narrow.one(y, x, A, B, scale) if x.numel() == x.shape[-1] else narrow.beside(y, x, A, B, scale)
 
 
 def _is_open(inner: Stack) -> bool:

@@ -1,7 +1,7 @@
-"""Over a weight in half precision, with factors in float32, where no gradient is wanted.
+"""A low-rank update beside an output in half precision, with factors in float32, where no gradient is wanted.
 
-Letters as in `lowrank`: x (..., d), W (k, d), A (r, d), B (k, r). The base's product is `F.linear`, as the base
-takes it. What is added to it is summed in float32 and rounded once.
+Letters as in `lowrank`: x (..., d), W (k, d), y (..., k), A (r, d), B (k, r). What is added is summed in float32 and
+rounded once.
 """
 
 from __future__ import annotations
@@ -16,30 +16,49 @@ from .modes import transformed
 
 def row(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """W x + b + scale B A x, (..., k), in the dtype of x, which has one row."""
-    y = F.linear(x, W, b)
-    h = A.mv(x.view(-1).to(A.dtype))
-    return y.view(-1).to(A.dtype).addmv_(B, h, alpha=scale).to(x.dtype).view(y.shape)
+    return one(F.linear(x, W, b), x, A, B, scale)
 
 
 def gained(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, gain: Tensor, B: Tensor) -> Tensor:
-    """gain (W x) + b + B A x, (..., k), in the dtype of x, for a gain of (k,); of a gain of 1 the base's W x + b.
+    """gain (W x) + b + B A x, (..., k), in the dtype of x, for a gain of (k,); of a gain of 1 the base's W x + b."""
+    return beside(F.linear(x, W, b), x, A, B, 1.0, gain, b, own=True)
 
-    x may have any number of rows.
-    """
-    y, plain = F.linear(x, W, b), not x.is_cpu or transformed()
+
+def beside(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    gain: Tensor | None = None,
+    b: Tensor | None = None,
+    own: bool = False,
+) -> Tensor:
+    """y + scale B A x in the dtype of y, or the same of gain (y - b) + b; in y's memory if that is the caller's own."""
+    plain = not x.is_cpu or transformed()
     if x.numel() == x.shape[-1] and not plain:
-        h = A.mv(x.view(-1).to(A.dtype))
-        return _times(y.view(-1).to(A.dtype), b, gain).addmv_(B, h).to(x.dtype).view(y.shape)
-    flat, rows = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        return one(y, x, A, B, scale, gain, b)
+    flat, rows = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    h = F.linear(flat.to(A.dtype), A) if plain else thin.down(flat, A, 0.0)[0]
+    if gain is None:
+        return thin.onto(rows, h, B, scale, own).view(y.shape)
     if plain or y.numel() <= thin.ONE:
-        h = F.linear(flat.to(A.dtype), A) if plain else thin.down(flat, A, 0.0)[0]
-        return _times(rows.to(A.dtype), b, gain).addmm_(h, B.mT).to(x.dtype).view(y.shape)
-    h = thin.down(flat, A, 0.0)[0]
-    for some in thin.blocks(*rows.shape):  # y is nobody else's
-        rows[some].copy_(_times(rows[some].to(A.dtype), b, gain).addmm_(h[some], B.mT))
-    return y
+        return _times(rows.to(A.dtype), gain, b).addmm_(h, B.mT, alpha=scale).to(y.dtype).view(y.shape)
+    out = rows if own else torch.empty_like(rows)
+    for some in thin.blocks(*rows.shape):
+        out[some].copy_(_times(rows[some].to(A.dtype), gain, b).addmm_(h[some], B.mT, alpha=scale))
+    return out.view(y.shape)
 
 
-def _times(y: Tensor, b: Tensor | None, gain: Tensor) -> Tensor:
-    """gain (y - b) + b of a y that may be changed."""
-    return y.mul_(gain) if b is None else torch.addcmul(b.to(y.dtype), y.sub_(b), gain)
+def one(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, gain: Tensor | None = None, b: Tensor | None = None
+) -> Tensor:
+    """`beside` of one row on a CPU, outside graphs."""
+    h, u = A.mv(x.reshape(-1).to(A.dtype)), y.reshape(-1).to(A.dtype)
+    u = u if gain is None else _times(u, gain, b)
+    return torch.addmv(u, B, h, alpha=scale).to(y.dtype).view(y.shape)
+
+
+def _times(y: Tensor, gain: Tensor, b: Tensor | None) -> Tensor:
+    """gain (y - b) + b, in memory of its own."""
+    return y * gain if b is None else torch.addcmul(b.to(y.dtype), y - b, gain)

@@ -25,6 +25,7 @@ from ..core.kept import kept, still
 from ..core.method import Delta, LowRank, Site
 from ..core.stack import Adapter, Stack
 from ..kernels import scaled
+from ..kernels.modes import eager
 from ..kernels.thin import NARROW, WIDE
 from .lora.row import Gained, Row
 from .magnitude import Gaining, Magnitude, product
@@ -68,11 +69,6 @@ class DoRA(Gaining):
 
     def checkpoint_key(self, key: str) -> str:
         return "lora_magnitude_vector" if key == "lora_magnitude_vector.weight" else self.of.checkpoint_key(key)
-
-    def magnitude(self, p: Adapter) -> Tensor:
-        """m, (..., O)."""
-        m = p.held("lora_magnitude_vector").weight
-        return m if p.layer.view.label == "ParamWrapper" else m.flatten()
 
     @torch.no_grad()
     def norm(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
@@ -149,9 +145,11 @@ class DoRA(Gaining):
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         b = self.of.bias(p, inner.bias())
         if inner.view.dense and (of := self._thin(p)) is not None:
-            A, B = of.factors(p)
-            n, scale = self.safe_norm(p), of.scaling(p)
-            return scaled.add(y, x, A, B, scale, self.drop_rate(p), self.magnitude(p), n, b)
+            rate = self.drop_rate(p)
+            if inner.packed and not (rate or torch.is_grad_enabled()) and eager():
+                return self.evaluated(p, of, y, x, b)
+            (A, B), s = of.factors(p), of.scaling(p)
+            return scaled.add(y, x, A, B, s, rate, self.magnitude(p), self.safe_norm(p), b)
         z = self.of.onto(p, inner, y, x)  # before the gain, as hooks on modules may renew the factors
         anew = inner.packed or inner.view.dense  # of a dense layer factors are kept, which a hook stands in the way of
         gain = self.gain(p) if anew else kept(p, lambda: self.gain(p), base=True)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core import views
-from ..core.kept import KEEPING, Kept, base_places
+from ..core.kept import KEEPING, Kept, base_places, kept_over
 from ..core.method import Delta, LowRank
 from ..core.stack import Adapter
-from ..kernels.scaled import square
+from ..kernels import narrow
+from ..kernels.scaled import folded, square
 
 
 class Gaining(Delta):
@@ -20,6 +21,17 @@ class Gaining(Delta):
 
     _thin: Callable[[Adapter], LowRank | None]
     gain: Callable[[Adapter], Tensor]
+
+    def magnitude(self, p: Adapter) -> Tensor:
+        """m, (..., O)."""
+        m: Tensor = p.held("lora_magnitude_vector").weight
+        return m if p.layer.view.label == "ParamWrapper" else m.flatten()
+
+    def evaluated(self, p: Adapter, of: LowRank, y: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
+        """gain (y - b + s B A x) + b beside a quantised layer's y, of a gain that evaluation keeps."""
+        A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in of.factors(p))
+        A, gain, B = kept_over(p, lambda: folded(A, B, of.scaling(p), self.gain(p).to(A.dtype)))
+        return narrow.beside(y, x, A, B, 1.0, gain, b)
 
     def term(self, p: Adapter) -> tuple[Any, ...] | None:
         of = self._thin(p)

@@ -64,8 +64,10 @@ class PVeRA(VeRA):
         return {**super().build(site), "sample_at_inference": c.sample_at_inference, "noise": [state]}
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
-        held = open_linear(inner, x) if type(self).onto is PVeRA.onto else None
-        return None if held is None else self.apart(p, inner, x, *held)
+        stated = type(self).onto is PVeRA.onto
+        held = open_linear(inner, x) if stated else None
+        packed = held is None and stated and inner.packed and inner.view.dense
+        return None if held is None and not packed else self.apart(p, inner, x, held)
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not self.draws(p) or inner.view.groups(inner.base) != 1:

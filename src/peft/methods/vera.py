@@ -96,20 +96,28 @@ class VeRA(LowRank):
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held = open_linear(inner, x) if type(self).onto is LowRank.onto else None
-        return super().at_once(p, inner, x) if held is None else self.apart(p, inner, x, *held)
+        packed = held is None and inner.packed and inner.view.dense and type(self).onto is LowRank.onto
+        return super().at_once(p, inner, x) if held is None and not packed else self.apart(p, inner, x, held)
 
-    def apart(self, p: Adapter, inner: Stack, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-        """The same on a linear layer; A and B have no gradients, so that d and b are better apart from them."""
+    def apart(self, p: Adapter, inner: Stack, x: Tensor, held: tuple[Tensor, Tensor | None] | None) -> Tensor:
+        """The same on a linear layer; A and B have no gradients, so that d and b are better apart from them.
+
+        `held` is the layer's weight and bias, or None where the layer is called.
+        """
         b, d = p.held(f"{self.word}_lambda_b"), p.held(f"{self.word}_lambda_d")
         A, B = getattr(p, f"{self.word}_A"), getattr(p, f"{self.word}_B")
         if A.dtype is not b.dtype or A.device != b.device:
             A, B = A.to(b.device, b.dtype), B.to(b.device, b.dtype)
         rate, rows = self.drop_rate(p), self.wanted(p)
-        if rows == p.r and not rate and type(self).middle is VeRA.middle:
-            return vectors.linear(x, W, bias, A[:rows, : x.shape[-1]], d, B[: W.shape[0], :rows], b)
+        A, B = A[:rows, : x.shape[-1]], B[: b.shape[-1], : p.r]
+        if held is not None and rows == p.r and not rate and type(self).middle is VeRA.middle:
+            return vectors.linear(x, *held, A, d, B, b)
         z, _ = inner.drop(x, rate, d.dtype)
-        h = self.middle(p, F.linear(z, A[:rows, : x.shape[-1]]), d if rows == self.rows * p.r else d[:rows])
-        return onto.features(F.linear(x, W, bias), F.linear(h, B[: W.shape[0], : p.r]), b)
+        u = F.linear(self.middle(p, F.linear(z, A), d if rows == self.rows * p.r else d[:rows]), B)
+        if held is not None:
+            return onto.features(F.linear(x, *held), u, b)
+        y = inner(x)
+        return (y + u * b).to(y.dtype)
 
     def wanted(self, p: Adapter) -> int:
         """How many rows of A this forward takes."""
