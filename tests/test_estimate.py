@@ -226,15 +226,15 @@ def test_other_threads_compute_in_the_usual_blocks_meanwhile(monkeypatch):
     seen: dict[str, list[int]] = {"here": [], "there": []}
 
     def looked(*given):
-        seen["here"].append(len(list(thin._blocks(4096, 256))))
+        seen["here"].append(len(list(thin.blocks(4096, 256))))
         with ThreadPoolExecutor(1) as pool:
-            seen["there"].append(pool.submit(lambda: len(list(thin._blocks(4096, 256)))).result())
+            seen["there"].append(pool.submit(lambda: len(list(thin.blocks(4096, 256)))).result())
         return step(*given)
 
-    usual = len(list(thin._blocks(4096, 256)))
+    usual = len(list(thin.blocks(4096, 256)))
     monkeypatch.setattr("peft.inspection.estimate.step", looked)
     peft.estimate(made("llama"), configured("lora", "CAUSAL_LM"), 64, 1024)
-    assert seen["here"][0] < usual == seen["there"][0] == len(list(thin._blocks(4096, 256)))
+    assert seen["here"][0] < usual == seen["there"][0] == len(list(thin.blocks(4096, 256)))
 
 
 def test_what_the_library_keeps_of_seeds_and_sizes_is_whole():
