@@ -48,6 +48,12 @@ METHODS = re.compile(r"lora|dora|pissa|olora", re.IGNORECASE)
 MAY_NAME_METHODS = {"core/defaults.py"}  # data, under the names that users know
 PUBLIC = {"supports_lora_conversion"}
 
+# What makes a tensor of none, and whether its dtype is torch's default unless it is given one.
+OF_NO_TENSOR = {
+    **dict.fromkeys(["zeros", "ones", "empty", "rand", "randn", "eye", "linspace", "logspace"], True),
+    **dict.fromkeys(["tensor", "full", "arange", "as_tensor", "randint", "randperm"], False),
+}
+
 IMPORT_SECONDS = 0.15
 IMPORT_MODULES = {"import peft": 15, "from peft import LoraConfig, get_peft_model": 25}
 OPTIONAL = ["transformers", "accelerate", "huggingface_hub", "bitsandbytes", "typer", "rich", "tqdm"]
@@ -210,6 +216,24 @@ def lines_of(file: Path) -> list[tuple[int, str]]:
     numbered = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
     texts = ((number, " ".join(text.split())) for number, text in numbered if number not in skipped)
     return [(number, text) for number, text in texts if re.search(r"\w", text) and not text.startswith("#")]
+
+
+def creations(file: Path) -> Iterator[tuple[int, str, set[str | None]]]:
+    """(line, function, keywords) of every tensor that torch is asked to make."""
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Call) and isinstance(f := node.func, ast.Attribute) and ast.unparse(f.value) == "torch":
+            yield node.lineno, f.attr, {k.arg for k in node.keywords}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if "cli" not in f.parts], ids=path_of)
+def test_no_tensor_hangs_on_the_default_dtype_or_device_of_torch(file: Path) -> None:
+    """None among the keywords stands for `**more`."""
+    for line, name, given in creations(file):
+        if name in OF_NO_TENSOR:
+            where = f"{path_of(file)}:{line}: torch.{name}(...)"
+            assert given & {"device", None}, f"{where} is made on the device that `torch.set_default_device` says"
+            wanted = {"dtype", None} if OF_NO_TENSOR[name] else given
+            assert given & wanted, f"{where} is of the dtype that `torch.set_default_dtype` says"
 
 
 def test_no_six_lines_are_written_twice() -> None:

@@ -31,6 +31,7 @@ from .core.renames import retargeted
 from .core.shared import late as drawing_late
 from .core.tuner import BaseTuner
 from .errors import ChangedConfigWarning, NoMatchingPeftModuleError, OtherBaseWarning, report, told
+from .kernels.modes import ordinary
 from .known import Content, copied
 from .registry import tuner_class
 
@@ -178,7 +179,7 @@ class AdapterFile:
             if not (is_trainable or self._new):
                 steps = [undo, evaluate(model, None)]  # before anything is written
             self._check_base(model, strict := self.options.get("strict"))
-            with sharded.as_one(self.shared):
+            with ordinary(), sharded.as_one(self.shared):
                 state = self.saved.read(self.options.get("torch_device"), own=self._new)
             state.update(self.saved.noted(model, self.name))
             if self._pouring is not None:
@@ -243,9 +244,10 @@ class AdapterFile:
         try:
             if base_of(header) != recipe.base:
                 self._check_base(model, self.options.get("strict"))
-            made = recipe.made(self.saved.read(self.options.get("torch_device"), own=True))
-            undo.append(partial(recipe.take_out, self.name))
-            recipe.place(tuner, self.name, config, made, is_trainable)
+            with ordinary():
+                made = recipe.made(self.saved.read(self.options.get("torch_device"), own=True))
+                undo.append(partial(recipe.take_out, self.name))
+                recipe.place(tuner, self.name, config, made, is_trainable)
             tuner._join(tuner.kind_of(config).companion, self.name, undo)
             quiet = not (model.training or tuner.training or tuner.modes_differ) and recipe.evaluating()
             if is_trainable:
@@ -350,9 +352,9 @@ def _starts(*both: PeftConfig) -> list[tuple[str, Any, Any]]:
 
 def complete(model: PeftModel, name: str, lacking: list[Entry]) -> None:
     """Make what no file holds of an adapter; it is asked for once the file is known to fit."""
-    tuner = model._modules.get("base_model")
-    if isinstance(tuner, BaseTuner):
-        late.complete(tuner, name, {(id(e.owner), e.attr) for e in lacking})
+    if isinstance(tuner := model._modules.get("base_model"), BaseTuner):
+        with ordinary():
+            late.complete(tuner, name, {(id(e.owner), e.attr) for e in lacking})
 
 
 def _outlined(place: Callable[[bool], Placed]) -> Placed:

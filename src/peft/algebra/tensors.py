@@ -80,7 +80,9 @@ def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
 
 def _stacked(tensors: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
     stacked = torch.stack(list(tensors))
-    return stacked, reshape_weight_task_tensors(stacked, torch.as_tensor(weights).to(stacked))
+    return stacked, reshape_weight_task_tensors(
+        stacked, torch.as_tensor(weights, dtype=stacked.dtype, device=stacked.device)
+    )
 
 
 def _summed(tensors: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ def _alike(p: Any, q: Any) -> bool:
 
 
 def _linear(found: list[Update], recipe: Recipe) -> dict[str, Tensor]:
-    first, weights = found[0].p, torch.tensor([u.weight for u in found])
+    first, weights = found[0].p, torch.tensor([u.weight for u in found], dtype=torch.float32, device="cpu")
     values = {}
     for key, neutral in first.method.linear.items():
         tensors = [getattr(u.p, key).detach() for u in found]

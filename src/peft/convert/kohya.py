@@ -165,13 +165,18 @@ def _written(layer: Layer, method: str) -> dict[str, Tensor]:
     t = dict(layer.tensors)
     if method == "LORA":
         A, B = layer.factor("A"), layer.factor("B")
-        found = {DOWN: A, UP: B, ALPHA: torch.tensor(float(layer.alpha))}
+        found = {DOWN: A, UP: B, ALPHA: scalar(layer.alpha)}
         if layer.magnitude is not None:
             found[DORA] = layer.magnitude.reshape(-1, *[1] * (A.dim() - 1))
         return found
     if rank_of(t) is None:  # readers ask for an alpha, but scale only what has factors
-        return {**t, "lokr_w1": scaled(t["lokr_w1"], layer.scaling), ALPHA: torch.tensor(1.0)}
-    return {**t, ALPHA: torch.tensor(float(layer.alpha))}
+        return {**t, "lokr_w1": scaled(t["lokr_w1"], layer.scaling), ALPHA: scalar(1)}
+    return {**t, ALPHA: scalar(layer.alpha)}
+
+
+def scalar(value: float) -> Tensor:
+    """A number as files hold it."""
+    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
 
 def grouped(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -70,5 +70,5 @@ def _conv(A: Tensor, B: Tensor, path: str) -> nn.Module:
 
 def _empty(m: Any, shape: tuple[int, ...]) -> nn.Module:
     """The module with a weight of zeros that are one number in memory."""
-    m.weight = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
+    m.weight = nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu").expand(shape), requires_grad=False)
     return m

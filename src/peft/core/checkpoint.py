@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..errors import PeftWarning, WrongKindError, check_adapters, listing, report
+from ..kernels.modes import ordinary
 from . import sharded
 from .base_state import get_base_model_state_dict, set_base_model_state_dict
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -133,7 +134,7 @@ def set_peft_model_state_dict(
     Raises RuntimeError for wrong shapes, ValueError if nothing fits; the model is then unchanged.
     """
     root = _unwrap(model)[0]
-    with sharded.summoned(root, write=True):
+    with ordinary(), sharded.summoned(root, write=True):
         return _written(root, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, strict, known)
 
 
@@ -212,7 +213,7 @@ def as_it_is(model: nn.Module, config: Any, outline: Mapping[str, Tensor]) -> bo
 
 def poured_into(model: nn.Module, adapter_name: str, pouring: Pouring, state: Mapping[str, Tensor]) -> None:
     """Write a checkpoint's tensors, which nobody else has, into a new adapter as its molds say."""
-    with sharded.summoned(_unwrap(model)[0], write=True):
+    with ordinary(), sharded.summoned(_unwrap(model)[0], write=True):
         pour(adapter_name, pouring, state)
 
 

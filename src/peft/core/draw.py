@@ -15,6 +15,11 @@ def kaiming(t: Tensor, dims: int = 2) -> None:
     t.uniform_(-bound, bound)
 
 
+def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """N(0, 1) from a generator, float32: the same whatever torch's default dtype and device are."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def places(out: int, inp: int, n: int, seed: int | None) -> Tensor:
     """n different places of an (out, inp) matrix as flat indices, the same for every matrix of this shape.
 

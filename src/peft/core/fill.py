@@ -318,7 +318,10 @@ def _home(entry: Entry) -> torch.device:
     first = next(base.buffers(), None) if held is None else held
     place: Any = getattr(base.__dict__.get("_hf_hook"), "execution_device", None)
     if first is None or (first.is_meta and place is None):
-        first = next((t for t in (*base.parameters(), *base.buffers()) if not t.is_meta), torch.empty(0))
+        first = next(
+            (t for t in (*base.parameters(), *base.buffers()) if not t.is_meta),
+            torch.empty(0, dtype=torch.uint8, device="cpu"),
+        )
     return first.device if not first.is_meta else torch.device("cpu" if place is None else place)
 
 

@@ -65,7 +65,9 @@ def complete(tuner: Any, name: str, lacking: Collection[Spot] = (), sight: Any =
         return
     homes = dict(shared_of(tuner))
     if any(_wanted(home, name, lacking) for home in homes.values()):
-        for key, new in wait.made(sight).items():
+        with torch.random.fork_rng(devices=[]):  # first values that the file brings are drawn with the rest
+            made = wait.made(sight)
+        for key, new in made.items():
             if _wanted(homes[key], name, lacking):
                 kind = homes[key].tensor(name).dtype
                 _put(homes[key], name, beside({key: new}, homes[key].place, kind, wait.known)[key].tensor)

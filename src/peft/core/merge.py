@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WrongKindError, check_adapters
+from ..kernels.modes import ordinary
 from . import onestep, storage
 from .blocks import Blocks
 from .kept import Forgetful
@@ -132,9 +133,10 @@ class Mergeable(Blocks, Forgetful):
         self.__dict__.update(_rounding=mode, _dense_dtype=dtype, seen=seen)
 
     def _merge(self, names: tuple[str, ...], keep: bool = True) -> None:
-        if names and not (keep and len(names) == 1 and onestep.merged(self, names[0])):
-            with onload_layer(self):
-                self._merge_here(names, keep)
+        with ordinary():
+            if names and not (keep and len(names) == 1 and onestep.merged(self, names[0])):
+                with onload_layer(self):
+                    self._merge_here(names, keep)
 
     def _merge_here(self, names: tuple[str, ...], keep: bool) -> None:
         """`_merge`, with all weights in place."""
@@ -240,9 +242,10 @@ class Mergeable(Blocks, Forgetful):
         """Give back the payload and say what was merged; what was untied for the merge stays so."""
         names = list(self._merged)
         self.__dict__["_merged"] = []
-        if not onestep.given_back(self):
-            with onload_layer(self.get_base_layer()):
-                self._restore()
+        with ordinary():
+            if not onestep.given_back(self):
+                with onload_layer(self.get_base_layer()):
+                    self._restore()
         self.__dict__.pop("_saved", None)
         return names
 

@@ -50,7 +50,7 @@ def empty_like(t: Tensor, most: int) -> Tensor:
         return torch.empty_like(t)
     with _lock:
         held = _waiting.get(size)
-        memory = held.pop() if held else torch.empty(size, dtype=torch.uint8)
+        memory = held.pop() if held else torch.empty(size, dtype=torch.uint8, device="cpu")
         if held is not None and not held:
             del _waiting[size]
     view = (ctypes.c_char * size).from_address(memory.data_ptr())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LossyMergeWarning, nearest, report
+from .draw import normal
 from .storage import Packed, Payload, Storage, of, parameters
 
 MODES = ("requantize", "dequantize", "compensated")
@@ -84,7 +85,7 @@ def _strongest(D: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     By subspace iteration from a random start (Halko, Martinsson, Tropp 2011, algorithm 4.4).
     """
-    start = torch.randn(D.shape[-1], count, generator=torch.Generator().manual_seed(0)).to(D)
+    start = normal((D.shape[-1], count), torch.Generator().manual_seed(0)).to(D)
     Q, _ = torch.linalg.qr(D @ start)
     for _ in range(4):
         Q, _ = torch.linalg.qr(D @ torch.linalg.qr(D.mT @ Q)[0])

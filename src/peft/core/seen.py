@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .base_state import original_modules
+from .draw import normal
 from .rounding import check_mode, dense_dtype
 
 DIRECTIONS, SKETCH = 12, 48  # of the inputs that are kept for a layer, and columns of the sketch they are found in
@@ -24,9 +25,9 @@ class Sketch:
     """X' X G for the inputs X of one layer and a fixed random G, which spans the directions of X that matter."""
 
     def __init__(self, layer: Any, generator: torch.Generator) -> None:
-        self.layer, self.total = layer, torch.tensor(0.0)
+        self.layer, self.total = layer, torch.zeros((), dtype=torch.float32, device="cpu")
         features = layer.view.shape(layer.get_base_layer())[-1]
-        self.G = torch.randn(features, min(SKETCH, features), generator=generator)
+        self.G = normal((features, min(SKETCH, features)), generator)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook."""
@@ -152,7 +153,7 @@ def _random_tokens(model: nn.Module) -> Callable[[nn.Module], Any] | None:
         return None
     config, (rows, columns) = getattr(model, "config", None), TOKENS
     columns = min(columns, getattr(config, "max_position_embeddings", None) or columns)
-    ids = torch.randint(0, int(size), (rows, columns), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, int(size), (rows, columns), generator=torch.Generator().manual_seed(0), device="cpu")
     ids = ids.to(words.weight.device)
     names = ["input_ids"] + ["decoder_input_ids"] * bool(getattr(config, "is_encoder_decoder", False))
     return lambda m: m(**dict.fromkeys(names, ids))

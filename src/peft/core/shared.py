@@ -213,6 +213,11 @@ def beside(
     return found
 
 
+def unwritten(*shape: int) -> Tensor:
+    """A float32 tensor for first values."""
+    return torch.empty(shape, dtype=torch.float32, device=seeded_on())
+
+
 def drawn(
     shape: tuple[int, ...], bound: float, generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import sparse
+from ..kernels.modes import ordinary
 from ..kernels.thin import WIDE
 from ..kernels.whole import touched
 from .direct import open_linear
@@ -58,7 +59,8 @@ class Sparse(Delta):
         values, at = self.numbers(p), p.held_buffer(self.places_key)
         found, shape = p.cache.get("places"), (W.shape[0], W.shape[1])
         if found is None or not found.of(at):
-            found = self.placed(p, at, shape) or sparse.places(p.cache, at, shape)
+            with ordinary():
+                found = self.placed(p, at, shape) or sparse.places(p.cache, at, shape)
             p.cache["places"] = found
         alike, itself = values.dtype is x.dtype, type(self).taken is Sparse.taken
         flat, form = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], shape[0])

@@ -18,7 +18,7 @@ class Tasks:
     """
 
     def __init__(self, ids: Any):
-        held = torch.as_tensor(ids)
+        held = ids if isinstance(ids, Tensor) else torch.as_tensor(ids, device="cpu")
         if held.shape == (0,):
             held = held.long()  # of an empty list torch makes floating-point numbers
         if held.dim() != 1 or held.is_floating_point() or held.dtype is torch.bool:

@@ -29,10 +29,10 @@ class Thinned(Delta):
         if not self.thins(p):
             return D
         if p.rank_dropout:
-            left = (torch.rand(D.shape[:-1], device=D.device) > p.rank_dropout).to(D.dtype)
+            left = (torch.rand(D.shape[:-1], dtype=torch.float32, device=D.device) > p.rank_dropout).to(D.dtype)
             if p.rank_dropout_scale:
                 left = left / left.mean(-1, keepdim=True).clamp_min(1 / left.shape[-1])  # all dropped: 0, not 0 / 0
             D = D * left[..., None]
         if p.module_dropout:
-            D = D * (torch.rand((), device=D.device) > p.module_dropout)
+            D = D * (torch.rand((), dtype=torch.float32, device=D.device) > p.module_dropout)
         return D

@@ -92,7 +92,9 @@ class TokenRows(Method):
         W = p.original_weight()
         W = (W.mT if p.layer.view.infix else W).to(torch.promote_types(W.dtype, torch.float32))
         change = new.to(W.dtype) - W[index]
-        units = change.new_zeros(len(index), len(W)).index_put_((torch.arange(len(index)), index), change.new_ones(()))
+        units = change.new_zeros(len(index), len(W)).index_put_(
+            (torch.arange(len(index), device=index.device), index), change.new_ones(())
+        )
         return (units, change.mT) if p.layer.view.infix else (change, units.mT)
 
     def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import check_adapters, nearest
+from ..kernels.modes import ordinary
 from ..registry import tuner_class
 from ..types import plain
 from ..version import __version__
@@ -129,7 +130,7 @@ class BaseTuner(Switching, Combined, nn.Module):
             config.peft_version = __version__  # it is made here, wherever its configuration comes from
         self.kind_of(config).prepare_config(config, model_type(model))
         undo = [] if undo is None else undo
-        with no_collection(), sharded.drawing_alike(model):
+        with no_collection(), ordinary(), sharded.drawing_alike(model):
             try:
                 self.before_layers(model, adapter_name, autocast_adapter_dtype, undo)
                 steps = self.kind_of(config).injection(

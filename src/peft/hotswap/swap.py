@@ -256,7 +256,9 @@ class Swap:
                     "layer as it is. Load it under a name of its own."
                 )
             change.neutral = True
-            change.tensors = {k: torch.zeros(shape) for k, shape in change.shapes.items()}
+            change.tensors = {
+                k: torch.zeros(shape, dtype=torch.float32, device="cpu") for k, shape in change.shapes.items()
+            }
             return
         wanted = change.shapes
         have = {**{e.part: given[e.live] for e in group if e.live in given}, **more}

@@ -95,11 +95,12 @@ def inputs_of(
     """What a model of transformers is called with under an adapter, labels included for training."""
     settings, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     takes = inspect.signature(model.forward).parameters
-    ids = torch.ones(batch, seq, dtype=torch.int64)
+    ids = torch.ones(batch, seq, dtype=torch.int64, device="cpu")
     if main == "pixel_values" and all(hasattr(settings, name) for name in IMAGE):
         size = settings.image_size  # type: ignore[union-attr]
         pixels = size if isinstance(size, tuple | list) else (size, size)
-        found = {main: torch.zeros(batch, settings.num_channels, *pixels)}  # type: ignore[union-attr]
+        channels = settings.num_channels  # type: ignore[union-attr]
+        found = {main: torch.zeros(batch, channels, *pixels, dtype=torch.float32, device="cpu")}
     elif main == "input_ids":
         found = {main: ids}
     else:
@@ -107,10 +108,10 @@ def inputs_of(
             f"What {type(model).__name__} is called with is not known. Pass inputs=, such as a dictionary."
         )
     if getattr(settings, "is_encoder_decoder", False) and main == "input_ids":
-        ids = torch.ones(batch, target_seq or seq, dtype=torch.int64)
+        ids = torch.ones(batch, target_seq or seq, dtype=torch.int64, device="cpu")
         found["decoder_input_ids"] = ids
     if any(getattr(config, name, None) for name in MANY_TASKS):
-        found["task_ids"] = torch.zeros(batch, dtype=torch.int64)
+        found["task_ids"] = torch.zeros(batch, dtype=torch.int64, device="cpu")
     if training and "use_cache" in takes:
         found["use_cache"] = False  # type: ignore[assignment]
     return {**found, **_labels(model, takes, ids)} if training else found
@@ -118,7 +119,7 @@ def inputs_of(
 
 def _labels(model: nn.Module, takes: Mapping[str, Any], ids: Tensor) -> dict[str, Tensor]:
     """What the model's own loss is computed from; nothing where it has none."""
-    each = torch.zeros(len(ids), dtype=torch.int64)
+    each = torch.zeros(len(ids), dtype=torch.int64, device="cpu")
     if "start_positions" in takes:
         return {"start_positions": each, "end_positions": each}
     if "labels" not in takes:

@@ -162,7 +162,7 @@ class Hollow(Ledger):
         if chosen.numel() == 0 or dim is None or scores.dim() == 0:
             return
         laid = chosen.movedim(dim, -1) if chosen.dim() == scores.dim() else chosen
-        laid.copy_((torch.arange(chosen.numel()) % scores.shape[dim]).view(laid.shape))
+        laid.copy_((torch.arange(chosen.numel(), device=laid.device) % scores.shape[dim]).view(laid.shape))
         self._unknown.discard(chosen.untyped_storage()._cdata)
 
     def _look(self, func: Any, args: Any, kwargs: dict[str, Any], known: bool) -> Any:

@@ -25,7 +25,7 @@ def draw(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     level, size = round((1.0 - p) * LEVELS), prod(shape)
     if device.type != "cpu" or not 0 < level < LEVELS or not size:
         return torch.empty(shape, dtype=torch.uint8, device=device).bernoulli_(1.0 - p)
-    bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    bits = torch.empty(-(-size // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None).view(torch.int16)
     bits = bits[:size] if size % 4 else bits
     return torch.lt(bits.view(shape), level - LEVELS // 2).view(torch.uint8)
 
@@ -63,8 +63,8 @@ def unpacked(bits: Tensor | None, shape: Sequence[int], dtype: torch.dtype = tor
 def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
     """The eight numbers of each value of `packed`, as many bytes in one number where that is possible."""
     with torch.inference_mode(False), torch.no_grad():
-        values = torch.arange(256)[:, None] >> torch.arange(8) & 1
+        values = torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1
         mask = values.to(torch.uint8)
-        table = torch.empty(256, 8, dtype=torch.uint8)
+        table = torch.empty(256, 8, dtype=torch.uint8, device="cpu")
         table[packed(mask).long()] = mask  # type: ignore[union-attr]
         return (table.view(torch.int64) if dtype is torch.uint8 else table.to(dtype)).to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_AS_IT_IS = nullcontext()
 peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
 
 
@@ -28,6 +30,11 @@ def lifted() -> bool:
 def eager() -> bool:
     """Whether operations run as they are written: not `transformed`, and under no autocast."""
     return not (transformed() or torch._C._is_any_autocast_enabled())
+
+
+def ordinary() -> AbstractContextManager[Any]:
+    """While open, tensors are made that may be trained, also where the caller is in inference mode."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS
 
 
 def shaped(y: Tensor, lead: Sequence[int]) -> Tensor:

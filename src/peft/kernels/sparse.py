@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .again import differentiable
-from .modes import node
+from .modes import node, ordinary
 
 
 class Bags(NamedTuple):
@@ -59,21 +59,26 @@ class Places:
     def flat(self) -> Tensor:
         """Rows and columns in one number."""
         if self._flat is None:
-            self._flat = self.rows * self.shape[1] + self.columns
+            with ordinary():
+                self._flat = self.rows * self.shape[1] + self.columns
         return self._flat
 
     def bags(self, back: bool) -> Bags:
         """By rows, or by columns for the matrix transposed."""
         if back not in self._made:
-            keys, others = (self.columns, self.rows) if back else (self.rows, self.columns)
-            ordered = bool((keys[1:] >= keys[:-1]).all())
-            order = None if ordered else keys.argsort()
-            if order is not None:
-                keys, others = keys[order], others[order]
-            counts = torch.bincount(keys, minlength=self.shape[back])
-            offsets = F.pad(counts.cumsum(0), (1, 0))
-            self._made[back] = Bags(order, *(t.to(torch.int32) for t in (keys, others, offsets)))
+            with ordinary():
+                self._made[back] = self._bags(back)
         return self._made[back]
+
+    def _bags(self, back: bool) -> Bags:
+        keys, others = (self.columns, self.rows) if back else (self.rows, self.columns)
+        ordered = bool((keys[1:] >= keys[:-1]).all())
+        order = None if ordered else keys.argsort()
+        if order is not None:
+            keys, others = keys[order], others[order]
+        counts = torch.bincount(keys, minlength=self.shape[back])
+        offsets = F.pad(counts.cumsum(0), (1, 0))
+        return Bags(order, *(t.to(torch.int32) for t in (keys, others, offsets)))
 
     def __reduce__(self) -> Any:
         return Places, ()
@@ -83,7 +88,8 @@ def places(cache: dict[str, Any], at: Tensor, shape: tuple[int, int]) -> Places:
     """Places given as rows and columns, (2, n), or both in one number, (n), kept in a cache while they stay."""
     found = cache.get("places")
     if found is None or not found.of(at):
-        rows, columns = at.long() if at.dim() == 2 else (at.long() // shape[1], at.long() % shape[1])
+        with ordinary():  # they serve training, too
+            rows, columns = at.long() if at.dim() == 2 else (at.long() // shape[1], at.long() % shape[1])
         cache["places"] = found = Places(at, rows, columns, shape)
     return found
 

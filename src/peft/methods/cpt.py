@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from ..config import PromptLearningConfig, describe
 from ..errors import PeftWarning, report
-from ..prompts.encoder import BasePromptEncoder, embedding
+from ..prompts.encoder import KIND, BasePromptEncoder, embedding
 from ..target_config import choice
 from ..types import PeftType, TaskType
 
@@ -82,7 +82,7 @@ class CPTEmbedding(BasePromptEncoder):
         ids = torch.tensor(config.cpt_token_ids, device=word_embeddings.weight.device)
         with torch.no_grad():
             self.embedding = embedding(self.rows, self.token_dim, word_embeddings(ids))
-        self.delta_embedding = embedding(self.rows, self.token_dim, torch.zeros(self.rows, self.token_dim))
+        self.delta_embedding = embedding(self.rows, self.token_dim, torch.zeros(self.rows, self.token_dim, **KIND))
 
     @classmethod
     def make(cls, config: Any, words: nn.Module) -> CPTEmbedding:
@@ -109,7 +109,7 @@ class CPTEmbedding(BasePromptEncoder):
     def get_epsilon(self) -> Tensor:
         """How far each word may move, (k,)."""
         kinds, c, room = self._kinds(), self.config, math.sqrt(self.token_dim / 2048)
-        eps = torch.full(kinds.shape, FIXED, device=kinds.device)
+        eps = torch.full(kinds.shape, FIXED, dtype=torch.float32, device=kinds.device)
         eps[(kinds > 0) & ((kinds % 4 == 1) | (kinds % 4 == 3))] = c.opt_projection_format_epsilon * room
         eps[(kinds > 0) & (kinds % 4 == 2)] = c.opt_projection_epsilon * room
         return eps

@@ -34,7 +34,7 @@ class Deal:
     @cached_property
     def factor(self) -> Tensor:
         """c."""
-        return torch.bincount(self.places, minlength=self.length).clamp_min(1).rsqrt()
+        return torch.bincount(self.places, minlength=self.length).clamp_min(1).float().rsqrt()
 
     def book(self, shape: tuple[int, ...]) -> int:
         """Where the next places, in this shape, begin."""

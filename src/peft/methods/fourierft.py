@@ -21,6 +21,7 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
 from ..core.sparse import Sparse
 from ..core.stack import Adapter, Stack
+from ..kernels.modes import ordinary
 from ..kernels.sparse import Places
 from ..target_config import number
 from .additive import AdditiveConfig, AdditiveModel
@@ -93,7 +94,8 @@ class FourierFT(Sparse):
             return halves(held.long(), *shape)
         found = p.cache.get("halves")
         if found is None or not found[0].of(held):
-            p.cache["halves"] = found = (Places(held), halves(held.long(), *shape))
+            with ordinary():
+                p.cache["halves"] = found = (Places(held), halves(held.long(), *shape))
         return found[1]
 
     def numbers(self, p: Adapter) -> Tensor:
@@ -133,7 +135,7 @@ def halves(at: Tensor, out: int, inp: int) -> tuple[Tensor, Tensor]:
 def half(at: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Frequencies of n as those of half a spectrum, and -1 where they are conjugate to these, else 1."""
     other = at > n // 2
-    return torch.where(other, n - at, at), torch.where(other, -1.0, 1.0)
+    return torch.where(other, n - at, at), torch.where(other, -1, 1)
 
 
 class FourierFTLayer(BaseTunerLayer):

@@ -98,19 +98,19 @@ class Lily(Delta):
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held, (A, experts, G) = open_linear(inner, x), (p.held(name).weight for name in HOMES)
-        if held is None or type(self).onto is not Lily.onto:
+        if held is None or type(self).onto is not Lily.onto or not x.numel():
             return None
         h = F.linear(x.reshape(-1, x.shape[-1]).to(A.dtype), A)
         B = (F.linear(h, G).softmax(-1).mean(0) @ experts.view(p.num_B, -1)).view(p.r, -1)
         return onto.thin(x, *held, (h, B, p.scaling))
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
-        A, experts, G = (p.held(name).weight for name in HOMES)
-        groups = inner.view.groups(inner.base)
+        (A, experts, G), groups = (p.held(name).weight for name in HOMES), inner.view.groups(inner.base)
         axis = -inner.spread(A.new_empty(1)).dim()  # of the features
         h = inner.linear(x, A.repeat(groups, 1) if groups > 1 else A)
         each = h.movedim(axis, -1).unflatten(-1, (groups, -1))  # every group's rows see features of their own
-        p_e = (each @ G.mT).softmax(-1).flatten(0, -2).mean(0)
+        p_e = (each @ G.mT).softmax(-1).flatten(0, -2)
+        p_e = p_e.sum(0) / max(1, p_e.shape[0])  # the mean, and 0 without rows
         B = torch.einsum("e,ero->or", p_e, experts.unflatten(0, (p.num_B, -1)))
         B = torch.block_diag(*B.unflatten(0, (groups, -1))) if groups > 1 else B
         return (y + inner.view.rows(h, B) * p.scaling).to(y.dtype)

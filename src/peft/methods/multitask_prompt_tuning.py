@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import describe
+from ..prompts.encoder import KIND
 from ..target_config import rank
 from ..types import PeftType, plain
 from .prompt_tuning import PromptEmbedding, PromptTuningConfig
@@ -77,8 +78,8 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         super().__init__(config, word_embeddings)
         tasks, ranks = config.num_tasks, config.num_ranks
         self.num_tasks = tasks
-        self.prefix_task_cols = nn.Parameter(torch.empty(tasks, self.rows, ranks).normal_(0, 0.02))
-        self.prefix_task_rows = nn.Parameter(torch.empty(tasks, ranks, self.token_dim).normal_(0, 0.02))
+        self.prefix_task_cols = nn.Parameter(torch.empty(tasks, self.rows, ranks, **KIND).normal_(0, 0.02))
+        self.prefix_task_rows = nn.Parameter(torch.empty(tasks, ranks, self.token_dim, **KIND).normal_(0, 0.02))
         if config.prompt_tuning_init in SOURCES and not config.inference_mode:
             self.take_sources(config)
 

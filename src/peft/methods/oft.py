@@ -109,7 +109,7 @@ class OFT(Rotation):
         if R.shape[-3] != p.r:
             R = R.expand(*R.shape[:-3], p.r, -1, -1)
         if drop and p.oft_dropout:
-            R = without(R, torch.rand(R.shape[:-2], device=R.device) < p.oft_dropout)
+            R = without(R, torch.rand(R.shape[:-2], dtype=torch.float32, device=R.device) < p.oft_dropout)
         groups = p.layer.view.groups(p.layer.get_base_layer())
         R = R if groups == 1 else R.unflatten(-3, (groups, -1))
         return blockwise(t, R.mT if back else R)

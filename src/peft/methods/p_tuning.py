@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..config import PromptLearningConfig, describe
 from ..errors import PeftWarning, report
-from ..prompts.encoder import BasePromptEncoder, embedding
+from ..prompts.encoder import KIND, BasePromptEncoder, embedding
 from ..target_config import choice
 from ..types import PeftType
 
@@ -69,13 +70,13 @@ class PromptEncoder(BasePromptEncoder):
         if config.encoder_reparameterization_type == "LSTM":
             self.lstm_head = nn.LSTM(
                 size, hidden, config.encoder_num_layers, dropout=config.encoder_dropout, bidirectional=True,
-                batch_first=True,
+                batch_first=True, **KIND,
             )  # fmt: skip
-            self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, size))
+            sizes = (2 * hidden, 2 * hidden, size)
         else:
-            self.mlp_head = nn.Sequential(
-                nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, size)
-            )
+            sizes = (size, hidden, hidden, size)
+        layers = [m for pair in pairwise(sizes) for m in (nn.Linear(*pair, **KIND), nn.ReLU())]
+        self.mlp_head = nn.Sequential(*layers[:-1])
 
     def forward(self, indices: Tensor) -> Tensor:
         """The embeddings of virtual tokens (tokens,) or (batch, tokens): a last axis of `size` more."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PromptLearningConfig, describe
-from ..prompts.encoder import BasePromptEncoder, embedding
+from ..prompts.encoder import KIND, BasePromptEncoder, embedding
 from ..target_config import choice
 from ..types import PeftType
 
@@ -74,7 +74,8 @@ class PrefixEncoder(KeyValueEncoder):
         last = self.embedding.weight
         if self.prefix_projection:
             hidden = config.encoder_hidden_size or self.token_dim
-            self.transform = nn.Sequential(nn.Linear(self.token_dim, hidden), nn.Tanh(), nn.Linear(hidden, self.width))
+            first, second = nn.Linear(self.token_dim, hidden, **KIND), nn.Linear(hidden, self.width, **KIND)
+            self.transform = nn.Sequential(first, nn.Tanh(), second)
             nn.init.zeros_(self.transform[2].bias) if config.init_weights == "zero" else None  # type: ignore[arg-type]
             last = self.transform[2].weight
         if config.init_weights == "zero":

@@ -85,7 +85,7 @@ class PromptEmbedding(BasePromptEncoder):
     def start(self, config: Any, words: Any) -> Tensor | None:
         """The first values, (rows, size); None for random ones."""
         if config.prompt_tuning_init == "SAMPLE_VOCAB":
-            ids = torch.randint(0, words.weight.shape[0], (self.rows,))
+            ids = torch.randint(0, words.weight.shape[0], (self.rows,), device="cpu")
         elif config.prompt_tuning_init == "TEXT":
             ids = self.words_of(config)
         else:
@@ -106,7 +106,7 @@ class PromptEmbedding(BasePromptEncoder):
         ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
         if not ids:
             raise ValueError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens.")
-        return torch.tensor((ids * -(-self.rows // len(ids)))[: self.rows])
+        return torch.tensor((ids * -(-self.rows // len(ids)))[: self.rows], device="cpu")
 
     def forward(self, indices: Tensor) -> Tensor:
         """The embeddings of virtual tokens (tokens,) or (batch, tokens): a last axis of `size` more."""

@@ -101,7 +101,7 @@ def drawn_like(t: Tensor, held: list[Any]) -> Tensor:
         return torch.randn_like(t)
     generator = torch.Generator()
     generator.set_state(held[0])
-    found = torch.randn(t.shape, dtype=t.dtype, generator=generator)
+    found = torch.randn(t.shape, dtype=t.dtype, generator=generator, device="cpu")
     held[0] = generator.get_state()
     return found.to(t.device)
 

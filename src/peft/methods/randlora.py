@@ -111,7 +111,7 @@ def draw(of_a: tuple[int, ...], of_b: tuple[int, ...], settings: Any) -> tuple[T
     (r, _, small), (large, n, _) = of_a, of_b
     if settings.sparse or settings.very_sparse:
         rare = 1 / (2 * (math.sqrt(small) if settings.very_sparse else 3))
-        pair = [torch.rand(size, generator=generator, device=seeded_on()) for size in (of_a, of_b)]
+        pair = [torch.rand(size, generator=generator, dtype=torch.float32, device=seeded_on()) for size in (of_a, of_b)]
         pair = [(u > 1 - rare).float() - (u < rare).float() for u in pair]
     else:
         half = torch.bfloat16

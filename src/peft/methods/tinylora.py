@@ -23,7 +23,7 @@ from ..config import describe
 from ..core.cells import reference
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
-from ..core.shared import Shared, on
+from ..core.shared import Shared, on, unwritten
 from ..core.stack import Adapter, Stack
 from ..target_config import CHOSEN, choice, number, probability
 from .additive import AdditiveConfig, AdditiveModel
@@ -77,7 +77,7 @@ class TinyLoRA(LowRank):
         places = settings.__dict__["places"] = Places(sum(1 for _ in shapes), settings.weight_tying)
         made, start, bound = {}, settings.init_weights, settings.init_v_bound
         for k in range(places.groups):
-            v = torch.zeros(settings.u)
+            v = unwritten(settings.u).zero_()
             if start is not True:
                 v.uniform_(-bound, bound) if start == "uniform" else v.normal_()
             made[f"tinylora_v.{k}"] = Shared(nn.Parameter(v))

@@ -29,5 +29,5 @@ class Places:
 def projection(settings: Any, number: int, r: int) -> Tensor:
     """P of the layer of this number, (u, r, r)."""
     generator = torch.Generator().manual_seed(settings.projection_seed + number)
-    empty = torch.empty(settings.u, r, r, device=seeded_on())
+    empty = torch.empty(settings.u, r, r, dtype=torch.float32, device=seeded_on())
     return empty.normal_(0, r**-0.5, generator=generator)

@@ -21,7 +21,7 @@ from ..config import describe
 from ..core.kept import kept
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
-from ..core.shared import Shared, is_late, on
+from ..core.shared import Shared, is_late, on, unwritten
 from ..core.stack import Adapter
 from ..target_config import CHOSEN, number, probability
 from .additive import AdditiveConfig, AdditiveModel
@@ -69,11 +69,11 @@ class UniLoRA(LowRank):
         if before is not None and before.waits and before.form == deal.form:
             deal = before  # the layers have booked their places there
         settings.__dict__["deal"], deal.waits = deal, is_late()
-        theta, bound = torch.empty(settings.theta_d_length), settings.init_theta_d_bound
+        theta, bound = unwritten(settings.theta_d_length), settings.init_theta_d_bound
         theta.uniform_(-bound, bound) if settings.init_weights else theta.normal_()
         made = {"unilora_theta_d": Shared(nn.Parameter(theta))}
         if not settings.save_indices:
-            factor = torch.empty(settings.theta_d_length) if is_late() else deal.factor
+            factor = unwritten(settings.theta_d_length) if is_late() else deal.factor
             made["unilora_factor"] = Shared(factor, saved=False)
         return made
 

@@ -22,7 +22,7 @@ from ..config import describe
 from ..core.kept import kept
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
-from ..core.shared import Shared
+from ..core.shared import Shared, unwritten
 from ..core.stack import Adapter, Stack
 from ..target_config import divisor, number, probability
 from .additive import AdditiveConfig, AdditiveModel
@@ -65,7 +65,7 @@ class VBLoRA(LowRank):
 
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]]) -> dict[str, Shared]:
         bound = settings.init_vector_bank_bound
-        bank = torch.empty(settings.num_vectors, settings.vector_length).uniform_(-bound, bound)
+        bank = unwritten(settings.num_vectors, settings.vector_length).uniform_(-bound, bound)
         return {"vblora_vector_bank": Shared(nn.Parameter(bank))}
 
     def build(self, site: Site) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def _partner(name: str) -> str | None:
 def corrected(G: Tensor, A: Tensor, scaling: float | None) -> Tensor:
     """1/s^2 G (A A' + delta I)^-1, in float32."""
     wide = A.float()
-    gram = wide @ wide.mT + DELTA * torch.eye(len(wide), device=wide.device)
+    gram = wide @ wide.mT + DELTA * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
     solved = G.float() @ torch.linalg.pinv(gram, hermitian=True)
     return (solved / (scaling or 1.0) ** 2).to(G.dtype)
 

@@ -67,7 +67,7 @@ def precondition(found: list[Pair], reg: float) -> None:
     """Change the gradients of the pairs in place; both from the factors as they are now."""
     for pair in found:
         A, B = pair.A.float(), pair.B.float()
-        eye = torch.eye(len(A), device=A.device)
+        eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
         if pair.A.grad is not None:
             pair.A.grad.copy_(_inverse(B.mT @ B + reg * eye) @ pair.A.grad.float())
         if pair.B.grad is not None:

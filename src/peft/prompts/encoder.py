@@ -15,6 +15,10 @@ from ..config import PromptLearningConfig
 from ..errors import listing
 from .resuming import follow
 
+KIND: dict[str, Any] = {
+    "dtype": torch.float32,
+    "device": torch.device("cpu"),
+}  # of first values, whatever torch's default
 MADE = "_made"  # where an encoder holds what it made in evaluation
 
 
@@ -167,4 +171,6 @@ class BasePromptEncoder(nn.Module):
 
 def embedding(rows: int, size: int, start: Tensor | None = None) -> nn.Embedding:
     """A table of virtual tokens, float32; N(0, 1) without `start`."""
-    return nn.Embedding(rows, size) if start is None else nn.Embedding(rows, size, _weight=start.float().clone())
+    if start is None:
+        return nn.Embedding(rows, size, **KIND)
+    return nn.Embedding(rows, size, _weight=start.float().clone())

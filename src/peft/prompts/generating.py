@@ -90,7 +90,9 @@ def _give_mask(model: nn.Module, given: dict[str, Any]) -> None:
     padding = given.get("pad_token_id", getattr(source, "pad_token_id", None))
     end = given.get("eos_token_id", getattr(source, "eos_token_id", None))
     if ids is None:
-        given["attention_mask"] = torch.ones(given["inputs_embeds"].shape[:2], dtype=torch.long)
+        given["attention_mask"] = torch.ones(
+            given["inputs_embeds"].shape[:2], dtype=torch.long, device=given["inputs_embeds"].device
+        )
     elif padding is not None and padding not in _listed(end) and bool((ids == padding).any()):
         given["attention_mask"] = ids.ne(padding).long()
     else:

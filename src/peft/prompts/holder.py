@@ -19,6 +19,7 @@ from ..core.switch import Switching
 from ..core.tie import places
 from ..core.whole import Placing
 from ..errors import NothingToDoError, PeftWarning, UnknownNameError, check_adapters, listing, report
+from ..kernels.modes import ordinary
 from ..registry import tuner_class
 from ..types import TaskType
 from .checkpointed import Survivor
@@ -121,7 +122,7 @@ class Prompts(Switching):
         """Make an adapter's encoder and the copies of whole modules; everything is taken back if that fails."""
         undo = [] if undo is None else undo
         try:
-            with sharded.drawing_alike(model):
+            with sharded.drawing_alike(model), ordinary():
                 Beside(self, name, undo).run()
         except BaseException:
             for step in reversed(undo):
@@ -184,7 +185,7 @@ class Prompts(Switching):
     def prompt_tokens(self) -> dict[str, Tensor]:
         """The numbers of the virtual tokens by adapter."""
         encoders: Any = self.encoders
-        return {n: torch.arange(e.rows) for n, e in encoders.items()}
+        return {n: torch.arange(e.rows, device="cpu") for n, e in encoders.items()}
 
     # What there cannot be ---------------------------------------------------------------------------------
 

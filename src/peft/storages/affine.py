@@ -101,7 +101,7 @@ class Affine(Packed):
         if not self.checks or "form" not in payload or payload["codes"].is_meta or module in _agreeing:
             return _agreeing.get(module, True)
         W = self.numbers(payload)
-        x = torch.linspace(1, 2 * W.shape[1], W.shape[1], device=W.device).sin().to(W.dtype)[None]
+        x = torch.linspace(1, 2 * W.shape[1], W.shape[1], dtype=torch.float32, device=W.device).sin().to(W.dtype)[None]
         try:
             with without_bias(module):
                 found = module(x).float()

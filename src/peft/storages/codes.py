@@ -45,7 +45,7 @@ class Four:
     @staticmethod
     def numbers(stored: Tensor) -> Tensor:
         """The values of codes, float32, twice as many along the last axis."""
-        table = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], device=stored.device)
+        table = torch.tensor([*_MAGNITUDES, *(-m for m in _MAGNITUDES)], dtype=torch.float32, device=stored.device)
         held = stored.view(torch.uint8).int()
         return table[torch.stack((held & 15, held >> 4), -1).flatten(-2)]
 

@@ -103,7 +103,7 @@ def _sizes(payload: Payload, shape: Any) -> tuple[int, ...]:
 
 def _divided(value: Tensor, whole: Tensor) -> Tensor:
     """What a code has to hold; where the scale is zero nothing can be held."""
-    return torch.where(whole == 0, torch.zeros((), device=value.device), value / whole)
+    return torch.where(whole == 0, value.new_zeros(()), value / whole)
 
 
 def place(module: nn.Module, name: str, value: Tensor | None) -> None:

@@ -93,7 +93,8 @@ class Names:
 
     def new_key(self, name: str) -> str:
         """The key in files of a tensor that the files did not hold."""
-        found = self._reverted({name: torch.empty(held(*self.places[name]).shape, device="meta")})
+        hollow = torch.empty(held(*self.places[name]).shape, dtype=torch.float32, device="meta")
+        found = self._reverted({name: hollow})
         return next(iter(found)) if len(found) == 1 else name
 
     def _reverted(self, made: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -147,7 +147,7 @@ class Outcome:
 @torch.no_grad()
 def of_bias(layer: BaseTunerLayer, names: tuple[str, ...], bias: Tensor) -> tuple[bool, bool]:
     """Whether a merge changes a layer's bias, and whether it reads the weight for that."""
-    probe = torch.zeros(bias.shape, dtype=bias.dtype)
+    probe = torch.zeros(bias.shape, dtype=bias.dtype, device="cpu")
     try:
         return any(layer.adapters[n].method.bias(layer.adapters[n], probe) is not probe for n in names), False
     except (RuntimeError, NotImplementedError):  # of numbers that are on no device

@@ -88,7 +88,7 @@ def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """
     count = math.prod(shape)
     if count * dtype.itemsize < 2**20 or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 

@@ -39,7 +39,7 @@ def whole_of(part: Tensor, mesh: Any, placements: Placements, shape: tuple[int, 
     """The DTensor of a whole shape of which this process holds a part; differentiable."""
     from torch.distributed.tensor import DTensor
 
-    stride = torch.empty(shape, device="meta").stride()
+    stride = torch.empty(shape, dtype=torch.uint8, device="meta").stride()
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 

@@ -32,7 +32,7 @@ class EmbeddingView(TransposedView):
 
     def drop(self, x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
         # dropout of a one-hot vector keeps or drops a token's whole contribution
-        return x, F.dropout(torch.ones(x.shape, device=x.device), p).unsqueeze(-1)
+        return x, F.dropout(torch.ones(x.shape, dtype=torch.float32, device=x.device), p).unsqueeze(-1)
 
     def base(self, m: Layer, x: Tensor) -> Tensor:
         return m(x) if m.max_norm is None else self.linear(m, x, self.read(m))

@@ -76,12 +76,12 @@ class AdaLoRA(LowRank):
 
     def among_all(self, p: Adapter, key: str, value: Tensor, kept: list[bool]) -> Tensor:
         """A factor of the ranks that were kept among all ranks of p: the others have no E, and p's A and B."""
-        held, index = getattr(p, key).detach(), torch.tensor(kept)
+        held, index = getattr(p, key).detach(), torch.tensor(kept, device="cpu")
         axis, shape = int(key == "lora_B"), sharded.shape(held)
         if value.shape != (*shape[:axis], sum(kept), *shape[axis + 1 :]):
             return value
         none = key == "lora_E" or value.is_meta
-        full = torch.zeros(shape, dtype=held.dtype) if none else sharded.full(held).clone()
+        full = torch.zeros(shape, dtype=held.dtype, device="cpu") if none else sharded.full(held).clone()
         full = full.to(value.device)
         return full.index_copy(axis, index.nonzero().squeeze(-1).to(value.device), value.to(full.dtype))
 
@@ -90,7 +90,7 @@ class AdaLoRA(LowRank):
         if p.kept is None:
             return
         E = sharded.full(p.lora_E.detach()).flatten().cpu()
-        if len(p.kept) != len(E) or E[~torch.tensor(p.kept)].any():
+        if len(p.kept) != len(E) or E[~torch.tensor(p.kept, device="cpu")].any():
             vars(p)["kept"], pattern = None, p.settings.rank_pattern or {}
             p.settings.rank_pattern = {k: v for k, v in pattern.items() if k != f"{p.path}.lora_E"} or None
 

@@ -63,8 +63,8 @@ class Unknown(Deal):
     def __init__(self, W: Tensor, b: Tensor | None, c: Any, count: int | None):
         rows, columns = math.prod(W.shape[:-1]), W.shape[-1] + (b is not None)
         r = min(c.r, rows, columns)
-        self.U, self.N = torch.empty(rows, r, device="meta"), torch.empty(r, columns, device="meta")
-        self.clusters = list(torch.empty(rows, device="meta").tensor_split(count or min(c.num_subspaces, rows)))
+        self.U, self.N = W.new_empty(rows, r), W.new_empty(r, columns)
+        self.clusters = list(W.new_empty(rows).tensor_split(count or min(c.num_subspaces, rows)))
 
     def rank(self, at: Tensor, c: Any) -> int:
         return min(len(at), c.subspace_rank, self.U.shape[1])
@@ -108,13 +108,13 @@ def by_parts(W: Tensor, b: Tensor | None, q: int) -> tuple[Tensor, Tensor]:
         return torch.cat([P @ X for _, P in parts()])
 
     def down(X: Tensor) -> Tensor:
-        total = torch.zeros(columns, X.shape[1], device=W.device)
+        total = W.new_zeros(columns, X.shape[1])
         for at, P in parts():
             total += P.mT @ X[at]
         return total
 
     go, back, wide = (across, down, columns) if rows >= columns else (down, across, rows)
-    Q = torch.linalg.qr(go(torch.randn(wide, q, device=W.device)))[0]
+    Q = torch.linalg.qr(go(torch.randn(wide, q, dtype=W.dtype, device=W.device)))[0]
     for _ in range(TURNS):
         Q = torch.linalg.qr(go(torch.linalg.qr(back(Q))[0]))[0]
     U, _, Vh = torch.linalg.svd(back(Q).mT, full_matrices=False)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...prompts.encoder import KIND
 from ..prefix_tuning import KeyValueEncoder
 
 
@@ -28,9 +29,11 @@ class CartridgeEncoder(KeyValueEncoder):
         super().__init__(config)
         config.check_frozen()
         self.num_frozen_tokens = frozen = int(config.num_frozen_tokens)
-        self.frozen_embedding = nn.Parameter(torch.empty(frozen, self.width), requires_grad=False) if frozen else None
+        self.frozen_embedding = (
+            nn.Parameter(torch.empty(frozen, self.width, **KIND), requires_grad=False) if frozen else None
+        )
         self.trainable_embedding = nn.Parameter(
-            torch.empty(self.rows - frozen, self.width), requires_grad=not config.inference_mode
+            torch.empty(self.rows - frozen, self.width, **KIND), requires_grad=not config.inference_mode
         )
         self.reset_parameters()
 

@@ -158,11 +158,11 @@ def _ids(tokenizer: Any, text: str, use_chat_template: bool) -> Tensor:
         message = [{"role": "system", "content": text}]
         try:
             found = tokenizer.apply_chat_template(message, tokenize=True, return_dict=True, return_tensors="pt")
-            return torch.as_tensor(found["input_ids"])
+            return torch.as_tensor(found["input_ids"], device="cpu")
         except Exception as error:  # templates raise errors of their own, such as for a lone system message
             hint = f"The chat template refuses a lone system message ({error}); the text is taken as it is."
             report(PeftWarning, hint, strict=False, stacklevel=4)
-    return torch.as_tensor(tokenizer(text, return_tensors="pt")["input_ids"])
+    return torch.as_tensor(tokenizer(text, return_tensors="pt")["input_ids"], device="cpu")
 
 
 def compose_cartridge_adapters(

@@ -78,7 +78,7 @@ class Kind:
             V = torch.linalg.svd(torch.cat([W.float() for W in self.matrices()]), full_matrices=True)[2].mT
         elif numbers <= LARGE:
             Q, R = torch.linalg.qr(torch.cat([W.float() for W in self.matrices()]))
-            eye = torch.eye(self.size)
+            eye = torch.eye(self.size, dtype=torch.float32, device="cpu")
             inverses = [torch.linalg.inv(q.mT @ q + alpha * eye) for q in Q.split(heights)]
             V = R.mT @ torch.linalg.eigh(torch.stack(inverses).mean(0))[1]
         else:
@@ -90,16 +90,16 @@ class Kind:
 
         R is that of the rows seen so far over the next ones; Q_k is W_k R^-1.
         """
-        R = torch.zeros(0, self.size)
+        R = torch.zeros(0, self.size, dtype=torch.float32, device="cpu")
         for W in self.matrices():
             for rows in W.split(max(self.size, PART // self.size)):
                 R = torch.linalg.qr(torch.cat([R, rows.float()]), mode="r")[1]
         at = R.diagonal()
         least = torch.finfo(R.dtype).eps * at.abs().max().clamp_min(LEAST)
         at.copy_(torch.where(at.abs() < least, least, at))  # features that no weight reads
-        mean = torch.zeros(self.size, self.size)
+        mean = torch.zeros(self.size, self.size, dtype=torch.float32, device="cpu")
         for W in self.matrices():
-            gram = torch.zeros(self.size, self.size)
+            gram = torch.zeros(self.size, self.size, dtype=torch.float32, device="cpu")
             for rows in W.split(max(1, PART // self.size)):
                 q = torch.linalg.solve_triangular(R, rows.float(), upper=True, left=False)
                 gram.addmm_(q.mT, q)
@@ -131,7 +131,7 @@ def places(sizes: dict[str, int], settings: Any) -> dict[str, Tensor]:
         chosen = every[: off_diagonal(n, settings.sparse_rate)]
         row, column = (chosen // max(1, n - 1), chosen % max(1, n - 1))
         found[f"frod_s_indices.{name}"] = torch.stack([row, column + (column >= row)])
-        found[f"frod_s_size.{name}"] = torch.tensor([n, n])
+        found[f"frod_s_size.{name}"] = torch.tensor([n, n], device="cpu")
     return found
 
 

@@ -18,8 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.cells import references
+from ...core.draw import normal
 from ...core.method import Site
 from ...core.stack import Adapter, Stack
+from ...kernels.modes import ordinary
+from ...kernels.sparse import state
 from .method import LoRA
 
 ROUTER = "arrow_router"
@@ -70,10 +73,11 @@ class Arrow(LoRA):
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 return _tables(options, experts, general, pairs, p.cache["start"])
-        key = [(n, t.data_ptr(), t._version, t.device, t.dtype) for n, pair in pairs.items() for t in pair]
+        key = [(n, *state(t), t.device, t.dtype) for n, pair in pairs.items() for t in pair]
         if p.cache.get("key") != key:
-            with torch.no_grad():
-                p.cache.update(key=key, tables=_tables(options, experts, general, pairs, p.cache["start"]))
+            with ordinary(), torch.no_grad():
+                tables = _tables(options, experts, general, pairs, p.cache["start"])
+            p.cache.update(key=key, tables=tables, pairs=pairs)  # while these live nothing else lies where they do
         return p.cache["tables"]
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ def _tables(options: Any, experts: Any, general: Any, pairs: Any, first: Tensor)
 
 def start(size: int, seed: int | None) -> Tensor:
     """Where the power iteration begins, (I,)."""
-    return torch.randn(size, generator=torch.Generator().manual_seed(0 if seed is None else seed))
+    return normal((size,), torch.Generator().manual_seed(0 if seed is None else seed))
 
 
 def prototype(A: Tensor, B: Tensor, first: Tensor) -> Tensor:

@@ -212,7 +212,7 @@ def damped(C: Tensor, path: str) -> tuple[Tensor, Tensor]:
 
 def _trials(C: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
     """C with more and more on its diagonal, its inverse, and whether that is one."""
-    eye = torch.eye(len(C), device=C.device)
+    eye = torch.eye(len(C), dtype=C.dtype, device=C.device)
     mean, damping = C.diagonal().mean(), DAMPING
     while damping < 1e9:
         trial = C + damping * mean * eye

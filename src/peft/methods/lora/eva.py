@@ -178,13 +178,19 @@ class _Layer:
         self.spot, self.rank = spot, spot.settings.r
         self.most = round(self.rank * rho)
         self.pca: IncrementalPCA | None = None
-        self.still = torch.zeros(0)  # cosine of each component with what it was a batch ago
+        self.still = torch.zeros(
+            0, dtype=torch.float32, device="cpu"
+        )  # cosine of each component with what it was a batch ago
         self.prepare: LayerInputs | None = None
 
     @property
     def ratios(self) -> Tensor:
         """The share of the variance that each component explains."""
-        return torch.zeros(0) if self.pca is None else self.pca.explained_variance_ratio_.cpu()
+        return (
+            torch.zeros(0, dtype=torch.float32, device="cpu")
+            if self.pca is None
+            else self.pca.explained_variance_ratio_.cpu()
+        )
 
     def add(self, X: Tensor) -> None:
         """Take the rows of a batch."""
@@ -192,7 +198,7 @@ class _Layer:
             n = min(self.most, X.shape[1])
             self.pca = IncrementalPCA(n, copy=False, lowrank=True, lowrank_seed=42)
             self.pca.partial_fit(X)
-            self.still = torch.zeros(n)
+            self.still = torch.zeros(n, dtype=torch.float32, device="cpu")
             return
         before = self.pca.components_
         self.pca.partial_fit(X)

@@ -235,10 +235,11 @@ def orthogonal(r: int, inp: int, out: int, device: torch.device) -> tuple[Tensor
     """
     if r % 2:
         raise ValueError(f'init_lora_weights="orthogonal" needs an even rank, got r={r}. Use r={r + 1}.')
-    Q = torch.linalg.qr(torch.randn(r, r, device=device))[0]
+    kind: Any = {"dtype": torch.float32, "device": device}
+    Q = torch.linalg.qr(torch.randn(r, r, **kind))[0]
     even, odd = Q[0::2], Q[1::2]
-    A = (torch.randn(inp, r // 2, device=device) @ even).mT / 10
-    B = torch.randn(out, r // 2, device=device) @ odd / 10
+    A = (torch.randn(inp, r // 2, **kind) @ even).mT / 10
+    B = torch.randn(out, r // 2, **kind) @ odd / 10
     return A, B
 
 

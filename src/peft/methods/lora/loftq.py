@@ -31,7 +31,7 @@ BLOCK = 64
 BELOW = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453)
 NEAR = (-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534)
 ABOVE = (0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434)
-NF4 = torch.tensor([*BELOW, *NEAR, *ABOVE, 0.5626170039176941, 0.7229568362236023, 1.0])
+NF4 = (*BELOW, *NEAR, *ABOVE, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 
 def quantised(W: Tensor, bits: int) -> Tensor:
@@ -43,7 +43,7 @@ def quantised(W: Tensor, bits: int) -> Tensor:
     pad = -len(flat) % BLOCK
     blocks = torch.cat([flat, flat.new_zeros(pad)]).view(-1, BLOCK)
     largest = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
-    code = NF4.to(W)
+    code = torch.tensor(NF4, dtype=W.dtype, device=W.device)
     nearest = torch.bucketize(blocks / largest, (code[1:] + code[:-1]) / 2)
     return (code[nearest] * largest).flatten()[: len(flat)].view(W.shape)
 

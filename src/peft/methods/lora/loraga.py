@@ -103,14 +103,14 @@ def _parameter(spot: Spot) -> Any:
 
 def _directions(direction: str, r: int) -> tuple[Tensor, Tensor]:
     """Which singular vectors B and A take."""
-    every = torch.arange(2 * r)
+    every = torch.arange(2 * r, device="cpu")
     if direction == "ArBr":
         return every[0::2], every[1::2]
     if direction == "A2rBr":
         return every[:r], every[r:]
     if direction == "ArB2r":
         return every[r:], every[:r]
-    chosen = torch.randperm(2 * r, generator=torch.Generator().manual_seed(0))[:r]
+    chosen = torch.randperm(2 * r, generator=torch.Generator().manual_seed(0), device="cpu")[:r]
     return chosen, chosen
 
 
@@ -125,7 +125,7 @@ def _triplets(M: Tensor, n: int, q: int) -> tuple[Tensor, Tensor, Tensor]:
         Vh = V.mT
     U, S, Vh = U[..., :n], S[..., :n], Vh[..., :n, :]
     largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0)  # the same on every machine
+    sign = torch.where(largest < 0, -1, 1)  # the same on every machine
     return U * sign, S, Vh * sign.mT
 
 

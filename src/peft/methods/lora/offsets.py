@@ -90,7 +90,7 @@ class Offsets:
         length = cached + (0 if ids is None else ids.shape[1])
         if not cached and offsets is not self.last_given:
             self.length, self.last_given = length, offsets
-        rows = torch.tensor([o or 0 for o in offsets], device=None if ids is None else ids.device)
+        rows = torch.tensor([o or 0 for o in offsets], device="cpu" if ids is None else ids.device)
         rows = rows if ids is None else rows.repeat_interleave(max(1, len(ids) // max(1, len(offsets))))
         rows = torch.where(rows > 0, rows + max(0, length - self.length), rows)
         return Found(dict.fromkeys(names, rows))

@@ -59,7 +59,7 @@ class IncrementalPCA:
             lowrank, lowrank_q, lowrank_niter, lowrank_seed,
         )  # fmt: skip
         self.n_features_: int | None = None
-        self.n_samples_seen_ = torch.zeros(1, dtype=torch.int64)
+        self.n_samples_seen_ = torch.zeros(1, dtype=torch.int64, device="cpu")
         if lowrank and lowrank_q is None:
             if n_components is None:
                 raise ValueError("n_components must be specified when using lowrank mode with lowrank_q=None.")
@@ -70,7 +70,7 @@ class IncrementalPCA:
     def fit(self, X: Any, check_input: bool = True) -> IncrementalPCA:
         """Forget what was seen; take the rows of X (rows, d) in batches."""
         X = self._checked(X) if check_input else X
-        self.n_features_, self.n_samples_seen_ = None, torch.zeros(1, dtype=torch.int64)
+        self.n_features_, self.n_samples_seen_ = None, torch.zeros(1, dtype=torch.int64, device="cpu")
         size = self.batch_size = self.batch_size or 5 * X.shape[1]
         for part in self.gen_batches(len(X), size, self.n_components or 0):
             self.partial_fit(X[part], check_input=False)
@@ -121,7 +121,7 @@ class IncrementalPCA:
             yield slice(start, n)
 
     def _checked(self, X: Any) -> Tensor:
-        X = torch.as_tensor(X)
+        X = X if isinstance(X, Tensor) else torch.as_tensor(X, device="cpu")
         if X.dim() != 2:
             raise ValueError(f"The data must be a matrix (rows, features); got the shape {tuple(X.shape)}.")
         if not X.is_floating_point() or X.dtype in (torch.float16, torch.bfloat16):
@@ -159,10 +159,10 @@ class IncrementalPCA:
     def _note(self, S: Tensor, Vh: Tensor, mean: Tensor, var: Tensor, total: int) -> None:
         n = self.n_components or 0
         largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
-        Vh = Vh * torch.where(largest < 0, -1.0, 1.0)  # the same sign each time
+        Vh = Vh * torch.where(largest < 0, -1, 1)  # the same sign each time
         variance = S.square() / max(1, total - 1)
         ratio = S.square() / (var * total).sum().clamp_min(torch.finfo(S.dtype).tiny)
-        self.n_samples_seen_ = torch.tensor([total])
+        self.n_samples_seen_ = torch.tensor([total], device="cpu")
         self.components_, self.singular_values_, self.mean_, self.var_ = Vh[:n], S[:n], mean, var
         self.explained_variance_, self.explained_variance_ratio_ = variance[:n], ratio[:n]
         rest = variance[n:]

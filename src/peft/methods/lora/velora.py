@@ -48,7 +48,7 @@ class VeLoRA(InTraining):
         v, scale = p.held("lora_velora_embed"), p.settings.velora_config.scale
         self._follow(p, groups(x.detach(), axis, len(v)).flatten(0, -2))
         if inner.view.dense:
-            h = compressed(x.reshape(-1, x.shape[-1]), A, v.clone(), scale).view(*x.shape[:-1], -1)
+            h = compressed(x.reshape(-1, x.shape[-1]), A, v.clone(), scale).view(*x.shape[:-1], A.shape[0])
         else:
             h = compressed_by(inner.linear, x, axis, A, v.clone(), scale)
         update = inner.view.rows(h, B)

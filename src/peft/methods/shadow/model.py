@@ -165,7 +165,9 @@ class ShadowModel(BaseTuner):
         device = layer.original_weight_device()
         backbone: Any = made(model, config)
         size, width = backbone.config.hidden_size, model.config.hidden_size
-        projection = nn.Identity() if size == width else nn.Linear(size, width, bias=False)
+        projection = (
+            nn.Identity() if size == width else nn.Linear(size, width, bias=False, dtype=torch.float32, device="cpu")
+        )
         parts = {"shadow_backbone": backbone, "shadow_projection": projection}
         head = head_of(model)[1] if config.task_type == "SEQ_CLS" else None
         if head is not None:
