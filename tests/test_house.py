@@ -51,7 +51,7 @@ PUBLIC = {"supports_lora_conversion"}
 # What makes a tensor of none, and whether its dtype is torch's default unless it is given one.
 OF_NO_TENSOR = {
     **dict.fromkeys(["zeros", "ones", "empty", "rand", "randn", "eye", "linspace", "logspace"], True),
-    **dict.fromkeys(["tensor", "full", "arange", "as_tensor", "randint", "randperm"], False),
+    **dict.fromkeys(["tensor", "full", "arange", "as_tensor", "randint", "randperm", "triu_indices"], False),
 }
 
 IMPORT_SECONDS = 0.15

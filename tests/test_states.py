@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import peft
 from conformance.layouts import LAYOUTS
 from conformance.rows import METHODS, adapted, config, forbidden, same, told, train, tuner_layers
 from peft import ArrowConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -140,3 +142,83 @@ def test_arrow_routes_in_inference_mode_and_trains_afterwards(more):
             if "expert" in n:
                 p.mul_(2)
         assert not torch.allclose(model(x), found)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@each_method
+def test_a_run_with_fake_tensors_leaves_none_behind(method, name, grad):
+    layout = LAYOUTS[name]
+    x, model = layout.x(), adapted(method, layout)
+    shape = layout.plain()(x).shape
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(grad):
+        assert model(mode.from_tensor(x)).shape == shape
+    with torch.no_grad():
+        assert type(model(x)) is torch.Tensor
+    assert type(trained(model, x)["y"]) is torch.Tensor
+
+
+@pytest.mark.parametrize("method", ["lily", "velora", "velora-dora"])
+@pytest.mark.parametrize("name", ["linear", "linear-Conv1D", "conv-2d"])
+def test_a_batch_without_samples_gives_gradients_of_zero(method, name):
+    layout = LAYOUTS[name]
+    found = trained(adapted(method, layout), layout.x()[:0])
+    assert found.pop("y").shape == layout.plain()(layout.x()[:0]).shape
+    assert all(g is None or not g.any() for g in found.values())
+
+
+@pytest.mark.parametrize("method, name", [("oft", "conv-2d"), ("hra", "conv-2d"), ("miss-bat", "linear")])
+def test_under_autocast_the_answer_is_of_the_dtype_of_the_base_layers(method, name):
+    layout = LAYOUTS[name]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert adapted(method, layout)(layout.x()).dtype is layout.plain()(layout.x()).dtype is torch.bfloat16
+
+
+LM = {"task_type": "CAUSAL_LM"}
+ROWS = {"num_virtual_tokens": 2, **LM}
+PROMPTS = {
+    "prompt": lambda: peft.PromptTuningConfig(**ROWS),
+    "vocabulary": lambda: peft.PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **ROWS),
+    "prefix": lambda: peft.PrefixTuningConfig(prefix_projection=True, encoder_hidden_size=4, **ROWS),
+    "network": lambda: peft.PromptEncoderConfig(encoder_hidden_size=4, **ROWS),
+    "recurrent": lambda: peft.PromptEncoderConfig(encoder_reparameterization_type="LSTM", **ROWS),
+    "multitask": lambda: peft.MultitaskPromptTuningConfig(num_tasks=2, num_ranks=1, **ROWS),
+    "cpt": lambda: peft.CPTConfig(cpt_token_ids=[3, 4], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2], **LM),
+    "cartridge": lambda: peft.CartridgeConfig(num_frozen_tokens=1, **ROWS),
+    "adaption": lambda: peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, **LM),
+    "shadow": lambda: peft.ShadowConfig(**LM),
+}
+
+
+def language_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes)).eval()
+
+
+@pytest.mark.parametrize("state", ["other defaults", "inference mode"])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_too_are_the_same_whatever_torch_is_set_to(name, state, tmp_path):
+    def run(state):
+        base, other, found = language_model(), language_model(), []
+        torch.manual_seed(1)
+        with state():
+            model = get_peft_model(base, PROMPTS[name]())
+            found += [held(model)]
+            model.save_pretrained(tmp_path)
+            before = torch.get_rng_state()
+            loaded = PeftModel.from_pretrained(other, tmp_path)
+        assert torch.equal(before, torch.get_rng_state()), "loading draws random numbers"
+        torch.manual_seed(2)  # of dropout
+        ids = torch.arange(3, 7).view(1, -1)
+        more = {"multitask": {"task_ids": torch.tensor([1])}, "cpt": {"input_type_mask": torch.full_like(ids, 4)}}
+        model.train()(input_ids=ids, labels=ids, **more.get(name, {})).loss.backward()
+        return [*found, held(loaded), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}]
+
+    for there, here in zip(run(nullcontext), run(STATES[state]), strict=True):
+        assert there.keys() == here.keys()
+        for key, t in there.items():
+            assert (t is None) is (here[key] is None), f"{key}: only one of them is trained"
+            if t is not None:
+                same(here[key], t)

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from ..kernels.modes import lasting
+
+
+@contextmanager
+def usual_defaults() -> Iterator[None]:
+    """While open, modules that do not say otherwise are made of float32, on the CPU."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def kaiming(t: Tensor, dims: int = 2) -> None:
@@ -26,7 +42,8 @@ def places(out: int, inp: int, n: int, seed: int | None) -> Tensor:
     They are the first of a permutation that torch's default generator on the CPU draws from the seed; without one,
     from the seed that a new generator has.
     """
-    return _places(out * inp, n, seed).clone()
+    made = _places if lasting() else _places.__wrapped__
+    return made(out * inp, n, seed).clone()
 
 
 @functools.lru_cache(maxsize=16)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..kernels import modes
 from ..kernels.modes import lifted, transformed
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ def still(p: Adapter, what: str = "kept") -> Any:
 
 def lasting(p: Adapter) -> bool:
     """Whether what is made now may serve later forwards."""
-    return KEEPING.on and not (p.layer.training or torch.is_grad_enabled() or transformed() or is_tracing())
+    quiet = not (p.layer.training or torch.is_grad_enabled() or transformed() or is_tracing())
+    return KEEPING.on and quiet and modes.lasting()
 
 
 def places_of(p: Adapter) -> list[tuple[dict[str, Any], str]]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import sparse
-from ..kernels.modes import ordinary
+from ..kernels.modes import lasting, ordinary
 from ..kernels.thin import WIDE
 from ..kernels.whole import touched
 from .direct import open_linear
@@ -61,7 +61,8 @@ class Sparse(Delta):
         if found is None or not found.of(at):
             with ordinary():
                 found = self.placed(p, at, shape) or sparse.places(p.cache, at, shape)
-            p.cache["places"] = found
+            if lasting():
+                p.cache["places"] = found
         alike, itself = values.dtype is x.dtype, type(self).taken is Sparse.taken
         flat, form = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], shape[0])
         if itself and alike and flat.shape[0] == 1 and not torch.is_grad_enabled():

@@ -273,7 +273,7 @@ class Stack:
     def affine(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """W x + b."""
         y = self.linear(x, W)
-        return y if b is None else y + self.spread(b)
+        return y if b is None else y + self.spread(b).to(y.dtype)
 
 
 class InPlace:

@@ -5,14 +5,13 @@ Letters: N rows, n blocks of size b; t is (..., n b), blocks are (n, b, b).
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .again import differentiable
-from .modes import is_autocast, node, transformed
+from .modes import is_autocast, node, once, transformed
 
 WIDE = 32  # from which size of a block on a product takes no longer per feature than of a smaller one
 
@@ -90,7 +89,7 @@ def one(like: Tensor) -> Tensor:
     return _eye(like.shape[-1], like.dtype, like.device)
 
 
-@cache
+@once
 def _eye(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.eye(n, dtype=dtype, device=device)

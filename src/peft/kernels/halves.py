@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .modes import lasting
+
 MANY = 2**19  # elements of a result from which on halves are quicker than casts
 MORE = 2**21  # elements of an input from which on two products are
 HALF = torch.bfloat16
@@ -20,7 +22,7 @@ HALF = torch.bfloat16
 
 def suit(count: int, dtype: torch.dtype, factor: Tensor, least: int = MANY) -> bool:
     """Whether activations of `count` elements are better met with a factor's halves."""
-    return count >= least and dtype is HALF and factor.dtype is torch.float32 and able()
+    return count >= least and dtype is HALF and factor.dtype is torch.float32 and lasting() and able()
 
 
 def matrix_units() -> bool:

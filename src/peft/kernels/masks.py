@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import cache
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .modes import once
 
 LEVELS = 2**16
 _PACK = 0x0102040810204080  # multiplied with eight bytes of 0 and 1, it brings them together in the highest byte
@@ -59,7 +60,7 @@ def unpacked(bits: Tensor | None, shape: Sequence[int], dtype: torch.dtype = tor
     return (found[:size] if size % 8 else found).view(shape)
 
 
-@cache
+@once
 def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
     """The eight numbers of each value of `packed`, as many bytes in one number where that is possible."""
     with torch.inference_mode(False), torch.no_grad():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+P, T = ParamSpec("P"), TypeVar("T")
 _AS_IT_IS = nullcontext()
 peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
 
@@ -32,9 +33,27 @@ def eager() -> bool:
     return not (transformed() or torch._C._is_any_autocast_enabled())
 
 
+def lasting() -> bool:
+    """Whether what is made now can be kept: not in graphs, nor under modes that may make other tensors (fake ones)."""
+    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+
+
+def once(make: Callable[P, T]) -> Callable[P, T]:
+    """`functools.cache` of a function that makes a tensor, which is kept only if it is `lasting`."""
+    kept = cache(make)
+
+    @wraps(make)
+    def found(*args: P.args, **kwargs: P.kwargs) -> T:
+        return kept(*args, **kwargs) if lasting() else make(*args, **kwargs)  # type: ignore[arg-type]
+
+    return found
+
+
 def ordinary() -> AbstractContextManager[Any]:
     """While open, tensors are made that may be trained, also where the caller is in inference mode."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return _AS_IT_IS
+    return torch.inference_mode(False)
 
 
 def shaped(y: Tensor, lead: Sequence[int]) -> Tensor:

@@ -7,7 +7,6 @@ gradients take a third of the operations: each fetches its code anew after the b
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from . import blocks as kernel
 from .again import differentiable
-from .modes import eager, node
+from .modes import eager, node, once
 from .thin import PLAIN, WIDE
 
 
@@ -75,11 +74,11 @@ def turned(t: Tensor, held: Tensor, b: int, terms: int) -> Tensor | None:
     return _turned(t, held, b, terms)
 
 
-@cache
+@once
 def _above(b: int) -> Tensor:
     """The places above the diagonal of a (b, b) matrix, row by row."""
     with torch.inference_mode(False):
-        row, column = torch.triu_indices(b, b, 1)
+        row, column = torch.triu_indices(b, b, 1, device="cpu")
         return row * b + column
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .again import differentiable
-from .modes import node, ordinary
+from .modes import lasting, node, ordinary
 
 
 class Bags(NamedTuple):
@@ -60,14 +60,20 @@ class Places:
         """Rows and columns in one number."""
         if self._flat is None:
             with ordinary():
-                self._flat = self.rows * self.shape[1] + self.columns
+                flat = self.rows * self.shape[1] + self.columns
+            if not lasting():
+                return flat
+            self._flat = flat
         return self._flat
 
     def bags(self, back: bool) -> Bags:
         """By rows, or by columns for the matrix transposed."""
         if back not in self._made:
             with ordinary():
-                self._made[back] = self._bags(back)
+                bags = self._bags(back)
+            if not lasting():
+                return bags
+            self._made[back] = bags
         return self._made[back]
 
     def _bags(self, back: bool) -> Bags:
@@ -90,7 +96,9 @@ def places(cache: dict[str, Any], at: Tensor, shape: tuple[int, int]) -> Places:
     if found is None or not found.of(at):
         with ordinary():  # they serve training, too
             rows, columns = at.long() if at.dim() == 2 else (at.long() // shape[1], at.long() % shape[1])
-        cache["places"] = found = Places(at, rows, columns, shape)
+        found = Places(at, rows, columns, shape)
+        if lasting():
+            cache["places"] = found
     return found
 
 

@@ -21,7 +21,7 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
 from ..core.sparse import Sparse
 from ..core.stack import Adapter, Stack
-from ..kernels.modes import ordinary
+from ..kernels.modes import lasting, ordinary
 from ..kernels.sparse import Places
 from ..target_config import number
 from .additive import AdditiveConfig, AdditiveModel
@@ -95,7 +95,9 @@ class FourierFT(Sparse):
         found = p.cache.get("halves")
         if found is None or not found[0].of(held):
             with ordinary():
-                p.cache["halves"] = found = (Places(held), halves(held.long(), *shape))
+                found = (Places(held), halves(held.long(), *shape))
+            if lasting():
+                p.cache["halves"] = found
         return found[1]
 
     def numbers(self, p: Adapter) -> Tensor:

@@ -13,6 +13,7 @@ from ..core.kept import KEEPING, Kept, base_places, kept_over
 from ..core.method import Delta, LowRank
 from ..core.stack import Adapter
 from ..kernels import narrow
+from ..kernels.modes import lasting, ordinary
 from ..kernels.scaled import folded, square
 
 
@@ -48,10 +49,11 @@ class Gaining(Delta):
             torch.compiler.is_compiling() or rows != slice(None) or W.requires_grad
         )  # what is trained changes uncounted
         key = None if anew else p.layer.original_key(W)
-        if key is None:
+        if key is None or not lasting():
             return square(W[..., rows, :])
         if p.cache.get("key") != key:
-            p.cache.update(key=key, square=square(W))
+            with ordinary():
+                p.cache.update(key=key, square=square(W))
         return p.cache["square"]
 
     def base_square(self, p: Adapter, W: Tensor, rows: slice) -> Tensor:
@@ -71,7 +73,7 @@ class Gaining(Delta):
         noted = p.cache.get("noted")
         if noted is None or not noted.holds(p.layer):
             squares = self.squares(p, W.detach(), slice(None))
-            if W.is_inference():  # whose writes are not counted
+            if W.is_inference() or not lasting():  # the writes to which are not counted
                 return squares
             noted = p.cache["noted"] = Kept(squares, p.layer, base_places(p)[:2])  # the third tells of merges
         return noted.value

@@ -15,6 +15,7 @@ from ..core import unload as unloading
 from ..core.call import Call
 from ..core.layer import tuner_layers
 from ..core.onload import onload_layer
+from ..core.shared import is_late
 from ..core.switch import Switching
 from ..core.tie import places
 from ..core.whole import Placing
@@ -53,7 +54,8 @@ class Beside(Placing):
         prompts, name, config = self.tuner, self.name, self.tuner.peft_config[self.name]
         _check_task(config)
         fit(self.model, config)
-        with onload_layer(prompts.words, write=False):
+        drawn_for_nothing = torch.random.fork_rng(devices=[], enabled=is_late())  # the file brings what they begin with
+        with onload_layer(prompts.words, write=False), drawn_for_nothing:
             place = next(prompts.words.parameters()).device
             encoder = tuner_class(config.peft_type).make(config, prompts.words).to(place)
         if prompts.alone:

@@ -21,7 +21,7 @@ from ...core.cells import references
 from ...core.draw import normal
 from ...core.method import Site
 from ...core.stack import Adapter, Stack
-from ...kernels.modes import ordinary
+from ...kernels.modes import lasting, ordinary
 from ...kernels.sparse import state
 from .method import LoRA
 
@@ -77,6 +77,8 @@ class Arrow(LoRA):
         if p.cache.get("key") != key:
             with ordinary(), torch.no_grad():
                 tables = _tables(options, experts, general, pairs, p.cache["start"])
+            if not lasting():
+                return tables
             p.cache.update(key=key, tables=tables, pairs=pairs)  # while these live nothing else lies where they do
         return p.cache["tables"]
 

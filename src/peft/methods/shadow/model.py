@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...core.draw import usual_defaults
 from ...core.layer import BaseTunerLayer, tuner_layers
 from ...core.shared import shared_of
 from ...core.tuner import BaseTuner
@@ -163,11 +164,10 @@ class ShadowModel(BaseTuner):
         layer = next(m for _, m in tuner_layers(model) if name in getattr(m, "adapters", {}))
         weight = layer.shadow_down[name].weight
         device = layer.original_weight_device()
-        backbone: Any = made(model, config)
-        size, width = backbone.config.hidden_size, model.config.hidden_size
-        projection = (
-            nn.Identity() if size == width else nn.Linear(size, width, bias=False, dtype=torch.float32, device="cpu")
-        )
+        with torch.random.fork_rng(devices=[], enabled=meta), usual_defaults():
+            backbone: Any = made(model, config)
+            size, width = backbone.config.hidden_size, model.config.hidden_size
+            projection = nn.Identity() if size == width else nn.Linear(size, width, bias=False)
         parts = {"shadow_backbone": backbone, "shadow_projection": projection}
         head = head_of(model)[1] if config.task_type == "SEQ_CLS" else None
         if head is not None:
