@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, ExportedProgram, export
 from torch.func import functional_call
 
-from conformance.layouts import Layout
+from conformance.layouts import LAYOUTS, Layout
 from conformance.rows import METHODS, adapted, close, given, tuner_layers
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.helpers import update_forward_signature
@@ -164,6 +164,15 @@ def test_a_strict_export_gives_the_same_program(method: str) -> None:
     made = program(model, x, strict=True)
     right(made, model, x)
     assert set(made.graph_signature.parameters) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", ["kasa", "osf", "road-1"])
+def test_a_strict_export_takes_few_rows_and_many(method: str) -> None:
+    model, x = adapted(method, LAYOUTS["linear"]), LAYOUTS["linear"].x()
+    shapes = {"args": ({0: Dim("rows", min=2, max=512)},)}
+    run = export(model, (x,), dynamic_shapes=shapes, strict=True).module()
+    for rows in (x[:2], x.repeat(40, 1)):
+        close(run(rows), model(rows))
 
 
 @pytest.mark.parametrize("strict", [False, True])

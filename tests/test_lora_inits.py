@@ -740,7 +740,9 @@ def by_hand(W, bits):
     if bits == 8:
         step = W.abs().max(1, keepdim=True).values / 127
         return (W / step).round() * step
-    from peft.methods.lora.loftq import NF4
+    from peft.methods.lora.loftq import NF4 as code
+
+    NF4 = torch.tensor(code)
 
     out = []
     for block in W.flatten().split(64):
@@ -751,7 +753,9 @@ def by_hand(W, bits):
 
 def test_the_code_book_is_that_of_normal_float_4():
     """Quantiles of a normal, evenly spaced on each side, scaled to [-1, 1], with an exact zero (QLoRA, appendix E)."""
-    from peft.methods.lora.loftq import NF4
+    from peft.methods.lora.loftq import NF4 as code
+
+    NF4 = torch.tensor(code)
 
     normal, offset = torch.distributions.Normal(0.0, 1.0), 0.9677083
     above = normal.icdf(torch.linspace(offset, 0.5, 9)[:-1])

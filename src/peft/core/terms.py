@@ -34,9 +34,9 @@ def summed(inner: Stack, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
     if held is None:
         return None
     W, b = held
-    many = touched(x, W) > W.numel() or W.numel() <= SMALL
     wide = 2 * sum(A.shape[0] for A, *_ in terms) >= min(W.shape)  # else thin products cost less for any number of rows
-    if len(terms) > 1 and many and wide and x.is_cpu and not torch.compiler.is_compiling():
+    few = torch.compiler.is_compiling() or len(terms) == 1 or not (wide and x.is_cpu)  # a graph is for any rows
+    if not few and (W.numel() <= SMALL or touched(x, W) > W.numel()):
         if alike and x.dtype in WIDE:
             return F.linear(x, W + _update(terms), b)
         if x.dtype is torch.bfloat16:

@@ -56,9 +56,9 @@ def turned(y: Tensor, theta: Tensor, alpha: Tensor, half: int, each: int) -> Ten
         return None
     if dtype not in WIDE or theta.dtype is not dtype or alpha.dtype is not dtype or theta.dim() != 1 or y.is_nested:
         return None
-    if not (y.is_cpu and theta.is_cpu and torch.is_grad_enabled()) or y.numel() < ROWS * y.shape[-1] or y.dim() < 2:
+    if not (y.is_cpu and theta.is_cpu and torch.is_grad_enabled() and eager()):  # graphs are for any number of rows
         return None
-    if not eager():
+    if y.numel() < ROWS * y.shape[-1] or y.dim() < 2:
         return None
     return _turned(y, theta, alpha, half, each)
 
