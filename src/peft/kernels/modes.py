@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 _AS_IT_IS = nullcontext()
 peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
 

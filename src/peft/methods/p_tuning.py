@@ -72,7 +72,7 @@ class PromptEncoder(BasePromptEncoder):
                 size, hidden, config.encoder_num_layers, dropout=config.encoder_dropout, bidirectional=True,
                 batch_first=True, **KIND,
             )  # fmt: skip
-            sizes = (2 * hidden, 2 * hidden, size)
+            sizes: tuple[int, ...] = (2 * hidden, 2 * hidden, size)
         else:
             sizes = (size, hidden, hidden, size)
         layers = [m for pair in pairwise(sizes) for m in (nn.Linear(*pair, **KIND), nn.ReLU())]
