@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrizations, prune
 
 import peft
 from conformance.layouts import LAYOUTS
@@ -155,6 +156,24 @@ def test_a_run_with_fake_tensors_leaves_none_behind(method, name, grad):
     with torch.no_grad():
         assert type(model(x)) is torch.Tensor
     assert type(trained(model, x)["y"]) is torch.Tensor
+
+
+@pytest.mark.parametrize("compute", [parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.4)])
+@pytest.mark.parametrize("method", ["dora", "deft", "lokr-dora", "psoft-dora", "osf-dora"])
+def test_evaluation_follows_a_base_weight_that_is_computed_at_each_call(method, compute):
+    layout = LAYOUTS["linear"]
+    x, base = layout.x(), layout.model()
+    compute(base.layer)
+    model = get_peft_model(base, config(method, layout)).eval()
+    train(model)
+    with torch.no_grad():
+        before = model(x)
+        for name, t in model.named_parameters():
+            if "original" in name or "weight_orig" in name:
+                t.mul_(1.5).add_(0.1)
+        after = model(x)
+    assert not torch.allclose(after, before, atol=1e-2)
+    assert torch.allclose(after, model(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lily", "velora", "velora-dora"])

@@ -96,7 +96,7 @@ def kept(p: Adapter, make: Callable[[], Any], base: bool = False, what: str = "k
     if found is not None:
         return found
     value = make()
-    if lasting(p):
+    if lasting(p) and not (base and computed(p)):
         mine = places_of(p)
         places = [*mine, *(base_places(p) if base else ()), (vars(STEPS), "taken")]
         counted = not any(isinstance(t := where.get(key), Tensor) and t.is_inference() for where, key in places)
@@ -119,6 +119,11 @@ def kept_over(p: Adapter, make: Callable[[], Any]) -> Any:
 def kept_factors(method: LowRank, p: Adapter) -> tuple[Tensor, Tensor]:
     """The factors of the method's update, as evaluation keeps them if they are dear."""
     return kept(p, lambda: method.factors(p), what="factors") if method.keeps_factors else method.factors(p)
+
+
+def computed(p: Adapter) -> bool:
+    """Whether the base weight is computed at each call (parametrized, normed, pruned): nobody knows of what."""
+    return p.layer.view.name not in p.layer.get_base_layer()._parameters and not p.layer.packed
 
 
 def lies_shared(t: Tensor) -> bool:
