@@ -47,6 +47,7 @@ def once(make: Callable[P, T]) -> Callable[P, T]:
     def found(*args: P.args, **kwargs: P.kwargs) -> T:
         return kept(*args, **kwargs) if lasting() else make(*args, **kwargs)  # type: ignore[arg-type]
 
+    found.__dict__["cache_clear"] = kept.cache_clear
     return found
 
 
