@@ -120,6 +120,31 @@ def test_the_forward_is_that_of_embeddings_side_by_side(task, method):
     torch.testing.assert_close(first(moved), wanted)
 
 
+def of_another_release(model, task: str, name: str | None):
+    """The model with the forward of another release of transformers: the cache has this name, or no name."""
+    own = type(model).forward
+
+    def later(self, input_ids=None, attention_mask=None, cache=None, **kwargs):
+        return own(self, input_ids, attention_mask, past_key_values=cache, **kwargs)
+
+    def earlier(self, input_ids=None, attention_mask=None, labels=None, return_dict=None):
+        return own(self, input_ids, attention_mask)
+
+    model.__class__ = type(type(model).__name__, (type(model),), {"forward": later if name else earlier})
+    return model
+
+
+@pytest.mark.parametrize("name", ["cache", None])
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"])
+@pytest.mark.parametrize("method", CACHES)
+@torch.no_grad()
+def test_a_prefix_enters_forwards_of_other_releases(task, method, name):
+    wanted = first(prompted(base(task), method, task)(ids()))
+    model = prompted(of_another_release(base(task), task, name), method, task)
+    assert torch.equal(first(model(ids())), wanted)
+    assert not torch.equal(first(model.get_base_model()(ids())), wanted)
+
+
 @each_task
 @pytest.mark.parametrize("method", CACHES)
 @torch.no_grad()
@@ -129,7 +154,8 @@ def test_a_prefix_gives_every_layer_keys_and_values(task, method):
     plain = model.get_base_model()
     entries = model.prompt_encoder["default"].prompt(2).view(2, K, 4, 2, 8).permute(2, 0, 3, 1, 4)
     bert = getattr(plain, "bert", plain)
-    x = bert.embeddings(input_ids=text, past_key_values_length=K)
+    at = torch.arange(K, K + text.shape[1]).expand(len(text), -1)
+    x = bert.embeddings(input_ids=text, position_ids=at)
     for i, layer in enumerate(bert.encoder.layer):
         own = layer.attention.self
         q, k, v = (f(x).view(2, 5, 2, 8).transpose(1, 2) for f in (own.query, own.key, own.value))

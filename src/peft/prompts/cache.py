@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ..core.past import past_name
 from ..core.sharded.edge import part_of_heads
 from ..core.sharded.gather import together
 from ..core.tie import innermost
@@ -29,23 +27,17 @@ def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int, empty:
         encoder: what makes keys and values.
         rows: how many rows the cache has.
         empty: the cache to be filled; None makes one that grows.
-
-    Raises ValueError if the model's forward takes no cache.
     """
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-    if not takes_cache(model):
-        raise ValueError(
-            f"{type(model).__name__} takes no past_key_values, so there is no place for a prefix. Use prompt tuning."
-        )
     config: Any = text_config(model)
     pairs = layers_of(encoder, rows, model.dtype)
-    sliding = getattr(config, "layer_types", None) is not None
-    cache = empty or (DynamicCache(config=config) if sliding else DynamicCache())
+    cache = empty or keys.empty_cache(config)
+    layers = getattr(cache, "layers", ()) if getattr(config, "layer_types", None) is not None else ()
     held = keys.shapes(config)
     makes = _makes_keys(model) if together() else None
     for i, (key, value) in enumerate(pairs):
-        layer, made = cache.layers[i] if sliding and i < len(cache.layers) else None, (key.shape[1], key.shape[3])
+        layer, made = layers[i] if i < len(layers) else None, (key.shape[1], key.shape[3])
         found = keys.room(layer, None if held is None else held[i], made)
         if found is not None and found != made:
             key, value = (part[:, : found[0], :, : found[1]] for part in (key, value))
@@ -58,30 +50,23 @@ def prefix_cache(model: nn.Module, encoder: BasePromptEncoder, rows: int, empty:
     return EncoderDecoderCache(cache, DynamicCache())
 
 
+def argument(model: nn.Module) -> str:
+    """The name of the cache among the arguments of the model's forward, or of its body's.
+
+    Raises ValueError if neither takes one.
+    """
+    name = past_name(model)
+    if name is None:
+        raise ValueError(
+            f"{type(model).__name__} takes no past_key_values, so there is no place for a prefix. Use prompt tuning."
+        )
+    return name
+
+
 def _makes_keys(model: nn.Module) -> nn.Module | None:
     """The first layer that makes keys; the split of its heads is that of all."""
     found = (m for n, m in model.named_modules() if n.rpartition(".")[2] in PROJECTIONS)
     return next(map(innermost, found), None)
-
-
-def takes_cache(model: nn.Module) -> bool:
-    """Whether the model's forward takes a cache; one that hands on whatever it gets does if a module of it does.
-
-    An encoder-decoder hands that on to its encoder.
-    """
-    own = "forward" in model.__dict__ or torch.compiler.is_compiling()  # its own may hold a model: it is not remembered
-    named, anything = (_taken if own else _taken_by_class)(model.forward if own else type(model).forward)
-    anything = anything and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return named or (anything and any(_taken_by_class(type(m).forward)[0] for m in model.modules()))
-
-
-def _taken(forward: Any) -> tuple[bool, bool]:
-    """(whether past_key_values is an argument, whether any other name is one)."""
-    taken = inspect.signature(forward).parameters
-    return "past_key_values" in taken, any(p.kind is p.VAR_KEYWORD for p in taken.values())
-
-
-_taken_by_class = functools.lru_cache(maxsize=256)(_taken)
 
 
 def asked_for(model: nn.Module, given: dict[str, Any], text: int) -> Any:

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from ..core.call import Call, evaluated
+from ..core.past import OF_LAYERS, name_among
 from .cache import prefix_cache
 
-ARGUMENT = "past_key_values"
 OTHERS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")  # it looks at another text
 
 
@@ -69,8 +69,9 @@ class Kept:
         self.cache = None
         if self.served != set(range(self.encoder.layers)):
             raise ValueError(_unreached(self.model, len(self.served), self.encoder.layers))
-        if isinstance(output, dict) and ARGUMENT in output:
-            output[ARGUMENT] = None  # it lacks the text
+        name = name_among(output) if isinstance(output, dict) else None
+        if name is not None:
+            output[name] = None  # it lacks the text
 
 
 class Survivor:
@@ -88,9 +89,7 @@ class Survivor:
         decoder: Any = model
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             decoder = model.get_decoder()  # type: ignore[operator]
-        found = [
-            m for m in decoder.modules() if isinstance(getattr(m, "layer_idx", None), int) and ARGUMENT in _names(m)
-        ]
+        found = [m for m in decoder.modules() if isinstance(getattr(m, "layer_idx", None), int) and _past(_names(m))]
         if not found:
             raise ValueError(_unreached(model, 0, 0))
         self.handles = [m.register_forward_pre_hook(self, with_kwargs=True) for m in found]
@@ -106,21 +105,26 @@ class Survivor:
         if kept is None:
             return None
         names = _names(module)
+        name: Any = _past(names)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         i: Any = module.layer_idx
         if any(given.get(name) is not None for name in OTHERS):
             return None
-        if given.get(ARGUMENT) is not None:
+        if given.get(name) is not None:
             kept.served.add(i)  # this layer is not checkpointed
             return None
-        cache, place = kept.of_layer(i), names.index(ARGUMENT)
+        cache, place = kept.of_layer(i), names.index(name)
         if len(args) > place:
             return (*args[:place], cache, *args[place + 1 :]), kwargs
-        return args, {**kwargs, ARGUMENT: cache}
+        return args, {**kwargs, name: cache}
 
 
 def _names(module: nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
+
+
+def _past(names: list[str]) -> str | None:
+    return name_among(names, OF_LAYERS)
 
 
 def _attended(cache: Any) -> Any:

@@ -17,9 +17,10 @@ from torch.nn.functional import pad
 from .cache import asked_for, prefix_cache, setting
 from .checkpointed import checkpoints
 from .inputs import batch_of, behind_keys, checked_tasks, in_front
+from .keys import empty_cache
 from .mixed import hide
 from .running import OURS
-from .settled import Ahead, Settled, by_ids
+from .settled import Ahead, Settled, by_ids, proposed
 
 if TYPE_CHECKING:
     from .holder import Prompts
@@ -118,6 +119,24 @@ def _lengths(model: nn.Module, out: dict[str, Any], tokens: int) -> None:
                 setattr(config, whole, None)
 
 
+def _behind_in_four(model: nn.Module, out: dict[str, Any], tokens: int, k: int) -> None:
+    """Say where the text is: transformers 4 takes a filled cache for the text's beginning.
+
+    Raises ValueError for releases and ways to decode that do not listen.
+    """
+    if not hasattr(empty_cache(None), "layers"):
+        raise ValueError(
+            "Before transformers 4.54, `generate` takes what the cache holds for the beginning of the text, so that a "
+            "prompt cannot stand there. Install a later transformers, or use prompt tuning."
+        )
+    if proposed(out, getattr(model, "generation_config", None)):
+        raise ValueError(
+            "In transformers 4, assisted generation counts proposed tokens from the beginning of the text, as if no "
+            "prompt stood in the cache before it. Install transformers 5, or generate without assistance."
+        )
+    out["cache_position"] = torch.arange(tokens, device=out["attention_mask"].device) + k
+
+
 def _cached(prompts: Prompts, encoder: Any, given: dict[str, Any], batch: int, two: bool) -> dict[str, Any]:
     model, out = prompts.model, dict(given)
     config = out.get("generation_config") or getattr(model, "generation_config", None)
@@ -132,9 +151,8 @@ def _cached(prompts: Prompts, encoder: Any, given: dict[str, Any], batch: int, t
     texts = ("decoder_input_ids",) if two else ("input_ids", "inputs_embeds")
     longest = max([out[n].shape[1] for n in texts if out.get(n) is not None], default=1)
     empty = asked_for(model, out, encoder.num_virtual_tokens + longest)
-    if hasattr(model, "_get_initial_cache_position"):  # transformers 4 takes a filled cache for the text's beginning
-        text_at = torch.arange(longest, device=out["attention_mask"].device)
-        out["cache_position"] = text_at + encoder.num_virtual_tokens
+    if hasattr(model, "_get_initial_cache_position"):
+        _behind_in_four(model, out, longest, encoder.num_virtual_tokens)
     if not two:
         settled = isinstance(encoder, Settled)
         filled = encoder.filled(model, rows, empty) if settled else prefix_cache(model, encoder, rows, empty)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.call import BASE
-from .cache import prefix_cache
+from ..core.past import name_among, past_in, with_past
+from .cache import argument, prefix_cache
 from .fitting import text_config
 from .mixed import Mixed, hide, hide_decoder
 
@@ -37,7 +38,7 @@ def extended(prompts: Prompts, chosen: Chosen, given: dict[str, Any], labels: st
     given = {k: v for k, v in given.items() if v is not None}
     (front, cached), decoder, task_ids = chosen, labels == "decoder", given.pop("task_ids", None)
     batch_of(given)
-    before = given.get("past_key_values")
+    before = past_in(given)
     goes_on = before is not None and _held(before) > 0  # an earlier step has put the prompts there
     there = [e for e in (cached, None if decoder else front) if goes_on and e is not None]
     if any(isinstance(e, Mixed) for e in there):
@@ -51,7 +52,7 @@ def extended(prompts: Prompts, chosen: Chosen, given: dict[str, Any], labels: st
     if cached is None:
         return given
     if before is not None:
-        raise ValueError("past_key_values is given, but prefix tuning fills it. Use `generate`, or leave it out.")
+        raise ValueError(f"{name_among(given)} is given, but prefix tuning fills it. Use `generate`, or leave it out.")
     mask = "decoder_attention_mask" if decoder else "attention_mask"
     return hide(prompts.model, cached, behind_keys(prompts.model, cached, given, batch_of(given), mask), mask)
 
@@ -173,8 +174,8 @@ def behind_keys(
         mask: the name of the mask over the cache and the text; a decoder's text has positions of its own.
         filled: the cache; None makes one that grows.
     """
-    out, k = dict(given), encoder.num_virtual_tokens
-    out["past_key_values"] = prefix_cache(model, encoder, rows) if filled is None else filled
+    name, k = argument(model), encoder.num_virtual_tokens
+    out = with_past(given, name, prefix_cache(model, encoder, rows) if filled is None else filled)
     if out.get(mask) is not None:
         out[mask] = padded(out[mask], k, 1)
     if mask == "attention_mask" and out.get("position_ids") is not None:
@@ -191,7 +192,7 @@ def _continued(k: int, given: dict[str, Any], decoder: bool) -> dict[str, Any]:
     out = dict(given)
     text = given[next(n for n in _TEXTS[decoder] if n in given)]
     mask = "decoder_attention_mask" if decoder else "attention_mask"
-    if mask in out and out[mask].shape[-1] < _held(out["past_key_values"]) + text.shape[1]:
+    if mask in out and out[mask].shape[-1] < _held(past_in(out)) + text.shape[1]:
         out[mask] = padded(out[mask], k, 1)
     if not decoder and "position_ids" in out:
         out["position_ids"] = out["position_ids"] + k

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 Shape = tuple[int, int]  # heads, size of a head
@@ -63,11 +65,23 @@ def left_out(config: Any, count: int, made: Shape | None) -> list[int]:
     """
     if getattr(config, "layer_types", None) is None or made is None:
         return []
+    held: list[Shape] | list[None] = shapes(config) or [None] * count
+    layers = getattr(empty_cache(config), "layers", ())
+    return [i for i in range(min(count, len(layers))) if room(layers[i], held[i], made) is None]
+
+
+def empty_cache(config: Any) -> Any:
+    """A cache that grows, with the layers of the configuration where that tells of their kinds."""
     from transformers.cache_utils import DynamicCache
 
-    held: list[Shape] | list[None] = shapes(config) or [None] * count
-    layers = DynamicCache(config=config).layers
-    return [i for i in range(min(count, len(layers))) if room(layers[i], held[i], made) is None]
+    if getattr(config, "layer_types", None) is None or not _takes_config(DynamicCache):
+        return DynamicCache()
+    return DynamicCache(config=config)
+
+
+@functools.cache
+def _takes_config(kind: type) -> bool:
+    return "config" in inspect.signature(kind.__init__).parameters  # type: ignore[misc]
 
 
 def room(layer: Any, held: Shape | None, made: Shape) -> Shape | None:

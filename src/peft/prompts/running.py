@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..core.past import handed_past, past_body, past_in
 from .checkpointed import Kept, Survivor, checkpoints
 from .inputs import batch_of, extended
 
@@ -40,7 +41,12 @@ def forward(prompts: Prompts, function: Callable[..., Any], args: tuple[Any, ...
         call.ids = given.get("input_ids")
         call.length = None if call.length is None else call.length + chosen.front.num_virtual_tokens
     kept = call.keys = _kept(prompts, chosen.cached, inputs)
-    output = (function if loss is None else prompts.model)(**inputs)
+    called, body = (function if loss is None else prompts.model), chosen.cached and past_body(prompts.model)
+    if body is None or past_in(inputs) is None:
+        output = called(**inputs)
+    else:
+        with handed_past(body, inputs) as others:
+            output = called(**others)
     if kept is not None:
         kept.settle(output)
     if loss is None:
@@ -55,4 +61,4 @@ def _kept(prompts: Prompts, encoder: Any, inputs: dict[str, Any]) -> Kept | None
         return None
     if prompts.survivor is None:
         prompts.survivor = Survivor(prompts.model, prompts.call)
-    return Kept(prompts.model, encoder, batch_of(inputs), inputs["past_key_values"])
+    return Kept(prompts.model, encoder, batch_of(inputs), past_in(inputs))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.call import BASE
-from .cache import prefix_cache, setting, takes_cache
+from ..core.past import past_name, past_of
+from .cache import argument, prefix_cache, setting
 from .inputs import checked_tasks, in_front
 from .mixed import Mixed
 
@@ -53,7 +54,7 @@ def by_ids(prompts: Prompts, front: Any, given: dict[str, Any], settings: Any) -
         return front is not None
     model, alone = prompts.model, front is not None and not isinstance(front, Mixed)
     if alone and (prompts.further is not None or not _starts_from_embeddings(model)):
-        return takes_cache(model)
+        return past_name(model) is not None
     penalised = any(setting(given, settings, n) not in (None, none) for n, none in PENALTIES.items())
     return penalised and front is not None and not isinstance(front, Mixed)
 
@@ -89,7 +90,7 @@ class Settled:
             empty = prefix_cache(model, cached, rows, empty)
         self.prompts.call.ids = none  # there is no text yet in which an adapter could start
         mask = none.new_ones(rows, self.num_virtual_tokens)
-        return model(**given, attention_mask=mask, past_key_values=empty, use_cache=True).past_key_values
+        return past_of(model(**given, attention_mask=mask, use_cache=True, **{argument(model): empty}))
 
 
 class Ahead:
@@ -125,8 +126,8 @@ class Ahead:
             **text,
             encoder_outputs=(encoded.repeat_interleave(times, 0),),
             decoder_inputs_embeds=own,
-            past_key_values=cache,
             use_cache=True,
+            **{argument(model): cache},
         )
         return cache
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from ..core.kept import STEPS, Kept
+from ..core.past import NAMES
 from ..kernels.modes import transformed
 from .encoder import MADE, BasePromptEncoder
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 LAYERS = frozenset({nn.Embedding, nn.Linear, nn.ReLU, nn.Sequential, nn.LSTM})  # that read nothing but their tensors
 ANYWHERE = (hooks._global_forward_hooks, hooks._global_forward_pre_hooks)
-OTHERS = frozenset({"labels", "inputs_embeds", "decoder_inputs_embeds", "past_key_values", "cache_position"})
+OTHERS = frozenset({"labels", "inputs_embeds", "decoder_inputs_embeds", "cache_position", *NAMES})
 OTHERS |= {"position_ids", "token_type_ids", "adapter_names", "alora_offsets", "input_type_mask"}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...config import PeftConfig
 from ...core.checkpoint import load_peft_weights
 from ...core.files import staged, write_weights
+from ...core.past import past_of
 from ...core.seen import evaluating
 from ...errors import PeftWarning, check_adapters, report
 from ...prompts.fitting import text_config
@@ -146,7 +147,7 @@ def initialize_kv_prefix_from_text(
         ids = ids[:, : num_virtual_tokens or config.num_virtual_tokens]  # which see none of the later ones, or drop out
     ids = ids.to(base.get_input_embeddings().weight.device)
     with torch.no_grad(), model.disable_adapter(), evaluating(base):
-        cache = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True).past_key_values
+        cache = past_of(base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True))
     return initialize_kv_prefix_from_past_key_values(
         model, adapter_name=adapter_name, past_key_values=cache, num_virtual_tokens=num_virtual_tokens
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.past import past_in
 from ...errors import PeftWarning
 
 
@@ -73,7 +74,7 @@ class Offsets:
         self.start = call.begin()
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
             ids = _of_embeddings(call.ids, kwargs.get("inputs_embeds"))
-        cached = max(0, _cached(kwargs.get("past_key_values")) - call.virtual)  # of the text
+        cached = max(0, _cached(past_in(kwargs)) - call.virtual)  # of the text
         if call.given_offsets is not None:
             call.offsets = self._given(tokens, call.given_offsets, ids, cached)
         elif ids is None:

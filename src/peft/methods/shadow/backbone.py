@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...core.buffers import tensors_below
 from ...core.defaults import SEQ_CLS_HEAD_NAMES
+from ...core.past import name_among, with_past
 from ...core.shared import SharedTensors
 from ...core.stack import Slot
 from .config import SIZES
@@ -115,19 +116,20 @@ def shares(model: Any, config: Any) -> bool:
     return bool(config.share_embeddings and config.shadow_model == "mirror" and equal)
 
 
-def states(backbone: Any, projection: Any, embeddings: Any, kwargs: dict[str, Any]) -> Tensor:
+def states(backbone: Any, projection: Any, embeddings: Any, kwargs: dict[str, Any], past: Any = None) -> Tensor:
     """The shadow before the first block, (samples, tokens, size).
 
     Arguments:
         backbone, projection: the adapter's.
         embeddings: those of the base model, if the shadow reads them.
-        kwargs: what the base model is called with, and the shadow's own cache.
+        kwargs: what the base model is called with.
+        past: the shadow's own cache, which grows, while the base's may have the size of what is to come.
     """
     known = inspect.signature(backbone.forward).parameters
     given = {k: v for k, v in kwargs.items() if k in known and k not in ("return_dict", "output_hidden_states")}
+    given = with_past(given, name_among(known), past)
     kind = next(backbone.parameters()).dtype
     if isinstance(mask := given.get("attention_mask"), Tensor) and mask.dim() == 4:
-        past = given.get("past_key_values")  # which grows, while the base's may have the size of what is to come
         given["attention_mask"] = mask[..., : mask.shape[-2] + (0 if past is None else past.get_seq_length())]
     ids, embedded = given.pop("input_ids", None), given.pop("inputs_embeds", None)
     if embeddings is not None:

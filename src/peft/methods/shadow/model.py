@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...core.draw import usual_defaults
 from ...core.layer import BaseTunerLayer, tuner_layers
+from ...core.past import past_in, past_of
 from ...core.shared import shared_of
 from ...core.tuner import BaseTuner
 from .backbone import Beside, DetachedShadowModel, body, head_of, made, own_loss, shares, states
@@ -56,15 +57,16 @@ class Look:
         first = {}
         for name in names:
             embeddings = model.get_input_embeddings() if shares(model, tuner.peft_config[name]) else None
-            own = {**kwargs, "past_key_values": self.cache.get(name), "use_cache": name in self.cache}
-            first[name] = states(tuner.shadow_backbone[name], tuner.shadow_projection[name], embeddings, own)
+            parts = (tuner.shadow_backbone[name], tuner.shadow_projection[name], embeddings)
+            own = {**kwargs, "use_cache": name in self.cache}
+            first[name] = states(*parts, own, self.cache.get(name))
         self.trail = Trail(first)
         tuner.call.gates = weakref.ref(self.trail)
         return args[:1], {k: v for k, v in kwargs.items() if not (args and k == "input_ids")}
 
     def _cache(self, kwargs: dict[str, Any], model: Any, names: list[str]) -> dict[str, Any]:
         """The shadows' caches beside that of the base model; none where nothing is cached."""
-        past, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        past, wanted = past_in(kwargs), kwargs.get("use_cache")
         wanted = getattr(model.config, "use_cache", False) if wanted is None else wanted
         if past is None:
             cached = wanted and not model.training and not torch.compiler.is_compiling()
@@ -92,7 +94,7 @@ class Look:
         self.tuner.call.gates = None
         if self.trail is None or output is None:
             return None
-        past = getattr(output, "past_key_values", None)
+        past = past_of(output)
         if self.cache and past is not None and past not in self.caches:
             self._pair(past, self.cache)
         labels, loss = kwargs.get("labels"), getattr(output, "loss", None)

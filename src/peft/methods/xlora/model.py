@@ -17,6 +17,7 @@ from ...core.checkpoint import load_peft_weights, open_adapter, set_peft_model_s
 from ...core.defaults import SAFETENSORS_WEIGHTS_NAME
 from ...core.files import in_hand
 from ...core.layer import BaseTunerLayer, tuner_layers
+from ...core.past import past_in
 from ...core.plan import Plan, Target
 from ...errors import PeftWarning, report
 from ..lora.method import LoRA
@@ -44,7 +45,7 @@ class Look:
         call, gate = self.tuner.call, self.tuner.gate
         if self.inside or gate is None or not self.tuner._mixes():
             return None
-        if kwargs.get("use_cache") and kwargs.get("past_key_values") is not None:
+        if kwargs.get("use_cache") and past_in(kwargs) is not None:
             raise ValueError(
                 "X-LoRA reads the whole text in each forward, so it works without a cache: use_cache=False."
             )
