@@ -87,6 +87,15 @@ def test_diffusers_finds_the_tensors_of_adapters_that_it_does_not_cast():
     assert not set(LoraLayer.adapter_layer_names) & {*LoHaLayer.adapter_layer_names, *LoKrLayer.adapter_layer_names}
 
 
+def test_transformers_may_put_a_function_around_the_update_of_a_layer():
+    """It does so before it loads an adapter of experts, and calls it by no other way."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    layer = ParamWrapper.__new__(ParamWrapper)
+    with pytest.raises(NotImplementedError, match=r"no adapter 'mine'.*model.add_adapter"):
+        ParamWrapper.update_layer(layer, "mine", r=2)
+
+
 def test_layers_are_replicated_on_the_same_weights():
     from peft.tuners.tuners_utils import replicate_layers
 

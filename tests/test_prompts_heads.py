@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -123,6 +125,8 @@ def test_the_forward_is_that_of_embeddings_side_by_side(task, method):
 def of_another_release(model, task: str, name: str | None):
     """The model with the forward of another release of transformers: the cache has this name, or no name."""
     own = type(model).forward
+    if name and not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(own).parameters.values()):
+        pytest.skip("heads of transformers 4 hand no cache on")
 
     def later(self, input_ids=None, attention_mask=None, cache=None, **kwargs):
         return own(self, input_ids, attention_mask, past_key_values=cache, **kwargs)

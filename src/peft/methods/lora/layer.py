@@ -62,6 +62,12 @@ class LoraLayer(ScaledLayer):
             )
         super().merge(safe_merge, adapter_names, quantized)
 
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Raises NotImplementedError. Many releases of transformers 5 put a function around it, for their experts."""
+        raise NotImplementedError(
+            f"One layer alone takes no adapter {adapter_name!r}. Call `model.add_adapter(adapter_name, config)`."
+        )
+
     def natural_scaling(self, adapter: str) -> float:
         """alpha / r, or alpha / sqrt(r)."""
         p = self.adapters[adapter]
