@@ -70,11 +70,11 @@ def handed_past(body: nn.Module, arguments: dict[str, Any]) -> Iterator[dict[str
 
     Raises ValueError unless the body runs once.
     """
-    given, runs = {_of_forward(body)[0]: past_in(arguments)}, []
+    name, runs = _of_forward(body)[0], []
 
     def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         runs.append(module)
-        return args, {**kwargs, **given}
+        return args, with_past(kwargs, name, past_in(arguments))
 
     hook = body.register_forward_pre_hook(give, with_kwargs=True)
     try:
