@@ -70,3 +70,20 @@ def test_what_the_encoder_shows_is_returned_behind_a_prefix():
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found["encoder_hidden_states"], expected["encoder_hidden_states"])
     assert len(found["encoder_attentions"]) == len(expected["encoder_attentions"])
+
+
+@pytest.mark.parametrize(
+    ("cache", "more", "text"),
+    [
+        (None, {"prompt_lookup_num_tokens": 2}, "In transformers 4, assisted generation.*Install transformers 5"),
+        (list, {}, "Before transformers 4.54.*or use prompt tuning"),
+    ],
+    ids=["assisted", "old caches"],
+)
+def test_what_older_releases_would_count_wrong_is_refused(cache, more, text, monkeypatch):
+    model = prompted("llama", "prefix")
+    model.get_base_model().__dict__["_get_initial_cache_position"] = None  # what transformers 5 no longer has
+    if cache is not None:
+        monkeypatch.setattr("peft.prompts.generating.empty_cache", lambda config: cache())
+    with pytest.raises(ValueError, match=text):
+        model.generate(input_ids=torch.tensor([[3, 4, 5]]), max_new_tokens=2, **more)
