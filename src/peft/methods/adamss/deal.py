@@ -108,13 +108,13 @@ def by_parts(W: Tensor, b: Tensor | None, q: int) -> tuple[Tensor, Tensor]:
         return torch.cat([P @ X for _, P in parts()])
 
     def down(X: Tensor) -> Tensor:
-        total = W.new_zeros(columns, X.shape[1])
+        total = torch.zeros(columns, X.shape[1], dtype=torch.float32, device=W.device)
         for at, P in parts():
             total += P.mT @ X[at]
         return total
 
     go, back, wide = (across, down, columns) if rows >= columns else (down, across, rows)
-    Q = torch.linalg.qr(go(torch.randn(wide, q, dtype=W.dtype, device=W.device)))[0]
+    Q = torch.linalg.qr(go(torch.randn(wide, q, dtype=torch.float32, device=W.device)))[0]
     for _ in range(TURNS):
         Q = torch.linalg.qr(go(torch.linalg.qr(back(Q))[0]))[0]
     U, _, Vh = torch.linalg.svd(back(Q).mT, full_matrices=False)
