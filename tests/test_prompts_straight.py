@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,15 +13,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
-import transformers
 from benchmarks.measure import calls
 from peft.prompts.encoder import MADE
 from peft.prompts.holder import Prompts
 from test_prompts import CONFIGS, IN_FRONT, config, llama, made, tasks, text
 
-OF_524 = "cache" in signature(transformers.LlamaForCausalLM.forward).parameters  # which asks more of its cache
-NEWER = 14 * OF_524
-MOST = {"p-tuning": 110, "p-tuning-lstm": 190, "prefix": 160 + NEWER, "prefix-projection": 200 + NEWER}  # others: 70
+MOST = {"p-tuning": 110, "p-tuning-lstm": 190, "prefix": 175, "prefix-projection": 205}  # 70 in the others
 
 
 def logits(model: Any, name: str, batch: int = 2, **more: Any) -> torch.Tensor:
