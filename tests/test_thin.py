@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,3 +130,51 @@ def test_a_trace_holds_operations_alone():
     traced = torch.jit.trace(model, (x,))
     assert "PythonOp" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(x), model(x))
+
+
+AUTOCAST = [(torch.bfloat16, 0.0), (torch.bfloat16, 0.4), (torch.float32, 0.0), (torch.float32, 0.4)]
+
+
+def under_autocast(kind: torch.dtype, p: float, rows: tuple[int, ...] = (3, 40)) -> Any:
+    """A layer of this dtype under LoRA in float32, an input, its output under autocast, and what is kept for it."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, lora_dropout=p)
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 96, dtype=kind)), config).train()
+    x, kept = torch.randn(*rows, 64, dtype=kind, requires_grad=True), []
+    torch.manual_seed(1)
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with keep, torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    return model, x, y, kept
+
+
+@pytest.mark.parametrize("rows", [(5,), (1, 1), (3, 40), (0, 2)], ids=str)
+@pytest.mark.parametrize("kind, p", AUTOCAST, ids=str)
+def test_under_autocast_values_and_gradients_are_those_of_the_formula(kind, p, rows):
+    model, x, y, _ = under_autocast(kind, p, rows)
+    layer = model.base_model.model[0]
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert y.dtype is torch.bfloat16 and y.shape == (*rows, 96)
+    if p and rows != (0, 2):  # where the input was kept, its gradient through A is not the base's
+        return
+    wanted = (x.double() @ (layer.weight.double() + 2 * B.double() @ A.double()).mT) + layer.bias.double()
+    g = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, A, B], g)
+    for one, two in zip([y, *found], [wanted, *torch.autograd.grad(wanted, [x, A, B], g.double())], strict=True):
+        largest = max(two.detach().abs().flatten().tolist(), default=0.0)
+        torch.testing.assert_close(one.double(), two.double(), rtol=0.03, atol=0.03 * largest)
+
+
+def test_under_autocast_dropout_is_that_of_training_without():
+    model, x, y, _ = under_autocast(torch.bfloat16, 0.4)
+    torch.manual_seed(1)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("kind, p", AUTOCAST, ids=str)
+def test_under_autocast_little_is_kept(kind, p):
+    """The input as products take it, the weight so too, rank-sized tensors, and a bit of a mask for an element."""
+    _, x, _, kept = under_autocast(kind, p, (512,))
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    W, of_rank = 2 * 64 * 96, 4 * (64 + 96 + 512) * 4
+    assert sum(sizes.values()) <= 2 * x.numel() + W + of_rank + (x.numel() // 8 if p else 0)

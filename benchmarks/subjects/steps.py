@@ -34,6 +34,26 @@ def decode() -> Iterator[Numbers]:
             yield turns(lambda: bare(token), {"disabled": run}, 12) | numbers
 
 
+@measure(
+    "decode one token over bfloat16 weights, 12 layers of hidden 256, all-linear r=8",
+    repeats=3,
+    derive=added,
+    limits={"LoRA: added to bare": 0.9, "DoRA: added to bare": 0.2},
+)
+@torch.no_grad()
+def decode_half() -> Iterator[Numbers]:
+    """Adapters in float32, as they are by default beside such weights."""
+    token, shape = torch.tensor([[1]]), (12, 256, 688, 4)
+    bare = frozen(Llama(*shape)).bfloat16().eval()
+    models = {
+        name: wrapped(Llama(*shape).bfloat16(), target_modules=ALL_LINEAR, use_dora=name == "DoRA").eval()
+        for name in ("LoRA", "DoRA")
+    }
+    runs = {name: partial(model, token) for name, model in models.items()}
+    while True:
+        yield turns(lambda: bare(token), runs, 8)
+
+
 @measure("function calls of one forward", repeats=1, unit="", ceilings={"LoRA": 25, "LoRA, two active": 45, "DoRA": 32})
 @torch.no_grad()
 def forward_calls() -> Iterator[Numbers]:

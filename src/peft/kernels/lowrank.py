@@ -88,11 +88,15 @@ def generally(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scal
                 return masked(F.linear(x, W, b), x, A, B, scale, p)
             return _linear(x, W, b, A, B, scale, p)
         y = F.linear(x, W, b)
-        if p or torch.is_grad_enabled() or is_autocast(x) or transformed():
+        if is_autocast(x):
+            return _autocast(y, x, A, B, scale, p)
+        if p or torch.is_grad_enabled() or transformed():
             return plain(y, x, A, B, scale, p)
         return raised(y.flatten(0, -2), _down(x, A, B, scale, 0.0)[0], B, scale, True).view(y.shape)
     # the update is accumulated into the product: two operations more than the base, nothing saved beyond x and A x
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if is_autocast(x):
+        return _autocast(F.linear(x, W, b), x, A, B, scale, p)
     y, h = F.linear(flat, W, b), F.linear(flat, A) if torch.compiler.is_compiling() else slim.down(flat, A)
     if type(scale) is float and y.dtype is B.dtype and _C._functorch.peek_interpreter_stack() is None:
         y = slim.onto(y, h, B, scale)  # which vmap has no rule for
@@ -109,7 +113,9 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) 
         flat = x.reshape(-1, x.shape[-1])
         h = F.linear(flat, A) if torch.compiler.is_compiling() else slim.down(flat, A)
         return slim.onto(y.reshape(-1, y.shape[-1]), h, B, scale, own=False).view(y.shape)
-    simple = (not p and x.dtype is A.dtype) or not torch.is_grad_enabled() or is_autocast(x) or transformed()
+    if is_autocast(x):
+        return _autocast(y, x, A, B, scale, p)
+    simple = (not p and x.dtype is A.dtype) or not torch.is_grad_enabled() or transformed()
     if simple or hasattr(A, "placements"):  # DTensors know torch's operations only
         return plain(y, x, A, B, scale, p)
     if _needs_x(x, A, B):
@@ -121,6 +127,21 @@ def _accumulates(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether the update can be added in the product that makes it: two passes over y in place of four."""
     ordinary = all(type(t) in (Tensor, nn.Parameter) for t in (y, x, A, B))
     return ordinary and not (y.is_nested or x.is_nested or A.dim() > 2 or is_autocast(x) or transformed())
+
+
+def _autocast(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
+    """`plain` where autocast chooses the dtype of products: x is cast once, and the update summed where it is made."""
+    kinds = (type(t) in thin.PLAIN for t in (y, x, A, B))
+    if type(scale) is not float or y.dtype is not torch.get_autocast_dtype(x.device.type) or not all(kinds):
+        return plain(y, x, A, B, scale, p)
+    if transformed() or A.dim() > 2 or y.is_nested or x.is_nested:
+        return plain(y, x, A, B, scale, p)
+    if p and torch.is_grad_enabled() and thin.takes(x, A, B, scale):
+        with torch.autocast("cpu", enabled=False):  # keeps bits of a mask, and sums in the factors' own dtype
+            return add(y, x.to(y.dtype), A, B, scale, p)
+    x = masks.dropout(x, p) if p else x
+    h = F.linear(x.reshape(-1, x.shape[-1]), A)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.t(), alpha=scale).view(y.shape)
 
 
 def masked(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
