@@ -66,8 +66,8 @@ class PVeRA(VeRA):
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         stated = type(self).onto is PVeRA.onto
         held = open_linear(inner, x) if stated else None
-        packed = held is None and stated and inner.packed and inner.view.dense
-        return None if held is None and not packed else self.apart(p, inner, x, held)
+        called = stated and self.apart_from(p, inner)
+        return self.apart(p, inner, x, held) if held is not None or called else None
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not self.draws(p) or inner.view.groups(inner.base) != 1:

@@ -96,14 +96,16 @@ class VeRA(LowRank):
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held = open_linear(inner, x) if type(self).onto is LowRank.onto else None
-        packed = held is None and inner.packed and inner.view.dense and type(self).onto is LowRank.onto
-        return super().at_once(p, inner, x) if held is None and not packed else self.apart(p, inner, x, held)
+        called = type(self).onto is LowRank.onto and self.apart_from(p, inner)
+        return self.apart(p, inner, x, held) if held is not None or called else super().at_once(p, inner, x)
+
+    def apart_from(self, p: Adapter, inner: Stack) -> bool:
+        """Whether the update may stand beside what the layer gives, be it quantised, hooked, or under autocast."""
+        return inner.view.dense and p.held(f"{self.word}_lambda_b").dim() == 1
 
     def apart(self, p: Adapter, inner: Stack, x: Tensor, held: tuple[Tensor, Tensor | None] | None) -> Tensor:
-        """The same on a linear layer; A and B have no gradients, so that d and b are better apart from them.
-
-        `held` is the layer's weight and bias, or None where the layer is called.
-        """
+        """The same: A and B have no gradients, so that d and b are better apart from them; without W and b in `held`
+        the layer is called."""
         b, d = p.held(f"{self.word}_lambda_b"), p.held(f"{self.word}_lambda_d")
         A, B = getattr(p, f"{self.word}_A"), getattr(p, f"{self.word}_B")
         if A.dtype is not b.dtype or A.device != b.device:
