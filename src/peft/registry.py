@@ -155,7 +155,7 @@ def lookup(peft_type: str | PeftType) -> Method:
     peft_type = OLDER.get(peft_type, peft_type)
     if peft_type not in names:
         raise UnknownNameError(
-            f"peft_type is {peft_type!r}, which is no known method.{nearest(str(peft_type), names)} Use one of "
+            f"peft_type is {peft_type or None!r}, which is no known method.{nearest(str(peft_type), names)} Use one of "
             f"{', '.join(names)}."
         )
     kind = PeftType(peft_type)

@@ -213,6 +213,14 @@ def beside(
     return found
 
 
+def hollow(made: Mapping[str, Shared]) -> dict[str, Shared]:
+    """What is trained without its numbers, as layers' own tensors are where a model is made on the meta device."""
+    return {
+        key: Shared(nn.Parameter(t.to("meta")) if isinstance(t, nn.Parameter) else t, saved)
+        for key, (t, saved) in made.items()
+    }
+
+
 def unwritten(*shape: int) -> Tensor:
     """A float32 tensor for first values."""
     return torch.empty(shape, dtype=torch.float32, device=seeded_on())

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 P = ParamSpec("P")
 T = TypeVar("T")
 _AS_IT_IS = nullcontext()
+_STANDING_IN = [getattr(torch._C._TorchDispatchModeKey, kind) for kind in ("FAKE", "PROXY", "FUNCTIONAL")]
 peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
 
 
@@ -39,15 +40,30 @@ def lasting() -> bool:
     return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
+def faking() -> bool:
+    """Whether operations run on what stands for tensors: in graphs that are being made, and under fake tensors."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _STANDING_IN))
+
+
 def once(make: Callable[P, T]) -> Callable[P, T]:
-    """`functools.cache` of a function that makes a tensor, which is kept only if it is `lasting`."""
-    kept = cache(make)
+    """`functools.cache` of a function that makes a tensor, which is kept only if it is `lasting`.
+
+    Its arguments come by place.
+    """
+    kept: dict[Any, T] = {}
 
     @wraps(make)
     def found(*args: P.args, **kwargs: P.kwargs) -> T:
-        return kept(*args, **kwargs) if lasting() else make(*args, **kwargs)  # type: ignore[arg-type]
+        if not faking() and args in kept:
+            return kept[args]
+        made = make(*args, **kwargs)
+        if lasting():
+            kept[args] = made
+        return made
 
-    found.__dict__["cache_clear"] = kept.cache_clear
+    found.__dict__["cache_clear"] = kept.clear
     return found
 
 
