@@ -23,6 +23,7 @@ from peft import (
 )
 from peft import get_peft_model_state_dict as state_of
 from peft.core.kept import KEPT
+from peft.methods.dora import DoRA
 from test_base_square import put
 
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
@@ -320,3 +321,32 @@ def test_keeping_can_be_switched_off(rows):
             assert torch.equal(model(x), changed)
     finally:
         switch(enabled=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_gain_is_kept_under_autocast_too_and_is_that_of_full_precision(dtype, monkeypatch):
+    model, layer = adapted("dora")
+    layer.get_base_layer().to(dtype)
+    made, norm = [], DoRA.norm
+    monkeypatch.setattr(DoRA, "norm", lambda *args: made.append(1) or norm(*args))
+
+    def answer(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    for factor in (1, 3):
+        layer.lora_B["default"].weight.mul_(factor)
+        made.clear()
+        found = [answer(X.to(dtype)), answer(X[:1].to(dtype)), model(X.to(dtype))]
+        assert len(made) == 1 and found[0].dtype is torch.bfloat16
+        A, B = (home["default"].weight.double() for home in (layer.lora_A, layer.lora_B))
+        V = layer.weight.double() + layer.scaling["default"] * B @ A
+        m = layer.lora_magnitude_vector["default"].weight.double()
+        wanted = X.double() @ (m[:, None] * V / V.norm(dim=1, keepdim=True)).mT + layer.bias.double()
+        for y, to in zip(found, (wanted, wanted[:1], wanted), strict=True):
+            torch.testing.assert_close(y.double(), to, rtol=0.02, atol=0.02)
+    layer.get_base_layer().register_forward_hook(lambda m, args, y: y)  # which may change what it likes
+    made.clear()
+    answer(X.to(dtype)), answer(X.to(dtype))
+    assert len(made) == 2

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import lazy
 from .config import PeftConfig
+from .core.kept import KEEPING
 from .core.layer import BaseTunerLayer
 
 _NAMES = {
@@ -21,13 +22,13 @@ _NAMES = {
     "peft.core.kappa": "KappaTuneSelector find_kappa_target_modules",
     "peft.methods.lora.layer": "LoraLayer",
     "peft.methods.lora.model": "LoraModel",
-    "peft.methods.magnitude": "DoraCaching",
     "peft.methods.lora.monteclora": "MontecloraTrainerMixin",
     "peft.model": "PeftModel",
 }
 __getattr__, __dir__, _later = lazy.names(__name__, _NAMES)
 __all__ = [
     *_later,
+    "DoraCaching",
     "check_if_peft_model",
     "disable_input_dtype_casting",
     "update_forward_signature",
@@ -106,3 +107,27 @@ def _copy_signature(model: Any, name: str) -> None:
     call.__annotations__ = copy(getattr(original, "__annotations__", {}))
     call.__signature__ = inspect.signature(original.__func__)  # type: ignore[attr-defined]
     object.__setattr__(model, name, MethodType(call, model))
+
+
+class DoraCaching:
+    """Whether evaluation keeps what it computes from an adapter's tensors, DoRA's norms among it: it does by itself.
+
+    In a `with` statement it holds for the block; called, from then on.
+
+    Arguments:
+        enabled: False computes everything in each forward.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self.before.append(KEEPING.on)
+        KEEPING.on = self.enabled
+
+    def __exit__(self, *error: Any) -> None:
+        KEEPING.on = self.before.pop()
+
+    def __call__(self, enabled: bool = True) -> None:
+        KEEPING.on = enabled

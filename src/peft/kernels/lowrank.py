@@ -19,7 +19,7 @@ from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
 from . import choice, masks, slim, thin, whole
-from .modes import is_autocast, node, shaped, transformed
+from .modes import is_autocast, node, shaped, transformed, without_autocast
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
@@ -137,8 +137,8 @@ def _autocast(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) 
     if transformed() or A.dim() > 2 or y.is_nested or x.is_nested:
         return plain(y, x, A, B, scale, p)
     if p and torch.is_grad_enabled() and thin.takes(x, A, B, scale):
-        with torch.autocast("cpu", enabled=False):  # keeps bits of a mask, and sums in the factors' own dtype
-            return add(y, x.to(y.dtype), A, B, scale, p)
+        with without_autocast(x):  # keeps bits of a mask, and sums in the factors' own dtype
+            return (masked if _needs_x(x, A, B) else _add)(y, x.to(y.dtype), A, B, scale, p)
     x = masks.dropout(x, p) if p else x
     h = F.linear(x.reshape(-1, x.shape[-1]), A)
     return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.t(), alpha=scale).view(y.shape)

@@ -74,6 +74,11 @@ def ordinary() -> AbstractContextManager[Any]:
     return torch.inference_mode(False)
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """While open, operations on the device of x run in the dtypes that they are written in."""
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else _AS_IT_IS
+
+
 def shaped(y: Tensor, lead: Sequence[int]) -> Tensor:
     """y (N, k), which a node has made, as (*lead, k) and no view: torch refuses to change a node's view in place."""
     if type(y) is Tensor and not (y._is_view() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()):

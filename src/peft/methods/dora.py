@@ -25,7 +25,6 @@ from ..core.kept import kept, still
 from ..core.method import Delta, LowRank, Site
 from ..core.stack import Adapter, Stack
 from ..kernels import scaled
-from ..kernels.modes import eager
 from ..kernels.thin import NARROW, WIDE
 from .lora.row import Gained, Row
 from .magnitude import Gaining, Magnitude, product
@@ -146,8 +145,8 @@ class DoRA(Gaining):
         b = self.of.bias(p, inner.bias())
         if inner.view.dense and (of := self._thin(p)) is not None:
             rate = self.drop_rate(p)
-            if inner.packed and not (rate or torch.is_grad_enabled()) and eager():
-                return self.evaluated(p, of, y, x, b)
+            if not rate and (z := self.evaluated(p, of, inner, y, x, b)) is not None:
+                return z
             (A, B), s = of.factors(p), of.scaling(p)
             return scaled.add(y, x, A, B, s, rate, self.magnitude(p), self.safe_norm(p), b)
         z = self.of.onto(p, inner, y, x)  # before the gain, as hooks on modules may renew the factors

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core import views
-from ..core.kept import KEEPING, Kept, base_places, kept_over
+from ..core.direct import is_ordinary
+from ..core.kept import Kept, base_places, kept, kept_over
 from ..core.method import Delta, LowRank
-from ..core.stack import Adapter
+from ..core.stack import Adapter, Stack
 from ..kernels import narrow
-from ..kernels.modes import lasting, ordinary
+from ..kernels.modes import is_autocast, lasting, ordinary, transformed, without_autocast
 from ..kernels.scaled import folded, square
 
 
@@ -28,11 +30,19 @@ class Gaining(Delta):
         m: Tensor = p.held("lora_magnitude_vector").weight
         return m if p.layer.view.label == "ParamWrapper" else m.flatten()
 
-    def evaluated(self, p: Adapter, of: LowRank, y: Tensor, x: Tensor, b: Tensor | None) -> Tensor:
-        """gain (y - b + s B A x) + b beside a quantised layer's y, of a gain that evaluation keeps."""
+    def evaluated(self, p: Adapter, of: LowRank, inner: Stack, y: Tensor, x: Tensor, b: Tensor | None) -> Tensor | None:
+        """gain (y - b + s B A x) + b beside a quantised layer's y, or under autocast; None where no gain is kept."""
+        called = inner.packed or (is_autocast(x) and is_ordinary(inner.base))
+        if not called or torch.is_grad_enabled() or transformed():
+            return None
+        with without_autocast(x):
+            make = partial(self._folded, p, of)
+            A, gain, B = kept_over(p, make) if inner.packed else kept(p, make, base=True)
+            return narrow.beside(y, x, A, B, 1.0, gain, b)
+
+    def _folded(self, p: Adapter, of: LowRank) -> tuple[Tensor, Tensor, Tensor]:
         A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in of.factors(p))
-        A, gain, B = kept_over(p, lambda: folded(A, B, of.scaling(p), self.gain(p).to(A.dtype)))
-        return narrow.beside(y, x, A, B, 1.0, gain, b)
+        return folded(A, B, of.scaling(p), self.gain(p).to(A.dtype))
 
     def term(self, p: Adapter) -> tuple[Any, ...] | None:
         of = self._thin(p)
@@ -129,27 +139,3 @@ class Magnitude(nn.Module):
 
     def __repr__(self) -> str:
         return f"lora.dora.Dora{self.label}Layer()"
-
-
-class DoraCaching:
-    """Whether evaluation keeps what it computes from an adapter's tensors, DoRA's norms among it: it does by itself.
-
-    In a `with` statement it holds for the block; called, from then on.
-
-    Arguments:
-        enabled: False computes everything in each forward.
-    """
-
-    def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
-        self.before: list[bool] = []
-
-    def __enter__(self) -> None:
-        self.before.append(KEEPING.on)
-        KEEPING.on = self.enabled
-
-    def __exit__(self, *error: Any) -> None:
-        KEEPING.on = self.before.pop()
-
-    def __call__(self, enabled: bool = True) -> None:
-        KEEPING.on = enabled
