@@ -82,10 +82,11 @@ class Moved(LowRank):
         if type(self).onto is not LowRank.onto:
             return super().at_once(p, inner, x)
         held = open_linear(inner, x) if torch.is_grad_enabled() and not transformed() else None
-        few = held is not None and x.numel() < self.moved(p)[0][2].numel() * x.shape[-1]
+        new, old, bases = self.moved(p)
+        few = held is not None and x.numel() < new[2].numel() * x.shape[-1]
         y = None if few else summed(inner, x, self.terms(p))
         if held is not None and y is None:
-            return beside(x, *held, *self.moved(p))
+            return beside(x, *held, new, old, bases)
         return super().at_once(p, inner, x) if y is None else y
 
     def terms(self, p: Adapter) -> tuple[Term, Term]:

@@ -15,10 +15,7 @@ from ..config import PromptLearningConfig
 from ..errors import listing
 from .resuming import follow
 
-KIND: dict[str, Any] = {
-    "dtype": torch.float32,
-    "device": torch.device("cpu"),
-}  # of first values, whatever torch's default
+KIND: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}  # of first values, whatever is default
 MADE = "_made"  # where an encoder holds what it made in evaluation
 
 

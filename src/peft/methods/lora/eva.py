@@ -178,9 +178,8 @@ class _Layer:
         self.spot, self.rank = spot, spot.settings.r
         self.most = round(self.rank * rho)
         self.pca: IncrementalPCA | None = None
-        self.still = torch.zeros(
-            0, dtype=torch.float32, device="cpu"
-        )  # cosine of each component with what it was a batch ago
+        # cosine of each component with what it was a batch ago
+        self.still = torch.zeros(0, dtype=torch.float32, device="cpu")
         self.prepare: LayerInputs | None = None
 
     @property
