@@ -126,14 +126,13 @@ class DoRA(Gaining):
         if found is not None and (narrow or found[0].dtype is x.dtype):
             return scaled.evaluated(x, *held, *found)
         (A, B), m, s = of.factors(p), self.magnitude(p), of.scaling(p)
-        if narrow and not (gradients or rate):
-            A, B, m = A.float(), B.float(), m.float()
-        elif not m.dtype is A.dtype is x.dtype or m.dtype not in WIDE:
+        exact = m.dtype is A.dtype is x.dtype and m.dtype in WIDE
+        if not exact and (not narrow or gradients or rate):
             return None
         if gradients or rate:
             y = scaled.normed(x, *held, A, B, s, rate, m, lambda: self.squares_now(p, held[0])) if gradients else None
             return scaled.linear(x, *held, A, B, s, rate, m, self.safe_norm(p).to(m.dtype)) if y is None else y
-        return scaled.evaluated(x, *held, *kept(p, lambda: scaled.folded(A, B, s, self.gain(p).to(m.dtype)), base=True))
+        return scaled.evaluated(x, *held, *kept(p, lambda: self.folded(p, of, A, B), base=True))
 
     def _thin(self, p: Adapter) -> LowRank | None:
         """The method inside, if its update is computed from factors and adds no bias."""

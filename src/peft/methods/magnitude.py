@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,12 +35,16 @@ class Gaining(Delta):
         if not called or torch.is_grad_enabled() or transformed():
             return None
         with without_autocast(x):
-            make = partial(self._folded, p, of)
+
+            def make() -> tuple[Tensor, Tensor, Tensor]:
+                return self.folded(p, of, *of.factors(p))
+
             A, gain, B = kept_over(p, make) if inner.packed else kept(p, make, base=True)
             return narrow.beside(y, x, A, B, 1.0, gain, b)
 
-    def _folded(self, p: Adapter, of: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-        A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in of.factors(p))
+    def folded(self, p: Adapter, of: LowRank, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A, the gain, and B with all factors in it, in single precision or more: what evaluation keeps."""
+        A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, B))
         return folded(A, B, of.scaling(p), self.gain(p).to(A.dtype))
 
     def term(self, p: Adapter) -> tuple[Any, ...] | None:
