@@ -17,6 +17,7 @@ from .modes import lasting
 
 MANY = 2**19  # elements of a result from which on halves are quicker than casts
 MORE = 2**21  # elements of an input from which on two products are
+SQUARE = 2**20  # and of a weight
 HALF = torch.bfloat16
 
 

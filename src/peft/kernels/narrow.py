@@ -42,12 +42,26 @@ def beside(
     h = F.linear(flat.to(A.dtype), A) if plain else thin.down(flat, A, 0.0)[0]
     if gain is None:
         return thin.onto(rows, h, B, scale, own).view(y.shape)
+    return times(rows, h, B, scale, gain, b, own, plain).view(y.shape)
+
+
+def times(
+    y: Tensor,
+    h: Tensor,
+    B: Tensor,
+    scale: float,
+    gain: Tensor,
+    b: Tensor | None,
+    own: bool = False,
+    plain: bool = False,
+) -> Tensor:
+    """gain (y - b) + b + scale B h of rows (N, k), in the dtype of y; in y's memory if that is the caller's own."""
     if plain or y.numel() <= thin.ONE:
-        return _times(rows.to(A.dtype), gain, b).addmm_(h, B.mT, alpha=scale).to(y.dtype).view(y.shape)
-    out = rows if own else torch.empty_like(rows)
-    for some in thin.blocks(*rows.shape):
-        out[some].copy_(_times(rows[some].to(A.dtype), gain, b).addmm_(h[some], B.mT, alpha=scale))
-    return out.view(y.shape)
+        return _times(y.to(h.dtype), gain, b).addmm_(h, B.mT, alpha=scale).to(y.dtype)
+    out = y if own else torch.empty_like(y)
+    for some in thin.blocks(*y.shape):
+        out[some].copy_(_times(y[some].to(h.dtype), gain, b).addmm_(h[some], B.mT, alpha=scale))
+    return out
 
 
 def one(

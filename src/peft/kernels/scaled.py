@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import choice, masks, narrow, slim, thin, whole
+from . import beside, choice, halves, masks, narrow, returned, slim, thin, whole
 from .again import differentiable
+from .beside import Again
 from .modes import node, shaped, transformed
 
 TILE_ELEMENTS = 16 * 2**20
@@ -38,7 +39,7 @@ def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
         return torch.linalg.vector_norm(W.float() + (B @ A) * s, dim=-1)
     if choice.devices and (found := choice.norms(W, squares, A, B, s)) is not None:
         return found
-    parts = [slim.down(w.float(), A) if w.dim() == 2 else w.float() @ A.mT for w in tiles(W)]
+    parts = [_down(w, A) for w in tiles(W)]
     cross = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
     if W.dim() == 2 and type(s) is float:
         inner = torch.addmm(cross, B, A @ A.mT, beta=2 * s, alpha=s * s)
@@ -46,9 +47,21 @@ def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
     return (squares + ((cross * (2 * s) + (B @ (A @ A.mT)) * (s * s)) * B).sum(-1)).clamp_min(0).sqrt()
 
 
+def _down(W: Tensor, A: Tensor) -> Tensor:
+    """W A' in float32."""
+    if W.dim() > 2:
+        return W.float() @ A.mT
+    return halves.wide(W, A.t()) if halves.suit(W.numel(), W.dtype, A, halves.SQUARE) else slim.down(W.float(), A)
+
+
 def _narrow(W: Tensor, A: Tensor) -> bool:
     """Whether W + s B A is as cheap as what avoids it, in which much cancels where the sum of few features is small."""
     return W.dim() == 2 and W.shape[1] <= A.shape[0]
+
+
+def _onto(z: Tensor, h: Tensor, B: Tensor, s: Any) -> Tensor:
+    """z + s B h, in the memory of z."""
+    return z.addmm_(h, B.mT, alpha=s) if type(s) is float else z.addmm_(h * s, B.mT)
 
 
 def _over(squares: Tensor) -> Tensor:
@@ -87,12 +100,25 @@ def _gained(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, gain: Tensor
 
 
 def add(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float, m: Tensor, n: Tensor, b: Tensor | None
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Any,
+    p: float,
+    m: Tensor,
+    n: Tensor,
+    b: Tensor | None,
+    again: Again,
 ) -> Tensor:
-    """m / n (y - b + scale B A dropout(x)) + b, choosing the form that keeps least."""
+    """m / n (y - b + scale B A dropout(x)) + b, in the form that keeps least; again(x), if any, is y once more."""
     if choice.devices and (found := choice.add_scaled(y, x, A, B, scale, p, m, n, b)) is not None:
         return found
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or transformed():
+    if not torch.is_grad_enabled() or transformed():
+        return plain(y, x, A, B, scale, p, m / n, b)
+    if beside.serves(y, x, A, B, scale):
+        return beside.add(y, x, A, B, scale, p, m, n, b, again=again)
+    if torch.is_autocast_enabled(x.device.type):
         return plain(y, x, A, B, scale, p, m / n, b)
     return _add(y, x, A, B, scale, p, m, n, b)
 
@@ -209,7 +235,7 @@ class _Add(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """Saves x, the mask, h = A dropout(x) and z = W x + scale B h; the gradient of x is summed in one tensor."""
+    """Saves x, the mask, h = A dropout(x), the output or z = W x + scale B h; x's gradient is summed in one tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
@@ -228,35 +254,46 @@ class _Linear(torch.autograd.Function):
         elif over is None:
             z, h, over = _joined(flat, kept, W, A, B, scale, squares)
         else:
-            z, h = F.linear(flat, W), slim.down(kept, A)
-            z = z.addmm_(h, B.mT, alpha=scale) if type(scale) is float else z.addmm_(h * scale, B.mT)
+            h = slim.down(kept, A)
+            z = _onto(F.linear(flat, W), h, B, scale)
         gain = m * over
-        ctx.save_for_backward(x, W, b, A, B, m, over, gain, mask, h, z)
-        out = z * gain if b is None else torch.addcmul(b, z, gain)
-        return out if flat is x else shaped(out, x.shape[:-1])
+        own = z if returned.serves(z, gain) else None
+        out = torch.mul(z, gain, out=own) if b is None else torch.addcmul(b, z, gain, out=own)
+        out = out if flat is x and not out._is_view() else shaped(out, x.shape[:-1])
+        saved, ctx.count = returned.keep(out) if own is not None else (z, None)
+        ctx.save_for_backward(x, W, b, A, B, m, over, gain, masks.packed(mask), h, saved)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, b, A, B, m, over, gain, mask, h, z = ctx.saved_tensors
+        x, W, b, A, B, m, over, gain, bits, h, z = ctx.saved_tensors
         needs, s, p = ctx.needs_input_grad, ctx.scale, ctx.p
+        mask = masks.unpacked(bits, x.shape)
         if torch.is_grad_enabled():
 
             def plainly(x: Tensor, b: Tensor | None, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
-                kept = _dropped(x, None if mask is None else mask.view(x.shape), p, A)
-                return _gained(F.linear(x, W, b), kept, A, B, s, m * over, b)
+                return _gained(F.linear(x, W, b), _dropped(x, mask, p, A), A, B, s, m * over, b)
 
             wanted = (needs[0], *needs[2:5], needs[7])
             of_x, of_b, of_A, of_B, of_m = differentiable(plainly, (x, b, A, B, m), wanted, grad)
             return of_x, None, of_b, of_A, of_B, None, None, of_m, None, None
         g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        kept = _dropped(flat, mask, p, A) if p else flat
-        of_m = (g * z).sum(0) * over if needs[7] else None  # first, so that the next product gets the memory of this
+        kept = _rows(_dropped(x, mask, p, A)) if p else flat
+        of_b = g.sum(0) if needs[2] else None
+        of_m = None
+        if needs[7]:  # first, so that the next product gets the memory of this
+            if own := ctx.count is not None and ctx.count.holds:
+                z = z.view(g.shape)
+            elif ctx.count is not None:
+                z = _onto(F.linear(flat, W), h, B, s)
+            of_m = (g * z).sum(0)
+            of_m = of_m.mul_(over) if not own else (of_m if b is None else of_m - b * g.sum(0)).div_(m)
         inner = g * gain
         of_x, of_A, of_B = _thin(inner, kept, mask, A, B, h, s, p, (needs[0] and not ctx.summed, *needs[3:5]))
         if needs[0]:
             of_x = inner @ whole.weight(W, A, B, s) if of_x is None else of_x.addmm_(inner, W)
             of_x = of_x.view(x.shape)
-        return of_x, None, g.sum(0) if needs[2] else None, of_A, of_B, None, None, of_m, None, None
+        return of_x, None, of_b, of_A, of_B, None, None, of_m, None, None
 
 
 _add, fused = node(_Add), node(_Linear)

@@ -147,7 +147,8 @@ class DoRA(Gaining):
             if not rate and (z := self.evaluated(p, of, inner, y, x, b)) is not None:
                 return z
             (A, B), s = of.factors(p), of.scaling(p)
-            return scaled.add(y, x, A, B, s, rate, self.magnitude(p), self.safe_norm(p), b)
+            again = inner if inner.last is None else None
+            return scaled.add(y, x, A, B, s, rate, self.magnitude(p), self.safe_norm(p), b, again)
         z = self.of.onto(p, inner, y, x)  # before the gain, as hooks on modules may renew the factors
         anew = inner.packed or inner.view.dense  # of a dense layer factors are kept, which a hook stands in the way of
         gain = self.gain(p) if anew else kept(p, lambda: self.gain(p), base=True)
