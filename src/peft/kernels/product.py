@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowrank import transformed
+from .modes import eager, node, transformed
 
 
 def scaled_rows(scale: Tensor, A: Tensor, gains: Tensor) -> Tensor:
@@ -20,6 +20,11 @@ def scaled_rows(scale: Tensor, A: Tensor, gains: Tensor) -> Tensor:
 def plain(scale: Tensor, A: Tensor, gains: Tensor) -> Tensor:
     """The definition."""
     return scale[..., None] * A[:, None] * gains[..., None, :, :]
+
+
+def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+    """(a1 b1) * (a2 b2), element by element; a (..., k, r), b (..., r, d)."""
+    return _hadamard(a1, b1, a2, b2) if torch.is_grad_enabled() and eager() else (a1 @ b1) * (a2 @ b2)
 
 
 def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -37,6 +42,21 @@ def khatri_rao(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> tuple[Tensor, 
     return (b1[:, None] * b2).flatten(0, 1), (a1[:, :, None] * a2[:, None]).flatten(1)
 
 
+class _Hadamard(torch.autograd.Function):
+    """Saves the factors, and makes the halves again."""
+
+    @staticmethod
+    def forward(ctx: Any, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+        ctx.save_for_backward(a1, b1, a2, b2)
+        return (a1 @ b1).mul_(a2 @ b2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        a1, b1, a2, b2 = ctx.saved_tensors
+        one, other = grad * (a2 @ b2), grad * (a1 @ b1)
+        return one @ b1.mT, a1.mT @ one, other @ b2.mT, a2.mT @ other
+
+
 class _ScaledRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: Tensor, A: Tensor, gains: Tensor) -> Tensor:
@@ -52,3 +72,6 @@ class _ScaledRows(torch.autograd.Function):
             None,
             torch.einsum("...rnm,...rn->...nm", part, scale),
         )
+
+
+_hadamard = node(_Hadamard)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import onto, slim
-from .again import differentiable
 from .modes import eager, node, shaped
 from .thin import PLAIN, WIDE
 
@@ -25,7 +24,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, u: Tensor, B: Tens
     if not _ordinary(x, W, A, u, B, v):
         return plain(x, W, b, A, u, B, v)
     if torch.is_grad_enabled():
-        return _linear(x, W, b, A, u, B, v)
+        return _linear(x, W, b, A, u, B, v)[0]
     return _row(x, W, b, A, u, B, v) if x.numel() == x.shape[-1] > 1 else plain(x, W, b, A, u, B, v)
 
 
@@ -54,34 +53,50 @@ def _ordinary(x: Tensor, W: Tensor, A: Tensor, u: Tensor, B: Tensor, v: Tensor) 
 
 
 class _Linear(torch.autograd.Function):
-    """Saves its arguments, A x and B (u * A x)."""
+    """Saves A x and B (u * A x), and x not at all.
+
+    A x is an output, too: derivatives of the gradients that hang on x go through it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, u: Tensor, B: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, u: Tensor, B: Tensor, v: Tensor) -> Any:
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         y, low = F.linear(flat, W, b), slim.down(flat, A)
         high = F.linear(low * u, B)
-        ctx.save_for_backward(x, W, b, A, u, B, v, low, high)
+        ctx.shape = x.shape
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(W, A, u, B, v, low, high)
         y = y.addcmul_(high, v)
-        return y if flat is x else shaped(y, x.shape[:-1])
+        return y if flat is x else shaped(y, x.shape[:-1]), low
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, W, b, A, u, B, v, low, high = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, of_low: Tensor | None) -> Any:
+        W, A, u, B, v, low, high = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-
-            def form(x: Tensor, b: Tensor | None, u: Tensor, v: Tensor) -> Tensor:
-                return plain(x, W, b, A, u, B, v)
-
-            of_x, of_b, of_u, of_v = differentiable(form, (x, b, u, v), [needs[i] for i in (0, 2, 4, 6)], grad)
-            return of_x, None, of_b, None, of_u, None, of_v
+        if grad is None:  # only what hangs on A x
+            of_x = None if of_low is None else (of_low @ A).view(ctx.shape)
+            return of_x, None, None, None, None, None, None
         g = grad.reshape(-1, grad.shape[-1])
+        if torch.is_grad_enabled() or of_low is not None:
+            made = g * v
+            back = made @ B
+            into = back * u if of_low is None else back * u + of_low
+            of_x = (g @ W + into @ A).view(ctx.shape) if needs[0] else None
+            of_v = (g * F.linear(low * u, B)).sum(0) if needs[6] else None
+            return (
+                of_x,
+                None,
+                g.sum(0) if needs[2] else None,
+                None,
+                (back * low).sum(0) if needs[4] else None,
+                None,
+                of_v,
+            )
         made = g * v
         back = slim.down(made, B.t())
         of_v = torch.mul(g, high, out=made).sum(0) if needs[6] else None
         of_u = (back * low).sum(0) if needs[4] else None
-        of_x = torch.mm(g, W).addmm_(back.mul_(u), A).view(x.shape) if needs[0] else None
+        of_x = torch.mm(g, W).addmm_(back.mul_(u), A).view(ctx.shape) if needs[0] else None
         return of_x, None, g.sum(0) if needs[2] else None, None, of_u, None, of_v
 
 

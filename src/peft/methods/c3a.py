@@ -21,6 +21,7 @@ from ..config import describe
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
 from ..core.stack import Adapter, Stack
+from ..kernels import circulant
 from ..kernels.modes import lifted
 from ..target_config import choice, divisor
 from .additive import AdditiveConfig, AdditiveModel
@@ -91,14 +92,9 @@ class C3A(Delta):
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not inner.view.dense or not x.numel():  # of nothing there is no transform
             return super().onto(p, inner, y, x)
-        K, b = p.held("c3a_kernel"), p.block_size
+        K = p.held("c3a_kernel")
         K = K.to(torch.promote_types(K.dtype, torch.float32))  # a model cast after all has kernels in half precision
-        parts = x.to(K.dtype).unflatten(-1, (-1, b))
-        waves = torch.fft.rfft(parts.reshape(-1, *parts.shape[-2:]))  # (batch, v, f)
-        # a product of matrices (in / b, out / b) for each frequency
-        found = waves.permute(2, 0, 1) @ torch.fft.rfft(K).conj().permute(2, 1, 0)
-        update = torch.fft.irfft(found.permute(1, 2, 0), n=b).flatten(1) / x.shape[-1]
-        return (y + update.view(y.shape)).to(y.dtype)
+        return (y + circulant.product(x.to(K.dtype), K, 1 / x.shape[-1])).to(y.dtype)
 
 
 class C3ALayer(BaseTunerLayer):

@@ -109,6 +109,9 @@ class LoHa(Thinned):
             p.hada_w2_b.zero_()
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
+        if not p.effective:
+            a1, b1, a2, b2 = (p.held(f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+            return product.hadamard(a1[..., rows, :], b1, a2[..., rows, :], b2) * p.scaling
         return self.half(p, "1", rows) * self.half(p, "2", rows) * p.scaling
 
     def short(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
@@ -121,10 +124,8 @@ class LoHa(Thinned):
         return self.short(p)
 
     def half(self, p: Adapter, which: str, rows: slice) -> Tensor:
-        """One of the two low-rank matrices, (..., rows, I)."""
+        """One of the two low-rank matrices of Tucker cores, (rows, I)."""
         a, b = p.held(f"hada_w{which}_a"), p.held(f"hada_w{which}_b")
-        if not p.effective:
-            return a[..., rows, :] @ b
         return product.tucker(p.held(f"hada_t{which}"), a[:, rows], b).flatten(1)
 
 

@@ -118,7 +118,8 @@ class TinyLoRA(LowRank):
         A, B, P = (p.held_buffer(f"tinylora_{name}") for name in "ABP")
         v = p.referred("v") if torch.compiler.is_dynamo_compiling() else p.shared[p.vector].tensor(p.name)
         R = (v.to(P.device, P.dtype) @ P.flatten(1)).view(P.shape[1:])
-        return ((B @ R).mT, A.mT) if p.layer.view.infix else (R @ A, B)
+        # the factor that meets the input stays frozen, so that nothing of the input's size is kept
+        return (B.mT, (R @ A).mT) if p.layer.view.infix else (A, B @ R)
 
     def drop_rate(self, p: Adapter) -> float:
         return p.drop_rate("tinylora_dropout")
