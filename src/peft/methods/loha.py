@@ -109,24 +109,23 @@ class LoHa(Thinned):
             p.hada_w2_b.zero_()
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        if not p.effective:
-            a1, b1, a2, b2 = (p.held(f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
-            return product.hadamard(a1[..., rows, :], b1, a2[..., rows, :], b2) * p.scaling
-        return self.half(p, "1", rows) * self.half(p, "2", rows) * p.scaling
+        if p.effective:
+            return self.half(p, "1", rows) * self.half(p, "2", rows) * p.scaling
+        a1, b1, a2, b2 = map(p.held, NAMES[:4])
+        return product.hadamard(a1[..., rows, :], b1, a2[..., rows, :], b2) * p.scaling
 
     def short(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
         a, b = p.held("hada_w1_a"), p.held("hada_w1_b")
         if p.effective or self.thins(p) or a.dim() > 2 or not product.pays(len(b) ** 2, len(a), b.shape[1]):
             return None
-        return (*product.khatri_rao(a, b, p.held("hada_w2_a"), p.held("hada_w2_b")), p.scaling)
+        return *product.khatri_rao(*map(p.held, NAMES[:4])), p.scaling
 
-    def term(self, p: Adapter) -> tuple[Any, ...] | None:
-        return self.short(p)
+    term = short
 
     def half(self, p: Adapter, which: str, rows: slice) -> Tensor:
         """One of the two low-rank matrices of Tucker cores, (rows, I)."""
-        a, b = p.held(f"hada_w{which}_a"), p.held(f"hada_w{which}_b")
-        return product.tucker(p.held(f"hada_t{which}"), a[:, rows], b).flatten(1)
+        t, a, b = (p.held(f"hada_{name}") for name in (f"t{which}", f"w{which}_a", f"w{which}_b"))
+        return product.tucker(t, a[:, rows], b).flatten(1)
 
 
 class LycorisLayer(ScaledLayer):

@@ -26,7 +26,7 @@ from ..core.layer import name_layers
 from ..core.method import Site
 from ..core.stack import Adapter, Stack
 from ..core.thinned import Thinned
-from ..kernels import product
+from ..kernels import kron, product
 from ..kernels.thin import WIDE
 from ..kernels.whole import touched
 from ..target_config import choice, rank
@@ -135,9 +135,7 @@ class LoKr(Thinned):
         if not inner.view.dense or self.thins(p):
             return super().onto(p, inner, y, x)
         W1, W2 = self.pair(p)
-        h = x.to(W1.dtype).unflatten(-1, p.sizes[2:])
-        h = (W1 * p.scaling) @ (h @ W2.squeeze(-1).mT)  # (i1, i2) to (i1, o2) to (o1, o2): the product is never built
-        return (y + h.flatten(-2)).to(y.dtype)
+        return kron.add(y, x, W1, W2.squeeze(-1), p.scaling)
 
 
 class LoKrLayer(LycorisLayer):

@@ -1,0 +1,70 @@
+"""A Kronecker product as an update, s (W1 (x) W2) x, which is never built.
+
+Letters: x (..., i1 i2), W1 (o1, i1), W2 (o2, i2), y (..., o1 o2). With x as a matrix of (i1, i2) the update is
+s W1 x W2'. What stands between the two products is as large as the input, and made again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .again import differentiable
+from .modes import eager, node, shaped
+from .thin import NARROW
+
+
+def add(y: Tensor, x: Tensor, W1: Tensor, W2: Tensor, s: Any) -> Tensor:
+    """y + s (W1 (x) W2) x, in the dtype of y."""
+    kinds = {type(y), type(x)} == {Tensor} and x.dtype is y.dtype and x.dtype in (W1.dtype, *NARROW)
+    if kinds and type(s) is float and torch.is_grad_enabled() and eager() and x.numel():
+        return _add(y, x, W1, W2, s)
+    return plain(y, x, W1, W2, s)
+
+
+def plain(y: Tensor, x: Tensor, W1: Tensor, W2: Tensor, s: Any) -> Tensor:
+    """The definition."""
+    h = x.to(W1.dtype).unflatten(-1, (W1.shape[1], W2.shape[1]))
+    return (y + ((W1 * s) @ (h @ W2.mT)).flatten(-2)).to(y.dtype)
+
+
+def _parts(x: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
+    """x as matrices, (N, i1, i2), in the dtype of the factors."""
+    return x.to(W1.dtype).reshape(-1, W1.shape[1], W2.shape[1])
+
+
+def _across(a: Tensor, b: Tensor) -> Tensor:
+    """sum over n of a[n] b[n]', of (n, p, q) and (n, r, q)."""
+    return a.transpose(0, 1).reshape(a.shape[1], -1) @ b.transpose(0, 1).reshape(b.shape[1], -1).t()
+
+
+class _Add(torch.autograd.Function):
+    """Saves x, W1 and W2."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, W1: Tensor, W2: Tensor, s: float) -> Tensor:
+        ctx.scale = s
+        ctx.save_for_backward(x, W1, W2)
+        found = (W1 * s) @ (_parts(x, W1, W2) @ W2.t())
+        return shaped(found.view(-1, y.shape[-1]).add_(y.reshape(-1, y.shape[-1])).to(y.dtype), y.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W1, W2 = ctx.saved_tensors
+        s, (of_y, *needs, _) = ctx.scale, ctx.needs_input_grad
+        passed = grad if of_y else None
+        if torch.is_grad_enabled():
+            zeros = torch.zeros_like(grad)
+            form = lambda x, W1, W2: plain(zeros, x, W1, W2, s)  # noqa: E731
+            return (passed, *differentiable(form, (x, W1, W2), needs, grad), None)
+        g, x_ = grad.to(W1.dtype).reshape(-1, W1.shape[0], W2.shape[0]), _parts(x, W1, W2)
+        back = (W1 * s).t() @ g
+        of_x = (back @ W2).to(x.dtype).view(x.shape) if needs[0] else None
+        of_W1 = _across(g, x_ @ W2.t()).mul_(s) if needs[1] else None
+        of_W2 = back.view(-1, W2.shape[0]).t() @ x_.reshape(-1, W2.shape[1]) if needs[2] else None
+        return passed, of_x, of_W1, of_W2, None
+
+
+_add = node(_Add)
