@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from .again import differentiable
-from .modes import eager, node
+from .modes import node, transformed, without_autocast
 
 
 def product(x: Tensor, K: Tensor, s: float) -> Tensor:
-    """y times s, in the dtype of K, which is single precision or more, as is x."""
-    if torch.is_grad_enabled() and x.dtype is K.dtype and eager() and type(x) is Tensor:
+    """y times s, in the dtype of K, which is single precision or more."""
+    if transformed() or not torch.is_grad_enabled() or type(x) is not Tensor:
+        return plain(x, K, s)
+    with without_autocast(x):
         return _product(x, K, s)
-    return plain(x, K, s)
 
 
 def plain(x: Tensor, K: Tensor, s: float) -> Tensor:
@@ -33,7 +34,7 @@ def plain(x: Tensor, K: Tensor, s: float) -> Tensor:
 def _waves(x: Tensor, K: Tensor) -> Tensor:
     """The transforms of an input's parts, (f, N, v): a product of matrices for each frequency meets them."""
     b = K.shape[-1]
-    return torch.fft.rfft(x.reshape(-1, x.shape[-1] // b, b)).permute(2, 0, 1)
+    return torch.fft.rfft(x.to(K.dtype).reshape(-1, x.shape[-1] // b, b)).permute(2, 0, 1)
 
 
 def _features(waves: Tensor, K: Tensor, x: Tensor) -> Tensor:
@@ -47,18 +48,20 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, K: Tensor, s: float) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, K)
-        ctx.like, ctx.scale = x.shape, s
+        ctx.like, ctx.dtype, ctx.scale = x.shape, x.dtype, s
         return plain(x, K, s)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, K = ctx.saved_tensors
-        needs, s = ctx.needs_input_grad, ctx.scale
+        needs, kind, s = ctx.needs_input_grad, ctx.dtype, ctx.scale
         if torch.is_grad_enabled():
-            x = grad.new_zeros(ctx.like) if x is None else x  # on whose numbers the gradient of x does not hang
+            x = (
+                grad.new_zeros(ctx.like, dtype=kind) if x is None else x
+            )  # on whose numbers the gradient of x does not hang
             return (*differentiable(lambda x, K: plain(x, K, s), (x, K), needs[:2], grad), None)
         G = _waves(grad, K)
-        of_x = _features(G @ (torch.fft.rfft(K) * s).permute(2, 0, 1), K, grad) if needs[0] else None
+        of_x = _features(G @ (torch.fft.rfft(K) * s).permute(2, 0, 1), K, grad).to(kind) if needs[0] else None
         of_K = None
         if x is not None:
             of_K = torch.fft.irfft((G.mT.conj() @ _waves(x, K)).permute(1, 2, 0), n=K.shape[-1]).mul_(s)

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from .again import differentiable
-from .modes import eager, node, shaped
-from .thin import NARROW
+from .modes import node, shaped, transformed, without_autocast
+from .thin import NARROW, WIDE
 
 
 def add(y: Tensor, x: Tensor, W1: Tensor, W2: Tensor, s: Any) -> Tensor:
     """y + s (W1 (x) W2) x, in the dtype of y."""
-    kinds = {type(y), type(x)} == {Tensor} and x.dtype is y.dtype and x.dtype in (W1.dtype, *NARROW)
-    if kinds and type(s) is float and torch.is_grad_enabled() and eager() and x.numel():
-        return _add(y, x, W1, W2, s)
-    return plain(y, x, W1, W2, s)
+    kinds = {type(y), type(x)} == {Tensor} and W1.dtype in WIDE and y.dtype in (W1.dtype, *NARROW)
+    if not kinds or type(s) is not float or transformed() or not torch.is_grad_enabled() or not x.numel():
+        return plain(y, x, W1, W2, s)
+    with without_autocast(x):
+        return _add(y, x.to(y.dtype), W1.to(W2.dtype), W2, s)
 
 
 def plain(y: Tensor, x: Tensor, W1: Tensor, W2: Tensor, s: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .modes import eager, node, transformed
+from .modes import node, transformed, without_autocast
 
 
 def scaled_rows(scale: Tensor, A: Tensor, gains: Tensor) -> Tensor:
@@ -24,7 +24,10 @@ def plain(scale: Tensor, A: Tensor, gains: Tensor) -> Tensor:
 
 def hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
     """(a1 b1) * (a2 b2), element by element; a (..., k, r), b (..., r, d)."""
-    return _hadamard(a1, b1, a2, b2) if torch.is_grad_enabled() and eager() else (a1 @ b1) * (a2 @ b2)
+    if transformed() or not torch.is_grad_enabled():
+        return (a1 @ b1) * (a2 @ b2)
+    with without_autocast(a1):
+        return _hadamard(a1, b1, a2, b2)
 
 
 def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class C3A(Delta):
             return super().onto(p, inner, y, x)
         K = p.held("c3a_kernel")
         K = K.to(torch.promote_types(K.dtype, torch.float32))  # a model cast after all has kernels in half precision
-        return (y + circulant.product(x.to(K.dtype), K, 1 / x.shape[-1])).to(y.dtype)
+        return (y + circulant.product(x, K, 1 / x.shape[-1])).to(y.dtype)
 
 
 class C3ALayer(BaseTunerLayer):

@@ -118,8 +118,8 @@ class FourierFT(Sparse):
         return torch.cat([X.real.mT, X.imag.mT])
 
     def given(self, p: Adapter, t: Tensor, out: int) -> Tensor:
-        real, imaginary = t.mT.chunk(2, -1)
-        return torch.fft.irfft(torch.complex(real.contiguous(), imaginary.contiguous()), out)
+        pairs = torch.stack(t.mT.chunk(2, -1), -1)  # `torch.complex` would keep both for its derivative
+        return torch.fft.irfft(torch.view_as_complex(pairs), out)
 
 
 def wide(c: Tensor) -> Tensor:
