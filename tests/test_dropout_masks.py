@@ -14,9 +14,18 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.97])
 def test_a_packed_mask_comes_back(shape, p):
     mask = masks.draw(shape, p, CPU)
-    bits = masks.packed(mask)
+    bits = masks.bits(mask)
     assert bits.numel() == -(-mask.numel() // 8)
-    torch.testing.assert_close(masks.unpacked(bits, shape), mask)
+    torch.testing.assert_close(masks.of_bits(bits, shape, torch.uint8), mask)
+    torch.testing.assert_close(masks.unpacked(masks.packed(mask), shape), mask)
+
+
+def test_a_mask_is_packed_where_that_is_worth_it():
+    for rows, least in ((8, 512), (64, 4096), (65, 520)):
+        mask = masks.draw((rows, 64), 0.3, CPU)
+        held = masks.packed(mask)
+        assert held.numel() == least
+        torch.testing.assert_close(masks.unpacked(held, mask.shape, torch.float32), mask.float())
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])

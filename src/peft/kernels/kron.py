@@ -36,9 +36,10 @@ def _parts(x: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
     return x.to(W1.dtype).reshape(-1, W1.shape[1], W2.shape[1])
 
 
-def _across(a: Tensor, b: Tensor) -> Tensor:
-    """sum over n of a[n] b[n]', of (n, p, q) and (n, r, q)."""
-    return a.transpose(0, 1).reshape(a.shape[1], -1) @ b.transpose(0, 1).reshape(b.shape[1], -1).t()
+def _across(a: Tensor, b: Tensor, s: float, like: Tensor) -> Tensor:
+    """s times the sum over n of a[n] b[n]', of (n, p, q) and (n, r, q); `like` is any tensor of its shape and dtype."""
+    left, right = a.transpose(0, 1).reshape(a.shape[1], -1), b.transpose(0, 1).reshape(b.shape[1], -1)
+    return torch.addmm(like, left, right.t(), beta=0, alpha=s)
 
 
 class _Add(torch.autograd.Function):
@@ -46,14 +47,14 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, W1: Tensor, W2: Tensor, s: float) -> Tensor:
-        ctx.scale = s
-        ctx.save_for_backward(x, W1, W2)
-        found = (W1 * s) @ (_parts(x, W1, W2) @ W2.t())
+        ctx.scale, scaled = s, W1 * s
+        ctx.save_for_backward(x, W1, scaled, W2)
+        found = scaled @ (_parts(x, W1, W2) @ W2.t())
         return shaped(found.view(-1, y.shape[-1]).add_(y.reshape(-1, y.shape[-1])).to(y.dtype), y.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W1, W2 = ctx.saved_tensors
+        x, W1, scaled, W2 = ctx.saved_tensors
         s, (of_y, *needs, _) = ctx.scale, ctx.needs_input_grad
         passed = grad if of_y else None
         if torch.is_grad_enabled():
@@ -61,9 +62,9 @@ class _Add(torch.autograd.Function):
             form = lambda x, W1, W2: plain(zeros, x, W1, W2, s)  # noqa: E731
             return (passed, *differentiable(form, (x, W1, W2), needs, grad), None)
         g, x_ = grad.to(W1.dtype).reshape(-1, W1.shape[0], W2.shape[0]), _parts(x, W1, W2)
-        back = (W1 * s).t() @ g
+        back = scaled.t() @ g
         of_x = (back @ W2).to(x.dtype).view(x.shape) if needs[0] else None
-        of_W1 = _across(g, x_ @ W2.t()).mul_(s) if needs[1] else None
+        of_W1 = _across(g, x_ @ W2.t(), s, W1) if needs[1] else None
         of_W2 = back.view(-1, W2.shape[0]).t() @ x_.reshape(-1, W2.shape[1]) if needs[2] else None
         return passed, of_x, of_W1, of_W2, None
 

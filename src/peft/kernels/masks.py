@@ -17,6 +17,7 @@ from torch import Tensor
 from .modes import once
 
 LEVELS = 2**16
+FEW = 2**12  # elements whose mask is not worth packing
 _PACK = 0x0102040810204080  # multiplied with eight bytes of 0 and 1, it brings them together in the highest byte
 _HIGHEST = 7 if sys.byteorder == "little" else 0
 
@@ -44,19 +45,28 @@ def _vectorised() -> bool:
 
 
 def packed(mask: Tensor | None) -> Tensor | None:
+    """A mask in an eighth of its memory, or a small one as it is."""
+    return mask if mask is None or mask.numel() <= FEW else bits(mask)
+
+
+def bits(mask: Tensor) -> Tensor:
     """A mask in an eighth of its memory."""
-    if mask is None:
-        return None
     flat = mask.reshape(-1)
     flat = F.pad(flat, (0, -flat.numel() % 8)) if flat.numel() % 8 else flat
     return (flat.view(torch.int64) * _PACK).view(torch.uint8)[_HIGHEST::8].clone()
 
 
-def unpacked(bits: Tensor | None, shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor | None:
+def unpacked(held: Tensor | None, shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor | None:
     """The mask, from `packed`, as numbers of some dtype."""
-    if bits is None:
+    if held is None:
         return None
-    found, size = _table(bits.device, dtype).index_select(0, bits.int()).view(dtype).view(-1), prod(shape)
+    return held.view(shape).to(dtype) if prod(shape) <= FEW else of_bits(held, shape, dtype)
+
+
+def of_bits(held: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The mask, from `bits`, as numbers of some dtype."""
+    size = prod(shape)
+    found = _table(held.device, dtype).index_select(0, held.int()).view(dtype).view(-1)
     return (found[:size] if size % 8 else found).view(shape)
 
 
@@ -67,5 +77,5 @@ def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
         values = torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1
         mask = values.to(torch.uint8)
         table = torch.empty(256, 8, dtype=torch.uint8, device="cpu")
-        table[packed(mask).long()] = mask  # type: ignore[union-attr]
+        table[bits(mask).long()] = mask
         return (table.view(torch.int64) if dtype is torch.uint8 else table.to(dtype)).to(device)

@@ -74,10 +74,10 @@ def down(x: Tensor, A: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
         part = x[rows]
         if p:
             mask = masks.draw(part.shape, p, x.device)
-            bits.append(masks.packed(mask))
+            bits.append(masks.bits(mask))
             part = _kept(mask.to(A.dtype), part)
         h[rows].copy_(slim.down(part.to(A.dtype), A))
-    return h, torch.cat(bits) if p else None  # type: ignore[arg-type]
+    return h, torch.cat(bits) if p else None
 
 
 def _kept(mask: Tensor, x: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def of_x(
     found = None if kind is None else A.new_empty((count, width), dtype=kind)
     for rows in blocks(count, width):
         held = None if bits is None else bits[rows.start * width // 8 : -(-rows.stop * width // 8)]
-        mask = masks.unpacked(held, (rows.stop - rows.start, width), A.dtype)
+        mask = None if held is None else masks.of_bits(held, (rows.stop - rows.start, width), A.dtype)
         if found is not None:
             part = torch.mm(back[rows], A)
             found[rows].copy_(part if mask is None else part.mul_(mask))
