@@ -307,6 +307,24 @@ def test_nothing_is_left_unfinished_or_tied_to_one_machine() -> None:
     assert not found
 
 
+def test_the_map_of_the_code_names_every_room_and_none_that_is_gone() -> None:
+    """ARCHITECTURE.md; methods of one file and old import paths (`tuners`, `utils`) are named as a whole there."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"\w+", text)) | {"mapping_func"}
+    ways = re.compile(r"(tuners|utils|optimizers)/.+|methods/((lora|adalora)/)?\w+\.py|.*__")
+    rooms = [path_of(file) for file in FILES if not ways.match(path_of(file))]
+    assert not [room for room in rooms if Path(room).stem not in words]
+    named = re.findall(r"`((?:\w+/)+|(?:\w+/)*\w+\.py)`", text)
+    rooms_of = (
+        "",
+        "tests",
+        "tests/clients",
+        *(f"src/peft/{room}" for room in ("", "methods", "core", "kernels", "cli")),
+    )
+    places = [ROOT / room for room in rooms_of]
+    assert not [name for name in named if not any((place / name).exists() for place in places)]
+
+
 def test_the_version_is_the_same_everywhere() -> None:
     import peft
 
