@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ class BufferDict(nn.Module):
     def hold(self, name: str, value: Tensor) -> None:
         """Take an adapter's tensor, saved if it is an `nn.Buffer`; other adapters may have chosen otherwise."""
         self.register_buffer(name, value, persistent=isinstance(value, nn.Buffer))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BufferDict:
+        with outliving(self, fn):
+            return super()._apply(fn, recurse)
 
     def unsaved(self, name: str) -> bool:
         """Whether it holds a tensor of this adapter that files leave out."""
@@ -50,6 +55,18 @@ class SavedBuffers(BufferDict):
     """Tensors by adapter name that are not trained, and saved."""
 
     saved = True
+
+
+@contextmanager
+def outliving(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While torch applies `fn` to a module's tensors: `to_empty` leaves memory that nobody has written, and what no
+    file brings would have no numbers then; it keeps them. `to_empty` calls nothing else of the modules inside."""
+    emptied = getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
+    unsaved = module._non_persistent_buffers_set if emptied else ()
+    held = {n: t for n, t in module._buffers.items() if n in unsaved and t is not None}
+    yield
+    for name, t in held.items():  # one without numbers is told by its device
+        module._buffers[name] = t if t.is_meta else t.to(module._buffers[name].device)  # type: ignore[union-attr]
 
 
 def listed(tensors: Mapping[str, Tensor | None]) -> str:

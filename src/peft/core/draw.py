@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.modes import lasting
 
@@ -23,6 +23,15 @@ def usual_defaults() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
+
+
+def check_numbers(module: nn.Module, path: str) -> None:
+    """Raise ValueError if a new module has parameters without numbers, as under accelerate's `init_empty_weights`."""
+    if any(p.is_meta for p in module.parameters()):
+        raise ValueError(
+            f"The parameters of {path} have no first values: something puts new modules on the meta device, as "
+            "accelerate's init_empty_weights does. Make the base model in its block, and the adapter after it."
+        )
 
 
 def kaiming(t: Tensor, dims: int = 2) -> None:

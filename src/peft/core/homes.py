@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..known import SCALARS
@@ -31,6 +32,7 @@ class Homes(AdapterHost):
     _replan: Callable[[], None]
     readable: Callable[[], AbstractContextManager[None]]
     stack: Callable[..., Stack]
+    original_weight_device: Callable[[], torch.device]
 
     def _file(self, key: str, name: str, value: Any, p: Adapter) -> None:
         """Put a tensor or module where `p.<key>` finds it; plain values go into p itself."""
@@ -82,6 +84,24 @@ class Homes(AdapterHost):
         if not self._load_state_dict_post_hooks:
             self.register_load_state_dict_post_hook(_follow_base)
         self._file(key, p.name, self._beside(value), p)
+
+    @torch.no_grad()
+    def derive(self, p: Adapter, key: str) -> None:
+        """Compute what adapter p derives from base weights that were not there before; what is trained stays.
+
+        Raises ValueError if they give no tensor `key`.
+        """
+        with self.readable():
+            if self.original_weight_device().type != "meta":
+                held = [(slot.tensor, slot.tensor.clone()) for slot in self.slots(p.name)]
+                p.method.derive(p, self.stack(()))
+                for tensor, value in held:
+                    tensor.copy_(value)
+        if not p.has(key):
+            raise ValueError(
+                f"{key!r} of adapter {p.name!r} at {p.path!r} is made of the base model's weights, which have no "
+                "numbers yet, or had none when the adapter was made (meta device). Load them first, then the adapter."
+            )
 
     def _drop(self, name: str) -> None:
         self._forget_plans()

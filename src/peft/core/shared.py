@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .buffers import listed
+from .buffers import listed, outliving
 from .cells import celled
 from .host import AdapterHost
 from .lent import same_memory
@@ -102,7 +102,8 @@ class SharedTensors(AdapterHost):
         seen: dict[Any, str] = {}
         held = {n: t for n, t in self._buffers.items() if t is not None}
         first = {n: seen.setdefault((t.untyped_storage()._cdata, t.shape), n) for n, t in held.items()}
-        super()._apply(fn, recurse)
+        with outliving(self, fn):
+            super()._apply(fn, recurse)
         for n, one in first.items():
             self._buffers[n] = self._buffers[one]
         return self

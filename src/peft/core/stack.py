@@ -112,9 +112,13 @@ class Adapter:
         return getattr(home, self.name) if found is None else found  # a replica's tensors are plain attributes
 
     def held_buffer(self, key: str) -> Tensor:
-        """A derived tensor."""
+        """A derived tensor; made now if the base weight had no numbers when the adapter was made."""
         if torch.compiler.is_dynamo_compiling():
             return self.referred(key)
+        try:
+            return getattr(self.layer._modules[key], self.name)
+        except (KeyError, AttributeError):
+            self.layer.derive(self, key)
         return getattr(self.layer._modules[key], self.name)
 
     def drop_rate(self, key: str) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core import sharded
 from ..core import unload as unloading
 from ..core.call import Call
+from ..core.draw import check_numbers
 from ..core.layer import tuner_layers
 from ..core.onload import onload_layer
 from ..core.shared import is_late
@@ -57,7 +58,10 @@ class Beside(Placing):
         drawn_for_nothing = torch.random.fork_rng(devices=[], enabled=is_late())  # the file brings what they begin with
         with onload_layer(prompts.words, write=False), drawn_for_nothing:
             place = next(prompts.words.parameters()).device
-            encoder = tuner_class(config.peft_type).make(config, prompts.words).to(place)
+            encoder = tuner_class(config.peft_type).make(config, prompts.words)
+            if place.type != "meta":
+                check_numbers(encoder, path=f"the adapter {name!r}")
+            encoder.to(place)
         if prompts.alone:
             self._freeze()
         self.whole_modules(config.modules_to_save or ())

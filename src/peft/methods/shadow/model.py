@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.draw import usual_defaults
+from ...core.draw import check_numbers, usual_defaults
 from ...core.layer import BaseTunerLayer, tuner_layers
 from ...core.past import past_in, past_of
 from ...core.shared import shared_of
@@ -175,8 +175,11 @@ class ShadowModel(BaseTuner):
         if head is not None:
             parts["shadow_head"] = copying.deepcopy(getattr(head, "original_module", head))
         for key, module in parts.items():
-            module.to(device, weight.dtype)
-            if meta:
+            if device.type != "meta":
+                check_numbers(module, path=f"the adapter {name!r}")
+                module.to(device)
+            module.to(weight.dtype)
+            if meta or device.type == "meta":
                 _without_numbers(module)
             if key not in self._modules:
                 self._modules[key] = Beside()
