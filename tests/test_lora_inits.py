@@ -351,6 +351,23 @@ def test_corda_leaves_the_base_as_it_was_and_starts_at_it(tmp_path):
     assert torch.allclose(PeftModel.from_pretrained(net(), tmp_path / "plain")(x), wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "mica"])
+def test_a_base_in_double_precision_is_started_from_and_given_back(init, tmp_path):
+    x, plain = batches()[0].double(), net().double()
+    model = get_peft_model(net().double(), config(init))
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+    for name in "abc":
+        factors(model, name)[1].add_(0.1)
+    wanted = model(x)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(net().double(), tmp_path)(x), wanted)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), wanted, rtol=1e-12, atol=1e-12)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain(x))
+
+
 @pytest.mark.parametrize("init", ["corda", "lora_ga"])
 def test_what_was_measured_is_not_needed_again_for_a_file_that_was_saved_here(init, tmp_path):
     model, made = measured(corda_config=CordaConfig()) if init == "corda" else graded()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 MEASURED = {"corda": corda.NAME, "lora_ga": loraga.NAME}
 FIRST = ("lora_first_A", "lora_first_B")  # in files: A0 and B0 that cannot be found from the base weight again
 DERIVED = ("lora_residual_A", "lora_residual_B")  # found anew at each load
-_HALF = (torch.float16, torch.bfloat16, torch.float32)
+_NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def fill(method: Any, p: Adapter, inner: Stack) -> None:
@@ -244,19 +244,19 @@ def orthogonal(r: int, inp: int, out: int, device: torch.device) -> tuple[Tensor
 
 
 def principal(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor]:
-    """The factors that come from a decomposition, (r, I) and (O, r) with leading axes where W has them, in float32."""
+    """The factors that come from a decomposition: (r, I) and (O, r) after W's leading axes, in float32 or wider."""
     kind = str(p.settings.init_lora_weights)
     if kind == "corda":
         return corda.factors(at(p), p.r, p.scaling)
     W = p.original_weight()
-    if W.dtype not in _HALF:
+    if W.dtype not in _NUMBERS:
         raise TypeError(
-            f"init_lora_weights={kind!r} needs a base weight in float32, float16 or bfloat16, but {p.path!r} is stored "
-            f"as {W.dtype}. Use init_lora_weights=True for this layer."
+            f"init_lora_weights={kind!r} needs a base weight in 16, 32 or 64 bits, but {p.path!r} is stored as "
+            f"{W.dtype}. Use init_lora_weights=True for this layer."
         )
     if kind == "lora_ga":
         return loraga.factors(at(p), p.r, p.scaling, W)
-    return decomposed(p, W.detach().float(), kind)
+    return decomposed(p, W.detach().to(torch.promote_types(W.dtype, torch.float32)), kind)
 
 
 def decomposed(p: Adapter, W: Tensor, kind: str) -> tuple[Tensor, Tensor]:
