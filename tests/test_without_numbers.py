@@ -7,11 +7,20 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from conformance.layouts import LAYOUTS
 from conformance.oracles import METHODS
 from conformance.rows import adapted, config, forbidden, told
-from peft import FrodConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
+from peft import (
+    FrodConfig,
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 
 LINEAR = LAYOUTS["linear"]
 NAMES = [  # AdaMSS's tensors have sizes that the numbers say: it is refused
@@ -95,3 +104,30 @@ def test_a_prompt_that_would_have_no_first_values_is_refused():
     with accelerate.init_empty_weights():
         model = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
     assert not any(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # in torch's copy of one
+@pytest.mark.parametrize("method", [name for name in NAMES if not METHODS[name].tasks])
+def test_fake_tensors_are_wrapped_and_run(method):
+    with FakeTensorMode():
+        model = get_peft_model(LINEAR.build(), config(method, LINEAR))
+        y = model(torch.randn(LINEAR.shape))
+        y.sum().backward()
+    assert isinstance(y, FakeTensor) and y.shape == (LINEAR.shape[0], 8)
+    assert all(isinstance(p.grad, FakeTensor) for p in model.parameters() if p.requires_grad)
+
+
+def test_fake_tensors_take_prompts():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    made = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)
+    with FakeTensorMode():
+        settings = MultitaskPromptTuningConfig(num_virtual_tokens=2, num_tasks=2, task_type="CAUSAL_LM")
+        model = get_peft_model(transformers.GPT2LMHeadModel(made), settings)
+        found = model(torch.ones(2, 3, dtype=torch.long), task_ids=torch.ones(2, dtype=torch.long)).logits
+    assert isinstance(found, FakeTensor) and found.shape == (2, 5, 9)
+
+
+def test_groups_of_numbers_are_not_made_of_fake_ones():
+    with FakeTensorMode(), pytest.raises(ValueError, match="as do fake tensors"):
+        get_peft_model(LINEAR.build(), config("adamss", LINEAR))

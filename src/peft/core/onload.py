@@ -92,8 +92,9 @@ def own_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         memo: as for `copy.deepcopy`; with what stands for the tensors in it, none are brought in.
     """
     staying = {id(hook): _staying(hook) for m in module.modules() for hook in _hooks(m)}
+    modes = {id(mode): mode for t in module.parameters() if (mode := getattr(t, "fake_mode", None)) is not None}
     with nullcontext() if memo else onload_layer(module, write=False):
-        known = {**_of_meshes(module, memo or {}), **staying}
+        known = {**_of_meshes(module, memo or {}), **staying, **modes}
         new = copy.deepcopy(module, known)
     for m in new.modules():
         if isinstance(run := m.__dict__.get("forward"), FunctionType):

@@ -47,6 +47,11 @@ def faking() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _STANDING_IN))
 
 
+def numbered(t: Tensor) -> bool:
+    """Whether a tensor's numbers can be looked at: there are none on the meta device, nor in torch's fake tensors."""
+    return not (t.is_meta or hasattr(t, "fake_mode"))
+
+
 def once(make: Callable[P, T]) -> Callable[P, T]:
     """`functools.cache` of a function that makes a tensor, which is kept only if it is `lasting`.
 

@@ -34,7 +34,8 @@ class Deal:
     @cached_property
     def factor(self) -> Tensor:
         """c."""
-        return torch.bincount(self.places, minlength=self.length).clamp_min(1).float().rsqrt()
+        times = self.places.new_zeros(self.length).scatter_add_(0, self.places, torch.ones_like(self.places))
+        return times.clamp_min(1).float().rsqrt()
 
     def book(self, shape: tuple[int, ...]) -> int:
         """Where the next places, in this shape, begin."""

@@ -90,14 +90,12 @@ class FourierFT(Sparse):
     def _halves(self, p: Adapter, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """`halves` of the places, kept while they stay."""
         held = p.held_buffer("indices")
-        if torch.compiler.is_compiling():
+        if not lasting():
             return halves(held.long(), *shape)
         found = p.cache.get("halves")
         if found is None or not found[0].of(held):
             with ordinary():
-                found = (Places(held), halves(held.long(), *shape))
-            if lasting():
-                p.cache["halves"] = found
+                found = p.cache["halves"] = (Places(held), halves(held.long(), *shape))
         return found[1]
 
     def numbers(self, p: Adapter) -> Tensor:

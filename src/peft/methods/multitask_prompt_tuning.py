@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import describe
+from ..kernels.modes import numbered
 from ..prompts.encoder import KIND
 from ..target_config import rank
 from ..types import PeftType, plain
@@ -141,7 +142,8 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         """
         if task_ids is None:
             raise ValueError("task_ids cannot be None: each sample has the prompt of its task.")
-        if not torch.compiler.is_compiling() and not bool(((task_ids >= 0) & (task_ids < self.num_tasks)).all()):
+        known = not torch.compiler.is_compiling() and numbered(task_ids)
+        if known and not bool(((task_ids >= 0) & (task_ids < self.num_tasks)).all()):
             raise ValueError(f"task_ids must lie in 0 to {self.num_tasks - 1} (num_tasks={self.num_tasks}).")
         own = self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids]
         made: Tensor = self.embedding(indices) * own

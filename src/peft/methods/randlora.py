@@ -26,6 +26,7 @@ from ..core.method import LowRank, Site
 from ..core.scale import ScaledLayer
 from ..core.shared import Shared, drawn, seeded_on
 from ..core.stack import Adapter, Stack
+from ..kernels.modes import numbered
 from ..kernels.product import scaled_rows
 from ..target_config import Alpha, OrAuto, probability
 from .additive import AdditiveConfig, AdditiveModel
@@ -118,7 +119,7 @@ def draw(of_a: tuple[int, ...], of_b: tuple[int, ...], settings: Any) -> tuple[T
         A = drawn(of_a, small**-0.5, generator, half)
         pair = [A, torch.cat([drawn((large, 1, r), r**-0.5, generator, half) for _ in range(n)], 1)]
     for t, size in zip(pair, (of_a, of_b), strict=True):
-        if not t.is_meta and (t == t.flatten()[0]).all():
+        if numbered(t) and (t == t.flatten()[0]).all():
             raise ValueError(
                 f"r={r} and projection_prng_key={settings.projection_prng_key} draw a basis {size} of equal numbers, "
                 "which cannot be brought to unit deviation. Use a larger r, or another key."

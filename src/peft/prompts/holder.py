@@ -61,7 +61,8 @@ class Beside(Placing):
             encoder = tuner_class(config.peft_type).make(config, prompts.words)
             if place.type != "meta":
                 check_numbers(encoder, path=f"the adapter {name!r}")
-            encoder.to(place)
+            if any(p.device != place for p in encoder.parameters()):  # fake ones cannot be moved, even there
+                encoder.to(place)
         if prompts.alone:
             self._freeze()
         self.whole_modules(config.modules_to_save or ())

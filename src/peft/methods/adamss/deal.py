@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.modes import numbered
 from ..kmeans import labels
 
 SEED, ROUNDS = 123456789, 10  # of k-means, as the peer has them
@@ -20,10 +21,10 @@ class Deal:
     """[W0 | b0] decomposed: N (r, columns), the left vectors U (rows, r), and the rows of each cluster."""
 
     def __init__(self, W: Tensor, b: Tensor | None, c: Any, path: str):
-        if W.device.type == "meta":
+        if not numbered(W):
             raise ValueError(
-                f"AdaMSS groups the rows of {path!r} by their numbers, which the meta device lacks. Load the base "
-                "model first, then add the adapter."
+                f"AdaMSS groups rows of {path!r} by their numbers, which the meta device lacks, as do fake tensors. "
+                "Load the base model, then add the adapter."
             )
         with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
             torch.manual_seed(c.random_seed)

@@ -31,6 +31,7 @@ from ...core.defaults import SAFETENSORS_WEIGHTS_NAME
 from ...core.files import keys_in_hand
 from ...core.header import read_header
 from ...errors import PeftWarning, report
+from ...kernels.modes import numbered
 from . import corda, loraga
 from .calibration import Spot, at
 
@@ -264,7 +265,7 @@ def decomposed(p: Adapter, W: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
     Raises ValueError for weights that are not finite or have fewer than r directions.
     """
-    if not torch.isfinite(W).all():
+    if numbered(W) and not torch.isfinite(W).all():
         raise ValueError(
             f"init_lora_weights={kind!r} starts from the base weight, but that of {p.path!r} holds NaN or infinity. "
             "Mend the base model, or use init_lora_weights=True."

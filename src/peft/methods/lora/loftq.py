@@ -24,6 +24,7 @@ from ...core.layer import BaseTunerLayer, tuner_layers
 from ...core.method import Delta, Site
 from ...core.stack import Adapter, Stack
 from ...errors import listing
+from ...kernels.modes import numbered
 from . import init as starts
 from .method import LoRA
 
@@ -153,7 +154,7 @@ def _read(p: Adapter) -> Tensor:
             "init_lora_weights=True, and then replace_lora_weights_loftq(model)."
         )
     W = W.float()
-    if not torch.isfinite(W).all():
+    if numbered(W) and not torch.isfinite(W).all():
         raise ValueError(f"init_lora_weights='loftq': the base weight of {p.path!r} holds NaN or infinity.")
     if p.r > min(W.shape[-2:]):
         raise ValueError(

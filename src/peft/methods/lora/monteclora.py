@@ -21,6 +21,7 @@ from ...core.method import Site
 from ...core.stack import Adapter, Stack
 from ...errors import PeftWarning
 from ...kernels import lowrank
+from ...kernels.modes import numbered
 from .method import InTraining
 
 LEAST = 1e-3  # of a variance
@@ -82,7 +83,7 @@ class MonteCLoRA(InTraining):
         live = A + torch.einsum("n,n...->...", w, noise)
         finite = torch.isfinite(live.detach().sum())
         live = torch.where(finite, live, A)
-        if not torch.compiler.is_compiling() and not finite:
+        if not torch.compiler.is_compiling() and numbered(finite) and not finite:
             warnings.warn(
                 f"MonteCLoRA at {p.path!r}: the samples are not finite; A is used.", PeftWarning, stacklevel=2
             )

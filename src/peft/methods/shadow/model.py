@@ -177,8 +177,8 @@ class ShadowModel(BaseTuner):
         for key, module in parts.items():
             if device.type != "meta":
                 check_numbers(module, path=f"the adapter {name!r}")
-                module.to(device)
-            module.to(weight.dtype)
+            if any(p.device != device or p.dtype is not weight.dtype for p in module.parameters()):
+                module.to(device if device.type != "meta" else None, weight.dtype)
             if meta or device.type == "meta":
                 _without_numbers(module)
             if key not in self._modules:
