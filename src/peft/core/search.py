@@ -16,6 +16,7 @@ from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from .pattern import Selector, compiled
 from .plan import Plan, Target
 from .tie import aliases, innermost
+from .unfit import check_parameter, unfit
 from .walking import kind_of, model_type, walk
 
 # Mamba's fused kernels read these weights without calling the modules.
@@ -232,7 +233,12 @@ class Search:
                 f"target_modules selects '{path}', a {type(module).__name__} whose weight has no shape yet. Run the "
                 "model once on a batch before adapting it."
             )
-        if kind == "linear" and self.fused is None and self.supported is views.supported:
+        weight = module._parameters.get("weight")
+        usual = self.supported is views.supported
+        odd = weight is not None and usual and (0 in weight.shape or weight.dtype.is_complex)
+        if odd and (why := unfit(module, weight)):  # type: ignore[arg-type]
+            return why
+        if kind == "linear" and self.fused is None and usual:
             return None
         if kind == "aux":
             return "another adapter trains a copy of this module; adapt it or save it, not both"
@@ -248,7 +254,7 @@ class Search:
         if not self._can_adapt(base):
             return (
                 f"{type(base).__name__} is not supported; supported layer types are {views.SUPPORTED}. "
-                "Target the layers inside it, or use exclude_modules"
+                f"{self._way(path, base)}, or use exclude_modules"
             )
         if self.fused is not None and path.rpartition(".")[2] in self.fused:
             return (
@@ -256,6 +262,13 @@ class Search:
                 "adapter would have no effect; leave out 'out_proj' and 'conv1d'"
             )
         return None
+
+    def _way(self, path: str, base: nn.Module) -> str:
+        """What to do about a module that is no layer of a known kind."""
+        held = [name for name, dims in storage.parameters(base) if dims in (2, 3)]
+        if base._modules or not held or not hasattr(self.config, "target_parameters"):
+            return "Target the layers inside it"
+        return f"Adapt its weights one by one, with target_parameters=['{path}.{held[0]}']"
 
     def parameters(self) -> None:
         """Add the parameters that `target_parameters` selects."""
@@ -274,7 +287,7 @@ class Search:
                 entry = self.parameter_selector.find(f"{path}.{name}" if path else name)
                 if entry is None:
                     continue
-                _check_parameter(path, name, dims, base, path in modules)
+                check_parameter(path, name, dims, base, path in modules)
                 found.append(Target(path, module, name, f"parameter {entry!r}"))
         names = {t.name for t in found}
         if known and names and known != names:
@@ -335,26 +348,6 @@ def _adapted_parameters(module: nn.Module) -> Iterator[str]:
         if getattr(layer, "parameter_name", None) is not None:
             yield layer.parameter_name
         layer = layer._modules.get("base_layer")
-
-
-def _check_parameter(path: str, name: str, dim: int, owner: nn.Module, targeted: bool) -> None:
-    """Raise ValueError if the parameter cannot be adapted."""
-    if not path:
-        raise ValueError(
-            f"target_parameters selects {name!r}, which lies directly on the model ({type(owner).__name__}). Only "
-            "parameters of its sub-modules can be adapted: wrap the model in a module, or target another parameter."
-        )
-    if targeted:
-        raise ValueError(
-            f"'{path}' is selected by target_modules and its parameter {name!r} by target_parameters. Choose one: "
-            "leave the module out of target_modules (target_modules=[] switches the defaults off), or the parameter "
-            "out of target_parameters."
-        )
-    if dim not in (2, 3):
-        raise ValueError(
-            f"target_parameters selects '{path}.{name}' with {dim} dimension(s). Only matrices (2 dimensions) and "
-            "stacks of matrices (3 dimensions, experts first) can be adapted."
-        )
 
 
 def _module_of(key: str, prefix: str, model: nn.Module) -> str | None:

@@ -14,6 +14,7 @@ from ..kernels.lowrank import transformed
 from .cells import Cell
 from .kept import kept, lasting, still
 from .method import Delta, LowRank, Method
+from .nested import by_rows
 from .turns import turn
 from .views.chosen import NUMBERS, Chosen, Term
 
@@ -157,6 +158,8 @@ class Stack:
     def __call__(self, x: Tensor) -> Tensor:
         last = self.last
         if last is not None:
+            if x.is_nested and self.view.dense:
+                return by_rows(self, x)
             if self.again and torch.is_grad_enabled():
                 return checkpoint(last.method.forward, last, self.inner, x, use_reentrant=False)
             return last.method.forward(last, self.inner, x)
@@ -167,8 +170,16 @@ class Stack:
     def _call_base(self, _: nn.Module, x: Tensor) -> Tensor:
         base = self.layer._modules["base_layer"]
         if self.extra is not None:
-            return self.view.output(base(x, *self.extra[0], **self.extra[1]))
-        return self.view.base(base, x)
+            y = self.view.output(base(x, *self.extra[0], **self.extra[1]))
+        else:
+            y = self.view.base(base, x)
+        if not isinstance(y, Tensor):
+            path = next(iter(self.layer.adapters.values())).path
+            raise TypeError(
+                f"{path!r}, a {type(base).__name__}, returns no tensor but a {type(y).__name__}, so an adapter cannot "
+                "change its output. Adapt a layer inside it, or leave it out with exclude_modules."
+            )
+        return y
 
     def outline(self) -> Tensor:
         """W without its numbers, where only shape, dtype and device are asked for; W itself where reading it is free.

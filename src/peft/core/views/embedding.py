@@ -23,7 +23,7 @@ class EmbeddingView(TransposedView):
         return (m.embedding_dim, m.num_embeddings)
 
     def linear(self, m: Layer, x: Tensor, W: Tensor) -> Tensor:
-        y = F.embedding(x, W.mT, m.padding_idx, None, 2.0, m.scale_grad_by_freq, m.sparse)
+        y = F.embedding(x, W.mT, m.padding_idx, None, 2.0, m.scale_grad_by_freq)  # dense gradients: not of a table
         scale = embed_scale(m)
         return y if scale is None else y * scale
 

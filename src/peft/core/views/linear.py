@@ -93,6 +93,11 @@ class LinearView:
                 "torch.nn.utils.parametrize.remove_parametrizations or its like, before adding adapters."
             )
         W = getattr(m, self.name)
+        if 0 in W.stride() and any(n > 1 and not step for n, step in zip(W.shape, W.stride(), strict=True)):
+            raise ValueError(
+                f"Elements of the {self.name} of {path!r} share memory (it is expanded), so none other fits there. "
+                "Give each its own, with .data = .data.clone(), before merging."
+            )
         if not self.own_forward(m) or not W.is_floating_point() or W.is_meta:
             return
         with torch.no_grad():

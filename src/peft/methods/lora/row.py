@@ -49,7 +49,7 @@ class Row(Stack):
     def __call__(self, x: Tensor) -> Tensor:
         learns = torch.is_grad_enabled()
         if learns and self.learn is None:
-            return self.last.method.forward(self.last, self.inner, x)
+            return self.long(x) if x.is_nested else self.last.method.forward(self.last, self.inner, x)
         noted = self._notes[learns] if self._written == Adapter.written else None
         noted = self._note(learns) if noted is None else noted
         if not noted or x.is_nested or not (learns or x.numel() == noted[0]):

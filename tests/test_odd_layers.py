@@ -1,0 +1,175 @@
+"""Layers and inputs out of the ordinary: the right answer, or a refusal that names the layer and the way out."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import peft
+from conformance.layouts import LAYOUTS, Layout
+from conformance.oracles import METHODS
+from conformance.rows import adapted, forbidden
+from peft import DeloraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
+
+LINEAR = LAYOUTS["linear"]
+BY_SAMPLE = [  # Lily's router reads the mean of all rows that run together
+    name for name, row in METHODS.items() if forbidden(name, LINEAR) is None and not row.tasks and name != "lily"
+]
+
+
+def lora(**fields: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "target_modules": ["0"], "init_lora_weights": False, **fields})
+
+
+# ---- nested tensors ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prototype():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype stage")
+        yield
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("method", BY_SAMPLE)
+def test_parts_of_a_nested_tensor_are_what_each_is_alone(method, layout, prototype):
+    model = adapted(method, LINEAR)
+    parts = [torch.randn(n, 6, generator=torch.Generator().manual_seed(n)) for n in (3, 5)]
+    for learns in (False, True):
+        with torch.set_grad_enabled(learns):
+            wanted = [model(part) for part in parts]
+            found = model(torch.nested.nested_tensor(parts, layout=layout))
+        for one, other in zip(found.unbind(), wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"lora_bias": True}, {"use_dora": True}], ids=str)
+def test_nested_tensors_give_the_gradients_of_their_parts(fields, layout, prototype):
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), lora(**fields))
+    parts = [torch.randn(n, 6, generator=torch.Generator().manual_seed(n)) for n in (3, 5)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    y = model(torch.nested.nested_tensor(parts, layout=layout))
+    found = torch.autograd.grad(torch.cat(y.unbind()).square().sum(), trained)
+    wanted = torch.autograd.grad(sum(model(part).square().sum() for part in parts), trained)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config", [lora(use_dora=True), IA3Config(feedforward_modules=[]), OFTConfig(oft_block_size=2)], ids=str
+)
+def test_an_encoder_that_leaves_out_padding_is_what_it_is_with_gradients(config, prototype):
+    torch.manual_seed(0)
+    part = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    config.target_modules = {"self_attn", "linear1", "linear2"}
+    model = get_peft_model(nn.TransformerEncoder(part, 2), config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) / 10)
+    x, absent = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    wanted = model(x, src_key_padding_mask=absent)
+    with torch.no_grad():
+        found = model(x, src_key_padding_mask=absent)
+    torch.testing.assert_close(found[~absent], wanted[~absent], rtol=1e-4, atol=1e-5)
+
+
+# ---- weights of which nothing can be made -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)], ids=str)
+@pytest.mark.parametrize("config", [LoraConfig, LoHaConfig, DeloraConfig])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_layer_without_inputs_or_outputs_is_left_out_or_refused(config, shape):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(*shape))
+    with pytest.raises(ValueError, match=rf"selects '1', but its weight, \({shape[1]}, {shape[0]}\), has no elements"):
+        get_peft_model(model, config(target_modules=["0", "1"]))
+    model = get_peft_model(model, config(target_modules="all-linear"))
+    assert type(model.base_model.model[1]) is nn.Linear
+
+
+@pytest.mark.parametrize("config", [lora(), lora(use_dora=True), IA3Config(feedforward_modules=[])], ids=str)
+def test_complex_numbers_are_refused(config):
+    """Adapters of real numbers had gradients of real parts alone."""
+    config.target_modules = {"0"}
+    with pytest.raises(ValueError, match="selects '0', but its weight holds complex numbers"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), config)
+
+
+class Held(nn.Module):
+    """Matrices in one of torch's containers."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        weight = torch.randn(4, 4, dtype=torch.complex64 if kind == "complex" else torch.float32)
+        self.held: Any = nn.ParameterDict({"0": weight}) if kind == "dict" else nn.ParameterList([weight])
+        if kind == "complex":
+            self.held = nn.Module()
+            self.held.register_parameter("0", nn.Parameter(weight))
+
+
+@pytest.mark.parametrize(
+    "kind, text", [("dict", "a ParameterDict"), ("list", "a ParameterList"), ("complex", "complex numbers")]
+)
+def test_parameters_that_no_layer_can_stand_for_are_refused(kind, text):
+    with pytest.raises(ValueError, match=f"target_parameters selects 'held.0', which .*{text}"):
+        get_peft_model(Held(kind), LoraConfig(target_parameters=["held.0"]))
+
+
+@pytest.mark.parametrize("module", [nn.LSTM(4, 4), nn.ConvTranspose1d(4, 4, 2), nn.EmbeddingBag(4, 4)], ids=str)
+def test_the_way_to_weights_of_other_modules_is_named(module):
+    with pytest.raises(
+        ValueError, match=r"is not supported; .* Adapt its weights one by one, with target_param"
+    ) as found:
+        get_peft_model(nn.Sequential(module), lora())
+    way = str(found.value).split("target_parameters=['")[1].split("']")[0]
+    model = get_peft_model(nn.Sequential(module), LoraConfig(target_parameters=[way]))
+    assert any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="Target the layers inside it"):
+        get_peft_model(nn.Sequential(nn.Sequential(nn.Linear(4, 4))), lora())
+
+
+def test_a_weight_whose_elements_share_memory_is_not_merged_into():
+    torch.manual_seed(0)
+    base = nn.Linear(4, 6)
+    base.weight = nn.Parameter(torch.randn(1, 4).expand(6, 4))
+    model, x = get_peft_model(nn.Sequential(base), lora()), torch.randn(3, 4)
+    wanted = model(x)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"Elements of the weight of '0' share memory \(it is expanded\)"):
+            merge()
+    base.weight.data = base.weight.data.clone()
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+# ---- layers that do something else ------------------------------------------------------------------------------
+
+
+class Twofold(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize("kind", ["Lora", "LoHa", "FourierFT", "Vera", "OFT"])
+def test_a_layer_that_returns_no_tensor_is_refused_by_name(kind):
+    fields = {"FourierFT": {"n_frequency": 2}, "OFT": {"oft_block_size": 2}}.get(kind, {})
+    model = get_peft_model(nn.Sequential(Twofold(4, 4)), getattr(peft, f"{kind}Config")(target_modules=["0"], **fields))
+    with pytest.raises(TypeError, match="'0', a Twofold, returns no tensor but a tuple"):
+        model(torch.randn(2, 4))
+    with model.disable_adapter():
+        assert len(model(torch.randn(2, 4))) == 2
+
+
+@pytest.mark.parametrize("config", [lora(), lora(use_dora=True), LoHaConfig(target_modules=["0"], r=2)], ids=str)
+def test_an_embedding_with_sparse_gradients_has_an_adapter_with_dense_ones(config):
+    layout = Layout("embedding", lambda: nn.Sequential(nn.Embedding(9, 4, sparse=True)), (3,), tokens=9)
+    model = get_peft_model(layout.model(), config)
+    model(layout.x()).sum().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert grads and all(g is not None and g.layout is torch.strided for g in grads)
