@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -13,7 +15,20 @@ import peft
 from conformance.layouts import LAYOUTS, Layout
 from conformance.oracles import METHODS
 from conformance.rows import adapted, forbidden
-from peft import DeloraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
+from peft import (
+    DeloraConfig,
+    FrodConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.algebra import extract
 
 LINEAR = LAYOUTS["linear"]
 BY_SAMPLE = [  # Lily's router reads the mean of all rows that run together
@@ -173,3 +188,80 @@ def test_an_embedding_with_sparse_gradients_has_an_adapter_with_dense_ones(confi
     model(layout.x()).sum().backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert grads and all(g is not None and g.layout is torch.strided for g in grads)
+
+
+# ---- names ------------------------------------------------------------------------------------------------------
+
+
+class Inner(nn.Module):
+    """A parameter beside a layer, which may be called what adapted layers call the one inside them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.up = name, nn.Parameter(torch.randn(4, 4) / 2)
+        self.add_module(name, nn.Linear(4, 4))
+
+    def forward(self, x):
+        return getattr(self, self.name)(x) @ self.up
+
+
+def named(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(OrderedDict([(name, nn.Linear(4, 4)), ("inner", Inner(name)), ("lora_A", nn.Linear(4, 4))]))
+
+
+@pytest.mark.parametrize("name", ["base_layer", "original_module", "token_adapter", "lora_B", "default", "weight"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(target_modules="all-linear"),
+        lora(target_modules=[], target_parameters=["inner.up"]),
+        FrodConfig(sparse_rate=0.1, target_modules="all-linear"),
+    ],
+    ids=["layers", "parameter", "shared"],
+)
+def test_a_model_may_use_the_names_of_adapters(config, name, tmp_path):
+    x = torch.randn(3, 4)
+    model = get_peft_model(named(name), copy.deepcopy(config))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) / 10)
+    wanted = model(x)
+    assert not torch.allclose(wanted, named(name)(x))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(named(name), tmp_path)(x), wanted)
+    plain = model.merge_and_unload()
+    assert plain.state_dict().keys() == named(name).state_dict().keys()
+    torch.testing.assert_close(plain(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_keys_of_a_state_name_modules_called_base_layer():
+    model = get_peft_model(named("base_layer"), lora(target_modules="all-linear"))
+    state, x = get_peft_model_state_dict(model), torch.randn(3, 4)
+    other = inject_adapter_in_model(lora(target_modules="all-linear"), named("base_layer"), state_dict=state)
+    set_peft_model_state_dict(other, state)
+    assert torch.equal(other(x), model(x))
+
+
+def test_the_difference_of_models_with_modules_called_base_layer_is_extracted():
+    base, tuned = named("base_layer"), named("base_layer")
+    with torch.no_grad():
+        for path in ("base_layer", "inner.base_layer"):
+            tuned.get_submodule(path).weight.add_(torch.randn(4, 4) / 10)
+    found = extract(base, tuned, 4)
+    assert not found.report.others and len(found.state) == 4
+    model = get_peft_model(base, found.config)
+    set_peft_model_state_dict(model, found.state)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(model(x), tuned(x), rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_of_modules_called_base_layer_are_inspected_and_converted(tmp_path):
+    model = get_peft_model(named("base_layer"), LoHaConfig(r=2, target_modules=["base_layer"], init_weights=False))
+    model.save_pretrained(tmp_path)
+    assert not peft.inspection.inspect_adapter(tmp_path).problems
+    made, state = peft.convert_to_lora(model, rank=4)
+    other, x = get_peft_model(named("base_layer"), made), torch.randn(3, 4)
+    set_peft_model_state_dict(other, state)
+    torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core.checkpoint import walk
 from ..core.layer import tuner_layers
+from ..core.tie import plain_path
 from ..core.views import supported
 from ..core.wrappers import ModulesToSaveWrapper
 from ..errors import PeftWarning, listing, nearest
@@ -92,12 +93,13 @@ def extract(
     if modules_to_save:
         wanted.modules_to_save = [*(wanted.modules_to_save or ()), *_whole(base, wanted, changed)] or None
     holder = _placed(base, wanted)
-    layers: dict[str, list[Update]] = {
-        path: [_change(u, base, tuned)] for path, (u,) in updates(holder, {NAME: 1.0}).items()
-    }
-    covered = {name for (u,) in layers.values() for name in _names(u)}
-    kept = {path: found for path, found in layers.items() if changed.keys() & set(_names(found[0]))}
     tuner: Any = holder.base_model
+    layers: dict[str, list[Update]] = {
+        path: [_change(u, base, tuned, tuner.model)] for path, (u,) in updates(holder, {NAME: 1.0}).items()
+    }
+    names = {path: _names(u, tuner.model) for path, (u,) in layers.items()}
+    covered = {name for found in names.values() for name in found}
+    kept = {path: found for path, found in layers.items() if changed.keys() & set(names[path])}
     new = lora_of(tuner.model, tuner.peft_config[NAME], rank, kept, progressbar, at_most=True)
     state, saved = _copies(holder, tuned)
     if not new.state and not state:
@@ -185,10 +187,11 @@ def _defaults(base: nn.Module, changed: dict[str, float]) -> dict[str, Any]:
 def _whole(base: nn.Module, wanted: Any, changed: dict[str, float]) -> list[str]:
     """The modules that hold changed tensors which no target and no copy holds, and whose names hide no target."""
     holder = _placed(base, wanted)
+    root: Any = holder.get_submodule("base_model.model")
     found = [u for (u,) in updates(holder, {NAME: 1.0}).values()]
-    covered = {name for u in found for name in _names(u)} | _copies(holder, base)[1]
+    covered = {name for u in found for name in _names(u, root)} | _copies(holder, base)[1]
     owners = dict.fromkeys(n.rpartition(".")[0] for n in changed if n not in covered and "." in n)
-    targets = [f".{_path(u)}." for u in found]
+    targets = [f".{_path(u, root)}." for u in found]
     return [owner for owner in owners if not any(f".{owner}." in target for target in targets)]
 
 
@@ -208,21 +211,21 @@ def _placed(base: nn.Module, config: Any) -> nn.Module:
     return holder
 
 
-def _change(u: Update, base: nn.Module, tuned: nn.Module) -> Change:
-    path = _path(u)
+def _change(u: Update, base: nn.Module, tuned: nn.Module, root: nn.Module) -> Change:
+    path = _path(u, root)
     return Change(u.p, before=base.get_submodule(path), after=tuned.get_submodule(path))
 
 
-def _path(u: Update) -> str:
-    """The name of an adapted module in a model without adapters."""
+def _path(u: Update, root: nn.Module) -> str:
+    """The name of an adapted module in a model without adapters; `root` is the one with them."""
     path, parameter = u.p.path, u.p.layer.parameter_name
     path = path.removesuffix(parameter).removesuffix(".") if parameter else path
-    return ".".join(part for part in path.split(".") if part != "base_layer")
+    return plain_path(root, path)
 
 
-def _names(u: Update) -> list[str]:
+def _names(u: Update, root: nn.Module) -> list[str]:
     """The names of the tensors that an update of a layer changes."""
-    view, path = u.p.layer.view, _path(u)
+    view, path = u.p.layer.view, _path(u, root)
     return [f"{path}.{name}" if path else name for name in (view.name, view.bias_name) if name]
 
 

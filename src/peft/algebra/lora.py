@@ -28,7 +28,7 @@ COPIED = (
 def target_of(update: Update) -> str:
     """The name by which a configuration selects an adapter's layer."""
     p = update.p
-    path = p.path.split(".base_layer")[0]
+    path = p.path if p.path.endswith(".base_layer") else p.path.split(".base_layer")[0]  # a part of a target; or a name
     parameter, base = p.layer.parameter_name, p.layer.get_base_layer()
     if parameter and parameter in view_of(base).parts(base) if _whole(base) else False:
         return path.removesuffix(f".{parameter}")

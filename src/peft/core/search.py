@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -304,12 +304,12 @@ class Search:
                 "target_parameters cannot be combined with injection from a state_dict, whose keys do not name "
                 "parameters. Inject without `state_dict` and load the weights afterwards."
             )
-        wanted = {_module_of(key, prefix, self.model) for key in keys}
+        present = set(self.names)
+        wanted = {_module_of(key, prefix, self.model, present) for key in keys}
         wanted.discard(None)
         for path, module in self.modules:
             if path in wanted or any(other in wanted for other in self.others.get(path, ())):
                 self._add(path, module, "state_dict")
-        present = set(self.names)
         self.state_dict_paths = sorted(str(p) for p in wanted if p not in present)
 
     def by_configuration(self) -> set[str]:
@@ -350,8 +350,11 @@ def _adapted_parameters(module: nn.Module) -> Iterator[str]:
         layer = layer._modules.get("base_layer")
 
 
-def _module_of(key: str, prefix: str, model: nn.Module) -> str | None:
-    """The path of the module that a key of an adapter's state dict belongs to, None for other keys."""
+def _module_of(key: str, prefix: str, model: nn.Module, names: Container[str]) -> str | None:
+    """The path of the module that a key of an adapter's state dict belongs to, None for other keys.
+
+    `names` are those of the model, which may call modules of its own as an adapted layer calls the one inside it.
+    """
     key = key.removeprefix("_orig_mod.")
     if "base_model" not in model._modules:
         key = key.removeprefix("base_model.model.")
@@ -359,7 +362,9 @@ def _module_of(key: str, prefix: str, model: nn.Module) -> str | None:
     if end < 0:
         return None
     path = key[: max(end - 1, 0)]
-    return ".".join(part for part in path.split(".") if part != "base_layer") if "base_layer" in path else path
+    if "base_layer" not in path or path in names:
+        return path
+    return ".".join(part for part in path.split(".") if part != "base_layer")
 
 
 def _leaves(modules: list[tuple[str, nn.Module]]) -> str:

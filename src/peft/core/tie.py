@@ -61,9 +61,20 @@ def inside(module: Any) -> Any:
     return module
 
 
+def plain_path(root: Any, path: str) -> str:
+    """The name that the module at `path` has without adapters, which put a "base_layer" into it where they stand."""
+    found, at = [], root
+    for part in path.split("."):
+        if part != "base_layer" or not isinstance(at, AdapterHost):
+            found.append(part)
+        at = None if at is None else at._modules.get(part)
+    return ".".join(found)
+
+
 def innermost(module: Any) -> Any:
     """The module of the model itself, below tuner layers and wrappers of trained copies."""
-    while below := module._modules:
+    while isinstance(module, AdapterHost):  # a model may call modules of its own as these call what is inside
+        below = module._modules
         inner = below.get("base_layer")
         if inner is None:
             inner = below.get("original_module")

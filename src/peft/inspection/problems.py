@@ -96,7 +96,8 @@ def _targets(config: Any, groups: Groups) -> Iterator[Problem]:
     if not wanted or wanted in SHORTHANDS or not groups or config.is_adaption_prompt:
         return
     selector = Selector(wanted, "target_modules")
-    paths = [p.replace(".base_layer", "") for p in groups if p not in ("", SHARED)]
+    named = [p for p in groups if p not in ("", SHARED)]
+    paths = [p if selector.find(p) is not None else p.replace(".base_layer", "") for p in named]
     strange = [p for p in paths if selector.find(p) is None and not _is_inside(p, selector)]
     if strange and not any(getattr(config, name, None) for name in FURTHER):
         hint = nearest(strange[0].rpartition(".")[2], selector.entries)

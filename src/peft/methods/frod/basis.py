@@ -21,7 +21,8 @@ PART = 2**21  # numbers that are, then
 
 def kind_of(path: str) -> str:
     """What the layers are called that share V: the last two names of the path, or the last one behind a number."""
-    parts = [part for part in path.split(".") if part != "base_layer"]  # which stands in between in a wrapped module
+    # "base_layer" stands in between in a wrapped module, and may be a model's own name of the only one
+    parts = [part for part in path.split(".") if part != "base_layer"] or [path]
     if parts[-3:] == ["attention", "output", "dense"]:
         return "attention_output"
     if len(parts) == 1 or parts[-2].isdigit():
