@@ -65,16 +65,21 @@ def plain_path(root: Any, path: str) -> str:
     """The name that the module at `path` has without adapters, which put a "base_layer" into it where they stand."""
     found, at = [], root
     for part in path.split("."):
-        if part != "base_layer" or not isinstance(at, AdapterHost):
+        if part != "base_layer" or at is None or not _is_around(at):
             found.append(part)
         at = None if at is None else at._modules.get(part)
     return ".".join(found)
 
 
+def _is_around(module: Any) -> bool:
+    """Whether a module stands around one of the model's own, which may use the names that such modules have inside."""
+    kind = type(module)
+    return hasattr(kind, "adapter_layer_names") or hasattr(kind, "unload_and_optionally_merge_module")
+
+
 def innermost(module: Any) -> Any:
     """The module of the model itself, below tuner layers and wrappers of trained copies."""
-    while isinstance(module, AdapterHost):  # a model may call modules of its own as these call what is inside
-        below = module._modules
+    while (below := module._modules) and _is_around(module):
         inner = below.get("base_layer")
         if inner is None:
             inner = below.get("original_module")
