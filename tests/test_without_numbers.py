@@ -131,3 +131,29 @@ def test_fake_tensors_take_prompts():
 def test_groups_of_numbers_are_not_made_of_fake_ones():
     with FakeTensorMode(), pytest.raises(ValueError, match="as do fake tensors"):
         get_peft_model(LINEAR.build(), config("adamss", LINEAR))
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}], ids=str
+)
+def test_a_lora_whose_tensors_were_emptied_is_given_first_values(fields):
+    settings = LoraConfig(r=2, target_modules=["layer"], **fields)
+    with torch.device("meta"):
+        model = get_peft_model(LINEAR.build(), settings)
+    model.to_empty(device="cpu")
+    base, layer = LINEAR.model(), model.base_model.model.layer
+    layer.base_layer.load_state_dict(base.layer.state_dict())
+    layer.reset_lora_parameters("default", settings.init_lora_weights)
+    x = LINEAR.x()
+    torch.testing.assert_close(model(x), base(x), rtol=1e-5, atol=1e-5)
+    A = layer.lora_A["default"].weight
+    assert A.count_nonzero() == A.numel()
+    before = A.clone()
+    layer.reset_lora_parameters("default", False)
+    layer.reset_lora_parameters("other", True)
+    assert torch.equal(A, before)
+    with pytest.raises(ValueError, match=r"init_lora_weights='olora' for 'layer'\. Use "):
+        layer.reset_lora_parameters("default", "olora")
+    if "init_lora_weights" not in fields:
+        layer.reset_lora_parameters("default", "gaussian")
+        assert not torch.equal(A, before) and not layer.lora_B["default"].weight.any()

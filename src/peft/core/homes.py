@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from typing import Any, ClassVar
@@ -31,6 +32,7 @@ class Homes(AdapterHost):
     _beside: Callable[[Tensor], Tensor]
     _replan: Callable[[], None]
     readable: Callable[[], AbstractContextManager[None]]
+    _in_sight: Callable[[], AbstractContextManager[None]]
     stack: Callable[..., Stack]
     original_weight_device: Callable[[], torch.device]
 
@@ -84,6 +86,18 @@ class Homes(AdapterHost):
         if not self._load_state_dict_post_hooks:
             self.register_load_state_dict_post_hook(_follow_base)
         self._file(key, p.name, self._beside(value), p)
+
+    @torch.no_grad()
+    def restart(self, p: Adapter, **changes: Any) -> None:
+        """Give adapter p first values anew; `changes` are settings that hold for this once."""
+        own, p.settings = p.settings, copy.copy(p.settings)
+        p.settings.__dict__.update(changes)
+        try:
+            with self.readable(), self._in_sight():
+                p.method.init(p, self.stack(()))
+                p.method.derive(p, self.stack(()))
+        finally:
+            p.settings = own
 
     @torch.no_grad()
     def derive(self, p: Adapter, key: str) -> None:

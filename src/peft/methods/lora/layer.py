@@ -68,6 +68,28 @@ class LoraLayer(ScaledLayer):
             f"One layer alone takes no adapter {adapter_name!r}. Call `model.add_adapter(adapter_name, config)`."
         )
 
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
+        """Give an adapter its first values again, as where `to_empty` has left its tensors without.
+
+        Arguments:
+            adapter_name: which; nothing happens if this layer has none of that name.
+            init_lora_weights: the adapter's own setting; True or "gaussian" where that leaves the base weight whole;
+                False leaves the tensors as they are.
+
+        Raises ValueError for another start.
+        """
+        p = self.adapters.get(adapter_name)
+        if p is None or init_lora_weights is False:
+            return
+        own, init = p.settings.init_lora_weights, init_lora_weights
+        if init != own and (p.subtracts or not (init is True or str(init).lower() == "gaussian")):
+            others = "" if p.subtracts else "True, 'gaussian' or "
+            raise ValueError(
+                f"Unknown initialization init_lora_weights={init!r} for {p.path!r}. Use {others}{own!r}, with which "
+                f"the adapter {adapter_name!r} was made."
+            )
+        self.restart(p, init_lora_weights=init_lora_weights)
+
     def natural_scaling(self, adapter: str) -> float:
         """alpha / r, or alpha / sqrt(r)."""
         p = self.adapters[adapter]
