@@ -265,3 +265,30 @@ def test_adapters_of_modules_called_base_layer_are_inspected_and_converted(tmp_p
     other, x = get_peft_model(named("base_layer"), made), torch.randn(3, 4)
     set_peft_model_state_dict(other, state)
     torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+def test_a_merge_into_a_layer_that_is_told_more_than_its_input_warns():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Scaled(4, 4)
+
+        def forward(self, x, **more):
+            return self.layer(x, **more)
+
+    model, x = get_peft_model(Around(), lora(target_modules=["layer"])), torch.randn(3, 4)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    model(x, scale=2.0)
+    with pytest.warns(peft.errors.PeftWarning, match="'layer', a Scaled, has been called with more than its input"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    rotated = get_peft_model(Around(), OFTConfig(oft_block_size=2, target_modules=["layer"]))
+    wanted = rotated(x, scale=2.0)
+    rotated.merge_adapter()  # which is exact, and says nothing
+    torch.testing.assert_close(rotated(x, scale=2.0), wanted, rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import WrongKindError, check_adapters
+from ..errors import PeftWarning, WrongKindError, check_adapters, report
 from ..kernels.modes import ordinary
 from . import onestep, storage
 from .blocks import Blocks
@@ -180,6 +180,13 @@ class Mergeable(Blocks, Forgetful):
         rest = [n for n in live if stay and n not in names]
         for name in names:
             self.adapters[name].method.refuse_merge(self.adapters[name])
+        adds = any(self.adapters[name].method.additive for name in names)
+        if adds and "told_more" in self.__dict__ and self.view.own_forward(base):
+            text = (
+                f"{self._where()!r}, a {type(base).__name__}, has been called with more than its input. An update "
+                "is added to what comes of that, but once merged it goes through it: compare the answers."
+            )
+            report(PeftWarning, text, strict=False, stacklevel=6)
         prefix = tuple(live[: len(names)]) == names
         if rest and not prefix and not all(self.adapters[n].method.additive for n in (*names, *rest)):
             raise ValueError(
