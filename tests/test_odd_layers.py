@@ -94,6 +94,17 @@ def test_an_encoder_that_leaves_out_padding_is_what_it_is_with_gradients(config,
     torch.testing.assert_close(found[~absent], wanted[~absent], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "loha"])
+def test_a_mixed_batch_without_positions_is_empty(method, learns):
+    model = adapted(method, LINEAR, names=("default", "other"))
+    with torch.set_grad_enabled(learns):
+        y = model(torch.randn(4, 0, 6), adapter_names=["default", "other", "__base__", "other"])
+    assert y.shape == (4, 0, 8)
+    if learns:
+        y.sum().backward()
+
+
 # ---- weights of which nothing can be made -----------------------------------------------------------------------
 
 

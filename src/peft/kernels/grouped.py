@@ -41,7 +41,7 @@ def shrunk(z: Tensor, A: Tensor) -> Tensor:
 
 def placed(y: Tensor, u: Tensor, at: Any, own: bool) -> Tensor:
     """y with (S, c, k) added to the rows that they belong to; in y itself if that is nobody else's."""
-    u = u.reshape(-1, *y.shape[1:])
+    u = u.reshape((y if at.rows is None else at.rows).shape[0], *y.shape[1:])  # which may be of no positions
     if at.real is not None:
         u = u.index_select(0, at.real)
     if u.dtype is not y.dtype:
