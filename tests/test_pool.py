@@ -289,6 +289,7 @@ def test_adapters_without_room_are_refused_when_they_are_registered(tmp_path: Pa
         "rank 5": {"rank_pattern": {"layers.1": 5}},
         "use_dora": {"use_dora": True},
         "lora_bias": {"lora_bias": True},
+        "'b' does not fit in the pool: bias='all' trains": {"bias": "all"},
         "modules_to_save.*room_for": {"modules_to_save": ["layers.2"]},
     }.items():
         other = made(1, **fields)

@@ -301,6 +301,7 @@ class AdapterPool:
             )
 
     def _check_room(self, name: str, config: PeftConfig) -> None:
+        _check_biases(config, f"The adapter {name!r} does not fit in the pool: ")
         if (field := unlike(self.room, config)) is not None:
             raise ValueError(
                 f"The adapter {name!r} does not fit in the pool: for {field} it has {getattr(config, field, None)!r}, "
@@ -329,12 +330,16 @@ def _only_adapter(model: Any) -> tuple[str, Any]:
             f"A pool needs a model with one adapter, whose configuration is the room of all; it has {sorted(configs)}."
         )
     (name, config), *_ = configs.items()
-    if getattr(config, "bias", "none") != "none":
-        raise ValueError(f"bias={config.bias!r} trains the base model's biases, which all adapters of a pool share.")
+    _check_biases(config)
     for path, layer in tuner_layers(model):
         if layer.merged:
             raise ValueError(f"An adapter is merged in {path!r}. Unmerge it first, then make the pool.")
     return name, config
+
+
+def _check_biases(config: Any, where: str = "") -> None:
+    if (bias := getattr(config, "bias", "none")) != "none":
+        raise ValueError(f"{where}bias={bias!r} trains the base model's biases, which all adapters of a pool share.")
 
 
 def _free_name(name: str, model: Any) -> str:
