@@ -58,7 +58,7 @@ class _Add(torch.autograd.Function):
         h, bits = thin.down(x.reshape(-1, x.shape[-1]), A, p)
         out = narrow.times(y.reshape(-1, y.shape[-1]), h, B * gain[:, None], ctx.scale, gain, b)
         out = shaped(out, y.shape[:-1])
-        saved, ctx.count = returned.keep(out) if again is not None and returned.serves(out, gain) else (y, None)
+        saved, ctx.count = (y, None) if again is None else returned.keep(out, gain, y)
         ctx.save_for_backward(saved, x, A, B, m, b, gain, h, bits)
         return out
 
@@ -66,7 +66,7 @@ class _Add(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, x, A, B, m, b, gain, h, bits = ctx.saved_tensors
         needs, s, n, own = ctx.needs_input_grad, ctx.scale, ctx.norm, ctx.count is not None
-        if own and (torch.is_grad_enabled() or not ctx.count.holds):
+        if own and (torch.is_grad_enabled() or not returned.holds(ctx.count)):
             own = False
             with without_autocast(x):
                 y = ctx.again(x)

@@ -6,39 +6,29 @@ given is another tensor over the same memory, and the node asks the output's own
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .modes import lasting
-
 LEAST = 0.25  # of a gain that is divided out again: what its output was rounded to, a bias and all, grows so much
-
 NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
-
-class Count(NamedTuple):
-    """A tensor's count of changes, and what it was."""
-
-    of: Tensor
-    was: int
-
-    @property
-    def holds(self) -> bool:
-        """Whether nobody has changed the tensor in place since."""
-        return self.of._version == self.was
+Count = tuple[Tensor, int]  # a tensor's count of changes, and what it was
 
 
-def serves(out: Tensor, gain: Tensor) -> bool:
-    """Whether an output gain z + b gives z back as precisely as its dtype holds it; only a CPU tells without a wait."""
-    if type(out) is not Tensor or not out.is_cpu or out.dtype is torch.float16 or not (gain.numel() and lasting()):
-        return False
-    return float(torch.linalg.vector_norm(gain, -torch.inf)) >= LEAST
+def keep(out: Tensor, gain: Tensor, z: Tensor) -> tuple[Tensor, Count | None]:
+    """What to save of an output gain z + b for z's sake, and its count, which holds none of its memory.
 
-
-def keep(out: Tensor) -> tuple[Tensor, Count]:
-    """What to save of an output, and its count, which holds none of its memory."""
+    That is z itself, without a count, where the output does not give it back as precisely as its dtype holds it, and
+    where asking that would mean to wait for a device.
+    """
+    usual = type(out) is Tensor and out.is_cpu and out.dtype is not torch.float16 and gain.numel()
+    if not usual or torch._C._len_torch_dispatch_stack() or torch.linalg.vector_norm(gain, -torch.inf).item() < LEAST:
+        return z, None
     count = out.detach()
     count.data = NOTHING
-    return out.data, Count(count, count._version)
+    return out.data, (count, count._version)
+
+
+def holds(count: Count | None) -> bool:
+    """Whether nobody has changed an output in place since it was kept."""
+    return count is not None and count[0]._version == count[1]

@@ -257,18 +257,17 @@ class _Linear(torch.autograd.Function):
             h = slim.down(kept, A)
             z = _onto(F.linear(flat, W), h, B, scale)
         gain = m * over
-        own = z if returned.serves(z, gain) else None
-        out = torch.mul(z, gain, out=own) if b is None else torch.addcmul(b, z, gain, out=own)
-        out = out if flat is x and not out._is_view() else shaped(out, x.shape[:-1])
-        saved, ctx.count = returned.keep(out) if own is not None else (z, None)
-        ctx.save_for_backward(x, W, b, A, B, m, over, gain, masks.packed(mask), h, saved)
+        out = z * gain if b is None else torch.addcmul(b, z, gain)
+        out = out if flat is x else shaped(out, x.shape[:-1])
+        saved, ctx.count = returned.keep(out, gain, z)
+        ctx.save_for_backward(x, W, b, A, B, m, over, gain, masks.packed(mask) if p else None, h, saved)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W, b, A, B, m, over, gain, bits, h, z = ctx.saved_tensors
         needs, s, p = ctx.needs_input_grad, ctx.scale, ctx.p
-        mask = masks.unpacked(bits, x.shape)
+        mask = masks.unpacked(bits, x.shape) if p else None
         if torch.is_grad_enabled():
 
             def plainly(x: Tensor, b: Tensor | None, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
@@ -282,7 +281,7 @@ class _Linear(torch.autograd.Function):
         of_b = g.sum(0) if needs[2] else None
         of_m = None
         if needs[7]:  # first, so that the next product gets the memory of this
-            if own := ctx.count is not None and ctx.count.holds:
+            if own := returned.holds(ctx.count):
                 z = z.view(g.shape)
             elif ctx.count is not None:
                 z = _onto(F.linear(flat, W), h, B, s)
