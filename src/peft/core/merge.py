@@ -107,7 +107,8 @@ class Mergeable(Blocks, Forgetful):
 
         Arguments:
             safe_merge: kept for compatibility; every merge is checked and leaves the layer unchanged when it fails.
-            adapter_names: which adapters; None means the active ones. Names that the layer lacks are skipped.
+            adapter_names: which adapters; None means the active ones. Names that the layer lacks are skipped. Where
+                the order counts, active ones are merged in the order in which they act.
             quantized: what a quantised weight becomes: "requantize" (W' rounded), "compensated" (rounded so that the
                 update's effect stays) or "dequantize" (a dense weight); None is the way of the last merge.
 
@@ -117,7 +118,15 @@ class Mergeable(Blocks, Forgetful):
         if quantized is not None:
             self.round_by(quantized)
         names = adapters_to_merge(self, adapter_names)
-        self._merge(tuple(n for n in names if n in self.adapters))
+        self._merge(self._as_active(tuple(n for n in names if n in self.adapters)))
+
+    def _as_active(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Names of active adapters in the order in which they act, if it counts: the answer stays then."""
+        if len(names) < 2 or not set(names) <= set(self._active):
+            return names
+        if all(self.adapters[n].method.additive for n in names):
+            return names
+        return tuple(n for n in self._active if n in names)
 
     def round_by(self, mode: str, dtype: torch.dtype | None = None, seen: Tensor | None = None) -> None:
         """How a quantised weight takes the merges that follow.
