@@ -348,6 +348,16 @@ def test_selected_adapters(tmp_path):
         model.save_pretrained(tmp_path, selected_adapters=["othr"])
 
 
+def test_a_save_without_adapters_is_refused(tmp_path):
+    model = adapted()
+    with pytest.raises(ValueError, match="selected_adapters is empty; the model has 'default'"):
+        model.save_pretrained(tmp_path / "out", selected_adapters=[])
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match="no adapter, so there is nothing to save"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_in_place_of_the_folder_and_other_processes(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):

@@ -522,6 +522,13 @@ def test_generate_with_an_adapter_per_sample(beams):
     assert model.base_model.call.names is None and model.base_model.call.beams == 1
 
 
+def test_checkpointing_a_model_with_nothing_to_train_is_told(tmp_path):
+    get_peft_model(tiny("LlamaForCausalLM"), LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny("LlamaForCausalLM", use_cache=False), tmp_path)
+    with pytest.warns(PeftWarning, match="is_trainable=True"):  # its loss would have gradients, of the inputs alone
+        model.gradient_checkpointing_enable()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_gradients_flow_through_checkpointed_layers(reentrant, when):

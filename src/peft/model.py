@@ -20,7 +20,7 @@ from .core.call import BASE, first_tensor
 from .core.embeddings import recorded_vocabulary
 from .core.layer import tuner_layers
 from .core.snapshot import Undo, placing, snapshot
-from .core.state import adapter_parameters, disabled
+from .core.state import adapter_parameters, disabled, warn_of_idle_training
 from .errors import WrongKindError, check_adapters, listing, nearest
 from .names import check_adapter_name, warn_about_name
 from .persist import Persistent
@@ -373,6 +373,7 @@ class PeftModel(Persistent, nn.Module):
         @functools.wraps(enable)
         def switch(*args: Any, **kwargs: Any) -> Any:
             result = enable(*args, **kwargs)
+            warn_of_idle_training(self)
             given = [v for v in (*args, *kwargs.values()) if isinstance(v, dict)]
             if all(v.get("use_reentrant", True) for v in given):
                 self.prepare_model_for_gradient_checkpointing(self.get_base_model())

@@ -224,10 +224,13 @@ class Persistent:
 
 
 def selected(model: PeftModel, names: list[str] | None) -> list[str]:
-    """The adapters to save; raises ValueError naming those that do not exist."""
+    """The adapters to save; raises ValueError if there are none, or naming those that do not exist."""
     known = list(model.peft_config)
     if isinstance(names, str):
         raise WrongKindError(f"selected_adapters must be a list of names, got the string {names!r}. Use [{names!r}].")
+    if not known or (names is not None and not len(names)):
+        what = f"selected_adapters is empty; the model has {listing(known)}" if known else "The model has no adapter"
+        raise ValueError(f"{what}, so there is nothing to save.")
     if names is None:
         return known
     unknown = [n for n in names if n not in known]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import check_adapters
+from ..errors import PeftWarning, check_adapters, report
 from .layer import tuner_layers
 
 
@@ -75,3 +75,13 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     if not found:
         check_adapters([name], known - {name})
     return found
+
+
+def warn_of_idle_training(model: nn.Module) -> None:
+    """Warn if a model that is made ready for training has nothing to train: inputs with gradients hide that."""
+    if not any(p.requires_grad for p in model.parameters()):
+        report(
+            PeftWarning,
+            "No parameter of the model requires gradients, so training it changes nothing: an adapter that is loaded is "
+            "frozen, unless it is loaded with is_trainable=True. set_adapter(name) makes it trainable, too.",
+        )
