@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import calls
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 
 D, K = 24, 40
 
@@ -206,3 +207,18 @@ def test_the_norm_of_few_features_is_not_what_cancelling_left_of_it(train):
     exact, x = copy.deepcopy(model).double(), torch.randn(5, 1)
     with torch.set_grad_enabled(train):
         torch.testing.assert_close(model(x).double(), exact(x.double()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [LoraConfig, LoHaConfig], ids=["low rank", "LoHa"])
+def test_norms_of_double_precision_are_in_double_precision(config):
+    model = get_peft_model(nn.Sequential(nn.Linear(37, 13)).double(), config(r=3, target_modules=["0"], use_dora=True))
+    layer, x = model.base_model.model[0], torch.randn(5, 37, dtype=torch.float64)
+    with torch.no_grad():
+        for p in layer.adapter_parameters("default"):
+            p.add_(torch.randn_like(p), alpha=0.2)
+    p, W = layer.adapters["default"], layer.base_layer.weight
+    V = W + p.method.delta(p, W)
+    gain = layer.lora_magnitude_vector["default"].weight / torch.linalg.vector_norm(V, dim=1)
+    wanted = F.linear(x, V * gain[:, None], layer.base_layer.bias)
+    for training in (True, False):
+        torch.testing.assert_close(model.train(training)(x), wanted, rtol=1e-13, atol=1e-13)

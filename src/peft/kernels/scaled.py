@@ -28,15 +28,15 @@ def tiles(W: Tensor) -> tuple[Tensor, ...]:
 
 
 def square(W: Tensor) -> Tensor:
-    """|W_o|^2 of each row, float32."""
-    parts = [w.float().square().sum(-1) for w in tiles(W)]
+    """|W_o|^2 of each row, in float32, or float64 of such a weight."""
+    parts = [(w if w.dtype is torch.float64 else w.float()).square().sum(-1) for w in tiles(W)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
-    """|W + s B A| of each row, from W's `square`, without the product where that costs more: A and B are in float32."""
+    """|W + s B A| of each row, from W's `square`, without the product where that costs more: A and B are in float32 or more."""
     if _narrow(W, A):
-        return torch.linalg.vector_norm(W.float() + (B @ A) * s, dim=-1)
+        return torch.linalg.vector_norm(W.to(A.dtype) + (B @ A) * s, dim=-1)
     if choice.devices and (found := choice.norms(W, squares, A, B, s)) is not None:
         return found
     parts = [_down(w, A) for w in tiles(W)]
@@ -48,10 +48,10 @@ def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
 
 
 def _down(W: Tensor, A: Tensor) -> Tensor:
-    """W A' in float32."""
+    """W A' in A's dtype."""
     if W.dim() > 2:
-        return W.float() @ A.mT
-    return halves.wide(W, A.t()) if halves.suit(W.numel(), W.dtype, A, halves.SQUARE) else slim.down(W.float(), A)
+        return W.to(A.dtype) @ A.mT
+    return halves.wide(W, A.t()) if halves.suit(W.numel(), W.dtype, A, halves.SQUARE) else slim.down(W.to(A.dtype), A)
 
 
 def _narrow(W: Tensor, A: Tensor) -> bool:

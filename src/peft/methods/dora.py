@@ -71,15 +71,16 @@ class DoRA(Gaining):
 
     @torch.no_grad()
     def norm(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
-        """|V| of each row, (..., rows), float32."""
+        """|V| of each row, (..., rows), in float32, or float64 of such a weight."""
         W = p.original_weight()
+        wide = torch.float64 if W.dtype is torch.float64 else torch.float32
         if not isinstance(self.of, LowRank):
-            return torch.cat([torch.linalg.vector_norm(V.float(), dim=-1) for V in self._rows(p, W)], -1)[..., rows]
-        (A, B), s = (t.float() for t in self.of.factors(p)), self.of.scaling(p)
+            return torch.cat([torch.linalg.vector_norm(V.to(wide), dim=-1) for V in self._rows(p, W)], -1)[..., rows]
+        (A, B), s = (t.to(wide) for t in self.of.factors(p)), self.of.scaling(p)
         base = p.layer.get_base_layer()
         special = p.layer.view.norm_product(base, A, B) if self.of.whole else None
         if special is not None:
-            return torch.linalg.vector_norm(base.weight.float().flatten(1) + s * special, dim=-1)[rows]
+            return torch.linalg.vector_norm(base.weight.to(wide).flatten(1) + s * special, dim=-1)[rows]
         base_square = self.base_square(p, W, rows)
         W, B = (W, B) if rows == slice(None) else (W[..., rows, :], B[..., rows, :])
         return scaled.norms(W, base_square, A, B, s)
