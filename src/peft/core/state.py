@@ -82,6 +82,6 @@ def warn_of_idle_training(model: nn.Module) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         report(
             PeftWarning,
-            "No parameter of the model requires gradients, so training it changes nothing: an adapter that is loaded is "
-            "frozen, unless it is loaded with is_trainable=True. set_adapter(name) makes it trainable, too.",
+            "No parameter of the model requires gradients, so training it changes nothing: adapters are loaded frozen, "
+            "unless with is_trainable=True. set_adapter(name) makes one trainable, too.",
         )
