@@ -34,7 +34,7 @@ def square(W: Tensor) -> Tensor:
 
 
 def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
-    """|W + s B A| of each row, from W's `square`, without the product where that costs more; A and B in full precision."""
+    """|W + s B A| of each row, from W's `square`, without the product where that costs more; A and B are wide."""
     if _narrow(W, A):
         return torch.linalg.vector_norm(W.to(A.dtype) + (B @ A) * s, dim=-1)
     if choice.devices and (found := choice.norms(W, squares, A, B, s)) is not None:
