@@ -36,6 +36,7 @@ class FourBit(Packed):
         if not getattr(module, FASTER, False) or _in_time in module._forward_pre_hooks.values():
             return
         module.register_forward_pre_hook(_in_time)
+        module.register_state_dict_pre_hook(_as_stored)  # type: ignore[no-untyped-call]
         state = module._parameters["weight"].quant_state  # type: ignore[union-attr]
         if state is not None and state.shape[-1] % state.blocksize:  # that form cannot hold it, and the call would fail
             setattr(module, FASTER, False)
@@ -50,11 +51,11 @@ class FourBit(Packed):
         self.put(module, "weight", payload)
 
     def release(self, module: nn.Module) -> None:
-        hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is _in_time]:
-            del hooks[key]
-            setattr(module, FASTER, True)
-            self.restore_order(module)
+        for hooks, ours in ((module._forward_pre_hooks, _in_time), (module._state_dict_pre_hooks, _as_stored)):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+                setattr(module, FASTER, True)
+                self.restore_order(module)
 
     def differentiable(self, module: nn.Module, name: str) -> bool:
         return not _is_reordered(getattr(module, name).quant_state) or KEPT in module.__dict__
@@ -167,6 +168,12 @@ def _in_time(module: nn.Module, args: tuple[Any, ...]) -> None:
     if quick and state is not None and not _is_reordered(state):
         module.__dict__[KEPT] = held.data, copy.copy(state)
     elif not quick and KEPT in module.__dict__:
+        FourBit().restore_order(module)
+
+
+def _as_stored(module: nn.Module, *args: Any) -> None:
+    """Before a state dict is made: the library would undo its order itself, and round or mix up the scales."""
+    if KEPT in module.__dict__:
         FourBit().restore_order(module)
 
 
