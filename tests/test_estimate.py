@@ -308,3 +308,17 @@ def test_quantised_weights_of_no_library_are_refused():
     model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(EstimateError, match=r"'0.weight' is int8 in a Linear, a quantised form that is not known"):
         peft.estimate(model, inputs=torch.ones(1, 4))
+
+
+def test_a_plan_is_made_of_a_configuration_and_of_its_folder_too(tmp_path):
+    model = made("llama")
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(tmp_path)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    wanted = str(peft.plan(model, config))
+    assert str(peft.plan(model.config, config)) == str(peft.plan(tmp_path, config)) == wanted
+    with pytest.raises(TypeError, match="model is a int"):
+        peft.plan(3, config)
+    model.config.architectures = None
+    with pytest.warns(peft.PeftWarning, match="names no class; counted as LlamaForCausalLM"):
+        assert str(peft.plan(model.config, config)) == wanted

@@ -57,7 +57,7 @@ _NAMES = {
         set_peft_model_state_dict""",
     "peft.utils.other": "cast_mixed_precision_params prepare_model_for_kbit_training shift_tokens_right",
     "peft.utils.constants": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
-    "peft.core.targets": "plan",
+    "peft.inspection.foresight": "plan",
     "peft.inspection.estimate": "estimate",
     "peft.core.kappa": "find_kappa_target_modules",
     "peft.core.state": "adapter_parameters",

@@ -30,9 +30,6 @@ from .core.kappa import (
 from .core.state import (
     adapter_parameters,
 )
-from .core.targets import (
-    plan,
-)
 from .create import (
     get_peft_config,
     get_peft_model,
@@ -64,6 +61,9 @@ from .inspection.doctor import (
 )
 from .inspection.estimate import (
     estimate,
+)
+from .inspection.foresight import (
+    plan,
 )
 from .methods.adalora.config import (
     AdaLoraConfig,
