@@ -36,7 +36,7 @@ class FourBit(Packed):
         if not getattr(module, FASTER, False) or _in_time in module._forward_pre_hooks.values():
             return
         module.register_forward_pre_hook(_in_time)
-        module.register_state_dict_pre_hook(_as_stored)  # type: ignore[no-untyped-call]
+        module.register_state_dict_pre_hook(_as_stored)
         state = module._parameters["weight"].quant_state  # type: ignore[union-attr]
         if state is not None and state.shape[-1] % state.blocksize:  # that form cannot hold it, and the call would fail
             setattr(module, FASTER, False)
