@@ -445,6 +445,20 @@ def test_beside_another_method_it_adds_to_the_loss_and_cuts_ranks(first):
     assert sum(ranks(model)) == 2 * FIELDS["target_r"]
 
 
+@pytest.mark.parametrize("first", ["other", "default"])
+def test_beside_a_method_without_ranks_both_are_saved_and_loaded(first, tmp_path):
+    configs = {
+        "other": peft.IA3Config(target_modules=["one"], feedforward_modules=[]),
+        "default": AdaLoraConfig(**FIELDS),
+    }
+    model = get_peft_model(Net(), configs.pop(first), adapter_name=first)
+    for name, config in configs.items():
+        model.add_adapter(name, config)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path / "other", "other")  # over the one that is there
+    model.load_adapter(tmp_path, "default")
+
+
 @pytest.mark.parametrize("rule", ["lora_only", "adalora_only"])
 def test_biases_of_adapted_layers_are_trained_under_either_name(rule):
     model = wrapped(bias=rule)

@@ -147,13 +147,15 @@ class Budgets(Companion):
     def for_file(self, name: str, config: Any) -> Any:
         """With the `rank_pattern` of the factors that files hold, which are whole until the last cut."""
         held = {f"{p.path}.lora_E": p for p in self._of(name)}
+        if not held:  # of another method
+            return config
         flags = {key: p.kept or [True] * p.lora_E.numel() for key, p in held.items()}
         before = config.rank_pattern or {}
         for key in before.keys() & flags.keys():
             if sum(before[key]) == len(flags[key]) < len(before[key]):  # layers that were made so
                 flags[key] = before[key]
-        pattern = flags if held and not all(map(all, flags.values())) else None
-        if not held or pattern == config.rank_pattern:
+        pattern = None if all(map(all, flags.values())) else flags
+        if pattern == config.rank_pattern:
             return config
         config = copy.copy(config)
         config.rank_pattern = pattern
@@ -223,7 +225,7 @@ class Budgets(Companion):
 
 def _flags(config: Any) -> dict[str, list[bool]]:
     """{path of a layer's lora_E: whether each rank was kept}, as a configuration beside a file tells it."""
-    return dict(config.rank_pattern or {})
+    return dict(getattr(config, "rank_pattern", None) or {})  # other methods may have none
 
 
 def _nobody() -> None:
