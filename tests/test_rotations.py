@@ -173,3 +173,19 @@ def test_the_number_of_blocks_is_that_of_all_groups_of_a_convolution(count, shap
     base = nn.Sequential(nn.Conv2d(12, 4, 1, groups=2))
     model = get_peft_model(base, OFTConfig(target_modules=["0"], r=count, oft_block_size=0))
     assert [tuple(p.shape) for p in model.parameters() if p.requires_grad] == [shape]
+
+
+@pytest.mark.parametrize("features", [20, 110])
+def test_a_weight_merges_to_the_same_bits_wherever_it_lies(features):
+    merged = []
+    for start in range(5):  # in numbers; in files tensors start at multiples of 8 bytes
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(features, 61))
+        held = torch.empty(net[0].weight.numel() + start)[start:].view_as(net[0].weight)
+        net[0].weight.data = held.copy_(net[0].weight.data)
+        model = get_peft_model(net, OFTConfig(r=0, oft_block_size=10, target_modules=["0"]))
+        with torch.no_grad():
+            for p in model.base_model.model[0].adapter_parameters("default"):
+                p.normal_(std=0.1)
+        merged.append(model.merge_and_unload()[0].weight)
+    assert all(torch.equal(merged[0], one) for one in merged)

@@ -6,8 +6,12 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..kernels.modes import transformed
+
+VECTOR = 16  # bytes; BLAS reads operands that start elsewhere in another order
 
 
 class Memory:
@@ -34,3 +38,10 @@ def identity(t: Tensor) -> Hashable:
     if t.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(t):
         return None
     return (Memory(t), t.storage_offset(), t._version, t.shape, t.device)
+
+
+def aligned(t: Tensor) -> Tensor:
+    """t, or a copy where it does not start at a full vector, as in pages of a file: products round otherwise there."""
+    if type(t) not in (Tensor, nn.Parameter) or not t.is_cpu or torch.is_grad_enabled() or transformed():
+        return t
+    return t.clone() if t.data_ptr() % VECTOR else t

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import blocks as kernel
+from .memory import aligned
 from .method import Method
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Rotation(Method):
         return not self.on_output(p) and p.layer.view.groups(p.layer.get_base_layer()) == 1
 
     def weight(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
-        return self._turned(p, W, drop=False)
+        return self._turned(p, aligned(W), drop=False)
 
     def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
         return self._turned(p, W, drop=bool(p.layer.training))
