@@ -140,3 +140,14 @@ def test_all_of_it_holds_with_optional_packages_hidden() -> None:
     program = HIDE.format(hidden=set(OPTIONAL), file=repr(__file__))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_name_is_had_without_numpy():
+    hidden = "import sys; sys.modules['numpy'] = None; import warnings; warnings.simplefilter('ignore'); "
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + "from peft import *; UniLoraConfig, AdamssModel"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not done.returncode, done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +22,8 @@ class Deal:
     @cached_property
     def places(self) -> Tensor:
         """All of them."""
+        import numpy as np
+
         rng = np.random.default_rng(self.seed)
         times, rest = divmod(self.count, self.length)
         places = np.repeat(np.arange(self.length), times)

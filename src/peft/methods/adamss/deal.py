@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...kernels.modes import numbered
-from ..kmeans import labels
 
 SEED, ROUNDS = 123456789, 10  # of k-means, as the peer has them
 TURNS = 2  # of the subspace iteration
@@ -30,6 +29,8 @@ class Deal:
             torch.manual_seed(c.random_seed)
             self.U, V = leading(W.detach().flatten(0, -2), b, c.r)
         self.N = V.mT.contiguous()
+        from ..kmeans import labels  # by numpy, which torch does without
+
         found = labels(self.U, min(c.num_subspaces, len(self.U)), ROUNDS, SEED)
         self.clusters = [at for k in range(int(found.max()) + 1) if len(at := (found == k).nonzero()[:, 0])]
 
