@@ -365,6 +365,18 @@ def test_tensors_without_numbers_are_named_and_nothing_is_written(tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "1KB"}, {"safe_serialization": False}], ids=str)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_numbers_that_are_not_finite_are_told_when_they_are_saved(options, number, kind, tmp_path):
+    model = adapted()
+    weight = model.base_model.model.fc1.lora_B["default"].weight
+    weight.data = weight.data.to(kind)
+    weight.data[1, 1] = number
+    with pytest.warns(PeftWarning, match=r"NaN or infinite values in 'base_model\.model\.fc1\.lora_B\.weight'"):
+        model.save_pretrained(tmp_path, **options)
+
+
 def test_a_folder_that_cannot_be_written_says_so(tmp_path):
     if os.name != "posix" or os.geteuid() == 0:
         pytest.skip("permissions do not bind this user")

@@ -24,7 +24,7 @@ from . import hub
 from .commit import staged
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .header import CHECKSUM, Header, read_header
-from .payload import at_hand, data_of, is_sound, numbers_of, tensors_of, write_file
+from .payload import SUMMED, at_hand, data_of, is_sound, numbers_of, tensors_of, write_file
 
 __all__ = [
     "Saved",
@@ -65,7 +65,7 @@ def write_weights(
     max_shard_size: int | str = SHARD_SIZE,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write one adapter's tensors and return the paths of the files that hold them.
+    """Write one adapter's tensors and return the paths of the files that hold them; warn of numbers not finite.
 
     Arguments:
         state: checkpoint key -> tensor; tensors that share storage are written apart.
@@ -77,12 +77,14 @@ def write_weights(
     if not safe:
         with open(folder / WEIGHTS_NAME, "wb") as handle:  # a file of Python's tells what the system says
             torch.save(dict(state), handle)
+        _report_infinite(WEIGHTS_NAME, _infinite(state))
         return [folder / WEIGHTS_NAME]
     shards = _shards(state, _bytes(max_shard_size))
     names = [SAFETENSORS_WEIGHTS_NAME] if len(shards) == 1 else _shard_names(len(shards))
     remarks = {"format": "pt", **(metadata or {})}
     for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, shard, remarks)
+        if not write_file(folder / name, shard, remarks):
+            _report_infinite(name, _infinite(shard))
     if len(shards) > 1:
         _write_index(folder, dict(zip(names, shards, strict=True)))
     return [folder / name for name in names]
@@ -288,7 +290,7 @@ def _read_safetensors(file: str, header: Header, own: bool) -> dict[str, Tensor]
 def _finite_as_one(data: Tensor, header: Header) -> bool:
     """Whether the numbers of a file are finite for sure: one look at all of them, where they are of one dtype."""
     numbers = numbers_of(data, header)
-    if numbers is None or numbers.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if numbers is None or numbers.dtype not in SUMMED:
         return False
     return math.isfinite(numbers.sum().item())
 

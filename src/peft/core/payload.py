@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from .header import CHECKSUM, CHUNK, CODES, META, Header, Info, Layout
 
 BLOCK = 2**20  # bytes of memory that wait for the next file; larger files are looked at where they are
 BLANK = "0" * 33
+SUMMED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of which one sum tells whether all are finite
 
 _waiting: list[tuple[memoryview, Tensor]] = []
 _clones = getattr(torch, "_foreach_clone", None) or (lambda tensors: [t.clone() for t in tensors])
@@ -116,8 +118,10 @@ def numbers_of(data: Tensor, header: Header) -> Tensor | None:
 # Writing ------------------------------------------------------------------------------------------------------------
 
 
-def write_file(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_file(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
     """Write a safetensors file with its checksum; the same tensors and remarks always give the same bytes.
+
+    Returns whether its numbers are finite for sure: their sums are, and they are of one dtype.
 
     Arguments:
         file: the path.
@@ -132,13 +136,17 @@ def write_file(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
         head[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (begin, end)}
     raw = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
     raw = raw.ljust(-(-len(raw) // 8) * 8)
+    kind = infos.kind if infos.kind in SUMMED else None
+    sure = kind is not None
     with open(file, "wb") as handle, _block() as (memory, data):
         handle.write(len(raw).to_bytes(8, "little") + raw)
         for first, size in _filled(data.data_ptr(), [tensors[name] for name in infos]):
             total += _sum(data[: _padded(memory, size)], infos.factors[first // CHUNK :])
+            sure = sure and math.isfinite(data[:size].view(kind).sum().item())
             handle.write(memory[:size])
         handle.seek(8 + raw.index(f'"{CHECKSUM}":"{BLANK}"'.encode()) + len(CHECKSUM) + 4)
         handle.write(_told(infos, total).encode())
+    return sure
 
 
 def _laid_out(tensors: Mapping[str, Tensor]) -> Layout:
