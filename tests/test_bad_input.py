@@ -25,6 +25,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    set_peft_model_state_dict,
 )
 from peft.core.layer import tuner_layers
 from peft.errors import PeftStrictError
@@ -221,6 +222,8 @@ MISTAKES = [
     Mistake("unknown to list", two, lambda m, _: m.adapter_parameters("othr"), ValueError, NEAREST),
     Mistake("unknown to read", two, lambda m, _: get_peft_model_state_dict(m, adapter_name="othr"), ValueError,
             NEAREST),
+    Mistake("text for a tensor", two, lambda m, _: set_peft_model_state_dict(m, {"x": "y"}), TypeError,
+            ("{'x': 'str'}", "Nothing was loaded")),
     Mistake("text to save", two, lambda m, f: m.save_pretrained(f, selected_adapters="other"), TypeError,
             ("selected_adapters", "['other']")),
     # states

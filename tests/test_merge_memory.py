@@ -303,3 +303,10 @@ def test_a_merged_weight_that_is_held_elsewhere_survives_what_follows(monkeypatc
     m.merge_adapter()
     weight(m).data.zero_()
     assert torch.equal(held, numbers)
+
+
+@pytest.mark.parametrize("stated", ["junk", "0", "-3", "1.5"])
+def test_a_tile_that_is_no_number_is_named(stated: str) -> None:
+    with pytest.raises(ValueError, match=rf"PEFT_MERGE_TILE_MIB is '{stated}'"):
+        blocks._tile(stated)
+    assert blocks._tile("3") == 3 * 2**20

@@ -412,3 +412,17 @@ def test_a_state_dict_changes_nothing_of_a_four_bit_layer(compress_statistics, r
     assert torch.equal(numbers(packed), before)
     assert state["base_model.model.0.base_layer.weight.absmax"].dim() == 1
     assert not model.unload()[0]._state_dict_pre_hooks
+
+
+@pytest.mark.parametrize("size, said", [(0.05, True), (1.0, False)])
+def test_plain_rounding_that_is_coarse_beside_the_update_is_told(size, said):
+    base = nn.Sequential(STORAGES["nf4"].store(nn.Linear(192, 32)))
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=4, target_modules=["0"]))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.base_model.model[0].adapter_parameters("default"):
+            p.normal_(std=size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        error = model.merge_adapter()["0"]
+    assert (error.noise > 0.3) == said == any("Rounding" in str(w.message) for w in caught)

@@ -131,9 +131,12 @@ def set_peft_model_state_dict(
         known: what `foreseen` has found for a checkpoint with these keys and shapes.
 
     Returns torch's (missing_keys, unexpected_keys); missing ones by live name.
-    Raises RuntimeError for wrong shapes, ValueError if nothing fits; the model is then unchanged.
+    Raises RuntimeError for wrong shapes, ValueError if nothing fits, TypeError for what is no tensor; the model is
+    then unchanged.
     """
     root = _unwrap(model)[0]
+    if odd := {k: type(v).__name__ for k, v in peft_model_state_dict.items() if not isinstance(v, Tensor)}:
+        raise WrongKindError(f"A checkpoint maps keys to tensors, but here are others: {odd}. Nothing was loaded.")
     with ordinary(), sharded.summoned(root, write=True):
         return _written(root, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, strict, known)
 

@@ -17,6 +17,11 @@ MODES = ("requantize", "dequantize", "compensated")
 ROUNDS, DIRECTIONS = 40, 64  # of the compensation: passes over the weight, and directions of the update it keeps
 STEP, SHRINK, LEAST = 4.0, 0.85, 0.1  # its first step, what each is of the last, and the least direction that counts
 LOSSY = 0.1  # the share of an update that may be lost before a merge warns of it
+CURES = (
+    'quantized="dequantize"',
+    'quantized="compensated", which rounds so that the effect of the update stays, or with quantized="dequantize"',
+)
+NOISY = 0.3  # what plain rounding may add, as a share of the update's size, before a merge warns of it
 
 
 class MergeError(NamedTuple):
@@ -26,11 +31,13 @@ class MergeError(NamedTuple):
         mode: "requantize", "dequantize" or "compensated".
         relative: |stored - W'| / |W'|, Frobenius norms.
         lost: 1 - <stored - W, W' - W> / |W' - W|^2: the share of the update that is not there any more; 0 is none.
+        noise: |stored - W'| / |W' - W|: the size of all that rounding changed, beside that of the update.
     """
 
     mode: str
     relative: float
     lost: float
+    noise: float = 0.0
 
 
 def check_mode(mode: str) -> None:
@@ -44,8 +51,9 @@ def measured(mode: str, stored: Tensor, wanted: Tensor, before: Tensor) -> Merge
     error, update = (stored - wanted).float(), (wanted - before).float()
     size = float(update.square().sum())
     kept = float(((stored - before).float() * update).sum())
-    relative = float(torch.linalg.vector_norm(error)) / max(float(torch.linalg.vector_norm(wanted.float())), 1e-30)
-    return MergeError(mode, relative, 1 - kept / size if size else 0.0)
+    off = float(torch.linalg.vector_norm(error))
+    relative = off / max(float(torch.linalg.vector_norm(wanted.float())), 1e-30)
+    return MergeError(mode, relative, *((1 - kept / size, off / size**0.5) if size else (0.0, 0.0)))
 
 
 def compensate(
@@ -110,21 +118,21 @@ def told(layers: Iterable[Any]) -> dict[str, MergeError]:
     Warns (`LossyMergeWarning`) if a noticeable part of the update was lost.
     """
     found = {layer._where(): layer.merge_error for layer in layers if layer.merge_error is not None}
+    plain = {path: error.noise for path, error in found.items() if error.mode == "requantize"}
     lost = {path: error.lost for path, error in found.items() if error.mode != "dequantize"}
-    if lost and (mean := sum(lost.values()) / len(lost)) > LOSSY:
-        worst = max(lost, key=lost.__getitem__)
-        plain = [path for path in lost if found[path].mode == "requantize"]
-        cure = (
-            'Merge with quantized="compensated", which rounds so that the effect of the update stays, or with '
-            'quantized="dequantize", or keep the adapter unmerged.'
-            if plain
-            else 'Merge with quantized="dequantize", or keep the adapter unmerged.'
-        )
-        text = (
-            f"Rounding to the quantised form has lost {mean:.0%} of the update on average over {len(lost)} layers, "
-            f"most at {worst!r} ({lost[worst]:.0%}): updates smaller than the steps of a storage vanish. {cure}"
-        )
-        report(LossyMergeWarning, text, strict=False, stacklevel=4)
+    for shares, limit, what, why in (
+        (lost, LOSSY, "has lost {} of the update", "updates smaller than the steps of a storage vanish"),
+        (plain, NOISY, "adds an error of {} of the update's size", "the steps of the storage are coarse beside it"),
+    ):
+        if shares and (mean := sum(shares.values()) / len(shares)) > limit:
+            worst = max(shares, key=shares.__getitem__)
+            text = (
+                f"Rounding to the quantised form {what.format(f'{mean:.0%}')} on average over {len(shares)} layers, "
+                f"most at {worst!r} ({shares[worst]:.0%}): {why}. Merge with {CURES[bool(plain)]}, or keep the adapter "
+                "unmerged."
+            )
+            report(LossyMergeWarning, text, strict=False, stacklevel=4)
+            break
     return found
 
 
