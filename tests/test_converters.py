@@ -575,8 +575,8 @@ def test_a_folder_for_vllm_has_one_scaling_and_one_rank(adapter: Any, tmp_path: 
     report = convert_adapter(folder, "vllm", tmp_path / "out")
     values = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (values["bias"], values["modules_to_save"], values["use_dora"]) == ("none", None, False)
-    assert (values["rank_pattern"], values["alpha_pattern"]) == ({}, {})
-    scaling = values["lora_alpha"] / (values["r"] ** 0.5 if values["use_rslora"] else values["r"])
+    assert (values["rank_pattern"], values["alpha_pattern"], values["use_rslora"]) == ({}, {}, False)
+    scaling = values["lora_alpha"] / values["r"]  # as engines that do not look at use_rslora compute it, too
     state = {k.removeprefix("base_model.model."): v.float() for k, v in load_file(tmp_path / "out" / FILE).items()}
     found = {p: product(state[f"{p}.lora_A.weight"], state[f"{p}.lora_B.weight"], scaling) for p in expected}
     assert all(v.shape[0] == values["r"] for k, v in state.items() if "lora_A" in k)

@@ -1,7 +1,8 @@
 """PEFT folders as vLLM loads them.
 
 vLLM reads `r`, `lora_alpha` and `use_rslora`, and scales all layers alike: patterns go into B, and smaller ranks are
-filled up with zeros. It refuses DoRA, modules_to_save and biases, and ranks above its largest `max_lora_rank`. Source:
+filled up with zeros. rsLoRA goes into `lora_alpha`, as other engines that load such folders (SGLang, LoRAX) divide it by
+the rank whatever `use_rslora` says. vLLM refuses DoRA, modules_to_save and biases, and ranks above its largest `max_lora_rank`. Source:
 docs.vllm.ai, `vllm.lora.peft_helper` and `vllm.config.lora` of version 0.14.
 """
 
@@ -64,10 +65,11 @@ def _even(part: Part, report: Report) -> Part:
         report.notes.append(f"The rank {r} needs a vLLM whose max_lora_rank goes beyond {USUAL}.")
     report.notes.append(f"Start vLLM with --enable-lora --max-lora-rank {_step(r)}.")
     alike = len({(x.rank, x.alpha) for x in layers}) == 1
-    same: dict[str, Any] = {
-        "lora_alpha": layers[0].settings.lora_alpha if alike else r,
-        "use_rslora": alike and bool(layers[0].settings.use_rslora),
-    }
+    first = layers[0]
+    alpha = r if not alike else first.scaling * r if first.settings.use_rslora else first.settings.lora_alpha
+    same: dict[str, Any] = {"lora_alpha": alpha}
+    if alike and first.settings.use_rslora:
+        report.folded.append(f"the root of the rank under rsLoRA, into lora_alpha, {alpha:g}")
     if not alike:
         report.folded.append(f"scalings of the layers, into B; all have rank {r} now")
     same |= {name: getattr(part.config, name) for name in KEPT}
