@@ -1,9 +1,9 @@
 """PEFT folders as vLLM loads them.
 
 vLLM reads `r`, `lora_alpha` and `use_rslora`, and scales all layers alike: patterns go into B, and smaller ranks are
-filled up with zeros. rsLoRA goes into `lora_alpha`, as other engines that load such folders (SGLang, LoRAX) divide it by
-the rank whatever `use_rslora` says. vLLM refuses DoRA, modules_to_save and biases, and ranks above its largest `max_lora_rank`. Source:
-docs.vllm.ai, `vllm.lora.peft_helper` and `vllm.config.lora` of version 0.14.
+filled up with zeros. rsLoRA goes into `lora_alpha`, as other engines that load such folders (SGLang, LoRAX) divide it
+by the rank whatever `use_rslora` says. vLLM refuses DoRA, modules_to_save and biases, and ranks above its largest
+`max_lora_rank`. Source: docs.vllm.ai, `vllm.lora.peft_helper` and `vllm.config.lora` of version 0.14.
 """
 
 from __future__ import annotations

@@ -136,13 +136,12 @@ def write_file(file: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
         head[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (begin, end)}
     raw = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
     raw = raw.ljust(-(-len(raw) // 8) * 8)
-    kind = infos.kind if infos.kind in SUMMED else None
-    sure = kind is not None
+    kind, sure = infos.kind, infos.kind in SUMMED
     with open(file, "wb") as handle, _block() as (memory, data):
         handle.write(len(raw).to_bytes(8, "little") + raw)
         for first, size in _filled(data.data_ptr(), [tensors[name] for name in infos]):
             total += _sum(data[: _padded(memory, size)], infos.factors[first // CHUNK :])
-            sure = sure and math.isfinite(data[:size].view(kind).sum().item())
+            sure = sure and kind is not None and math.isfinite(data[:size].view(kind).sum().item())
             handle.write(memory[:size])
         handle.seek(8 + raw.index(f'"{CHECKSUM}":"{BLANK}"'.encode()) + len(CHECKSUM) + 4)
         handle.write(_told(infos, total).encode())
