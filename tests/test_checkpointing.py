@@ -7,7 +7,9 @@ numbers that could be read. A mixed batch is no such step: its rows are sorted b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -99,9 +101,10 @@ class Seen(nn.Module):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("method", [m for m in ("lora", "dora", "ia3", "oft", "vera")])
-def test_a_mixed_batch_is_run_again_with_each_rows_adapter(method: str, reentrant: bool) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mixed_batch_is_run_again_with_each_rows_adapter(method: str, reentrant: bool, training: bool) -> None:
     layout = again("linear-3-D")
-    model, x = adapted(method, layout, names=("one", "two")), layout.x()  # as in evaluation, where such batches are
+    model, x = adapted(method, layout, names=("one", "two")).train(training), layout.x()
     model.base_model.set_requires_grad(["one", "two"])
     names = ["two", "__base__", "one", "two"]
     wanted = gradients(model, x, None, adapter_names=names)
@@ -115,19 +118,25 @@ def test_checkpoints_in_checkpoints_and_steps_in_another_order_keep_their_batche
     model, x = adapted("lora", layout, names=("one", "two")), layout.x()
     model.base_model.set_requires_grad(["one", "two"])
     held = [p for p in model.parameters() if p.requires_grad]
-    batches = [["one"] * 4, ["two", "one", "one", "two"]]
+    batches: list[dict[str, Any]] = [
+        {"adapter_names": ["one"] * 4},
+        {"adapter_names": ["two", "one", "one", "two"]},
+        {},
+    ]
 
-    def run(reentrant: bool | None, last_first: bool) -> list[list[Tensor]]:
+    def run(reentrant: bool | None, order: Sequence[int]) -> list[list[Tensor]]:
         model.get_base_model().reentrant = reentrant
-        ys = [model(x, adapter_names=names) for names in batches]
-        order = (1, 0) if last_first else (0, 1)
+        ys = [model(x, **names) for names in batches]
         found = {i: torch.autograd.grad(ys[i].square().sum(), held, allow_unused=True) for i in order}
-        return [[torch.zeros_like(p) if g is None else g for g, p in zip(found[i], held, strict=True)] for i in (0, 1)]
+        return [
+            [torch.zeros_like(p) if g is None else g for g, p in zip(found[i], held, strict=True)] for i in range(3)
+        ]
 
-    wanted = run(None, False)
-    for found, grads in zip(run(False, True), wanted, strict=True):
-        for one, two in zip(found, grads, strict=True):
-            close(one, two, 1e-6)
+    wanted = run(None, range(3))
+    for order in permutations(range(3)):
+        for found, grads in zip(run(False, order), wanted, strict=True):
+            for one, two in zip(found, grads, strict=True):
+                close(one, two, 1e-6)
 
 
 # ---- nothing waits for the device --------------------------------------------------------------------------------

@@ -461,7 +461,6 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: made("prompt")(attention_mask=torch.ones(2, 5)), ValueError, "input_ids or inputs_embeds"),
     (lambda: made("prompt")(**text(), adapter_names=["default", "defalt"]), ValueError, "Did you mean 'default'"),
     (lambda: made("prompt")(**text(), adapter_names=["default"] * 3), ValueError, "3 entries.*2 samples"),
-    (lambda: made("prompt").train()(**text(), adapter_names=["default"] * 2), ValueError, "training mode"),
     (lambda: made("prompt").merge_and_unload(), NotImplementedError, "changes no weight"),
     (lambda: made("prompt").set_adapter("other"), ValueError, "no adapter 'other'"),
     (lambda: get_peft_model(nn.Linear(2, 2), config("prompt", "FEATURE_EXTRACTION")), ValueError, "num_layers"),

@@ -224,11 +224,12 @@ class PeftModel(Persistent, nn.Module):
             function = functools.partial(prompts.run, function, beams is not None)
         tuner = self._tuner
         if prompts is None and all(v is None for v in given):
-            if torch.compiler.is_compiling() or not tuner.hooks:
+            if torch.compiler.is_compiling() or (tuner.call.plain and not tuner.hooks):
                 return function(*args, **kwargs)
-            with tuner.call.alone():  # hooks write into the record
-                return function(*args, **kwargs)
-        first = first_tensor(args, kwargs)
+            if tuner.call.plain:
+                with tuner.call.alone():  # hooks write into the record
+                    return function(*args, **kwargs)
+        first = first_tensor(args, kwargs)  # after a mixed batch others are told apart from it, for the backward pass
         if names is not None:
             self._check_names(names, first, tuner)
         with tuner.call.of(first, beams, *given):
@@ -237,8 +238,6 @@ class PeftModel(Persistent, nn.Module):
     def _check_names(self, names: Any, first: torch.Tensor | None, tuner: Any) -> None:
         if not isinstance(names, (list, tuple)):
             raise WrongKindError(f"adapter_names must be a list, a name per sample, but is {type(names).__name__}.")
-        if self.training:
-            raise ValueError("adapter_names is for inference, but the model is in training mode. Call `model.eval()`.")
         if first is not None and first.shape[0] != len(names):
             raise ValueError(
                 f"adapter_names has {len(names)} entries, but the batch has {first.shape[0]} samples. Pass one name "
