@@ -452,5 +452,5 @@ def test_what_selects_nothing_warns_once_and_is_refused_whole_when_strict(fields
 
 
 def test_a_plan_of_what_is_no_model_names_the_way_to_one():
-    with pytest.raises(ValueError, match=r"model is a dict. Pass a torch model; .* under torch.device\('meta'\)"):
+    with pytest.raises(ValueError, match=r"model is a dict\. Pass a torch model, or a configuration of transformers"):
         peft.plan({"hidden_size": 8}, lora(target_modules=["0"]))

@@ -224,12 +224,15 @@ class PeftModel(Persistent, nn.Module):
             function = functools.partial(prompts.run, function, beams is not None)
         tuner = self._tuner
         if prompts is None and all(v is None for v in given):
-            if torch.compiler.is_compiling() or (tuner.call.plain and not tuner.hooks):
+            compiling = torch.compiler.is_compiling()
+            # after a mixed batch others are told apart from it, for the backward pass
+            usual = compiling or tuner.call.plain or not torch.is_grad_enabled()
+            if usual and (compiling or not tuner.hooks):
                 return function(*args, **kwargs)
-            if tuner.call.plain:
+            if usual:
                 with tuner.call.alone():  # hooks write into the record
                     return function(*args, **kwargs)
-        first = first_tensor(args, kwargs)  # after a mixed batch others are told apart from it, for the backward pass
+        first = first_tensor(args, kwargs)
         if names is not None:
             self._check_names(names, first, tuner)
         with tuner.call.of(first, beams, *given):

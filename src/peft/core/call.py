@@ -363,7 +363,7 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
 
 def tokens(first: Tensor | None) -> int | None:
     """Tokens per sample: of ids (batch, tokens), or embeddings (batch, tokens, size)."""
-    if first is None:
+    if first is None or first.is_nested:  # which has no one number of them
         return None
     ids = first.dim() == 2 and not first.is_floating_point()
     return first.shape[1] if ids or first.dim() == 3 else None

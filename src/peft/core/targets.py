@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import WrongKindError
 from ..types import plain
 from .defaults import DUMMY_TARGET_MODULES, TASK_HEADS
 from .pattern import pattern_value, settings
@@ -78,7 +77,7 @@ def plan(model: nn.Module, config: Any, strict: bool | None = None) -> Plan:
         config: the configuration of a method that adapts modules.
         strict: whether entries that select nothing raise; None follows `peft.set_strict`.
 
-    Raises what `match` raises, ValueError for methods that adapt no modules, WrongKindError for what is no model.
+    Raises what `match` raises, and ValueError for methods that adapt no modules.
     """
     from .describe import describe
     from .experts import rewrite
@@ -91,11 +90,6 @@ def plan(model: nn.Module, config: Any, strict: bool | None = None) -> Plan:
         )
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()  # type: ignore[operator]
-    if not hasattr(model, "named_modules"):
-        raise WrongKindError(
-            f"model is a {type(model).__name__}. Pass a torch model; one without numbers will do, such as "
-            "AutoModelForCausalLM.from_config(...) makes of a configuration under torch.device('meta')."
-        )
     undo = replicate(model, getattr(config, "layer_replication", None) or [])
     config = copy.copy(config)
     heads = TASK_HEADS.get(plain(config.task_type), ())
