@@ -22,6 +22,7 @@ from conformance.layouts import LAYOUTS, Layout
 from conformance.rows import METHODS, adapted, close, given, tuner_layers
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.helpers import update_forward_signature
+from peft.kernels import blocks, rotations
 
 FIVE = ("lora", "dora", "ia3", "loha", "oft")  # a sum, a norm, scales, products of factors, a rotation
 DORA = ("adalora-dora", "adamss-dora", "lokr-dora", "shira-dora", "vblora-dora", "velora-dora")  # of all methods'
@@ -143,6 +144,62 @@ def test_tensors_that_are_replaced_are_those_that_compiled_code_uses(method: str
             model.to(torch.float64)
         close(fast(x), model(x))
         assert fast(x).dtype is not before.dtype or not torch.allclose(fast(x), before)
+
+
+# ---- traces of torch.jit, and ONNX by them -------------------------------------------------------------------
+
+
+EVERY = [name for name, row in METHODS.items() if row.few or name in REST]
+SOLVED = ("boft", "hra", "oft", "psoft")  # which solve equations, as ONNX cannot
+QUIET = ("ignore::torch.jit.TracerWarning", "ignore:.*deprecated", "ignore:.*constant folding")  # sizes that stay
+quiet = pytest.mark.filterwarnings(*QUIET)
+NOT_THERE = ("c3a", "fourierft", "deft-qr", "hra-orthogonal")  # a transform or a decomposition of which it has no word
+
+
+def few_and_many(x: Tensor, tasks: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """A single token with its task, and more of both than a model was traced with."""
+    return [(x[:1, :1], *(t[:1] for t in tasks)), (others(x), *(torch.cat([t, t, t[:1]]) for t in tasks))]
+
+
+@quiet
+@pytest.mark.parametrize("method", EVERY)
+def test_a_trace_is_alike_in_training_and_evaluation_and_serves_any_number_of_rows(method: str) -> None:
+    model, x, tasks = net(method), NET.x(), tuple(given(method).values())
+    model = Named(model) if tasks else model
+    one, more = few_and_many(x, tasks)
+    for made in (blocks._eye, rotations._above):  # once, which must not be within a trace
+        made.cache_clear()
+    run = torch.jit.trace(model, one)  # which compares it with one that is made without gradients
+    for inputs in (one, (x, *tasks), more):
+        close(run(*inputs), model(*inputs), 1e-5)
+
+
+@quiet
+@pytest.mark.parametrize("method", SOLVED)
+def test_what_is_on_its_way_to_onnx_solves_no_equations(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = net(method), NET.x()
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    run = torch.jit.trace(model, (x,), check_trace=False)
+    close(run(others(x)), model(others(x)), 1e-5)
+    assert "linalg_solve" not in str(run.inlined_graph)
+
+
+@quiet
+@pytest.mark.parametrize("method", [name for name in EVERY if name not in NOT_THERE])
+def test_traces_are_exported_to_onnx(method: str) -> None:
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    model, x, tasks = net(method), NET.x(), tuple(given(method).values())
+    names, file = ["tokens", "task_ids"][: 1 + len(tasks)], io.BytesIO()
+    axes = {"tokens": {0: "rows", 1: "length"}, "task_ids": {0: "rows"}}
+    model = Named(model).eval() if tasks else model
+    torch.onnx.export(
+        model, (x, *tasks), file, dynamo=False, input_names=names, dynamic_axes={n: axes[n] for n in names}
+    )
+    run = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    for inputs in few_and_many(x, tasks):
+        (y,) = run.run(None, {n: t.numpy() for n, t in zip(names, inputs, strict=True)})
+        close(torch.from_numpy(y), model(*inputs).detach(), 2e-5)
 
 
 # ---- exporting -----------------------------------------------------------------------------------------------

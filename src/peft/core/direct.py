@@ -45,7 +45,8 @@ def open_linear(inner: Stack, x: Tensor, gated: bool = False) -> tuple[Tensor, T
     """(W, b) if calling the stack with x is F.linear(x, W, b) and nothing else; None where it may be more.
 
     It is more where the layer is a subclass, is hooked, patched, offloaded or quantised, where other adapters stand on
-    it, where the dtypes differ or autocast chooses them, and under torch.func and forward-mode differentiation.
+    it, where the dtypes differ or autocast chooses them, under torch.func and forward-mode differentiation, and in
+    traces of torch.jit, which hold definitions alone: they serve training and evaluation, and any number of rows.
     `gated`: whether the shortcut lets the stack `gate` its weight.
     """
     if inner.last is not None or inner.extra is not None or inner.packed is not None or inner.gated is not gated:
@@ -63,7 +64,9 @@ def open_linear(inner: Stack, x: Tensor, gated: bool = False) -> tuple[Tensor, T
         return None
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return None
-    if not torch.compiler.is_compiling() and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0):
+    if torch.compiler.is_compiling():
+        return W, held["bias"]
+    if peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _C._is_tracing():
         return None
     return W, held["bias"]
 

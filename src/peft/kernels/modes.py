@@ -35,14 +35,24 @@ def eager() -> bool:
     return not (transformed() or torch._C._is_any_autocast_enabled())
 
 
+def recorded() -> bool:
+    """Whether operations are written down for other inputs and tensors: in graphs, and in traces of torch.jit."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def exported() -> bool:
+    """Whether a model is on its way to ONNX, which solves no equations."""
+    return recorded() and torch.onnx.is_in_onnx_export()
+
+
 def lasting() -> bool:
     """Whether what is made now can be kept: not in graphs, nor under modes that may make other tensors (fake ones)."""
-    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+    return not (recorded() or torch._C._len_torch_dispatch_stack())
 
 
 def faking() -> bool:
     """Whether operations run on what stands for tensors: in graphs that are being made, and under fake tensors."""
-    if torch.compiler.is_compiling():
+    if recorded():
         return True
     return torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _STANDING_IN))
 

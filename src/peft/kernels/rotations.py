@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import blocks as kernel
 from .again import differentiable
-from .modes import eager, node, once
+from .modes import eager, exported, node, once
 from .thin import PLAIN, WIDE
 
 
@@ -29,8 +29,19 @@ def cayley(Q: Tensor) -> Tensor:
     """(I - Q) (I + Q)^-1, orthogonal for a skew Q, (..., b, b)."""
     Q = Q.float() if Q.dtype in (torch.float16, torch.bfloat16) else Q
     one = kernel.one(Q)
+    if exported():
+        return _eliminated(one + Q, one - Q, one)
     # the two commute; I + Q has an inverse always, and to look whether it has would wait for a GPU
     return torch.linalg.solve_ex(one + Q, one - Q)[0]
+
+
+def _eliminated(M: Tensor, X: Tensor, one: Tensor) -> Tensor:
+    """M^-1 X, step by step; no pivot of I and a skew matrix is below one."""
+    both, b = torch.cat([M, X], -1), M.shape[-1]
+    for k in range(b):
+        row = both[..., k : k + 1, :] / both[..., k : k + 1, k : k + 1]
+        both = both - (both[..., k : k + 1] - one[..., k : k + 1]) * row
+    return both[..., b:]
 
 
 def series(Q: Tensor, terms: int) -> Tensor:

@@ -97,7 +97,7 @@ class DoRA(Gaining):
 
     def safe_norm(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
         """|V| with 1 in place of 0."""
-        return torch.threshold(self.norm(p, rows).detach(), 0, 1)  # from the tangents of forward mode, too
+        return torch.where((n := self.norm(p, rows).detach()) == 0, 1.0, n)  # from the tangents of forward mode, too
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         return self.of.delta(p, W, rows)

@@ -26,6 +26,7 @@ from ..core.rotation import Rotation
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
 from ..errors import PeftWarning, report
+from ..kernels.modes import exported
 from ..target_config import TargetConfig, choice
 
 
@@ -88,8 +89,19 @@ class HRA(Rotation):
         if p.hra_apply_GS:
             return torch.linalg.qr(u)[0], 2 * one
         U = u / torch.linalg.vector_norm(u, dim=-2, keepdim=True)
+        G = U.mT @ U
+        if exported():
+            return U, _columns(G, one)
         # of a product of mirrors: T^-1 is the part of U'U above the diagonal, and 1/2 on it
-        return U, torch.linalg.solve_triangular((U.mT @ U).triu(1) + one / 2, one, upper=True)
+        return U, torch.linalg.solve_triangular(G.triu(1) + one / 2, one, upper=True)
+
+
+def _columns(G: Tensor, one: Tensor) -> Tensor:
+    """The same T, mirror by mirror: 2 (e - T g) is the next column, with g what the mirrors so far have of it."""
+    T = 2 * one[:, :1].expand(*G.shape[:-1], 1)
+    for k in range(1, G.shape[-1]):
+        T = torch.cat([T, 2 * (one[:, k : k + 1] - T @ G[..., :k, k : k + 1])], -1)
+    return T
 
 
 class HRALayer(BaseTunerLayer):

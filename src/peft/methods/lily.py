@@ -108,9 +108,9 @@ class Lily(Delta):
         (A, experts, G), groups = (p.held(name).weight for name in HOMES), inner.view.groups(inner.base)
         axis = -inner.spread(A.new_empty(1)).dim()  # of the features
         h = inner.linear(x, A.repeat(groups, 1) if groups > 1 else A)
-        each = h.movedim(axis, -1).unflatten(-1, (groups, -1))  # every group's rows see features of their own
-        p_e = (each @ G.mT).softmax(-1).flatten(0, -2)
-        p_e = p_e.sum(0) / max(1, p_e.shape[0])  # the mean, and 0 without rows
+        each = h.movedim(axis % h.dim(), -1).unflatten(-1, (groups, -1))  # every group's rows see features of their own
+        p_e = F.linear(each, G).softmax(-1).flatten(0, -2)
+        p_e = p_e.mean(0) if p_e.shape[0] else p_e.sum(0)  # traces would take a number of rows for a constant
         B = torch.einsum("e,ero->or", p_e, experts.unflatten(0, (p.num_B, -1)))
         B = torch.block_diag(*B.unflatten(0, (groups, -1))) if groups > 1 else B
         return (y + inner.view.rows(h, B) * p.scaling).to(y.dtype)

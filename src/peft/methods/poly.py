@@ -131,10 +131,12 @@ class Poly(Delta):
         A, B, g = p.held("poly_lora_A"), p.held("poly_lora_B"), inner.view.groups(inner.base)
         down = torch.block_diag(*A.mT.flatten(1, 2))  # (q s r, I)
         up = torch.block_diag(*B.permute(0, 3, 1, 2).flatten(2))  # (O, q s r)
-        h = inner.linear(x, down.repeat(g, 1)).movedim(axis, -1).unflatten(-1, (g, *A.shape[:2], p.r))
-        w = w.view(w.shape[0], *[1] * (h.dim() - 4), *A.shape[:2], 1)
-        h = (h * w).sum((-3, -2), keepdim=True) * w
-        return inner.view.rows(h.flatten(-4).movedim(-1, axis), torch.block_diag(*up.unflatten(0, (g, -1))))
+        h = inner.linear(x, down.repeat(g, 1))
+        axis %= h.dim()
+        h = h.movedim(axis, -1).unflatten(-1, (g, *A.shape[:2], p.r))
+        w = w.view(-1, *[1] * (h.dim() - 4), *A.shape[:2], 1)
+        h = ((h * w).sum((-3, -2), keepdim=True) * w).flatten(-4)
+        return inner.view.rows(h.movedim(h.dim() - 1, axis), torch.block_diag(*up.unflatten(0, (g, -1))))
 
 
 class PolyLayer(BaseTunerLayer):

@@ -21,7 +21,7 @@ from ...core.cells import references
 from ...core.draw import normal
 from ...core.method import Site
 from ...core.stack import Adapter, Stack
-from ...kernels.modes import lasting, ordinary
+from ...kernels.modes import lasting, ordinary, recorded
 from ...kernels.sparse import state
 from .method import LoRA
 
@@ -70,7 +70,7 @@ class Arrow(LoRA):
             raise ValueError(f"The router {p.name!r} at {p.path!r} has no adapter to route to. Load the experts first.")
         pairs: dict[str, Any] = {a.name: a.method.factors(a) for a in (*experts, *general)}
         options = p.settings.arrow_config
-        if torch.compiler.is_compiling():
+        if recorded():
             with torch.no_grad():
                 return _tables(options, experts, general, pairs, p.cache["start"])
         key = [(n, *state(t), t.device, t.dtype) for n, pair in pairs.items() for t in pair]
