@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import peft
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import IA3Config, LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.call import Call
 
 
@@ -240,6 +240,39 @@ def test_a_target_parameter_that_is_computed_since_is_refused(compute):
         model(X)
     with model.disable_adapter():
         model(X)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda m: prune.l1_unstructured(m, "bias", 0.5),
+        lambda m: parametrize.register_parametrization(m, "bias", nn.Softplus(), unsafe=True),
+    ],
+    ids=["pruned", "parametrized"],
+)
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [LoraConfig(lora_bias=True), LoraConfig(), IA3Config(feedforward_modules=[], init_ia3_weights=False)],
+    ids=["lora_bias", "lora", "ia3"],
+)
+def test_a_bias_that_is_computed_is_not_merged_into(config, many, compute):
+    made, config = base(), copy.deepcopy(config)
+    compute(made[0])
+    config.target_modules = ["0", "2"] if many else ["0"]
+    model = get_peft_model(made, config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * p.requires_grad)
+        wanted = model(X)
+        if type(config) is LoraConfig and not config.lora_bias:
+            model.merge_adapter()
+            torch.testing.assert_close(model(X), wanted)
+            return
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match="The bias of '0' is computed at each call"):
+                merge()
+        assert torch.equal(model(X), wanted)
 
 
 @pytest.mark.parametrize("which", ["lora_A", "lora_B"])

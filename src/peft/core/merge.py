@@ -202,7 +202,10 @@ class Mergeable(Blocks, Forgetful):
                 f"Merging {list(names)} at {self._where()!r} while {rest} stay active would change the output, because "
                 f"these methods do not commute. Merge the first of {live} first, or all of them."
             )
-        if self.view.bias(base) is None and not self.view.one_hot and any(map(self._has_bias, names)):
+        b = self.view.bias(base)
+        if b is not None and any(a.method.bias(a, b) is not b for a in map(self.adapters.__getitem__, names)):
+            self.view.check_held(base, self.view.bias_name, self._where())
+        if b is None and not self.view.one_hot and any(map(self._has_bias, names)):
             raise RuntimeError(
                 f"The adapter has a bias but the layer {self._where()!r} has none to merge it into. Keep the adapter "
                 "unmerged, or train it without a bias (for LoRA: lora_bias=False)."

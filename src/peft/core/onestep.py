@@ -166,7 +166,7 @@ def ordinary(layer: Any, name: str) -> Change | None:
     p.method.refuse_merge(p)
     b = base._parameters.get("bias")
     new = p.method.bias(p, b)
-    if (b is None and new is not None) or (b is not None and not own(base, "bias")):
+    if (b is None and new is not None) or (b is not None and not own(base, "bias")) or "bias" not in base._parameters:
         return None
     fold = p.method.fold(p, torch.promote_types(weight.dtype, torch.float32), True)
     return Change(weight, p, fold, None if b is None or new is None else (b, new))

@@ -86,12 +86,7 @@ class LinearView:
         """Raise ValueError where a new W would not be what the module computes with."""
         if storage.of(m, self.name).packed:
             return
-        if self.name not in m._parameters and self.name not in m._buffers:
-            raise ValueError(
-                f"The {self.name} of {path!r} is computed at each call (a parametrization, weight norm or pruning), so "
-                "an adapter cannot be merged into it. Make it permanent first, with "
-                "torch.nn.utils.parametrize.remove_parametrizations or its like, before adding adapters."
-            )
+        self.check_held(m, self.name, path)
         W = getattr(m, self.name)
         if 0 in W.stride() and any(n > 1 and not step for n, step in zip(W.shape, W.stride(), strict=True)):
             raise ValueError(
@@ -108,6 +103,15 @@ class LinearView:
             raise ValueError(
                 f"{path!r} is a {type(m).__name__}, whose forward is not W x + b, so an adapter cannot be merged into "
                 "its weight. Keep the adapter unmerged."
+            )
+
+    def check_held(self, m: Layer, name: str, path: str) -> None:
+        """Raise ValueError where the weight or the bias is made of other tensors."""
+        if name not in m._parameters and name not in m._buffers:
+            raise ValueError(
+                f"The {name} of {path!r} is computed at each call (a parametrization, weight norm or pruning), so "
+                "an adapter cannot be merged into it. Make it permanent first, with "
+                "torch.nn.utils.parametrize.remove_parametrizations or its like, before adding adapters."
             )
 
     def own_forward(self, m: Layer) -> bool:
