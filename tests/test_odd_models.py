@@ -10,9 +10,12 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import peft
+from conformance import rows
+from conformance.layouts import LAYOUTS
 from peft import IA3Config, LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.core.call import Call
 
@@ -488,3 +491,33 @@ def test_a_norm_limit_is_of_rows_and_not_of_what_their_scale_makes_of_them():
     model.merge_adapter()
     torch.testing.assert_close(answer, model(x))
     assert answer.norm(dim=-1).max() > 2
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.float16, "channels"], ids=str)
+@pytest.mark.parametrize("method", ["lora", "lora-bias", "dora", "ia3", "loha", "hra", "oft", "boft"])
+def test_layers_that_torch_quantises_afterwards_serve_all_that_others_do(method, dtype):
+    layout, x = LAYOUTS["linear"], LAYOUTS["linear"].x()
+    model = rows.adapted(method, layout, names=("one", "two"))
+    wanted, base = {}, layout.plain()(x)
+    with torch.no_grad():
+        for name in ("two", "one"):
+            model.set_adapter(name)
+            wanted[name] = model(x)
+        kind = {nn.Linear: per_channel_dynamic_qconfig} if dtype == "channels" else {nn.Linear}
+        model = quantize_dynamic(model, kind, **({} if dtype == "channels" else {"dtype": dtype}))
+        rows.close(model(x), wanted["one"], 0.05)
+        for name in ("two", "one"):
+            model.set_adapter(name)
+            rows.close(model(x), wanted[name], 0.05)
+        with model.disable_adapter():
+            plain = model(x)
+        rows.close(plain, base, 0.05)
+        y = model(x)
+        model.merge_adapter()
+        rows.close(model(x), y, 0.05)
+        model.unmerge_adapter()
+        rows.close(model(x), y, 1e-6)
+        with model.disable_adapter():
+            assert torch.equal(model(x), plain)
+        rows.close(model.merge_and_unload()(x), y, 0.05)

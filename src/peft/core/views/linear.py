@@ -107,7 +107,7 @@ class LinearView:
 
     def check_held(self, m: Layer, name: str, path: str) -> None:
         """Raise ValueError where the weight or the bias is made of other tensors."""
-        if name not in m._parameters and name not in m._buffers:
+        if name not in m._parameters and name not in m._buffers and storage.named(m, name) is None:
             raise ValueError(
                 f"The {name} of {path!r} is computed at each call (a parametrization, weight norm or pruning), so "
                 "an adapter cannot be merged into it. Make it permanent first, with "
@@ -123,7 +123,8 @@ class LinearView:
 
     def bias(self, m: Layer) -> Tensor | None:
         """b, (O,), or None."""
-        b: Tensor | None = getattr(m, self.bias_name, None)
+        b: Any = getattr(m, self.bias_name, None)
+        b = b() if callable(b) else b  # as some quantised layers have it
         return b if b is None or not b.is_meta else brought(m, self.bias_name, b)
 
     def absorb(self, m: Layer, W: Tensor, b: Tensor) -> Tensor:
