@@ -116,6 +116,23 @@ def test_stacked_adapters_run_as_one_by_one(method: str, name: str) -> None:
         close(flat(g[i] for g in slopes.values()), flat(grad(loss)(state).values()), 2e-5)
 
 
+@pytest.mark.parametrize("method, name", EVERY)
+def test_several_gradients_at_once_are_those_one_by_one(method: str, name: str) -> None:
+    layout = LAYOUTS[name]
+    model, x = adapted(method, layout).train(), layout.x()
+    held = [*leaves(model).values(), *([] if layout.tokens else [x.requires_grad_()])]
+    y = model(x).flatten()[:3]
+    found = torch.autograd.grad(y, held, torch.eye(3), is_grads_batched=True, retain_graph=True, allow_unused=True)
+    for i, one in enumerate(y):
+        for several, wanted in zip(
+            found, torch.autograd.grad(one, held, retain_graph=True, allow_unused=True), strict=True
+        ):
+            if wanted is not None and several is not None:
+                close(several[i], wanted, 1e-4)
+            else:
+                assert several is wanted is None
+
+
 def test_loaded_adapters_are_stacked_under_the_names_of_one() -> None:
     names = ("one", "two", "three")
     model = adapted("lora", LAYOUTS["linear-3-D"], names=names)

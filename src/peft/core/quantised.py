@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import choice, lowrank, masks, narrow, thin
-from ..kernels.again import differentiable
+from ..kernels.again import batched, differentiable
 from ..kernels.modes import eager, node, shaped
 from .direct import EVERYWHERE, FORWARD
 from .kept import kept_factors
@@ -99,7 +99,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, h, bits = ctx.saved_tensors
         needs, scale, inner = ctx.needs_input_grad, ctx.scale, ctx.inner
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
             mask, W = masks.unpacked(bits, x.shape, A.dtype), _dense(inner)
 
             def plain(x: Tensor, A: Tensor, B: Tensor) -> Tensor:

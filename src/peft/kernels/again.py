@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+batched = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a gradient is several at once (`is_grads_batched=True`, `jacobian(vectorize=True)`), which torch lets through
+plain operations alone."""
+
 
 def differentiable(
     plain: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], grad: Tensor
@@ -16,6 +20,7 @@ def differentiable(
 
     A backward pass asks for them where one of itself is wanted (`create_graph=True`, which shows as enabled
     gradients): what it would compute by hand holds numbers of the forward pass that have forgotten where they are from.
+    It does so, too, for gradients that are `batched`.
     """
     with torch.enable_grad():
         # aliases: a gradient goes to the argument alone, not to what the argument was made of

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .again import differentiable
+from .again import batched, differentiable
 from .modes import is_autocast, node, once, transformed
 
 WIDE = 32  # from which size of a block on a product takes no longer per feature than of a smaller one
@@ -74,7 +74,7 @@ class _Times(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         t, blocks = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
             return differentiable(plain, (t, blocks), needs, grad)
         return product(grad, blocks.mT) if needs[0] else None, of_blocks(t, grad, blocks) if needs[1] else None
 

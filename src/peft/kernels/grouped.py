@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import halves, slim
-from .again import differentiable
+from .again import batched, differentiable
 from .modes import is_autocast, shaped, transformed
 
 EXACT = (torch.float32, torch.float64)
@@ -204,7 +204,7 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W, h, A, B = ctx.saved_tensors
         at, (y, b, factors), needs = ctx.at, ctx.rest, ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
 
             def plainly(y: Any, x: Tensor, b: Any, *factors: Tensor) -> Tensor:
                 return plain(y, x, W, b, at, ctx.scale, *factors)

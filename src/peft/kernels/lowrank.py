@@ -375,5 +375,5 @@ class _Compressed(torch.autograd.Function):
         grad_x = grad @ A if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None
-        grad_A = ((grad.mT @ c)[..., None] * (v * ctx.scale)).flatten(1)[:, : A.shape[1]]
+        grad_A = ((grad.mT @ c)[..., None] * (v * ctx.scale)).reshape(len(A), -1).narrow(1, 0, A.shape[1])
         return grad_x, grad_A, None, None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import blocks as kernel
-from .again import differentiable
+from .again import batched, differentiable
 from .modes import eager, node
 from .thin import PLAIN, WIDE
 
@@ -99,7 +99,7 @@ class _Turned(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         y, theta, alpha, cos, sin, c, d, blocks = ctx.saved_tensors
         needs, half, each = ctx.needs_input_grad, ctx.half, ctx.each
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
             found = differentiable(lambda y, t, a: plain(y, t, a, half, each), (y, theta, alpha), needs[:3], grad)
             return *found, None, None
         of_y = kernel.product(grad, blocks.mT) if needs[0] else None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .again import batched
 from .modes import node, transformed, without_autocast
 
 
@@ -70,6 +71,8 @@ class _ScaledRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         scale, A, gains = ctx.saved_tensors
         part = grad * A[:, None]
+        if batched(grad):
+            return (part * gains[..., None, :, :]).sum(-1), None, (part * scale[..., None]).sum(-3)
         return (
             torch.einsum("...rnm,...nm->...rn", part, gains),
             None,

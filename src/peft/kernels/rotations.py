@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import blocks as kernel
-from .again import differentiable
+from .again import batched, differentiable
 from .modes import eager, exported, node, once
 from .thin import PLAIN, WIDE
 
@@ -117,7 +117,7 @@ class _Turned(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         t, held, R, *made = ctx.saved_tensors
         needs, b = ctx.needs_input_grad, ctx.b
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
             found = differentiable(lambda t, q: plain(t, q, b, ctx.terms), (t, held), needs[:2], grad)
             return *found, None, None
         of_t = kernel.product(grad, R.mT) if needs[0] else None

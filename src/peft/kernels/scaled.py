@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import beside, choice, halves, masks, narrow, returned, slim, thin, whole
-from .again import differentiable
+from .again import batched, differentiable
 from .beside import Again
 from .modes import node, shaped, transformed
 
@@ -212,7 +212,7 @@ class _Add(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, x, A, B, m, b, mask = ctx.saved_tensors
         needs, s, n, p = ctx.needs_input_grad, ctx.scale, ctx.norm, ctx.p
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
 
             def plainly(y: Tensor, x: Tensor, A: Tensor, B: Tensor, m: Tensor, b: Tensor | None) -> Tensor:
                 return _gained(y, _dropped(x, mask, p, A), A, B, s, m / n, b)

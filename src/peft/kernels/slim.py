@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .again import differentiable
+from .again import batched, differentiable
 from .modes import eager, node, shaped
 
 KNOWN = (Tensor, nn.Parameter)
@@ -134,7 +134,7 @@ class _Up(torch.autograd.Function):
 
 def _grads(grad: Tensor, h: Tensor, B: Tensor, s: float, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients of s h B' with respect to h and B."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or batched(grad):
         return differentiable(lambda h, B: F.linear(h, B) * s, (h, B), needs, grad)
     g, flat = grad.reshape(-1, grad.shape[-1]), h.reshape(-1, h.shape[-1])
     of_h = down(g, B.mT, s).reshape(h.shape) if needs[0] else None

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .again import differentiable
+from .again import batched, differentiable
 from .modes import lasting, node, ordinary
 
 
@@ -155,7 +155,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (values, z), places, needs = ctx.saved_tensors, ctx.places, ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
             found = differentiable(lambda v, t: plain(v, t, places), (values, z), needs[:2], grad)
             return *found, None
         grad = grad.contiguous()
@@ -176,7 +176,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (x, W, b, values), places, needs = ctx.saved_tensors, ctx.places, ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
 
             def form(x: Tensor, b: Tensor | None, values: Tensor) -> Tensor:
                 return F.linear(x, W, b) + plain(values, x.mT, places).mT

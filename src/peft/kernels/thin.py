@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import halves, masks, slim, whole
-from .again import differentiable
+from .again import batched, differentiable
 from .modes import node, shaped
 
 BLOCK = 2**17  # elements: half a megabyte in float32
@@ -174,7 +174,7 @@ class Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W, b, A, B, h, bits = ctx.saved_tensors
         needs, scale, flat = ctx.needs_input_grad, ctx.scale, x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
             mask = masks.unpacked(bits, x.shape, A.dtype)
 
             def plain(x: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:

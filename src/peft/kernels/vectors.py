@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import onto, slim
+from .again import batched
 from .modes import eager, node, shaped
 from .thin import PLAIN, WIDE
 
@@ -77,7 +78,7 @@ class _Linear(torch.autograd.Function):
             of_x = None if of_low is None else (of_low @ A).view(ctx.shape)
             return of_x, None, None, None, None, None, None
         g = grad.reshape(-1, grad.shape[-1])
-        if torch.is_grad_enabled() or of_low is not None:
+        if torch.is_grad_enabled() or of_low is not None or batched(grad):
             made = g * v
             back = made @ B
             into = back * u if of_low is None else back * u + of_low

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..again import differentiable
+from ..again import batched, differentiable
 from . import gain, launch
 from .update import How, gradients, mask_of, one, shrunk, whole
 
@@ -82,7 +82,7 @@ class _Gained(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         y, x, A, B, h, m, b, seed = ctx.saved_tensors
         how, n, needs = ctx.how._replace(seed=seed), ctx.norm, ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
             mask = mask_of(x, how)
 
             def plainly(y: Tensor, x: Tensor, A: Tensor, B: Tensor, m: Tensor, b: Tensor | None) -> Tensor:

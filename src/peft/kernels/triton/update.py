@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..again import differentiable
+from ..again import batched, differentiable
 from . import launch
 from .segments import Segments
 
@@ -146,7 +146,7 @@ class _Add(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         y, x, A, B, h, seed = ctx.saved_tensors
         how, needs = ctx.how._replace(seed=seed), ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
             mask = mask_of(x, how)
             return (*differentiable(partial(plain, how=how, mask=mask), (y, x, A, B), needs[:4], grad), None)
         found = gradients(grad.contiguous(), x, A, B, h[None], how, needs[1:4], lambda: torch.zeros_like(x))
@@ -168,7 +168,7 @@ class _Linear(torch.autograd.Function):
         x, W, b, A, B, h, seed = ctx.saved_tensors
         how, needs = ctx.how._replace(seed=seed), ctx.needs_input_grad
         thin = (needs[0], *needs[3:5])
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
             mask = mask_of(x, how)
 
             def plainly(x: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
