@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.export import Dim, export
 
 import peft
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -512,3 +513,36 @@ def test_the_network_of_a_prefix_is_as_wide_as_the_keys_if_not_stated():
     encoder = get_peft_model(llama(), config).prompt_encoder["default"]
     assert config.encoder_hidden_size == config.token_dim == SIZE // 2  # two of four heads have keys
     assert encoder.transform[0].weight.shape == (SIZE // 2, SIZE // 2)
+
+
+class Logits(nn.Module):
+    """A model by the names of its arguments, as graphs name sizes."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor, *task_ids: Tensor) -> Tensor:
+        more = {"task_ids": task_ids[0]} if task_ids else {}
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated", "ignore:The tensor attributes")
+@pytest.mark.parametrize("way", ["exported", "traced"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_graphs_and_traces_serve_any_number_of_samples(name, way):
+    model = Logits(made(name, "gpt2")).eval()
+
+    def inputs(batch: int, length: int) -> tuple[Tensor, ...]:
+        ids = torch.arange(batch * length).view(batch, length) % 20
+        return ids, torch.ones_like(ids), *tasks(name, batch).values()
+
+    with torch.no_grad():
+        if way == "traced":
+            run = torch.jit.trace(model, inputs(3, 6))
+        else:
+            rows, length = Dim("rows", min=1, max=64), Dim("length", min=2, max=64)
+            sizes = ({0: rows, 1: length}, {0: rows, 1: length}, *([({0: rows},)] if tasks(name) else []))
+            run = export(model, inputs(3, 6), dynamic_shapes=sizes).module()
+        for given in (inputs(3, 6), inputs(1, 4), inputs(5, 9)):
+            torch.testing.assert_close(run(*given), model(*given))

@@ -76,10 +76,11 @@ def _in_front_of_all(prompts: Prompts, encoder: Any, given: dict[str, Any], task
 
 
 def batch_of(given: dict[str, Any]) -> int:
-    """The number of samples."""
+    """The number of samples; a symbol in graphs and traces, which serve others."""
     for name in ("input_ids", "inputs_embeds"):
         if given.get(name) is not None:
-            return int(given[name].shape[0])
+            rows: int = given[name].shape[0]
+            return rows
     raise ValueError("You have to provide either input_ids or inputs_embeds: prompts stand in front of a text.")
 
 
