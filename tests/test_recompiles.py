@@ -8,12 +8,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from conformance.layouts import LAYOUTS
 from conformance.rows import adapted, close, config, given, tuner_layers
 from conformance.rows import train as train_adapter
-from peft import PeftModel, VeraConfig, get_peft_model
+from peft import PeftModel, VeraConfig, get_peft_model, inject_adapter_in_model
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
 
@@ -280,6 +281,34 @@ def test_rescaling_a_prepared_model_compiles_nothing(train):
         rescale(made.model, scale)
         made.run()
     assert made.graphs == 1
+
+
+class Block(nn.Module):
+    """One of several alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x + torch.tanh(self.layer(x))
+
+
+@pytest.mark.parametrize("injected", [False, True])
+@pytest.mark.parametrize("method", FIVE)
+def test_repeated_blocks_that_are_compiled_by_themselves_share_one_graph(method, injected):
+    blocks, x = nn.Sequential(*(Block() for _ in range(10))).eval(), torch.randn(3, 6)
+    settings = config(method, LAYOUTS["linear"])
+    inject = inject_adapter_in_model(settings, blocks) if injected else get_peft_model(blocks, settings)
+    wanted, counter = inject.eval()(x), CompileCounterWithBackend("eager")
+    for block in blocks:
+        block.compile(backend=counter, fullgraph=True)
+    with torch.no_grad():
+        close(inject(x), wanted.detach())
+        if not injected:
+            with inject.disable_adapter():
+                inject(x)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.filterwarnings("ignore::peft.errors.ChangedConfigWarning")

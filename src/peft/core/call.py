@@ -31,6 +31,7 @@ UNKEPT = frozenset(
         "_batches",
         "_latest",
         "gates",
+        "models",
         "banks",
         "_flags",
         "_turn",

@@ -51,6 +51,15 @@ class Deferred:
         if Deferred.at_once:
             self.settle()
 
+    def beside(self) -> list[Any]:
+        """The layers of the models that the record is known to be of."""
+        of = (m for model in self.__dict__.get("models", ()) for m in model.modules())
+        return [m for m in of if m.__dict__.get("call") is self and hasattr(m, "_ready")]
+
+    def stands_in(self, model: Any) -> None:
+        """The record is of the layers of a model; a copy of it knows of none."""
+        self.__dict__.setdefault("models", weakref.WeakSet()).add(model)
+
     def forget(self) -> None:
         """There are no layers any more that could follow."""
         with _lock:

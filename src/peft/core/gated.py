@@ -141,6 +141,13 @@ class Switched(nn.Module):
     def _traced(self) -> bool:
         """A program is traced that runs this layer."""
         traced()
+        if "_graph" not in self.__dict__:  # one graph of a repeated block is to serve all of them
+            for layer in {id(x): x for x in (self, *self.call.beside())}.values():
+                layer._ready()
+        return self._ready()
+
+    def _ready(self) -> bool:
+        """The layer holds what graphs guard and run."""
         self._noted()
         d, like = self.__dict__, self._scalars()
         graph = d.get("_graph")

@@ -85,6 +85,7 @@ class BaseTuner(Switching, Combined, nn.Module):
         self.targeted_parameter_names: list[str] = []
         self.active_adapter: str | list[str] = adapter_name
         self.__dict__["call"] = next((m.call for m in hosts(model) if isinstance(m, BaseTunerLayer)), None) or Call()
+        self.call.stands_in(model)
         with no_collection():
             self.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, undo)
             self.set_adapter(adapter_name, inference_mode=bool(self.peft_config[adapter_name].inference_mode))
