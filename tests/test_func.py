@@ -116,6 +116,18 @@ def test_stacked_adapters_run_as_one_by_one(method: str, name: str) -> None:
         close(flat(g[i] for g in slopes.values()), flat(grad(loss)(state).values()), 2e-5)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_several_gradients_at_once_beside_half_precision(rate: float, dora: bool) -> None:
+    model = half(torch.bfloat16, lora_dropout=rate, use_dora=dora)()
+    held = list(leaves(model).values())
+    y = model(torch.randn(5, 6).bfloat16()).float().flatten()[:3]
+    found = torch.autograd.grad(y, held, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(y):
+        for several, wanted in zip(found, torch.autograd.grad(one, held, retain_graph=True), strict=True):
+            close(several[i], wanted, 3e-2)
+
+
 @pytest.mark.parametrize("method, name", EVERY)
 def test_several_gradients_at_once_are_those_one_by_one(method: str, name: str) -> None:
     layout = LAYOUTS[name]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import masks, narrow, returned, thin
-from .again import differentiable
+from .again import batched, differentiable
 from .modes import is_autocast, node, shaped, without_autocast
 
 Again = Callable[[Tensor], Tensor] | None
@@ -66,11 +66,12 @@ class _Add(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, x, A, B, m, b, gain, h, bits = ctx.saved_tensors
         needs, s, n, own = ctx.needs_input_grad, ctx.scale, ctx.norm, ctx.count is not None
-        if own and (torch.is_grad_enabled() or not returned.holds(ctx.count)):
+        anew = torch.is_grad_enabled() or batched(grad)
+        if own and (anew or not returned.holds(ctx.count)):
             own = False
-            with without_autocast(x):
+            with without_autocast(x), torch.set_grad_enabled(anew):
                 y = ctx.again(x)
-        if torch.is_grad_enabled():
+        if anew:
             mask = masks.unpacked(bits, x.shape, A.dtype)
 
             def plainly(y: Tensor, x: Tensor, A: Tensor, B: Tensor, m: Tensor, b: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .again import differentiable
+from .again import batched, differentiable
 from .modes import node, transformed, without_autocast
 
 
@@ -55,7 +55,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, K = ctx.saved_tensors
         needs, kind, s = ctx.needs_input_grad, ctx.dtype, ctx.scale
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
             x = (
                 grad.new_zeros(ctx.like, dtype=kind) if x is None else x
             )  # on whose numbers the gradient of x does not hang

@@ -268,7 +268,7 @@ class _Linear(torch.autograd.Function):
         x, W, b, A, B, m, over, gain, bits, h, z = ctx.saved_tensors
         needs, s, p = ctx.needs_input_grad, ctx.scale, ctx.p
         mask = masks.unpacked(bits, x.shape) if p else None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad):
 
             def plainly(x: Tensor, b: Tensor | None, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
                 return _gained(F.linear(x, W, b), _dropped(x, mask, p, A), A, B, s, m * over, b)
