@@ -203,7 +203,8 @@ class Mergeable(Blocks, Forgetful):
                 f"these methods do not commute. Merge the first of {live} first, or all of them."
             )
         b = self.view.bias(base)
-        if b is not None and any(a.method.bias(a, b) is not b for a in map(self.adapters.__getitem__, names)):
+        computed = b is not None and self.packed is None and self.view.bias_name not in base._parameters
+        if computed and any(a.method.bias(a, b) is not b for a in map(self.adapters.__getitem__, names)):
             self.view.check_held(base, self.view.bias_name, self._where())
         if b is None and not self.view.one_hot and any(map(self._has_bias, names)):
             raise RuntimeError(
