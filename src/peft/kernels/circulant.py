@@ -56,9 +56,8 @@ class _Product(torch.autograd.Function):
         x, K = ctx.saved_tensors
         needs, kind, s = ctx.needs_input_grad, ctx.dtype, ctx.scale
         if torch.is_grad_enabled() or batched(grad):
-            x = (
-                grad.new_zeros(ctx.like, dtype=kind) if x is None else x
-            )  # on whose numbers the gradient of x does not hang
+            if x is None:  # the gradient of x does not hang on its numbers
+                x = grad.new_zeros(ctx.like, dtype=kind)
             return (*differentiable(lambda x, K: plain(x, K, s), (x, K), needs[:2], grad), None)
         G = _waves(grad, K)
         of_x = _features(G @ (torch.fft.rfft(K) * s).permute(2, 0, 1), K, grad).to(kind) if needs[0] else None
