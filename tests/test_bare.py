@@ -143,7 +143,7 @@ def test_all_of_it_holds_with_optional_packages_hidden() -> None:
 
 
 def test_every_name_is_had_without_numpy():
-    hidden = "import sys; sys.modules['numpy'] = None; import warnings; warnings.simplefilter('ignore'); "
+    hidden = "import sys; sys.modules['numpy'] = None; "
     done = subprocess.run(
         [sys.executable, "-c", hidden + "from peft import *; UniLoraConfig, AdamssModel"],
         capture_output=True,

@@ -66,7 +66,8 @@ def outliving(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Iterator[Non
     held = {n: t for n, t in module._buffers.items() if n in unsaved and t is not None}
     yield
     for name, t in held.items():  # one without numbers is told by its device
-        module._buffers[name] = t if t.is_meta else t.to(module._buffers[name].device)  # type: ignore[union-attr]
+        empty = module._buffers[name]
+        module._buffers[name] = t if t.is_meta or empty is None else t.to(empty.device)
 
 
 def listed(tensors: Mapping[str, Tensor | None]) -> str:

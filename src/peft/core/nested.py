@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def by_rows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def by_rows(run: Callable[[Tensor], Tensor], x: Any) -> Tensor:
     """What `run` makes of the last axis of x, nested as x is."""
-    if x.layout is torch.jagged:
-        jagged: bool = x._ragged_idx == 1  # type: ignore[attr-defined]
-        if jagged and x.lengths() is None:  # type: ignore[attr-defined]
-            return torch.nested.nested_tensor_from_jagged(run(x.values()), x.offsets())  # type: ignore[attr-defined]
+    if x.layout is torch.jagged and x._ragged_idx == 1 and x.lengths() is None:
+        return torch.nested.nested_tensor_from_jagged(run(x.values()), x.offsets())
     parts = x.unbind()
     y = run(torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]))
     made = y.split([part.shape[:-1].numel() for part in parts])

@@ -235,9 +235,10 @@ class Search:
             )
         weight = module._parameters.get("weight")
         usual = self.supported is views.supported
-        odd = weight is not None and usual and (0 in weight.shape or weight.dtype.is_complex)
-        if odd and (why := unfit(module, weight)):  # type: ignore[arg-type]
-            return why
+        if weight is not None and usual and (0 in weight.shape or weight.dtype.is_complex):
+            why = unfit(module, weight)
+            if why:
+                return why
         if kind == "linear" and self.fused is None and usual:
             return None
         if kind == "aux":

@@ -59,8 +59,8 @@ class _Add(torch.autograd.Function):
         passed = grad if of_y else None
         if torch.is_grad_enabled():
             zeros = torch.zeros_like(grad)
-            form = lambda x, W1, W2: plain(zeros, x, W1, W2, s)  # noqa: E731
-            return (passed, *differentiable(form, (x, W1, W2), needs, grad), None)
+            found = differentiable(lambda x, W1, W2: plain(zeros, x, W1, W2, s), (x, W1, W2), needs, grad)
+            return passed, *found, None
         g, x_ = grad.to(W1.dtype).reshape(-1, W1.shape[0], W2.shape[0]), _parts(x, W1, W2)
         back = scaled.t() @ g
         of_x = (back @ W2).to(x.dtype).view(x.shape) if needs[0] else None
