@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from conformance.layouts import Around, Layout
+from conformance.layouts import TURNED, Around, Layout, turned
 from conformance.rows import METHODS, adapted, close, expected, tuner_layers
 from conformance.test_gradients import close_each, gradients, leaves
 from peft import LoraConfig, get_peft_model
@@ -22,6 +22,7 @@ from peft.methods.lora import several
 WIDE = {
     "wide": Layout("linear-wide", lambda: Around(nn.Linear(48, 72)), (40, 48), batched=False),
     "bare": Layout("linear-wide-nobias", lambda: Around(nn.Linear(48, 72, bias=False)), (40, 48), batched=False),
+    "turned": Layout("linear-wide-Conv1D", lambda: Around(turned(72, 48)), (40, 48), TURNED, batched=False),
 }
 KNOWN = [m for m, row in METHODS.items() if row.forbidden(WIDE["wide"]) is None and not row.tasks]
 MIXING = [  # rows of an input count for themselves, and derivatives are those of torch (OSF cuts gradients down)

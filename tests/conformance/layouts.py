@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import pytorch_utils as transformers_layers
 
 SAMPLES = 4
 
 
 class Conv1D(nn.Module):
-    """transformers' linear layer of GPT-2, by its class name: weight (in, out)."""
+    """A class of somebody's own, with the name and the attributes of transformers': weight (in, out)."""
 
     def __init__(self, nf: int, nx: int):
         super().__init__()
@@ -26,6 +27,14 @@ class Conv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
+
+
+def turned(out: int, width: int) -> transformers_layers.Conv1D:
+    """transformers' own, of numbers of ordinary size."""
+    layer = transformers_layers.Conv1D(out, width)
+    nn.init.normal_(layer.weight, std=0.25)
+    nn.init.normal_(layer.bias)
+    return layer
 
 
 class Subclass(nn.Linear):
@@ -151,6 +160,7 @@ def parameters(name: str, names: list[str], shape: tuple[int, ...], down: tuple[
 
 
 N = SAMPLES
+TURNED = {"target_modules": ["layer"], "fan_in_fan_out": True}
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -160,11 +170,9 @@ LAYOUTS = {
         layer("linear-3-D", lambda: nn.Linear(6, 8), N, 3, 6),
         layer("linear-4-D", lambda: nn.Linear(6, 8), N, 2, 3, 6),
         layer("linear-subclass", lambda: Subclass(6, 8), N, 6),
-        Layout(
-            "linear-Conv1D",
-            lambda: Around(Conv1D(8, 6)),
-            (N, 3, 6),
-            {"target_modules": ["layer"], "fan_in_fan_out": True},
+        *(
+            Layout(name, lambda kind=kind: Around(kind(8, 6)), (N, 3, 6), TURNED)
+            for name, kind in {"linear-Conv1D": turned, "linear-Conv1D-own": Conv1D}.items()
         ),
         Layout("linear-alone", lambda: nn.Linear(6, 8), (N, 6), {"target_modules": ["linear"]}),
         layer("conv-1d", lambda: nn.Conv1d(4, 8, 3, stride=2, padding=1), N, 4, 9),

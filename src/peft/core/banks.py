@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..kernels import choice, grouped
 from ..kernels.modes import transformed
 from . import host
-from .direct import is_ordinary
+from .direct import is_ordinary, matrix
 from .rows import Groups, Segments
 from .watch import PLAIN, Watch
 
@@ -130,8 +130,10 @@ class Bank:
 
     def over(self, base: nn.Module, x: Tensor, groups: Groups) -> Tensor | None:
         """The layer's output in one operation, in training over an ordinary base; None where that is not possible."""
-        found, (W, b) = self.at(groups), (base._parameters["weight"], base._parameters["bias"])
-        if len(found) != 1 or W is None or x.dim() < 2 or not grouped.learnt(None, x, W, self.As[0]):
+        found, (held, b) = self.at(groups), (base._parameters["weight"], base._parameters["bias"])
+        if len(found) != 1 or held is None or x.dim() < 2:
+            return None
+        if not grouped.learnt(None, x, W := matrix(base, held), self.As[0]):
             return None
         factors = self._factors(found[0])
         return None if factors is None else grouped.update(None, x, W, b, found[0], self.scale, *factors)  # type: ignore

@@ -14,14 +14,15 @@ from torch.utils._pytree import tree_leaves
 from . import host
 from .banks import Banks, banks_of, own_product
 from .call import BASE, Call
-from .direct import EVERYWHERE, FORWARD, is_ordinary
+from .direct import EVERYWHERE, FORWARD, TURNED, is_ordinary
 from .method import Delta
 from .rows import Groups
 from .stack import Adapter, Stack
 from .turns import turn
-from .views import READS, LinearView
+from .views import READS, Conv1DView, LinearView
 
 peek_interpreter_stack = _C._functorch.peek_interpreter_stack
+PRODUCTS = (LinearView, Conv1DView)  # views of layers of which calling may be W x + b and nothing else
 Run = Callable[[tuple[Any, ...], dict[str, Any]], Any]  # a module, on arguments
 
 
@@ -112,16 +113,23 @@ class MixedBatch(nn.Module):
         """
         call, m = self.call, self._modules
         ledger, base, names = call.banks, m["base_layer"], call.names
-        if names is None or call._only is not None or call._wanted is not None or self._off or self._merged:
+        if (
+            base is None
+            or names is None
+            or call._only is not None
+            or call._wanted is not None
+            or self._off
+            or self._merged
+        ):
             return None
         if type(x) is not Tensor or x.dim() < 2 or torch.is_grad_enabled() or _C._current_autograd_node() is not None:
             return None
         lifted = peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-        if lifted or type(self.view) is not LinearView or call.owner != get_ident():
+        if lifted or type(self.view) not in PRODUCTS or call.owner != get_ident():
             return None
-        if type(base) is not nn.Linear or nn.Linear.forward is not FORWARD or "forward" in base.__dict__:
+        kind, held, shape = type(base), base._parameters, x.shape
+        if (FORWARD if kind is nn.Linear else TURNED.get(kind)) is not kind.forward or "forward" in base.__dict__:
             return None
-        held, shape = base._parameters, x.shape
         W = held.get("weight")
         if base._forward_hooks or base._forward_pre_hooks or any(EVERYWHERE):  # other hooks are for gradients
             return None
@@ -141,11 +149,11 @@ class MixedBatch(nn.Module):
         if steps is None:
             ledger.give_back(self, banks)
             return None
-        return banks.over(x, W, held["bias"], steps)
+        return banks.over(x, W if kind is nn.Linear else W.mT, held["bias"], steps)
 
     def _ordinary(self, base: Any) -> bool:
         """Whether calling what stands below is a plain product with a plain weight, and nothing follows it."""
-        plain = type(self.view) is LinearView and is_ordinary(base)
+        plain = type(self.view) in PRODUCTS and is_ordinary(base)
         return plain and type(base._parameters.get("weight")) is nn.Parameter and "bias" in base._parameters
 
     def _learnt(self, banks: Banks, x: Tensor, groups: Groups) -> Tensor | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 peek_interpreter_stack = _C._functorch.peek_interpreter_stack
 FORWARD = nn.Linear.forward
+TURNED: dict[type[nn.Module], object] = {}  # classes whose product is with V' for the V they hold, and how they do it
 CONVS: dict[type[nn.Module], object] = {kind: kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 EVERYWHERE = tuple(  # hooks of all modules
     getattr(nn.modules.module, f"_global_{name}_hooks", {})
@@ -25,9 +26,28 @@ EVERYWHERE = tuple(  # hooks of all modules
 )
 
 
+def meet_conv1d(kind: type[nn.Module]) -> None:
+    """Note transformers' Conv1D, x V + b, whose product has the bits of F.linear(x, V', b)."""
+    home = "transformers.pytorch_utils"
+    stated = getattr(kind.forward, "__module__", ""), getattr(kind.forward, "__qualname__", "")
+    if kind.__module__ == home and stated == (home, "Conv1D.forward"):  # and nobody's patch of it
+        TURNED[kind] = kind.forward
+
+
+def is_product(base: nn.Module) -> bool:
+    """Whether a module is of a class of which calling is F.linear, with its weight as it is or turned."""
+    kind = type(base)
+    return (FORWARD if kind is nn.Linear else TURNED.get(kind)) is kind.forward
+
+
+def matrix(base: nn.Module, held: Tensor) -> Tensor:
+    """W, (O, I), of such a module, from the weight that it holds."""
+    return held if type(base) is nn.Linear else held.mT
+
+
 def is_ordinary(base: nn.Module) -> bool:
     """Whether calling a module is torch's own product and nothing else: a linear layer, not hooked, not patched."""
-    return type(base) is nn.Linear and nn.Linear.forward is FORWARD and _untouched(base)
+    return is_product(base) and _untouched(base)
 
 
 def is_conv(base: nn.Module) -> bool:
@@ -52,7 +72,10 @@ def open_linear(inner: Stack, x: Tensor, gated: bool = False) -> tuple[Tensor, T
     if inner.last is not None or inner.extra is not None or inner.packed is not None or inner.gated is not gated:
         return None
     base = inner.layer._modules["base_layer"]
-    if type(base) is not nn.Linear or nn.Linear.forward is not FORWARD or "forward" in base.__dict__ or any(EVERYWHERE):
+    kind = type(base)
+    if (FORWARD if kind is nn.Linear else TURNED.get(kind)) is not kind.forward:
+        return None
+    if "forward" in base.__dict__ or any(EVERYWHERE):
         return None  # as `is_ordinary` tells, without calls, which cost more here than what they look at
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return None
@@ -64,11 +87,10 @@ def open_linear(inner: Stack, x: Tensor, gated: bool = False) -> tuple[Tensor, T
         return None
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return None
-    if torch.compiler.is_compiling():
-        return W, held["bias"]
-    if peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _C._is_tracing():
+    graph = torch.compiler.is_compiling()
+    if not graph and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _C._is_tracing()):
         return None
-    return W, held["bias"]
+    return W if kind is nn.Linear else W.mT, held["bias"]
 
 
 def summed_up(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:

@@ -59,10 +59,12 @@ class Through(Stack):
         alike = (b is None) is (own is None) and W.dtype is x.dtype and not x.is_nested and not is_autocast(x)
         if not alike or self.last is not None or self.packed is not None or not (is_ordinary(base) or is_conv(base)):
             return super().affine(x, W, b)
-        W = self.view.raw(base, self.gate(W, self.live_weight()))
+        W = self.gate(W, self.live_weight())
         b = b if b is None or b is own else torch.where(self.flag, b, own)
-        product: Any = F.linear if self.view.dense else base._conv_forward
-        return product(x, W, b)
+        if self.view.dense:
+            return F.linear(x, W, b)
+        convolve: Any = base._conv_forward
+        return convolve(x, self.view.raw(base, W), b)
 
     def result(self, y: Tensor) -> Tensor | None:
         """The layer's output, if the adapter's is y; None where the base has not been asked."""

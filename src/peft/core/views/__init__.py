@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import storage
+from ..direct import meet_conv1d
 from .conv import ConvView
 from .embedding import EmbeddingView, embed_scale
 from .engine import EngineView, is_engine, is_fused
@@ -27,6 +28,7 @@ __all__ = [
     "READS",
     "SETTLED",
     "SUPPORTED",
+    "Conv1DView",
     "Linear",
     "LinearView",
     "ModuleDict",
@@ -79,6 +81,7 @@ def _find(m: nn.Module) -> LinearView:
     if isinstance(m, nn.MultiheadAttention):
         return _ATTENTION
     if type(m).__name__ == "Conv1D" and hasattr(m, "nf"):
+        meet_conv1d(type(m))
         return _CONV1D
     if is_parallel(type(m)):
         return _PARALLEL

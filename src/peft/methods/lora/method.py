@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import quantised, storage
-from ...core.direct import CONVS, EVERYWHERE, FORWARD
+from ...core.direct import CONVS, EVERYWHERE, FORWARD, TURNED, is_product
 from ...core.files import keys_in_hand
 from ...core.kept import kept, lasting, still
 from ...core.lent import same_memory
@@ -236,7 +236,7 @@ class LoRA(LowRank):
         """Note what the shortest way needs: the modules, if all of them are plain linear layers."""
         layer = p.layer
         base = layer._modules["base_layer"]
-        plain = type(base) is nn.Linear and layer.packed is None and not (p.lora_bias and p.subtracts)
+        plain = is_product(base) and layer.packed is None and not (p.lora_bias and p.subtracts)
         if plain and type(p.lora_A) is type(p.lora_B) is Linear:
             drop = None if "lora_dropout" in p.idle else p.lora_dropout
             p.hot = (base, p.lora_A, p.lora_B, drop, hooks_of(base))
@@ -245,7 +245,7 @@ class LoRA(LowRank):
 
     def by_row(self, p: Adapter) -> bool:
         """Whether all that `forward` does with a single row is two more products."""
-        one = p.hot[0].in_features == 1  # of which the base's product has other bits
+        one = p.hot[1].in_features == 1  # of which the base's product has other bits
         stated = type(self).forward is LoRA.forward and type(p.scaling) is float
         return stated and not (one or p.lora_bias or p.subtracts)
 
@@ -268,6 +268,7 @@ class LoRA(LowRank):
             if not (p.__dict__["lora_bias"] or hooked(p)) if graph else _unchanged(p, base, A, B, drop, hooks):
                 held, a, b = base._parameters, A._parameters["weight"], B._parameters["weight"]
                 W, bias = held["weight"], held["bias"]
+                W = W if type(base) is nn.Linear else W.mT
                 if p.__dict__["lora_bias"]:
                     up = B._parameters["bias"] * p.scaling
                     bias = up.to(W.dtype) if bias is None else (bias + up).to(W.dtype)
@@ -380,7 +381,7 @@ def _unchanged(p: Adapter, base: Any, A: Any, B: Any, drop: Any, hooks: tuple[di
         and m["lora_A"]._modules[name] is A
         and m["lora_B"]._modules[name] is B
         and (drop is None if "lora_dropout" not in m else m["lora_dropout"]._modules[name] is drop)
-        and type(base) is nn.Linear
+        and (FORWARD if type(base) is nn.Linear else TURNED.get(type(base))) is type(base).forward
         and type(A) is type(B) is Linear
         and nn.Linear.forward is FORWARD
         and "forward" not in base.__dict__

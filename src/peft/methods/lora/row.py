@@ -15,7 +15,7 @@ import torch
 from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
-from ...core.direct import EVERYWHERE, FORWARD
+from ...core.direct import EVERYWHERE, FORWARD, is_product, matrix
 from ...core.kept import KEEPING, STEPS, still
 from ...core.stack import Adapter, Stack
 from ...core.views import Linear
@@ -55,14 +55,14 @@ class Row(Stack):
         if not noted or x.is_nested or not (learns or x.numel() == noted[0]):
             return self.long(x)
         d, scale, kept, hooks, beside, base, A, B, held, held_A, held_B, of_base, of_A, of_B, m, name, *homes = noted
-        home_A, home_B, home_drop, in_A, in_B, of_drop = homes
+        home_A, home_B, drop, in_A, in_B, of_drop, kind, forward = homes
         W, a, up = held.get("weight"), held_A.get("weight"), held_B.get("weight")  # which some libraries take away
         b, dtype, shape = held.get("bias", held), x.dtype, x.shape
         same = type(W) is type(a) is type(up) is nn.Parameter and (b is None or type(b) is nn.Parameter)
         same = same and W.dtype is dtype and a.dtype is up.dtype and (dtype, a.dtype) in TAKEN and shape[-1] == d
-        same = same and type(base) is nn.Linear and type(A) is type(B) is Linear and nn.Linear.forward is FORWARD
+        same = same and type(A) is type(B) is Linear and nn.Linear.forward is FORWARD and kind.forward is forward
         same = same and m["base_layer"] is base and m["lora_A"] is home_A and m["lora_B"] is home_B and len(shape) > 1
-        same = same and in_A[name] is A and in_B[name] is B and m.get("lora_dropout") is home_drop
+        same = same and in_A[name] is A and in_B[name] is B and m.get("lora_dropout") is drop and type(base) is kind
         more_than = of_drop["training"] or "forward" in of_base or "forward" in of_A or "forward" in of_B or any(hooks)
         more_than = more_than or "_forward_hooks" in of_A or "_forward_hooks" in of_B or any(EVERYWHERE) or not x.is_cpu
         more_than = more_than or "cpu" in choice.devices or type(x) not in PLAIN or peek() is not None
@@ -70,9 +70,9 @@ class Row(Stack):
             return self.long(x)
         if beside and any(map(is_not, map(get, beside[0], beside[1]), beside[2])):
             return self._anew(x)
+        W, v = W if kind is nn.Linear else W.mT, x if learns else x.view(-1)
         if learns:
             return self.learn(x, W, b, a, up, scale, kept)
-        v = x.view(-1)
         if kept is None:
             if dtype is not a.dtype:
                 return narrow.row(x, W, b, a, up, scale)
@@ -98,7 +98,7 @@ class Row(Stack):
             self.__dict__.update(_written=Adapter.written, _notes=[None, None])
         p = self.last
         self._notes[learns] = ()
-        if p.hot is not None and self.extra is None and p.method.by_row(p):
+        if p.hot is not None and self.extra is None and is_product(p.hot[0]) and p.method.by_row(p):
             base, A, B, _, hooks = p.hot
             modules = self.layer._modules
             homes = [modules.get(key) for key in HOMES]
@@ -108,8 +108,8 @@ class Row(Stack):
             kept = self._taught(places) if learns else self._kept(places)
             own = [module._parameters for module in (base, A, B)] + [module.__dict__ for module in (base, A, B)]
             of_drop = NEVER if drop is None or learns else drop.__dict__
-            noted = (base.in_features, p.scaling, kept, hooks, tuple(zip(*places, strict=True)), base, A, B, *own)
-            noted += (modules, p.name, *homes, *inside[:2], of_drop)
+            noted = (A.in_features, p.scaling, kept, hooks, tuple(zip(*places, strict=True)), base, A, B, *own)
+            noted += (modules, p.name, *homes, *inside[:2], of_drop, type(base), type(base).forward)
             self._notes[learns] = noted if kept is not None or type(self) is Row else None
         return self._notes[learns]
 
@@ -137,13 +137,16 @@ class Gained(Row):
         return scaled.fused(x, W, b, a, up, scale, rate, m, None, squares)
 
     def _taught(self, places: list[Place]) -> tuple[Any, ...] | None:
-        p, W = self.last, self.last.hot[0]._parameters.get("weight")
-        if p.layer is not self.layer or type(W) is not nn.Parameter or p.method.squares_now(p, W) is None:
+        p, base = self.last, self.last.hot[0]
+        W = base._parameters.get("weight")
+        if p.layer is not self.layer or type(W) is not nn.Parameter:
+            return None
+        if p.method.squares_now(p, matrix(base, W)) is None:
             return None
         found, M = p.cache.get("noted"), p.lora_magnitude_vector
         if found is None or found.tensors[0][0] is not W or type(M.weight) is not nn.Parameter:
             return None
-        places += self._beside(M, (p.hot[0], M))
+        places += self._beside(M, (base, M))
         _, version, address, memory = found.tensors[0]
         drop = dropout(self.layer._modules.get("lora_dropout"), p)
         return (M.weight, found.value, drop, version, address, memory.cdata)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from ...core.direct import matrix
 from ...kernels import onto, slim
 from ...kernels.modes import eager
 from ...kernels.thin import PLAIN
@@ -24,8 +25,9 @@ def several(p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
     """
     if inner.extra is not None or x.dim() < 2 or type(x) not in PLAIN or x.is_nested or not eager():
         return None
-    held = p.hot[0]._parameters
-    W, factors = held["weight"], []
+    base, factors = p.hot[0], []
+    held = base._parameters
+    W = held["weight"]
     for one in (*inner.adapters, p):
         if type(one.method) is not type(p.method) or one.hot is None or not one.method.is_plain(one):
             return None
@@ -34,4 +36,4 @@ def several(p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
             return None
         factors.append((a, b, one.scaling))
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return onto.thin(x, W, held["bias"], *((slim.down(flat, a), b.mT, s) for a, b, s in factors))
+    return onto.thin(x, matrix(base, W), held["bias"], *((slim.down(flat, a), b.mT, s) for a, b, s in factors))
