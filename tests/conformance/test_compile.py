@@ -30,7 +30,7 @@ CELLS = [c for c in cells(FEW_BUT_BIAS) if c[0] in ("lora", "dora") or c[1] in K
 
 
 APART = {"ln-tuning"}, {"embedding-max-norm", "attention-encoder"}
-LOOKUPS = {("ia3-feedforward", "embedding"), ("miss-bat", "embedding"), ("miss-bat", "linear-Conv1D")}
+LOOKUPS = {("ia3-feedforward", "embedding"), ("miss-bat", "embedding")}
 
 
 def apart(method, name):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
+from ..kernels import whole
+from ..kernels.modes import is_autocast
 from ..kernels.thin import WIDE
 from ..kernels.whole import touched
 
@@ -98,6 +101,8 @@ def summed_up(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | No
 
     From how many on says its `sums_from`. None in training, and where calling the layer is more than its product.
     """
+    if not inner.view.dense:
+        return convolved(method, p, inner, x)
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu or x.dtype not in WIDE:
         return None
     if x.numel() < LEAST or _C._is_tracing():  # and traces serve other numbers of rows
@@ -109,5 +114,45 @@ def summed_up(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | No
     return F.linear(x, held[0] + D, held[1]) if D.dtype is x.dtype else None
 
 
+def convolved(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+    """The same over torch's own convolution: one with W', in place of another one beside it; None elsewhere.
+
+    In training, too, where the update is a matrix that is convolved with by itself, unless its factors are thin.
+    """
+    base: Any = inner.base
+    own, graph = method.makes_delta(p), torch.compiler.is_compiling()
+    if inner.last is not None or inner.extra is not None or inner.packed is not None or not is_conv(base):
+        return None
+    if x.dtype not in WIDE or type(x) not in _KNOWN or is_autocast(x) or (inner.gated and not own):
+        return None
+    if not graph and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _C._is_tracing()):
+        return None
+    if not own and (graph or torch.is_grad_enabled() or p.layer.training or not (x.is_cpu and _one_kernel(method, p))):
+        return None
+    W, places = inner.live_weight(), x.numel() // max(1, base.in_channels * math.prod(base.stride))
+    many = places >= MANY if own else places * sum(W.shape) >= whole.REACH * W.numel()
+    if W.dtype is not x.dtype or method.drop_rate(p):
+        return None
+    if own and not inner.gated and base.groups == 1 and (low := method.short(p)) is not None:
+        (A, B, scale), most = low, W.numel() / (len(low[0]) * sum(W.shape))  # passes of thin products, in one of W's
+        if most > (3 if graph or torch.is_grad_enabled() else places / MAKING):
+            return (y := inner(x)) + inner.low_rank(x, A, B, 0.0, scale).to(y.dtype)
+    if not (many or graph or W.numel() <= FEW):
+        return None
+    changed = method.live_weight(p, W)
+    made: Tensor = base._conv_forward(x, inner.view.raw(base, inner.gate(changed, W)), method.bias(p, inner.bias()))
+    return made
+
+
+def _one_kernel(method: Delta, p: Adapter) -> bool:
+    """Whether one W' says what an adapter does to a convolution, and its modules need not be called."""
+    if not method.mergeable or method.by_modules(p):
+        return False
+    return not (method.whole and p.layer.view.groups(p.layer.get_base_layer()) > 1)
+
+
+MAKING = 12  # products with a matrix take as long as making it of factors
+MANY = 32  # places of an input, from which on a second product with a matrix costs more than adding that to W
+FEW = 2**14  # numbers in a weight, up to which it always does
 LEAST = 2**14  # numbers in an input, of fewer of which making W' takes longer
 _KNOWN = (Tensor, nn.Parameter)

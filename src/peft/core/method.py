@@ -1,7 +1,7 @@
 """What a method states: what it owns on a target, and what it makes of the target's W and b.
 
-A method states its definition (`weight`, `bias`); it may state a shortcut (`forward`) that gives the same answer
-without building W'. The families below write the shortcut once. The conformance test holds shortcut against definition.
+That is its definition (`weight`, `bias`); it may state a shortcut (`forward`) that gives the same answer without W'.
+The families below write the shortcut once. The conformance test holds shortcut against definition.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..kernels import lowrank
 from ..kernels.thin import WIDE
 from . import quantised
-from .direct import open_linear, summed_up
+from .direct import FEW, MANY, open_linear, summed_up
 from .folding import Fold, Product
 from .kept import kept_factors
 from .sharded.gather import full
@@ -27,9 +27,6 @@ from .views import LinearView
 if TYPE_CHECKING:
     from .shared import Shared, SharedTensors, Sight
     from .stack import Adapter, Stack
-
-MANY_ROWS = 32  # of an input, from which on a second dense product costs more than adding two matrices
-FEW_NUMBERS = 2**14  # in a weight, up to which it always does
 
 
 @dataclass(frozen=True)
@@ -250,10 +247,15 @@ class Delta(Method):
 
     additive = True
     reads = False
+    whole = False  # on a convolution with groups A reads all channels, as LoRA's does, so that B A is no kernel of it
     sums_from: ClassVar[float] = inf  # so many numbers of rows, as `touched` counts, for each of W: `summed_up`
 
+    def makes_delta(self, p: Adapter) -> bool:
+        """Whether `onto` makes a dense matrix of the delta."""
+        return type(self).onto is Delta.onto
+
     def keeps(self, p: Adapter) -> bool:
-        return self.reads or type(self).onto is Delta.onto  # which makes a dense matrix of the delta
+        return self.reads or self.makes_delta(p)
 
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         """What is added to W, (..., rows, I)."""
@@ -273,12 +275,16 @@ class Delta(Method):
     def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
         return (W + self.live_delta(p, W)).to(W.dtype)
 
+    def by_modules(self, p: Adapter) -> bool:
+        """Whether modules of the adapter have to be called, as somebody hooked them, so that factors do not do."""
+        return False
+
     def drop_rate(self, p: Adapter) -> float:
         """The dropout of the adapter's input that is in force, 0 outside training."""
         return 0.0
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
-        found = summed_up(self, p, inner, x) if self.sums_from < inf else None
+        found = summed_up(self, p, inner, x) if self.sums_from < inf or not inner.view.dense else None
         found = self.at_once(p, inner, x) if found is None else found
         return self.onto(p, inner, inner(x), x) if found is None else found
 
@@ -290,8 +296,8 @@ class Delta(Method):
         (W, b), low = held, self.short(p)
         if low is not None:
             return lowrank.linear(x, W, b, *low) if low[0].dtype is W.dtype or not W.requires_grad else None
-        apart = not torch.compiler.is_compiling() and W.numel() > FEW_NUMBERS
-        if apart and x.numel() < MANY_ROWS * x.shape[-1]:
+        apart = not torch.compiler.is_compiling() and W.numel() > FEW
+        if apart and x.numel() < MANY * x.shape[-1]:
             return None
         D = self.live_delta(p, W)
         if D.dtype is W.dtype and D.dtype in (torch.float32, torch.float64):
@@ -326,7 +332,6 @@ class LowRank(Delta):
     neutral_zeros = True  # an adapter whose tensors are all zero leaves the layer as it is
     direct = True  # in training, too, B A x is computed as stated, so that a fused form may take its place
     keeps_factors = False  # these are no tensors of the adapter's own, and dear enough for evaluation to keep them
-    whole = False  # on a convolution with groups A reads all channels, as LoRA's does, so that B A is no kernel of it
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """(A, B)."""
@@ -362,10 +367,6 @@ class LowRank(Delta):
         if not stated or self.up_bias(p) is not None or self.drop_rate(p):
             return None
         return (*self.factors(p), self.scaling(p))
-
-    def by_modules(self, p: Adapter) -> bool:
-        """Whether modules of the adapter have to be called, as somebody hooked them, so that factors do not do."""
-        return False
 
     def up_bias(self, p: Adapter) -> Tensor | None:
         """A bias of B, (O,), which the scaling multiplies too."""

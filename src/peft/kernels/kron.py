@@ -6,6 +6,7 @@ s W1 x W2'. What stands between the two products is as large as the input, and m
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,6 +30,27 @@ def plain(y: Tensor, x: Tensor, W1: Tensor, W2: Tensor, s: Any) -> Tensor:
     """The definition."""
     h = x.to(W1.dtype).unflatten(-1, (W1.shape[1], W2.shape[1]))
     return (y + ((W1 * s) @ (h @ W2.mT)).flatten(-2)).to(y.dtype)
+
+
+def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """The dimension as a product: by the factor if it divides, else by divisors near the root and below the factor."""
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    limit = factor if factor > 0 else dimension
+    small = max(d for d in range(1, math.isqrt(dimension) + 1) if dimension % d == 0 and (d <= limit or d == 1))
+    return small, dimension // small
+
+
+def across(h: Tensor, W1: Tensor, axes: int) -> Tensor:
+    """W1 over the first of two factors of the channels of h, (..., i1 o2, places): (..., o1 o2, places).
+
+    Arguments:
+        axes: how many axes the places have.
+    """
+    axis = h.dim() - axes - 1
+    parts = h.unflatten(axis, (W1.shape[1], -1))
+    mixed: Tensor = W1 @ parts.flatten(axis + 1)
+    return mixed.unflatten(-1, parts.shape[axis + 1 :]).flatten(axis, axis + 1)
 
 
 def _parts(x: Tensor, W1: Tensor, W2: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ class DoRA(Gaining):
         self.split, self.parts, self.join, self.written = of.split, of.parts, of.join, of.written  # type: ignore
         self.copies, self.may_be_empty, self.reads = of.copies, of.may_be_empty, of.reads  # type: ignore[misc]
         self.form, self.free, self.rest = of.form, of.free, of.rest  # type: ignore[method-assign]
-        self.window, self.drawn = of.window, of.drawn  # type: ignore[method-assign]
+        self.window, self.drawn, self.whole = of.window, of.drawn, of.whole  # type: ignore[method-assign]
+        self.by_modules, self.mergeable = of.by_modules, of.mergeable  # type: ignore[method-assign]
         if isinstance(of, LowRank) and of.runner is Row:
             self.runner, self.by_row = Gained, of.by_row  # type: ignore[misc,attr-defined]
         self.refuse_merge, self.rowwise = of.refuse_merge, of.rowwise  # type: ignore[method-assign]
@@ -110,7 +111,8 @@ class DoRA(Gaining):
         return directed(self.of.fold(p, wide, original) if original else None, p.layer.view, self.magnitude(p), wide)
 
     def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
-        return ((W + self.of.live_delta(p, W)) * self.gain(p)[..., None]).to(W.dtype)
+        gain = self.kept_gain(p) if p.layer.view.kernel(p.layer.get_base_layer()) else self.gain(p)
+        return ((W + self.of.live_delta(p, W)) * gain[..., None]).to(W.dtype)
 
     def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
         return self.of.bias(p, b)
@@ -151,8 +153,7 @@ class DoRA(Gaining):
             again = inner if inner.last is None else None
             return scaled.add(y, x, A, B, s, rate, self.magnitude(p), self.safe_norm(p), b, again)
         z = self.of.onto(p, inner, y, x)  # before the gain, as hooks on modules may renew the factors
-        anew = inner.packed or inner.view.dense  # of a dense layer factors are kept, which a hook stands in the way of
-        gain = self.gain(p) if anew else kept(p, lambda: self.gain(p), base=True)
+        gain = self.kept_gain(p)
         g = inner.spread(gain)
         # b' in full: what `of` adds to y has its own bias in it
         return (z * g).to(y.dtype) if b is None else product(z, g, inner.spread(b - b * gain)).to(y.dtype)

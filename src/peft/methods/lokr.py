@@ -27,6 +27,7 @@ from ..core.method import Site
 from ..core.stack import Adapter, Stack
 from ..core.thinned import Thinned
 from ..kernels import kron, product
+from ..kernels.kron import factorization
 from ..kernels.thin import WIDE
 from ..kernels.whole import touched
 from ..target_config import choice, rank
@@ -34,6 +35,7 @@ from .loha import LycorisConfig, LycorisLayer, LycorisModel, core_shape
 
 NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 SMALL = 20_000  # numbers in W, up to which its gradient costs less than what it saves
+BROAD = 2**10  # in-features of a convolution's W, from which on the parts of a product are convolved with
 
 
 @dataclass
@@ -56,15 +58,6 @@ class LoKrConfig(LycorisConfig):
         choice("init_weights", self.init_weights, (True, False, "lycoris"))
         if self.decompose_factor != -1:
             rank("decompose_factor", self.decompose_factor)
-
-
-def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """The dimension as a product: by the factor if it divides, else by divisors near the root and below the factor."""
-    if factor > 0 and dimension % factor == 0:
-        return factor, dimension // factor
-    limit = factor if factor > 0 else dimension
-    small = max(d for d in range(1, math.isqrt(dimension) + 1) if dimension % d == 0 and (d <= limit or d == 1))
-    return small, dimension // small
 
 
 class LoKr(Thinned):
@@ -131,11 +124,21 @@ class LoKr(Thinned):
             return None
         return F.linear(x, W + self.delta(p, W), b)
 
+    def makes_delta(self, p: Adapter) -> bool:
+        """On a convolution two smaller ones take longer than one with the product, where that is narrow."""
+        view, base = p.layer.view, p.layer.get_base_layer()
+        kernel, turned = view.kernel(base), p.has("lokr_w2") and p.held("lokr_w2").dim() == 3
+        wide = bool(kernel) and view.groups(base) == 1 and view.shape(base)[-1] >= BROAD and not turned
+        return self.thins(p) or not (view.dense or wide)
+
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
-        if not inner.view.dense or self.thins(p):
+        if self.makes_delta(p):
             return super().onto(p, inner, y, x)
         W1, W2 = self.pair(p)
-        return kron.add(y, x, W1, W2.squeeze(-1), p.scaling)
+        if inner.view.dense:
+            return kron.add(y, x, W1, W2.squeeze(-1), p.scaling)
+        h = inner.linear(x, W2.flatten(1).repeat(W1.shape[1], 1))  # each of i1 groups of channels by itself
+        return (y + kron.across(h, W1 * p.scaling, len(inner.view.kernel(inner.base)))).to(y.dtype)
 
 
 class LoKrLayer(LycorisLayer):

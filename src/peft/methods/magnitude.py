@@ -29,6 +29,13 @@ class Gaining(Delta):
         m: Tensor = p.held("lora_magnitude_vector").weight
         return m if p.layer.view.label == "ParamWrapper" else m.flatten()
 
+    def kept_gain(self, p: Adapter) -> Tensor:
+        """`gain`, as evaluation keeps it of a layer that is neither dense, whose factors it keeps, nor quantised."""
+        if p.layer.packed or p.layer.view.dense:
+            return self.gain(p)
+        found: Tensor = kept(p, lambda: self.gain(p), base=True)
+        return found
+
     def evaluated(self, p: Adapter, of: LowRank, inner: Stack, y: Tensor, x: Tensor, b: Tensor | None) -> Tensor | None:
         """gain (y - b + s B A x) + b beside a quantised layer's y, or under autocast; None where no gain is kept."""
         called = inner.packed or (is_autocast(x) and is_ordinary(inner.base))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import quantised, storage
-from ...core.direct import CONVS, EVERYWHERE, FORWARD, TURNED, is_product
+from ...core.direct import CONVS, EVERYWHERE, FORWARD, TURNED, is_product, summed_up
 from ...core.files import keys_in_hand
 from ...core.kept import kept, lasting, still
 from ...core.lent import same_memory
@@ -286,7 +286,8 @@ class LoRA(LowRank):
             y = quantised.beside(self, p, inner, x)
             if y is not None:
                 return y
-        return self.onto(p, inner, inner(x), x)
+        y = summed_up(self, p, inner, x) if not inner.view.dense else None
+        return self.onto(p, inner, inner(x), x) if y is None else y
 
     def together(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """`factors`; evaluation keeps them."""
