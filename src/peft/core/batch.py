@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from . import host
 from .banks import Banks, banks_of, own_product
 from .call import BASE, Call
-from .direct import EVERYWHERE, FORWARD, TURNED, is_ordinary
+from .direct import EVERYWHERE, FORMS, FORWARD, TURNED, is_ordinary
 from .method import Delta
 from .rows import Groups
 from .stack import Adapter, Stack
@@ -128,7 +128,7 @@ class MixedBatch(nn.Module):
         if lifted or type(self.view) not in PRODUCTS or call.owner != get_ident():
             return None
         kind, held, shape = type(base), base._parameters, x.shape
-        if (FORWARD if kind is nn.Linear else TURNED.get(kind)) is not kind.forward or "forward" in base.__dict__:
+        if (FORWARD if kind is nn.Linear else FORMS.get(kind)) is not kind.forward or "forward" in base.__dict__:
             return None
         W = held.get("weight")
         if base._forward_hooks or base._forward_pre_hooks or any(EVERYWHERE):  # other hooks are for gradients
@@ -149,7 +149,7 @@ class MixedBatch(nn.Module):
         if steps is None:
             ledger.give_back(self, banks)
             return None
-        return banks.over(x, W if kind is nn.Linear else W.mT, held["bias"], steps)
+        return banks.over(x, W.mT if kind in TURNED else W, held["bias"], steps)
 
     def _ordinary(self, base: Any) -> bool:
         """Whether calling what stands below is a plain product with a plain weight, and nothing follows it."""

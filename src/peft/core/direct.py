@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 peek_interpreter_stack = _C._functorch.peek_interpreter_stack
 FORWARD = nn.Linear.forward
-TURNED: dict[type[nn.Module], object] = {}  # classes whose product is with V' for the V they hold, and how they do it
+FORMS: dict[type[nn.Module], object] = {}  # other classes of which calling is F.linear, as they were met: their forward
+TURNED: set[type[nn.Module]] = set()  # those among them that hold W'
+CALLED = ("forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__getattribute__")
 CONVS: dict[type[nn.Module], object] = {kind: kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 EVERYWHERE = tuple(  # hooks of all modules
     getattr(nn.modules.module, f"_global_{name}_hooks", {})
@@ -29,23 +31,32 @@ EVERYWHERE = tuple(  # hooks of all modules
 )
 
 
-def meet_conv1d(kind: type[nn.Module]) -> None:
-    """Note transformers' Conv1D, x V + b, whose product has the bits of F.linear(x, V', b)."""
+def meet(kind: type[nn.Module]) -> None:
+    """Note a class of which calling is F.linear: nn.Linear's own subclasses that leave it so, and transformers' Conv1D.
+
+    The latter's product, x V + b, has the bits of F.linear(x, V', b).
+    """
     home = "transformers.pytorch_utils"
     stated = getattr(kind.forward, "__module__", ""), getattr(kind.forward, "__qualname__", "")
     if kind.__module__ == home and stated == (home, "Conv1D.forward"):  # and nobody's patch of it
-        TURNED[kind] = kind.forward
+        FORMS[kind] = kind.forward
+        TURNED.add(kind)
+        return
+    own = (getattr(kind, name, None) is not getattr(nn.Linear, name, None) for name in CALLED)
+    computed = hasattr(kind, "weight") or hasattr(kind, "bias")  # which parametrizations state as properties
+    if issubclass(kind, nn.Linear) and not (computed or any(own)):
+        FORMS[kind] = FORWARD
 
 
 def is_product(base: nn.Module) -> bool:
     """Whether a module is of a class of which calling is F.linear, with its weight as it is or turned."""
     kind = type(base)
-    return (FORWARD if kind is nn.Linear else TURNED.get(kind)) is kind.forward
+    return (FORWARD if kind is nn.Linear else FORMS.get(kind)) is kind.forward
 
 
 def matrix(base: nn.Module, held: Tensor) -> Tensor:
     """W, (O, I), of such a module, from the weight that it holds."""
-    return held if type(base) is nn.Linear else held.mT
+    return held.mT if type(base) in TURNED else held
 
 
 def is_ordinary(base: nn.Module) -> bool:
@@ -76,7 +87,7 @@ def open_linear(inner: Stack, x: Tensor, gated: bool = False) -> tuple[Tensor, T
         return None
     base = inner.layer._modules["base_layer"]
     kind = type(base)
-    if (FORWARD if kind is nn.Linear else TURNED.get(kind)) is not kind.forward:
+    if (FORWARD if kind is nn.Linear else FORMS.get(kind)) is not kind.forward:
         return None
     if "forward" in base.__dict__ or any(EVERYWHERE):
         return None  # as `is_ordinary` tells, without calls, which cost more here than what they look at
@@ -93,7 +104,7 @@ def open_linear(inner: Stack, x: Tensor, gated: bool = False) -> tuple[Tensor, T
     graph = torch.compiler.is_compiling()
     if not graph and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _C._is_tracing()):
         return None
-    return W if kind is nn.Linear else W.mT, held["bias"]
+    return W.mT if kind is not nn.Linear and kind in TURNED else W, held["bias"]
 
 
 def summed_up(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:

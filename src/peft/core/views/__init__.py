@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import storage
-from ..direct import meet_conv1d
+from ..direct import meet
 from .conv import ConvView
 from .embedding import EmbeddingView, embed_scale
 from .engine import EngineView, is_engine, is_fused
@@ -81,7 +81,7 @@ def _find(m: nn.Module) -> LinearView:
     if isinstance(m, nn.MultiheadAttention):
         return _ATTENTION
     if type(m).__name__ == "Conv1D" and hasattr(m, "nf"):
-        meet_conv1d(type(m))
+        meet(type(m))
         return _CONV1D
     if is_parallel(type(m)):
         return _PARALLEL
@@ -93,6 +93,7 @@ def _find(m: nn.Module) -> LinearView:
     held = storage.by_class(type(m))
     sized = sized and (held is None or bool(held.weights))
     if isinstance(m, nn.Linear) or sized or _is_packed_linear(type(m)):
+        meet(type(m))
         return _LINEAR
     raise ValueError(f"{type(m).__name__} cannot be adapted. Supported layers are {SUPPORTED}.")
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core import quantised, storage
-from ...core.direct import CONVS, EVERYWHERE, FORWARD, TURNED, is_product, summed_up
+from ...core.direct import CONVS, EVERYWHERE, FORMS, FORWARD, TURNED, is_product, summed_up
 from ...core.files import keys_in_hand
 from ...core.kept import kept, lasting, still
 from ...core.lent import same_memory
@@ -268,7 +268,7 @@ class LoRA(LowRank):
             if not (p.__dict__["lora_bias"] or hooked(p)) if graph else _unchanged(p, base, A, B, drop, hooks):
                 held, a, b = base._parameters, A._parameters["weight"], B._parameters["weight"]
                 W, bias = held["weight"], held["bias"]
-                W = W if type(base) is nn.Linear else W.mT
+                W = W.mT if type(base) is not nn.Linear and type(base) in TURNED else W
                 if p.__dict__["lora_bias"]:
                     up = B._parameters["bias"] * p.scaling
                     bias = up.to(W.dtype) if bias is None else (bias + up).to(W.dtype)
@@ -382,7 +382,7 @@ def _unchanged(p: Adapter, base: Any, A: Any, B: Any, drop: Any, hooks: tuple[di
         and m["lora_A"]._modules[name] is A
         and m["lora_B"]._modules[name] is B
         and (drop is None if "lora_dropout" not in m else m["lora_dropout"]._modules[name] is drop)
-        and (FORWARD if type(base) is nn.Linear else TURNED.get(type(base))) is type(base).forward
+        and (FORWARD if type(base) is nn.Linear else FORMS.get(type(base))) is type(base).forward
         and type(A) is type(B) is Linear
         and nn.Linear.forward is FORWARD
         and "forward" not in base.__dict__

@@ -15,7 +15,7 @@ import torch
 from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
-from ...core.direct import EVERYWHERE, FORWARD, is_product, matrix
+from ...core.direct import EVERYWHERE, FORWARD, TURNED, is_product, matrix
 from ...core.kept import KEEPING, STEPS, still
 from ...core.stack import Adapter, Stack
 from ...core.views import Linear
@@ -55,7 +55,7 @@ class Row(Stack):
         if not noted or x.is_nested or not (learns or x.numel() == noted[0]):
             return self.long(x)
         d, scale, kept, hooks, beside, base, A, B, held, held_A, held_B, of_base, of_A, of_B, m, name, *homes = noted
-        home_A, home_B, drop, in_A, in_B, of_drop, kind, forward = homes
+        home_A, home_B, drop, in_A, in_B, of_drop, kind, forward, turned = homes
         W, a, up = held.get("weight"), held_A.get("weight"), held_B.get("weight")  # which some libraries take away
         b, dtype, shape = held.get("bias", held), x.dtype, x.shape
         same = type(W) is type(a) is type(up) is nn.Parameter and (b is None or type(b) is nn.Parameter)
@@ -70,7 +70,7 @@ class Row(Stack):
             return self.long(x)
         if beside and any(map(is_not, map(get, beside[0], beside[1]), beside[2])):
             return self._anew(x)
-        W, v = W if kind is nn.Linear else W.mT, x if learns else x.view(-1)
+        W, v = W.mT if turned else W, x if learns else x.view(-1)
         if learns:
             return self.learn(x, W, b, a, up, scale, kept)
         if kept is None:
@@ -109,7 +109,16 @@ class Row(Stack):
             own = [module._parameters for module in (base, A, B)] + [module.__dict__ for module in (base, A, B)]
             of_drop = NEVER if drop is None or learns else drop.__dict__
             noted = (A.in_features, p.scaling, kept, hooks, tuple(zip(*places, strict=True)), base, A, B, *own)
-            noted += (modules, p.name, *homes, *inside[:2], of_drop, type(base), type(base).forward)
+            noted += (
+                modules,
+                p.name,
+                *homes,
+                *inside[:2],
+                of_drop,
+                type(base),
+                type(base).forward,
+                type(base) in TURNED,
+            )
             self._notes[learns] = noted if kept is not None or type(self) is Row else None
         return self._notes[learns]
 
