@@ -1,0 +1,195 @@
+"""Convolutions large enough for the ways that small ones leave aside: one kernel W', thin factors, Kronecker parts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conformance.layouts import Around, Layout
+from conformance.rows import METHODS, adapted, close, expected
+from conformance.test_gradients import close_each, gradients, leaves
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+
+LARGE = {
+    "broad": Layout("conv-2d-broad", lambda: Around(nn.Conv2d(128, 24, 3, padding=1)), (3, 128, 4, 4), batched=False),
+    "long": Layout("conv-2d-long", lambda: Around(nn.Conv2d(8, 12, 3, stride=2)), (2, 8, 40, 40), batched=False),
+    "one": Layout("conv-2d-one", lambda: Around(nn.Conv2d(160, 120, 1)), (2, 160, 9, 9), batched=False),
+    "line": Layout(
+        "conv-1d-circular",
+        lambda: Around(nn.Conv1d(300, 20, 5, dilation=2, padding=4, padding_mode="circular")),
+        (2, 300, 70),
+        batched=False,
+    ),
+    "grouped": Layout(
+        "conv-2d-large-grouped",
+        lambda: Around(nn.Conv2d(96, 48, 3, groups=2)),
+        (1, 96, 9, 9),
+        batched=False,
+        grouped=True,
+    ),
+}
+CELLS = [(m, kind) for m, row in METHODS.items() for kind, it in LARGE.items() if row.forbidden(it) is None]
+DEAR = ("frod", "osf", "psoft")  # whose formulas are written out for small layers
+CELLS = [(m, kind) for m, kind in CELLS if not METHODS[m].tasks and not m.startswith(DEAR)]
+
+
+@pytest.mark.parametrize("method, kind", CELLS)
+def test_values_and_gradients_are_those_of_the_formulas(method, kind):
+    layout = LARGE[kind]
+    model = adapted(method, layout)
+    x = layout.x().requires_grad_()
+    inputs = [*leaves(model).values(), x]
+    y, wanted = model(x), expected(model, method, layout, x)
+    close(y, wanted)
+    close_each(gradients(y, inputs), gradients(wanted, inputs), 5e-5)
+    with torch.no_grad():
+        for _ in range(2):  # the second finds what evaluation keeps
+            close(model(x), wanted)
+
+
+class Convolutions(TorchDispatchMode):
+    """How many convolutions are computed, and derivatives of such."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.forward += func is torch.ops.aten.convolution.default
+        self.backward += func is torch.ops.aten.convolution_backward.default
+        return func(*args, **(kwargs or {}))
+
+
+CONFIGS = {
+    "LoRA": lambda: LoraConfig(r=4, target_modules=["0"], init_lora_weights=False),
+    "rsLoRA": lambda: LoraConfig(r=4, use_rslora=True, target_modules=["0"], init_lora_weights=False),
+    "DoRA": lambda: LoraConfig(r=4, use_dora=True, target_modules=["0"], init_lora_weights=False),
+    "LoHa": lambda: LoHaConfig(r=4, target_modules=["0"], init_weights=False),
+    "LoKr": lambda: LoKrConfig(r=4, target_modules=["0"], init_weights=False),
+}
+
+
+def net(config, channels=16, **more):
+    torch.manual_seed(0)
+    return get_peft_model(nn.Sequential(nn.Conv2d(channels, 24, 3, padding=1, **more)), CONFIGS[config]())
+
+
+def counted(model, x, grad=False):
+    with torch.set_grad_enabled(grad), Convolutions() as seen:
+        y = model(x)
+        if grad:
+            y.square().sum().backward()
+    return seen.forward, seen.backward
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_evaluation_convolves_once(config):
+    model, x = net(config).eval(), torch.randn(2, 16, 20, 20)
+    assert counted(model, x) == (1, 0)
+
+
+def test_few_places_are_convolved_with_thin_factors():
+    """As making a large matrix would take longer."""
+    model, x = net("LoRA", 256).eval(), torch.randn(1, 256, 2, 2)
+    assert counted(model, x) == (3, 0)
+    model, x = net("LoHa", 256).eval(), torch.randn(1, 256, 2, 2)
+    assert counted(model, x) == (3, 0)
+
+
+def test_training_convolves_with_an_update_of_full_size_together_with_the_base():
+    x = torch.randn(2, 16, 20, 20, requires_grad=True)
+    assert counted(net("LoHa").train(), x, grad=True) == (1, 1)
+    assert counted(net("LoKr").train(), x, grad=True) == (1, 1)
+
+
+def test_training_takes_the_parts_of_a_product_where_that_is_broad():
+    """Their gradients need no convolution with the whole kernel."""
+    x = torch.randn(2, 256, 6, 6, requires_grad=True)
+    model = net("LoKr", 256).train()
+    with Convolutions() as seen:
+        model(x).square().sum().backward()
+    assert (seen.forward, seen.backward) == (2, 2)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def hooked_base(model, layer):
+    layer.base_layer.register_forward_hook(lambda m, args, y: y * 2)
+
+
+def patched_base(model, layer):
+    own = layer.base_layer._conv_forward
+    layer.base_layer.forward = lambda x: own(x, layer.base_layer.weight, layer.base_layer.bias) * 2
+
+
+def written(model, layer):
+    layer.base_layer.weight.data.mul_(2)
+    layer.base_layer.bias.data.mul_(2)
+
+
+class Doubled(nn.Conv2d):
+    """A subclass with a product of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def other_class(model, layer):
+    layer.base_layer.__class__ = Doubled
+
+
+@pytest.mark.parametrize("change", [hooked_base, patched_base, written, other_class], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("config", ["LoRA", "LoHa", "LoKr"])
+def test_what_changes_around_the_base_is_seen(config, train, change):
+    model, x = net(config).train(train), torch.randn(2, 16, 20, 20)
+    with torch.set_grad_enabled(train):
+        y = model(x)
+        with model.disable_adapter():
+            base = model(x)
+        change(model, model.base_model.model[0])
+        torch.testing.assert_close(model(x), y + base, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_hooks_on_the_factors_are_run():
+    model, x = net("LoRA").eval(), torch.randn(2, 16, 20, 20)
+    layer = model.base_model.model[0]
+    y = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    layer.lora_B["default"].register_forward_hook(lambda m, args, u: u * 3)
+    torch.testing.assert_close(model(x), base + 3 * (y - base), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@torch.no_grad()
+def test_merges_copies_and_second_adapters_agree(config):
+    model, x = net(config).eval(), torch.randn(2, 16, 20, 20)
+    y = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    twin = copy.deepcopy(model)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(twin(x), y)
+    model.add_adapter("other", CONFIGS[config]())
+    model.set_adapter("other")
+    other = model(x)
+    mixed = model(x, adapter_names=["default", "other"])
+    torch.testing.assert_close(mixed, torch.cat([y[:1], other[1:]]), rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(model(x), base)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_trace_serves_other_places():
+    model = net("LoRA").eval()
+    traced = torch.jit.trace(model, torch.randn(1, 16, 20, 20), check_trace=False)
+    x = torch.randn(2, 16, 5, 7)
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-4)
