@@ -95,8 +95,8 @@ def test_half_of_a_stacked_parameter_is_refused(make, half, other):
 
 
 def test_a_failed_wrap_gives_back_the_configuration():
-    config = lora(target_modules=["w1", "w2", "w3"], lora_dropout=0.1)
-    with pytest.raises(ValueError, match="lora_dropout has no meaning"):
+    config = lora(target_modules=["w1", "w2", "w3"], lora_bias=True)
+    with pytest.raises(ValueError, match="lora_bias=True has no meaning"):
         get_peft_model(mixtral(), config)
     assert config.target_modules == {"w1", "w2", "w3"}
     assert (config.target_parameters, config.rank_pattern, config.alpha_pattern) == (None, {}, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conformance.layouts import Around, Layout
 from conformance.rows import adapted, close, train, tuner_layers
 from peft import LoraConfig, get_peft_model
-from peft.core.views.chosen import Chosen, Term
+from peft.core.views.chosen import Chosen, Term, composed
 
 E, O, I, N = 5, 6, 8, 7
 INDEX = torch.tensor([3, 1, 1, 4, 0, 2, 3])
@@ -59,30 +60,42 @@ FORMS = {
 }  # fmt: skip
 
 
-def weight(dtype: torch.dtype = torch.float64, terms: int = 1) -> tuple[Tensor, list[Term]]:
+def make(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+def weight(dtype: torch.dtype = torch.float64, kinds: str = "low", rate: float = 0.0) -> tuple[Tensor, list[Term]]:
     torch.manual_seed(0)
-
-    def make(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=dtype).requires_grad_()
-
-    return make(E, O, I), [Term(make(E, r, I), make(E, O, r), s) for r, s in [(2, 0.5), (3, 2.0)][:terms]]
-
-
-def whole(W: Tensor, terms: list[Term]) -> Tensor:
-    return W + sum(s * (B @ A) for A, B, s in terms)
+    W, found = make(E, O, I, dtype=dtype), list[Term]()
+    for r, kind in enumerate(kinds.split(), 2):
+        g = make(E, O, dtype=dtype) if kind == "gained" else None
+        A, B = (make(E, O, I), None) if kind == "dense" else (make(E, r, I, dtype=dtype), make(E, O, r, dtype=dtype))
+        found.append(Term(A, B, r / 4, rate, g))
+    return W, found
 
 
-@pytest.mark.parametrize("terms", [1, 2])
+def whole(W: Tensor, terms: list[Term], passed: float = 1.0) -> Tensor:
+    """W', for a dropout that multiplies with `passed`."""
+    for t in terms:
+        W = (W if t.g is None else W * t.g[..., None]) + passed * t.s * (t.A if t.B is None else t.B @ t.A)
+    return W
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("kinds", ["low", "low low", "gained", "low gained dense", "gained gained low"])
 @pytest.mark.parametrize("stored", ["as is", "transposed"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_use_gives_values_and_gradients_of_the_whole_weight(form, stored, terms):
-    W, updates = weight(terms=terms)
+def test_every_use_gives_values_and_gradients_of_the_whole_weight(form, stored, kinds, rate, monkeypatch):
+    """A dropout that multiplies with a number shows whether each update loses its input's features just once."""
+    monkeypatch.setattr("peft.kernels.masks.dropout", lambda x, p: x * (1 - p))
+    W, updates = weight(kinds=kinds, rate=rate)
     x = torch.randn(N, I, dtype=torch.float64, requires_grad=True)
-    inputs = [x, W, *(f for t in updates for f in t[:2])]
-    chosen = Chosen.of(W, updates)
+    inputs = [x, W, *(f for t in updates for f in (t.A, t.B, t.g) if f is not None)]
+    gain, terms = composed(updates)
+    chosen = Chosen.of(W, terms, gain=gain)
     if stored == "transposed":  # as a view turns it for a module that stores (E, I, O), which turns it back
-        chosen = Chosen.of(W, updates, turned=True).mT
-    found, wanted = FORMS[form](chosen, x), FORMS[form](whole(W, updates), x)
+        chosen = Chosen.of(W, terms, turned=True, gain=gain).mT
+    found, wanted = FORMS[form](chosen, x), FORMS[form](whole(W, updates, 1 - rate), x)
     torch.testing.assert_close(found, wanted)
     weights = torch.randn_like(wanted)
     for a, b in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (found, wanted)), strict=True):
@@ -93,17 +106,19 @@ def test_every_use_gives_values_and_gradients_of_the_whole_weight(form, stored, 
 def test_second_derivatives(form):
     W, updates = weight()
     x = torch.randn(N, I, dtype=torch.float64, requires_grad=True)
-    (A, B, s), W = updates[0], W.detach()
+    (A, B, s, *_), W = updates[0], W.detach()
     run = lambda x, A, B: FORMS[form](Chosen.of(W, [Term(A, B, s)]), x).tanh()  # noqa: E731
     assert torch.autograd.gradgradcheck(run, (x, A, B))
 
 
+@pytest.mark.parametrize("kinds", ["low", "low gained"])
 @pytest.mark.parametrize("rows", [N, N + 2])
-def test_grouped_products(rows):
-    W, updates = weight(torch.float32)
+def test_grouped_products(rows, kinds):
+    W, updates = weight(torch.float32, kinds)
     x = torch.randn(rows, I)
+    gain, terms = composed(updates)
     with torch.no_grad():
-        found = F.grouped_mm(x, Chosen.of(W, updates).mT, offs=OFFS)
+        found = F.grouped_mm(x, Chosen.of(W, terms, gain=gain).mT, offs=OFFS)
         wanted = F.grouped_mm(x, whole(W, updates).mT, offs=OFFS)
     torch.testing.assert_close(found[:N], wanted[:N])
 
@@ -175,11 +190,47 @@ def test_experts_of_transformers_run_as_merged_ones(implementation, dtype):
     torch.testing.assert_close(found.float(), wanted, **({} if dtype is torch.float32 else {"rtol": 0.1, "atol": 0.1}))
 
 
+def test_dropout_takes_features_of_each_token_at_each_expert():
+    eye = torch.eye(I, dtype=torch.float64).expand(2, I, I)
+    seen_through = Chosen.of(torch.zeros(2, I, I, dtype=torch.float64), [Term(eye, eye, 1.0, 0.25)])
+    x = torch.ones(1000, I, dtype=torch.float64)
+    one, two = F.linear(x, seen_through[0]), F.linear(x, seen_through[1])
+    for left in (one, two):
+        assert set(left.unique().tolist()) == {0.0, 1 / 0.75}
+        assert left.mean().item() == pytest.approx(1, abs=0.03)
+    assert not torch.equal(one, two)
+    assert len(one.unique(dim=0)) > 50  # each token its own
+    whole = (seen_through + 0)[0]  # no product: features of an expert, for whatever tokens come
+    assert torch.equal(whole, torch.diag(whole.diagonal()))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gradients_are_those_of_the_whole_weight(implementation, monkeypatch):
-    model, x = routed(implementation), torch.randn(3, 8, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=str)
+def test_dropout_of_experts_is_in_training_alone(implementation, changes, dtype):
+    model, x = routed(implementation, Routed(implementation).to(dtype), lora_dropout=0.5, **changes), torch.randn(3, 8)
+    x = x.to(dtype)
+    with torch.no_grad():
+        plain, base = model(x), Routed(implementation).to(dtype)(x)
+        merged = copy.deepcopy(model).merge_and_unload()(x)
+    close(plain, merged, 1e-5 if dtype is torch.float32 else 3e-2)
+    first, second = model.train()(x), model(x)
+    assert first.dtype is dtype
+    assert not torch.equal(first, second)
+    first.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(x), base)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), plain)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_are_those_of_the_whole_weight(implementation, dora, monkeypatch):
+    model, x = routed(implementation, use_dora=dora), torch.randn(3, 8, requires_grad=True)
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
-    assert len(wanted) == 5
+    assert len(wanted) == (7 if dora else 5)
     short = torch.autograd.grad(model(x).square().sum(), wanted)
     monkeypatch.setattr("peft.core.stack.transformed", lambda: True)
     plain = torch.autograd.grad(model(x).square().sum(), wanted)
@@ -240,9 +291,10 @@ def trained_past_counting(model):
 
 
 @pytest.mark.parametrize("change", [written, new_data, scaled, base_written, trained_past_counting])
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_what_is_laid_out_anew_follows_the_adapter(implementation, change):
-    model, x = routed(implementation), torch.randn(3, 8)
+def test_what_is_laid_out_anew_follows_the_adapter(implementation, change, dora):
+    model, x = routed(implementation, use_dora=dora), torch.randn(3, 8)
     with torch.no_grad():
         before = model(x)
         torch.testing.assert_close(model(x), before)
@@ -251,6 +303,22 @@ def test_what_is_laid_out_anew_follows_the_adapter(implementation, change):
         assert not torch.allclose(found, before)
         wanted = copy.deepcopy(model).merge_and_unload()(x)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation, most", [("eager", 330), ("batched_mm", 300)])
+def test_a_token_costs_so_many_calls(implementation, most):
+    """Counted with those of built-in functions, less than the bare module's."""
+    x, found = torch.randn(1, 8), []
+    for model in (Routed(implementation), routed(implementation).base_model.model):
+        with torch.no_grad():
+            for _ in range(3):
+                model(x)
+            seen: list[str] = []
+            sys.setprofile(lambda frame, event, arg, seen=seen: seen.append(event) if "call" in event else None)
+            model(x)
+            sys.setprofile(None)
+        found.append(len(seen))
+    assert found[1] - found[0] <= most
 
 
 def test_training_lays_nothing_out():
@@ -287,7 +355,7 @@ class ByIndex(nn.Module):
         return torch.stack([F.linear(row, self.up[i]) for i, row in zip([2, 0, 3], x, strict=True)])
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "vera", "rslora", "pissa"])
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "vera", "rslora", "pissa"])
 def test_low_rank_methods_on_a_module_of_nobodys(method, monkeypatch):
     model, x = adapted(method, EXPERTS), torch.randn(3, 8)
     train(model)

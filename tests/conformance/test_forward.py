@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -312,11 +313,49 @@ def test_a_rank_that_does_not_fit_the_groups_names_one_that_does():
 
 
 @pytest.mark.parametrize("name", [n for n, layout in LAYOUTS.items() if layout.kind == "parameter"])
-@pytest.mark.parametrize("field, value", [("lora_dropout", 0.1), ("lora_bias", True)])
-def test_fields_without_meaning_for_parameters_are_refused(name, field, value):
+def test_a_bias_without_meaning_for_parameters_is_refused(name):
     layout = LAYOUTS[name]
-    with pytest.raises(ValueError, match=field):
-        get_peft_model(layout.model(), config("lora", layout, **{field: value}))
+    with pytest.raises(ValueError, match="lora_bias"):
+        get_peft_model(layout.model(), config("lora", layout, lora_bias=True))
+
+
+OTHER_DROPOUTS = ("rank_dropout", "boft_dropout")  # of what is learnt, not of what it is multiplied with
+WITHOUT_DROPOUT = ("miss-bat", "supertuning", "supertuning-smallest", "supertuning-dora", "supra")
+
+
+def dropouts(method: str) -> list[str]:
+    """The fields of a method that drop features of its input."""
+    if method in WITHOUT_DROPOUT:
+        return []
+    names = (f.name for f in dataclasses.fields(METHODS[method].config))
+    names = (n for n in names if n.endswith("_dropout") and n not in OTHER_DROPOUTS)
+    return [n for n in names if n != "module_dropout" or method.startswith("delora")]
+
+
+PARAMETERS = cells(only=lambda layout: layout.kind == "parameter")
+
+
+@pytest.mark.parametrize("method, name", [cell for cell in PARAMETERS if dropouts(cell[0])])
+def test_dropout_of_what_a_parameter_is_multiplied_with_is_in_the_update_alone(method, name, monkeypatch):
+    """A dropout that multiplies with a number shows where it acts; gains of DoRA are those of the whole update."""
+    layout = LAYOUTS[name]
+    (field,) = dropouts(method)
+    model = adapted(method, layout, **{field: 0.5})
+    for _, layer in tuner_layers(model):
+        p, stack = layer.adapters["default"], layer.eval().stack(("default",))
+        plain = stack.live_weight()
+        with monkeypatch.context() as patch:
+            patch.setattr("peft.kernels.masks.dropout", lambda x, rate: x * (1 - rate))
+            layer.train()
+            parts = stack.chosen()
+            found = [stack.live_weight(), *(() if parts is None else (parts.whole(),))]
+        base = layer.base_weight()
+        if method.startswith("deft"):  # which takes a part of W out, of which nothing is dropped
+            Q, taken = getattr(p.method, "of", p.method).removed(p)
+            base = base - Q @ taken
+        base = base * (p.method.gain(p)[..., None] if hasattr(p.method, "gain") else 1.0)
+        for W in found:
+            close(W, base + (plain - base) / 2, 1e-5)
 
 
 def test_no_method_is_left_out_by_accident():

@@ -25,6 +25,7 @@ from ..kernels import choice, grouped
 from ..kernels.modes import transformed
 from . import host
 from .direct import is_ordinary, matrix
+from .method import Delta
 from .rows import Groups, Segments
 from .watch import PLAIN, Watch
 
@@ -159,7 +160,7 @@ class Banks:
         self.names = frozenset(names)
         mine = frozenset(map(id, self.watch.tensors))
         for p in self.adapters:
-            term = p.method.term(p)
+            term = None if isinstance(p.method, Delta) and p.method.drop_rate(p) else p.method.term(p)
             if term is None or not _usable(layer, *term):
                 self.rest.append(p.name)
             else:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
-from ..kernels import whole
+from ..kernels import lowrank, whole
 from ..kernels.modes import is_autocast
 from ..kernels.thin import WIDE
 from ..kernels.whole import touched
@@ -160,6 +160,27 @@ def _one_kernel(method: Delta, p: Adapter) -> bool:
     if not method.mergeable or method.by_modules(p):
         return False
     return not (method.whole and p.layer.view.groups(p.layer.get_base_layer()) > 1)
+
+
+def inside(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
+    """`method.forward` over a plain linear layer with the update inside its product, where that is quicker; else None.
+
+    For methods that add what their dense update makes.
+    """
+    held = open_linear(inner, x, inner.gated)
+    if held is None or method.drop_rate(p) or (inner.gated and (method.short(p) or x.dtype not in WIDE)):
+        return None
+    (W, b), low = held, method.short(p)
+    if low is not None:
+        return lowrank.linear(x, W, b, *low) if low[0].dtype is W.dtype or not W.requires_grad else None
+    apart = not torch.compiler.is_compiling() and W.numel() > FEW
+    if apart and x.numel() < MANY * x.shape[-1]:
+        return None
+    D = method.live_delta(p, W)
+    if D.dtype is W.dtype and D.dtype in (torch.float32, torch.float64):
+        return F.linear(x, inner.gate(W + D, W), b)
+    kind = x.dtype if x.dtype is torch.bfloat16 else D.dtype  # which has the range for any update
+    return (F.linear(x, W, b) + F.linear(x.to(kind), D.to(kind))).to(W.dtype)  # W + D would forget small ones
 
 
 MAKING = 12  # products with a matrix take as long as making it of factors

@@ -337,6 +337,8 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes, Recorded):
             if not self.view.activations or (len(args) == 1 and not kwargs):
                 return self._forward(args, kwargs, run)
         if kwargs or len(args) != 1 or not self.call.plain:
+            if self.call.plain and not (compiling or self.view.activations or "adapter_names" in kwargs):
+                return (self._run or self._modules["base_layer"])(*args, **kwargs)  # type: ignore[misc]
             swift = None if compiling or kwargs or len(args) != 1 else self._swift(args[0])
             return self._forward(args, kwargs) if swift is None else swift
         run = self._run

@@ -12,17 +12,16 @@ from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import lowrank
-from ..kernels.thin import WIDE
 from . import quantised
-from .direct import FEW, MANY, open_linear, summed_up
+from .direct import inside, open_linear, summed_up
 from .folding import Fold, Product
 from .kept import kept_factors
 from .sharded.gather import full
 from .views import LinearView
+from .views.chosen import thinned
 
 if TYPE_CHECKING:
     from .shared import Shared, SharedTensors, Sight
@@ -75,6 +74,7 @@ class Method:
     reads = True  # what a forward differentiates holds numbers of W, or what is made of them
     spread = False  # its forward is made of products and sums of x, W and its tensors, which may be DTensors
     runner: ClassVar[Any] = None  # a Stack of one adapter alone with a shorter way, and the `long` one beside it
+    factored = False  # `term` states all that it makes of W, so that a module may read W in parts
     by_rows = True  # some out-features of W' can be computed from the same ones of W
     # tensors in which W' is affine, all else of an adapter being the same, with the values at which W' is W
     linear: ClassVar[Mapping[str, float]] = {}
@@ -185,7 +185,10 @@ class Method:
         return self.by_rows
 
     def term(self, p: Adapter) -> tuple[Any, ...] | None:
-        """(A, B, s) where y = W x + b becomes y + s B A x; (A, B, s, g): g (y - b) + b + s B A x; None elsewhere."""
+        """(A, B, s) where y = W x + b becomes y + s B A x; (A, B, s, g): g (y - b) + b + s B A x; None elsewhere.
+
+        Dropout of that x is not told here.
+        """
         return None
 
     def refuse_merge(self, p: Adapter) -> None:
@@ -272,8 +275,13 @@ class Delta(Method):
         """`delta` as a forward uses it: training may drop parts of it by chance, which merging never does."""
         return self.delta(p, W)
 
+    def read_delta(self, p: Adapter, W: Tensor) -> Tensor:
+        """`live_delta` in a weight that a module reads: dropout takes the same features from all that it multiplies."""
+        rate = self.drop_rate(p) if p.layer.view.drops else 0.0
+        return thinned(self.live_delta(p, W), rate)
+
     def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
-        return (W + self.live_delta(p, W)).to(W.dtype)
+        return (W + self.read_delta(p, W)).to(W.dtype)
 
     def by_modules(self, p: Adapter) -> bool:
         """Whether modules of the adapter have to be called, as somebody hooked them, so that factors do not do."""
@@ -290,20 +298,7 @@ class Delta(Method):
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         """`forward` over a plain linear layer with the update inside its product, where that is quicker; else None."""
-        held = open_linear(inner, x, inner.gated) if type(self).onto is Delta.onto else None
-        if held is None or self.drop_rate(p) or (inner.gated and (self.short(p) or x.dtype not in WIDE)):
-            return None
-        (W, b), low = held, self.short(p)
-        if low is not None:
-            return lowrank.linear(x, W, b, *low) if low[0].dtype is W.dtype or not W.requires_grad else None
-        apart = not torch.compiler.is_compiling() and W.numel() > FEW
-        if apart and x.numel() < MANY * x.shape[-1]:
-            return None
-        D = self.live_delta(p, W)
-        if D.dtype is W.dtype and D.dtype in (torch.float32, torch.float64):
-            return F.linear(x, inner.gate(W + D, W), b)
-        kind = x.dtype if x.dtype is torch.bfloat16 else D.dtype  # which has the range for any update
-        return (F.linear(x, W, b) + F.linear(x.to(kind), D.to(kind))).to(W.dtype)  # W + D would forget small ones
+        return inside(self, p, inner, x) if type(self).onto is Delta.onto else None
 
     def short(self, p: Adapter) -> tuple[Tensor, Tensor, Any] | None:
         """(A, B, s) with s B A the update of this forward, where two thin products with them are the quickest way."""
@@ -332,6 +327,12 @@ class LowRank(Delta):
     neutral_zeros = True  # an adapter whose tensors are all zero leaves the layer as it is
     direct = True  # in training, too, B A x is computed as stated, so that a fused form may take its place
     keeps_factors = False  # these are no tensors of the adapter's own, and dear enough for evaluation to keep them
+
+    @property
+    def factored(self) -> bool:  # type: ignore[override]
+        kind = type(self)
+        whole = kind.live_weight is Delta.live_weight and kind.weight is Delta.weight
+        return whole and kind.live_delta is Delta.live_delta and kind.delta is LowRank.delta
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """(A, B)."""
@@ -364,7 +365,7 @@ class LowRank(Delta):
 
     def term(self, p: Adapter) -> tuple[Any, ...] | None:
         stated = type(self).forward is Delta.forward and type(self).onto is LowRank.onto
-        if not stated or self.up_bias(p) is not None or self.drop_rate(p):
+        if not stated or self.up_bias(p) is not None:
             return None
         return (*self.factors(p), self.scaling(p))
 

@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.lowrank import transformed
 from .cells import Cell
-from .kept import kept, lasting, still
-from .method import Delta, LowRank, Method
+from .method import Method
 from .nested import by_rows
+from .reading import update
 from .turns import turn
-from .views.chosen import NUMBERS, Chosen, Term
+from .views.chosen import Chosen, composed
 
 _state = threading.local()
 NOTED = frozenset({"hot", "direct", "plan", "twin", "gates"})  # of the layer's state, and no part of the adapter
@@ -214,16 +214,12 @@ class Stack:
             return None
         W, terms = self.layer.base_weight(), []
         for a in self.adapters:
-            kind = type(a.method)
-            stated = issubclass(kind, LowRank) and kind.live_weight is Delta.live_weight and kind.weight is Delta.weight
-            stated = stated and kind.live_delta is Delta.live_delta and kind.delta is LowRank.delta
-            found = still(a) if stated else None
-            term = found or (a.method.term(a) if stated else None)
-            if term is None or any(type(factor) not in NUMBERS or factor.dim() != 3 for factor in (W, *term[:2])):
+            term = update(a, W)
+            if term is None:
                 return None
-            short = Term(*term)
-            terms.append(found or (kept(a, short.laid) if lasting(a) else short))
-        return Chosen.of(W, terms)
+            terms.append(term)
+        gain, found = composed(terms)
+        return Chosen.of(W, found, gain=gain)
 
     def bias(self) -> Tensor | None:
         """b' of the stack, (O,), or None."""
@@ -297,11 +293,11 @@ class InPlace:
     """Runs a module that cannot be split into W x + b, with W' and b' put in place."""
 
     def __init__(self, stack: Stack):
-        self.stack = stack
+        self.stack, self.by_task = stack, any(a.method.by_task for a in stack.adapters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack = self.stack
-        if stack.layer.call.task is None and any(a.method.by_task for a in stack.adapters):
+        if self.by_task and stack.layer.call.task is None:
             return stack.layer.each_task(stack.adapters[0].path, args, kwargs, self.run)
         if stack.packed is not None and torch.is_grad_enabled() and not getattr(_state, "again", False):
             return checkpoint(self._again, args, kwargs, use_reentrant=False)  # keeps no numbers of W
@@ -327,8 +323,8 @@ class InPlace:
         base = stack.base
         W = stack.chosen()
         values = {view.name: stack.stored(view.name, view.raw(base, stack.live_weight() if W is None else W))}
-        b = stack.shown_bias()
-        if b is not None and view.bias_name:
+        b = stack.shown_bias() if view.bias_name else None
+        if b is not None:
             values[view.bias_name] = stack.stored(view.bias_name, b)
         return view.run(base, values, stack.layer._modules["base_layer"], args, kwargs)
 

@@ -20,6 +20,7 @@ from ..core.kept import kept
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
 from ..core.stack import Adapter, Stack
+from ..core.views.chosen import thinned
 from ..target_config import choice, number, probability
 from .additive import AdditiveConfig, AdditiveModel
 
@@ -97,6 +98,13 @@ class DEFT(LowRank):
         """`factors`, made now."""
         Q, taken = self.removed(p)
         return (-taken if p.deft_para else p.held("deft_R") * p.deft_scaling - taken), Q
+
+    def read_delta(self, p: Adapter, W: Tensor) -> Tensor:
+        rate = p.drop_rate("deft_dropout") if p.layer.view.drops and not p.deft_para else 0.0
+        if not rate:
+            return super().read_delta(p, W)
+        Q, taken = self.removed(p)
+        return Q @ (thinned((p.held("deft_R") * p.deft_scaling).to(Q.dtype), rate) - taken)
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         rate = p.drop_rate("deft_dropout")

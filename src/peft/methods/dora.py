@@ -111,7 +111,7 @@ class DoRA(Gaining):
         return directed(self.of.fold(p, wide, original) if original else None, p.layer.view, self.magnitude(p), wide)
 
     def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
-        return ((W + self.of.live_delta(p, W)) * self.kept_gain(p)[..., None]).to(W.dtype)
+        return ((W + self.of.read_delta(p, W)) * self.kept_gain(p)[..., None]).to(W.dtype)
 
     def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
         return self.of.bias(p, b)

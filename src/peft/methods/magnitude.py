@@ -23,6 +23,7 @@ class Gaining(Delta):
 
     _thin: Callable[[Adapter], LowRank | None]
     gain: Callable[[Adapter], Tensor]
+    of: Delta
 
     def magnitude(self, p: Adapter) -> Tensor:
         """m, (..., O)."""
@@ -53,6 +54,10 @@ class Gaining(Delta):
         """A, the gain, and B with all factors in it, in single precision or more: what evaluation keeps."""
         A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, B))
         return folded(A, B, of.scaling(p), self.gain(p).to(A.dtype))
+
+    @property
+    def factored(self) -> bool:  # type: ignore[override]
+        return self.of.factored
 
     def term(self, p: Adapter) -> tuple[Any, ...] | None:
         of = self._thin(p)

@@ -1,9 +1,13 @@
 """Stacked experts under adapters: a weight whose numbers are computed where they are asked for, and only those.
 
 Modules with fused experts hold W (E, O, I) and multiply each token with the few experts that it is sent to. `Chosen`
-stands for W + s B A, with A (E, r, I) and B (E, O, r), and never makes it: choosing an expert chooses its factors, and
-a product with it is the product with W plus two thin ones. Whatever else is done to it is done to W', which is then
-made once: that is the plain form, and the one under `torch.compile`, `torch.func` and forward-mode differentiation.
+stands for g W + s B A, with A (E, r, I), B (E, O, r) and a gain g (E, O) of DoRA's, and never makes it: choosing an
+expert chooses its factors, and a product with it is the product with W plus two thin ones. Whatever else is done to it
+is done to W', which is then made once: that is the plain form, and the one under `torch.compile`, `torch.func` and
+forward-mode differentiation.
+
+Dropout is of what an update is multiplied with: each token, at each of the experts that it is sent to, loses features
+of its own, and W sees it whole. Where no product is seen, but W' made, all tokens lose the same features.
 
 Letters: E experts, O out-features, I in-features, r rank, N rows of an input.
 """
@@ -17,57 +21,121 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels import masks
+
 NUMBERS = (Tensor, nn.Parameter, nn.Buffer)  # what holds its numbers as torch's products expect them
 
 
 class Term(NamedTuple):
-    """An update s B A of a weight (..., O, I)."""
+    """An update s B A of a weight (..., O, I), or s A where B is None, of which the input is dropped at a rate."""
 
     A: Tensor
-    B: Tensor
+    B: Tensor | None
     s: Any
+    rate: float = 0.0
+    g: Tensor | None = None  # (..., O), what the weight before it is multiplied with
+    each: tuple[Term, ...] = ()  # those of the experts by themselves, where they are kept
+    rows: tuple[Tensor, ...] = ()  # `thin(True)`, likewise
 
     def laid(self) -> Term:
-        """The same with each expert's numbers beside one another, which files hold apart."""
-        return Term(self.A.contiguous(), self.B.mT.contiguous().mT, self.s)
+        """The same with each expert's numbers beside one another, which files hold apart, and cut into experts."""
+        A, B = self.A.contiguous(), None if self.B is None else self.B.mT.contiguous().mT
+        if B is None or A.dim() != 3:
+            return self._replace(A=A, B=B)
+        cut = zip(A, B, A.mT, B.mT, strict=True)
+        return self._replace(A=A, B=B, each=tuple(Term(a, b, self.s, rows=(at, bt)) for a, b, at, bt in cut))
+
+    def chosen(self, index: int | slice | Tensor) -> Term:
+        """That of some experts."""
+        if self.each and type(index) is int:
+            return self.each[index]
+        return Term(self.A[index], None if self.B is None else self.B[index], self.s, self.rate)
+
+    def scaled(self, g: Tensor) -> Term:
+        """The same with its out-features multiplied."""
+        A, B = (self.A * g[..., None], None) if self.B is None else (self.A, self.B * g[..., None])
+        return Term(A, B, self.s, self.rate, self.g)
+
+    def dense(self, drop: bool = True) -> Tensor:
+        """s B A, of which dropout, if it is asked for, takes the same features from whatever it is multiplied with."""
+        A, B = thinned(self.A, self.rate if drop else 0.0), self.B
+        if B is None:
+            return A * self.s
+        if A.dtype in (torch.float16, torch.bfloat16) and not A.is_cuda:
+            A, B = A.float(), B.float()  # half products on the CPU lose accuracy, and time
+        return (B @ A) * self.s
+
+    def thin(self, turned: bool) -> tuple[Tensor, ...]:
+        """The matrices that rows are multiplied with in turn: of the transpose if `turned`."""
+        if turned and self.rows:
+            return self.rows
+        if self.B is None:
+            return (self.A.mT if turned else self.A,)
+        return (self.A.mT, self.B.mT) if turned else (self.B, self.A)
+
+
+def thinned(D: Tensor, rate: float) -> Tensor:
+    """(..., O, I) without the features that dropout takes, those of each expert its own."""
+    return D * masks.dropout(torch.ones_like(D[..., :1, :]), rate) if rate else D
+
+
+def composed(terms: Sequence[Term]) -> tuple[Tensor | None, Sequence[Term]]:
+    """(g, terms without any g), for updates of which each multiplies what those before it have made."""
+    if not any(term.g is not None for term in terms):
+        return None, terms
+    gain, found = None, list[Term]()
+    for term in terms:
+        if term.g is not None:
+            gain = term.g if gain is None else gain * term.g
+            found = [t.scaled(term.g) for t in found]
+        found.append(term if term.g is None else term._replace(g=None))
+    return gain, found
 
 
 class Chosen(Tensor):
-    """(W + sum of s B A), or its transpose; shape, dtype and device are those of W."""
+    """(g W + sum of s B A), or its transpose; shape, dtype and device are those of W."""
 
     W: Tensor
-    terms: tuple[Term, ...]
+    terms: Sequence[Term]
     turned: bool
+    gain: Tensor | None
     made: Tensor | None
 
     @classmethod
-    def of(cls, W: Tensor, terms: Sequence[Term], turned: bool = False) -> Chosen:
-        """In place of W (..., O, I) under these updates; `turned` gives (..., I, O)."""
+    def of(cls, W: Tensor, terms: Sequence[Term], turned: bool = False, gain: Tensor | None = None) -> Chosen:
+        """In place of W (..., O, I) under a gain (..., O) and these updates; `turned` gives (..., I, O)."""
         like = W.mT if turned else W
         found: Chosen = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=W.dtype, device=W.device
         )
-        found.__dict__.update(W=W, terms=tuple(terms), turned=turned, made=None)
+        found.__dict__.update(W=W, terms=terms, turned=turned, gain=gain, made=None)
         return found
 
     def whole(self) -> Tensor:
         """W', made once."""
         if self.made is None:
-            W = self.W
-            for A, B, s in self.terms:
-                if A.dtype in (torch.float16, torch.bfloat16) and not A.is_cuda:
-                    A, B = A.float(), B.float()  # half products on the CPU lose accuracy, and time
-                W = (W + (B @ A) * s).to(W.dtype)
+            W = self.gained()
+            for term in self.terms:
+                W = (W + term.dense()).to(W.dtype)
             self.__dict__["made"] = W.mT if self.turned else W
         return self.made  # type: ignore[return-value]
 
+    def gained(self) -> Tensor:
+        """g W."""
+        return self.W if self.gain is None else (self.W * self.gain[..., None]).to(self.W.dtype)
+
+    @property
+    def drops(self) -> bool:
+        """Whether what it is multiplied with matters to its updates."""
+        return any(term.rate for term in self.terms)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in KEPT:
+        kwargs, short = kwargs or {}, SHORT.get(func)
+        if short is None and func in KEPT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        short = SHORT.get(func) or SHORT.get(getattr(func, "__name__", ""))
+        short = short or SHORT.get(getattr(func, "__name__", ""))
         found = NotImplemented if short is None else short(func, *args, **kwargs)
         return func(*_made(args), **_made(kwargs)) if found is NotImplemented else found
 
@@ -85,7 +153,8 @@ class Chosen(Tensor):
 
     def learns(self) -> bool:
         """Whether a gradient is wanted."""
-        return self.W.requires_grad or any(A.requires_grad or B.requires_grad for A, B, _ in self.terms)
+        held = [self.W, self.gain, *(t for term in self.terms for t in term[:2])]
+        return any(t is not None and t.requires_grad for t in held)
 
 
 def _made(value: Any) -> Any:
@@ -102,13 +171,14 @@ def _rest(m: Any) -> bool:
 
 
 def _choose(func: Any, m: Any, index: Any) -> Any:
-    if isinstance(index, Tensor) and index.dtype in WHOLE and index.dim() < 2:
-        index = int(index) if index.dim() == 0 else index
+    if isinstance(index, Tensor) and index.dtype in WHOLE and (dims := index.dim()) < 2:
+        index = index if dims else int(index)
     elif not isinstance(index, (int, slice)) or isinstance(index, bool):
         return NotImplemented
     if not _rest(m) or m.W.dim() != 3:
         return NotImplemented
-    return Chosen.of(m.W[index], [Term(A[index], B[index], s) for A, B, s in m.terms], m.turned)
+    gain = None if m.gain is None else m.gain[index]
+    return Chosen.of(m.W[index], [term.chosen(index) for term in m.terms], m.turned, gain)
 
 
 def _turn(func: Any, m: Any, *axes: int, dim0: int = -2, dim1: int = -1) -> Any:
@@ -116,39 +186,75 @@ def _turn(func: Any, m: Any, *axes: int, dim0: int = -2, dim1: int = -1) -> Any:
     dims = m.W.dim()
     if not _rest(m) or {first % dims, second % dims} != {dims - 2, dims - 1}:
         return NotImplemented
-    return Chosen.of(m.W, m.terms, not m.turned)
+    return Chosen.of(m.W, m.terms, not m.turned, m.gain)
 
 
 def _flat(func: Any, m: Any) -> Any:
     return _turn(func, m) if m.W.dim() == 2 else NotImplemented
 
 
+Times = Callable[[Tensor, Tensor], Tensor]
+
+
+def _along(g: Tensor) -> Tensor:
+    """A gain (..., O) beside rows (..., N, O)."""
+    return g if g.dim() == 1 else g.unsqueeze(-2)
+
+
 def _by_weight(
-    y: Tensor, x: Tensor, terms: Sequence[Term], turned: bool, times: Callable[[Tensor, Tensor], Tensor]
+    m: Chosen, x: Tensor, turned: bool, base: Times, times: Times = torch.matmul, along: Any = _along
 ) -> Tensor:
-    """y = times(x, W, or its transpose if `turned`), which is nobody else's, with the updates of it."""
-    for A, B, s in terms:
-        first, second = (A.mT, B.mT) if turned else (B, A)
-        h = times(x if x.dtype is A.dtype else x.to(A.dtype), first)
-        if times is torch.matmul and y.dim() == second.dim() == 2 and y.dtype is h.dtype and type(s) is float:
-            y = y.addmm_(h, second, alpha=s)
+    """x W', or that with the transpose of it if `turned`.
+
+    Arguments:
+        m: the weight.
+        x: the rows.
+        turned: which of the two.
+        base: the product with W, or its transpose, whose result is nobody else's.
+        times: the product with factors.
+        along: lays a gain beside rows.
+    """
+    if m.gain is None:
+        y = base(x, m.W.mT if turned else m.W)
+    else:
+        g = along(m.gain)
+        y = (base(x, m.W.mT) * g).to(x.dtype) if turned else base((x * g).to(x.dtype), m.W)
+    return _updated(y, x, m.terms, turned, times)
+
+
+def _updated(y: Tensor, x: Tensor, terms: Sequence[Term], turned: bool, times: Times = torch.matmul) -> Tensor:
+    """y, which is nobody else's, with what updates add to the product with x."""
+    for term in terms:
+        s, thin = term.s, term.thin(turned)
+        h = x if x.dtype is term.A.dtype else x.to(term.A.dtype)
+        h = masks.dropout(h, term.rate) if term.rate else h
+        for factor in thin[:-1]:
+            h = times(h, factor)
+        last = thin[-1]
+        if times is torch.matmul and y.dim() == last.dim() == 2 and y.dtype is h.dtype and type(s) is float:
+            y = y.addmm_(h, last, alpha=s)
         else:
-            y = (y + times(h, second) * s).to(y.dtype)
+            y = (y + times(h, last) * s).to(y.dtype)
     return y
 
 
 def _linear(func: Any, input: Tensor, weight: Any, bias: Any = None) -> Any:
-    if not _rest(weight) or weight.W.dim() != 2 or isinstance(input, Chosen) or isinstance(bias, Chosen):
+    if type(weight) is not Chosen or weight.made is not None or weight.W.dim() != 2:
         return NotImplemented
-    y = F.linear(input, weight.W.mT if weight.turned else weight.W, bias)
-    return _by_weight(y, input, weight.terms, not weight.turned, torch.matmul)
+    if type(input) is Chosen or type(bias) is Chosen:
+        return NotImplemented
+    if weight.gain is None and not weight.turned:
+        return _updated(F.linear(input, weight.W, bias), input, weight.terms, True)
+    at_once = bias if weight.gain is None else None
+    y = _by_weight(weight, input, not weight.turned, lambda x, W: F.linear(x, W.mT, at_once))
+    return y if bias is at_once else y + bias
 
 
 def _product(func: Any, a: Any, b: Any = None, *, mat2: Any = None, other: Any = None) -> Any:
     """a @ b, in whichever place the weight is."""
     b = next(v for v in (b, mat2, other) if v is not None)
     if _rest(b) and not isinstance(a, Chosen) and a.dim() > 1:
-        return _by_weight(torch.matmul(a, b.W.mT if b.turned else b.W), a, b.terms, b.turned, torch.matmul)
+        return _by_weight(b, a, b.turned, torch.matmul)
     if _rest(a) and not isinstance(b, Chosen) and b.dim() > 1:
         return _left(a, b)
     return NotImplemented
@@ -156,14 +262,41 @@ def _product(func: Any, a: Any, b: Any = None, *, mat2: Any = None, other: Any =
 
 def _left(m: Chosen, x: Tensor) -> Tensor:
     """W' x, (..., O, I) (..., I, n)."""
-    y = torch.matmul(m.W.mT if m.turned else m.W, x)
-    for A, B, s in m.terms:
-        first, second = (B.mT, A.mT) if m.turned else (A, B)
-        h = torch.matmul(first, x if x.dtype is A.dtype else x.to(A.dtype))
-        if y.dim() == second.dim() == h.dim() == 3 and y.dtype is h.dtype and type(s) is float:
-            y = y.baddbmm_(second, h, alpha=s)
+    if m.gain is None:
+        y = torch.matmul(m.W.mT if m.turned else m.W, x)
+    else:
+        g = m.gain[..., None]
+        y = torch.matmul(m.W.mT, (x * g).to(x.dtype)) if m.turned else (torch.matmul(m.W, x) * g).to(x.dtype)
+    for term in m.terms:
+        s, thin = term.s, term.thin(not m.turned)  # the transposes of these, W' x = (x' W'')'
+        h = x if x.dtype is term.A.dtype else x.to(term.A.dtype)
+        h = masks.dropout(h, term.rate) if term.rate else h
+        for factor in thin[:-1]:
+            h = torch.matmul(factor.mT, h)
+        last = thin[-1].mT
+        if y.dim() == last.dim() == h.dim() == 3 and y.dtype is h.dtype and type(s) is float:
+            y = y.baddbmm_(last, h, alpha=s)
         else:
-            y = (y + torch.matmul(second, h) * s).to(y.dtype)
+            y = (y + torch.matmul(last, h) * s).to(y.dtype)
+    return y
+
+
+def _einsum(func: Any, equation: Any, *operands: Any) -> Any:
+    """A product with one other tensor, where that is dropped for the updates; else W' does."""
+    given = operands[0] if len(operands) == 1 else operands
+    weights = [m for m in given if _rest(m)]
+    if not isinstance(equation, str) or len(given) != 2 or len(weights) != 1 or not weights[0].drops:
+        return NotImplemented
+    m: Chosen = weights[0]
+
+    def product(W: Tensor, x_or: Callable[[Tensor], Tensor]) -> Tensor:
+        W = W.mT if m.turned else W
+        return func(equation, *(W if operand is m else x_or(operand) for operand in given))
+
+    y = product(m.gained(), lambda x: x)
+    for term in m.terms:
+        D, rate = term.dense(drop=False), term.rate
+        y = (y + product(D, lambda x, r=rate, D=D: masks.dropout(x.to(D.dtype), r))).to(y.dtype)  # type: ignore[misc]
     return y
 
 
@@ -171,7 +304,6 @@ def _grouped(func: Any, input: Tensor, weight: Any, offs: Any = None, **rest: An
     """Rows of (N, I) by expert, which `offs` tells the ends of."""
     if not _rest(weight) or input.dim() != 2 or offs is None or any(v is not None for v in rest.values()):
         return NotImplemented
-    y = func(input, weight.W.mT if weight.turned else weight.W, offs=offs)
 
     def times(x: Tensor, M: Tensor) -> Tensor:
         if not x.is_cpu:  # where to look at `offs` is to wait; rows and columns of 16 bytes are asked for
@@ -186,7 +318,12 @@ def _grouped(func: Any, input: Tensor, weight: Any, offs: Any = None, **rest: An
         left = x.shape[0] - start  # rows of no expert here
         return torch.cat([*parts, x.new_zeros(left, M.shape[-1])]) if left or not parts else torch.cat(parts)
 
-    return _by_weight(y, input, weight.terms, weight.turned, times)
+    def along(g: Tensor) -> Tensor:
+        rows = torch.arange(input.shape[0], dtype=offs.dtype, device=offs.device)
+        return g[torch.searchsorted(offs, rows, right=True).clamp(max=len(g) - 1)]
+
+    base = lambda x, W: func(x, W, offs=offs)  # noqa: E731
+    return _by_weight(weight, input, weight.turned, base, times, along)
 
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8)  # uint8 chooses as a mask does
@@ -207,6 +344,7 @@ SHORT: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.t, torch.t), _flat),
     **dict.fromkeys((torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm), _product),
     Tensor.mm: _product,
+    torch.einsum: _einsum,
     Tensor.__rmatmul__: lambda func, a, b: _product(func, b, a),
     F.linear: _linear,
     **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),  # of torch, and transformers'

@@ -31,6 +31,7 @@ class LinearView:
     one_hot = False  # every input is, so that a bias may be written into W itself (`absorb`)
     sees_inputs = True  # what W is multiplied with is known from a call of the module (`vectors`)
     activations = True  # False: the layer cannot be split into W x and b; the whole module runs with W put in place
+    drops = False  # whether dropout of the adapter's input has a meaning although the module reads its weight
     dense = True  # the last axis of the input is W's in-axis
     read_children: tuple[str, ...] = ()  # child layers whose weights the module reads instead of calling them
     masks: tuple[Any, ...] = ()  # arguments, by place and name, that are masks: for all rows, or for each row's heads

@@ -22,6 +22,7 @@ class ParameterView(LinearView):
     label = "ParamWrapper"
     activations = False
     dense = False
+    drops = True
     sees_inputs = False
 
     def __init__(self, name: str, bias_name: str | None = None):
@@ -40,12 +41,6 @@ class ParameterView(LinearView):
 
     def own_forward(self, m: Layer) -> bool:
         return False  # whatever the module does with its weight, it does with a new one
-
-    def check_dropout(self, path: str, argument: str) -> None:
-        raise ValueError(
-            f"{argument} has no meaning for {path!r}, a parameter that its module reads: the adapter has no input of "
-            f"its own. Set {argument}=0, or only for this one: module_config={{{path!r}: {{{argument!r}: 0}}}}."
-        )
 
     def matrix(self, m: Layer, raw: Tensor) -> Tensor:
         return raw.mT if self._transposed(m, raw.dim()) else raw
@@ -103,7 +98,7 @@ class ParameterView(LinearView):
         self, m: Layer, values: Mapping[str, Tensor], outer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         held = m._parameters
-        if not all(name in held for name in values):  # copies for data parallelism, and FSDP1, have attributes
+        if not values.keys() <= held.keys():  # copies for data parallelism, and FSDP1, have attributes
             held = m.__dict__
             refuse_computed(m, values)
         before = {name: held[name] for name in values}
@@ -135,6 +130,7 @@ class AttentionView(ParameterView):
     The out-projection is a layer of its own.
     """
 
+    drops = False
     read_children = ("out_proj",)
     sees_inputs = True
     why = (
