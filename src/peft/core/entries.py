@@ -62,9 +62,11 @@ def walk(model: nn.Module, adapter_name: str, layers: Layers | None = None) -> l
         layers: the model's, where the caller has looked for them.
     """
     layers = list(tuner_layers(model)) if layers is None else layers
-    seams, found = _seams(layers), list[Entry]()
+    seams, found, below = _seams(layers), list[Entry](), dict[str, str]()
     for path, layer in layers:
-        start = _stated(path, seams) if seams else path
+        start = _stated(below.get(path, path), seams) if seams or below else path
+        if getattr(layer, "parameter_name", None) is not None:  # files know of the adapter's own layers in one place
+            below[join(path, "base_layer")] = join(start, "base_layer") if adapter_name in layer.adapters else start
         p = layer.adapters.get(adapter_name) if isinstance(layer, BaseTunerLayer) else None
         for key, live, owner, attr in layer.slots(adapter_name):
             found.append(Entry(join(start, key), join(path, live), owner, attr, layer, p, key))

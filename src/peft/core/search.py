@@ -276,13 +276,11 @@ class Search:
         if not self.parameter_selector.entries:
             return
         modules = {t.path for t in self.targets}
-        known: set[str] = set()
         found: list[Target] = []
         for path, module in self.modules:
             kind = kind_of(type(module))
             if kind == "aux":
                 continue
-            known.update(f"{path}.{name}" for name in _adapted_parameters(module))
             base = innermost(module) if kind == "tuner" else module
             for name, dims in storage.parameters(base):
                 entry = self.parameter_selector.find(f"{path}.{name}" if path else name)
@@ -290,12 +288,6 @@ class Search:
                     continue
                 check_parameter(path, name, dims, base, path in modules)
                 found.append(Target(path, module, name, f"parameter {entry!r}"))
-        names = {t.name for t in found}
-        if known and names and known != names:
-            raise ValueError(
-                f"target_parameters selects {sorted(names)}, but an adapter of this model adapts {sorted(known)}: all "
-                "adapters with target_parameters must adapt the same parameters. Use the same target_parameters."
-            )
         self.targets = in_order(self.modules, self.targets, found)
 
     def by_state_dict(self, keys: Iterable[str], prefix: str) -> None:
@@ -340,15 +332,6 @@ def in_order(modules: list[tuple[str, nn.Module]], one: list[Target], two: list[
         return one or two
     place = {path: i for i, (path, _) in enumerate(modules)}
     return sorted([*one, *two], key=lambda target: place[target.path])
-
-
-def _adapted_parameters(module: nn.Module) -> Iterator[str]:
-    """Names of the parameters that adapters at this place adapt already."""
-    layer: Any = module
-    while layer is not None and kind_of(type(layer)) == "tuner":
-        if getattr(layer, "parameter_name", None) is not None:
-            yield layer.parameter_name
-        layer = layer._modules.get("base_layer")
 
 
 def _module_of(key: str, prefix: str, model: nn.Module, names: Container[str]) -> str | None:
