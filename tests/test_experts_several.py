@@ -162,3 +162,24 @@ def test_a_failed_load_takes_its_layers_out_again(alone, kinds, tmp_path):
     assert [n for n, _ in model.named_modules()] == before
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, alone[kinds[0]][1])
+
+
+@pytest.mark.parametrize("kind", ["both", "up", "down"])
+def test_injection_from_a_state_dict(alone, kind):
+    """Which modules, the tensors say; which of their parameters, the configuration."""
+    folder, expected = alone[kind]
+    state = load_file(folder / "adapter_model.safetensors")
+    model = base()
+    peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(folder), model, state_dict=state)
+    set_peft_model_state_dict(model, state, strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(IDS).logits, expected)
+
+
+def test_injection_from_a_state_dict_of_other_parameters_is_told(alone):
+    state = load_file(alone["both"][0] / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r".*selects 1 parameters of 'model.layers.0.mlp.experts'.*tensors for 2"):
+        peft.inject_adapter_in_model(config("up"), base(), state_dict=state)
+    state = load_file(alone["attention"][0] / "adapter_model.safetensors")
+    with pytest.warns(peft.errors.UnmatchedTargetWarning, match="nothing for the target_parameters.*gate_up_proj"):
+        peft.inject_adapter_in_model(config("up", target_modules=["q_proj"]), base(), state_dict=state)

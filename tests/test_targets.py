@@ -446,8 +446,8 @@ def test_a_state_dict_decides_and_the_configuration_is_compared():
     assert match(Model(), Config(), keys[:1]).module_names == ["body.layers.0.up"]
     with pytest.raises(NoMatchingPeftModuleError, match=r"'body.layers.9.up'"):
         match(Model(), Config(["up"]), ["body.layers.9.up.lora_A.weight"])
-    with pytest.raises(ValueError, match="target_parameters"):
-        match(Model(), Config([], target_parameters=["up.weight"]), keys)
+    found = match(Model(), Config([], target_parameters=["layers.0.up.weight"]), keys[:1])
+    assert [(t.path, t.parameter) for t in found.targets] == [("body.layers.0.up", "weight")]
 
 
 # Tied weights

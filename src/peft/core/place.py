@@ -23,7 +23,7 @@ from .roster import Roster
 from .shared import SharedTensors, Sight, beside, hollow, is_late, shared_home, shared_of
 from .stack import Adapter
 from .targets import settings
-from .tie import Place, innermost, places, tied_modules
+from .tie import Place, among, innermost, places, tied_modules
 from .tokens import TokenRows, TrainableTokensWrapper, check_same_tokens, check_untargeted
 from .whole import Placing
 from .wrappers import ModulesToSaveWrapper
@@ -201,7 +201,7 @@ class Injection(Casting, Placing):
         parent, leaf, found = self.get(path)
         layer, fresh = _existing(found, parameter), False
         if layer is None and parameter is not None:
-            parent, leaf, found = _among(parent, leaf, found, parameter)
+            parent, leaf, found = among(parent, leaf, found, parameter)
         if layer is not None and self.whole != (layer.view.label == "Module"):
             raise ValueError(
                 f"{path!r} is adapted by another method already. One of the two replaces the whole module: they cannot "
@@ -386,16 +386,6 @@ def _device(base: nn.Module, weight: torch.Tensor | None) -> torch.device | None
     if not weight.is_meta:
         return weight.device
     return place if isinstance(place, torch.device) else torch.device("cpu" if place is None else place)
-
-
-def _among(parent: Any, leaf: str, found: nn.Module, parameter: str) -> tuple[Any, str, nn.Module]:
-    """The place of a parameter's layer among those of the same module: the module's first parameter lies innermost."""
-    order = [name for name, _ in storage.parameters(innermost(found))]
-    later = order[order.index(parameter) :] if parameter in order else ()
-    layer: Any = found
-    while isinstance(layer, BaseTunerLayer) and layer.parameter_name in later:
-        parent, leaf, layer = layer, "base_layer", layer._modules["base_layer"]
-    return parent, leaf, layer
 
 
 def _existing(found: nn.Module, parameter: str | None) -> BaseTunerLayer | None:

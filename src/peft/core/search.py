@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
@@ -271,15 +272,15 @@ class Search:
             return "Target the layers inside it"
         return f"Adapt its weights one by one, with target_parameters=['{path}.{held[0]}']"
 
-    def parameters(self) -> None:
-        """Add the parameters that `target_parameters` selects."""
+    def parameters(self, among: Container[str] | None = None) -> None:
+        """Add the parameters that `target_parameters` selects, of the modules `among` these if they are given."""
         if not self.parameter_selector.entries:
             return
         modules = {t.path for t in self.targets}
         found: list[Target] = []
         for path, module in self.modules:
             kind = kind_of(type(module))
-            if kind == "aux":
+            if kind == "aux" or (among is not None and path not in among):
                 continue
             base = innermost(module) if kind == "tuner" else module
             for name, dims in storage.parameters(base):
@@ -291,19 +292,28 @@ class Search:
         self.targets = in_order(self.modules, self.targets, found)
 
     def by_state_dict(self, keys: Iterable[str], prefix: str) -> None:
-        """Fill `targets` with exactly the modules that have keys."""
-        if self.parameter_selector.entries:
-            raise ValueError(
-                "target_parameters cannot be combined with injection from a state_dict, whose keys do not name "
-                "parameters. Inject without `state_dict` and load the weights afterwards."
-            )
+        """Fill `targets` with exactly the modules that have keys; which parameters of them the configuration says."""
         present = set(self.names)
-        wanted = {_module_of(key, prefix, self.model, present) for key in keys}
-        wanted.discard(None)
+        layers: dict[str, set[int]] = {}  # how many layers files count above those that have keys
+        for key in keys:
+            if (path := _module_of(key, prefix, self.model, present)) is not None:
+                layers.setdefault(path, set()).add(key.count(".base_layer") - path.count(".base_layer"))
+        self.parameters(among=layers)
+        stated, self.targets = self.targets, []
+        held = Counter(t.path for t in stated)
         for path, module in self.modules:
-            if path in wanted or any(other in wanted for other in self.others.get(path, ())):
+            others = self.others.get(path, ())
+            if path not in held and (path in layers or any(other in layers for other in others)):
                 self._add(path, module, "state_dict")
-        self.state_dict_paths = sorted(str(p) for p in wanted if p not in present)
+        for path, count in held.items():
+            if layers[path] != set(range(count)):
+                raise ValueError(
+                    f"target_parameters={self.parameter_selector.entries} selects {count} parameters of {path!r}, but "
+                    f"the state_dict has tensors for {len(layers[path])} of it. Use the target_parameters that the "
+                    "adapter was made with."
+                )
+        self.targets = in_order(self.modules, self.targets, stated)
+        self.state_dict_paths = sorted(p for p in layers if p not in present)
 
     def by_configuration(self) -> set[str]:
         """The paths that the configuration selects, whether or not they can be adapted."""

@@ -178,8 +178,10 @@ def _complain_of_layers(plan: Plan, search: Search, adapter_name: str, strict: b
 
 def compare(plan: Plan, search: Search, configured: set[str], strict: bool | None) -> None:
     """Report how the modules of a state_dict differ from those of the configuration and of the model."""
-    paths = {t.path for t in plan.targets}
+    paths = {t.path for t in plan.targets if t.parameter is None}
     parts = []
+    if unused := search.parameter_selector.unused():
+        parts.append(f"the state_dict has nothing for the target_parameters {listing(unused)}")
     if search.state_dict_paths:
         parts.append(f"the model lacks {listing(search.state_dict_paths)}")
     if configured and (more := sorted(paths - configured)):

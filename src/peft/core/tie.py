@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from . import storage
 from .host import AdapterHost, below
 
 if TYPE_CHECKING:
@@ -89,6 +90,22 @@ def innermost(module: Any) -> Any:
             break
         module = inner
     return module
+
+
+def among(parent: Any, leaf: str, found: Any, parameter: str) -> tuple[Any, str, Any]:
+    """Where the layer of a parameter belongs among those of its module's others: the first one lies innermost.
+
+    Arguments:
+        parent, leaf, found: the place of the outermost, and what stands there.
+        parameter: the name.
+
+    Returns the same three.
+    """
+    order = [name for name, _ in storage.parameters(innermost(found))]
+    later = order[order.index(parameter) :] if parameter in order else ()
+    while getattr(found, "parameter_name", None) in later and _is_around(found):
+        parent, leaf, found = found, "base_layer", found._modules["base_layer"]
+    return parent, leaf, found
 
 
 def input_embedding(model: Any, modules: Iterable[tuple[str, nn.Module]]) -> tuple[str, nn.Module] | None:
