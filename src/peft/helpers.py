@@ -14,6 +14,7 @@ from torch import nn
 
 from . import lazy
 from .config import PeftConfig
+from .core.contexts import Open, Opened
 from .core.kept import KEEPING
 from .core.layer import BaseTunerLayer
 
@@ -36,6 +37,8 @@ __all__ = [
     "update_signature",
 ]
 
+_uncast: Open[bool] = Open()
+_kept: Open[bool] = Open()
 METHODS = ("forward", "generate", "all")
 
 
@@ -56,15 +59,23 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
         model: a model with adapter layers.
         active: False does nothing.
     """
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)] if active else []
-    before = [layer.cast_input_dtype_enabled for layer in layers]
+    if not active:
+        yield
+        return
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    mine = _uncast.enter(BaseTunerLayer, {layer: layer.cast_input_dtype_enabled for layer in layers})
     try:
         for layer in layers:
             layer.cast_input_dtype_enabled = False
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.cast_input_dtype_enabled = enabled
+        later = _uncast.leave(BaseTunerLayer, mine)
+        for layer, enabled in mine.found.items():
+            after = next((other for other in later if layer in other.found), None)
+            if after is None:
+                layer.cast_input_dtype_enabled = enabled
+            else:
+                after.found[layer] = enabled
 
 
 def update_forward_signature(model: Any) -> None:
@@ -120,14 +131,18 @@ class DoraCaching:
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self.before: list[bool] = []
+        self.mine: list[Opened[bool]] = []
 
     def __enter__(self) -> None:
-        self.before.append(KEEPING.on)
+        self.mine.append(_kept.enter(KEEPING, {"on": KEEPING.on}))
         KEEPING.on = self.enabled
 
     def __exit__(self, *error: Any) -> None:
-        KEEPING.on = self.before.pop()
+        mine = self.mine.pop()
+        if later := _kept.leave(KEEPING, mine):
+            later[0].found = mine.found
+        else:
+            KEEPING.on = mine.found["on"]
 
     def __call__(self, enabled: bool = True) -> None:
         KEEPING.on = enabled

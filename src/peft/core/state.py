@@ -9,19 +9,25 @@ from typing import Any
 from torch import nn
 
 from ..errors import PeftWarning, check_adapters, report
+from .contexts import Open
 from .layer import tuner_layers
+
+_open: Open[bool | None] = Open()
+EVERY = object()  # in place of a layer: all of a roster, which are alike; None where each is by itself
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base model's output while the context is open. Nests, and restores every layer as it was, also after errors.
 
-    Layers that are placed meanwhile are left as the others were.
+    Of several that are open at a time, in whatever order they are left, the last one restores. Layers that are placed
+    meanwhile are left as the others were.
     """
-    roster, call = _alike(model)
+    (roster, call), owner = _alike(model), model._modules.get("base_model", model)
     every = None if roster is None else call.disabled
     found = roster.others if roster is not None else [layer for _, layer in tuner_layers(model)]
     before: dict[Any, bool] = {layer: layer.disable_adapters for layer in found}  # of a wrapper, what its layer says
+    mine = _open.enter(owner, {EVERY: every, **before}, (roster, call))
     try:
         if roster is not None:
             call.disabled = True
@@ -30,17 +36,25 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer._set_disabled(True)
         yield
     finally:
-        if roster is not None and roster.current and call.disabled and not call.merged:
-            call.disabled = every
-            call.switch(roster.layers, off=every)
-            now = {}
+        if later := _open.leave(owner, mine):
+            later[0].found, later[0].did = mine.found, mine.did
         else:
-            rest = all(before.values()) if every is None else every
-            now = {layer: rest for _, layer in tuner_layers(model)} if before or every is not None else {}
-        for layer, was in {**now, **before}.items():
-            layer._set_disabled(was)
-        if call is not None and now and not any(layer.disable_adapters for layer in now):
-            call.disabled = False
+            roster, call = mine.did
+            _restore(model, roster, call, mine.found.pop(EVERY), mine.found)
+
+
+def _restore(model: nn.Module, roster: Any, call: Any, every: bool | None, before: dict[Any, Any]) -> None:
+    if roster is not None and roster.current and call.disabled and not call.merged:
+        call.disabled = every
+        call.switch(roster.layers, off=every)
+        now = {}
+    else:
+        rest = all(before.values()) if every is None else every
+        now = {layer: rest for _, layer in tuner_layers(model)} if before or every is not None else {}
+    for layer, was in {**now, **before}.items():
+        layer._set_disabled(was)
+    if call is not None and now and not any(layer.disable_adapters for layer in now):
+        call.disabled = False
 
 
 def _alike(model: nn.Module) -> tuple[Any, Any]:
