@@ -120,8 +120,54 @@ def test_padding_on_the_left_changes_nothing_that_is_not_padding(family, method)
     model, text = prompted(family, method), ids(1)
     padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), text], 1)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
-    found = model(input_ids=padded, attention_mask=mask, **tasks(method, 1)).logits[:, -5:]
-    torch.testing.assert_close(found, by_hand(model, method, padded, mask)[:, -5:], atol=1e-5, rtol=1e-5)
+    given = {"input_ids": padded, "attention_mask": mask, **tasks(method, 1)}
+    if family == "gpt2":  # which counts padding unless it is told
+        given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = model(**given)
+    torch.testing.assert_close(found.logits[:, -5:], by_hand(model, method, text)[:, -5:], atol=1e-5, rtol=1e-5)
+
+
+SIZES = {
+    "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+WINDOWED = {
+    "Mistral": {"sliding_window": 4},
+    "Qwen2": {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 2},
+    "Gemma3Text": {"sliding_window": 4, "head_dim": 8},
+    "Cohere2": {"sliding_window": 4, "eos_token_id": 1, "bos_token_id": 1},
+}
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+@each_method
+@torch.no_grad()
+def test_layers_with_a_window_see_of_the_prompt_what_they_see_of_it_alone(family, method):
+    """As keys and values the prompt stays in front of the padding, which is told."""
+    name = f"{family.removesuffix('Text')}ForCausalLM"
+    if not hasattr(transformers, name):
+        pytest.skip("this release has no such model")
+    torch.manual_seed(0)
+    bare = getattr(transformers, name)(getattr(transformers, f"{family}Config")(**SIZES, **WINDOWED[family])).eval()
+    model = get_peft_model(bare, config(method, **({"num_layers": 4} if method not in IN_FRONT else {}))).eval()
+    for p in model.prompt_encoder["default"].trained():
+        p.add_(0.3 * torch.randn_like(p))
+    text, mask = ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = text[1, :4] = 0
+    given = {"input_ids": text, "attention_mask": mask, **tasks(method, 2)}
+    if method not in IN_FRONT:
+        with pytest.warns(peft.PeftWarning, match="look back 4 tokens, padding on the left among them"):
+            model(**given)
+        return
+    second = {"input_ids": text[1:, 4:], **{k: v[1:] for k, v in tasks(method, 2).items()}}
+    torch.testing.assert_close(model(**given).logits[1:, -5:], model(**second).logits[:, -5:], atol=1e-5, rtol=1e-5)
+    more = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    alone = model.generate(**second, **more)[:, -5:]
+    assert torch.equal(model.generate(**given, **more)[1:, -5:], alone)
+    with torch.enable_grad():  # and losses are those of the texts
+        labels = text.masked_fill(mask == 0, -100)
+        whole = model(**{k: v[1:] for k, v in given.items()}, labels=labels[1:]).loss
+        torch.testing.assert_close(whole, model(**second, labels=labels[1:, 4:]).loss)
 
 
 @each_model

@@ -19,6 +19,7 @@ from .checkpointed import checkpoints
 from .inputs import batch_of, behind_keys, checked_tasks, in_front
 from .keys import empty_cache
 from .mixed import hide
+from .padding import tell_of_windows
 from .running import OURS
 from .settled import Ahead, Settled, by_ids, proposed
 
@@ -62,6 +63,9 @@ def generate(prompts: Prompts, run: Callable[..., Any], args: tuple[Any, ...], g
             cached = Ahead(own, front, cached)
     if cached is not None:
         mask = "decoder_attention_mask" if two else "attention_mask"
+        if not two:
+            new = setting(given, settings, "max_new_tokens") or setting(given, settings, "max_length") or 0
+            tell_of_windows(prompts.model, cached, given, new)
         given = hide(prompts.model, cached, _cached(prompts, cached, given, batch, two), mask, True)
         padded = given.get("inputs_embeds") is not None and "cache_position" not in given
         if not two and padded:  # transformers cuts off as many as the cache holds

@@ -17,6 +17,7 @@ from ..core.past import name_among, past_in, with_past
 from .cache import argument, prefix_cache
 from .fitting import text_config
 from .mixed import Mixed, hide, hide_decoder
+from .padding import arranged, counted
 
 if TYPE_CHECKING:
     from .holder import Prompts
@@ -54,6 +55,8 @@ def extended(prompts: Prompts, chosen: Chosen, given: dict[str, Any], labels: st
     if before is not None:
         raise ValueError(f"{name_among(given)} is given, but prefix tuning fills it. Use `generate`, or leave it out.")
     mask = "decoder_attention_mask" if decoder else "attention_mask"
+    if not decoder and "attention_mask" in given:
+        given = counted(prompts.model, cached, given)
     return hide(prompts.model, cached, behind_keys(prompts.model, cached, given, batch_of(given), mask), mask)
 
 
@@ -69,7 +72,7 @@ def _in_front_of_all(prompts: Prompts, encoder: Any, given: dict[str, Any], task
     k = encoder.num_virtual_tokens
     out = hide(prompts.model, encoder, in_front(prompts, given, made[:, :k], encoder), "attention_mask")
     if labels == "tokens" and out.get("labels") is not None:
-        out["labels"] = padded(out["labels"], k, IGNORED)
+        out["labels"] = arranged(given, encoder, {"inputs_embeds": padded(out["labels"], k, IGNORED)})["inputs_embeds"]
     if labels == "decoder" and encoder.in_decoder and made.shape[1] > k:
         return hide_decoder(encoder, _decoder_in_front(prompts, out, made[:, k:]))
     return out
@@ -117,7 +120,7 @@ def in_front(prompts: Prompts, given: dict[str, Any], made: Tensor, encoder: Any
         out["token_type_ids"] = padded(out["token_type_ids"], k, 0)
     if prompts.further is not None:
         _further(prompts, out, ids, getattr(encoder, "words", None) or [None] * k)
-    return out
+    return arranged(given, encoder, out)
 
 
 def _further(prompts: Prompts, out: dict[str, Any], ids: Tensor | None, words: list[int | None]) -> None:

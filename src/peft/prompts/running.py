@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.past import handed_past, past_body, past_in
 from .checkpointed import Kept, Survivor, checkpoints
 from .inputs import batch_of, extended
+from .padding import as_in_front
 
 if TYPE_CHECKING:
     from .holder import Prompts
@@ -51,7 +52,8 @@ def forward(prompts: Prompts, function: Callable[..., Any], args: tuple[Any, ...
         kept.settle(output)
     if loss is None:
         return output
-    output.loss = loss[0].loss(output.logits, given["labels"], given, loss[1])
+    logits = as_in_front(output.logits, given.get("attention_mask"), chosen.front)
+    output.loss = loss[0].loss(logits, given["labels"], given, loss[1])
     return function.completed(output) if hasattr(type(function), "completed") else output  # type: ignore[attr-defined]
 
 

@@ -18,6 +18,7 @@ from ..core.past import past_name, past_of
 from .cache import argument, prefix_cache, setting
 from .inputs import checked_tasks, in_front
 from .mixed import Mixed
+from .padding import before_text, windowed
 
 if TYPE_CHECKING:
     from .holder import Prompts
@@ -55,6 +56,8 @@ def by_ids(prompts: Prompts, front: Any, given: dict[str, Any], settings: Any) -
     model, alone = prompts.model, front is not None and not isinstance(front, Mixed)
     if alone and (prompts.further is not None or not _starts_from_embeddings(model)):
         return past_name(model) is not None
+    if alone and before_text(given.get("attention_mask")) is not None and windowed(model):
+        return False  # in front of all, the prompt would be out of the windows' reach
     penalised = any(setting(given, settings, n) not in (None, none) for n, none in PENALTIES.items())
     return penalised and front is not None and not isinstance(front, Mixed)
 

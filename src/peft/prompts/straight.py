@@ -16,6 +16,7 @@ from ..core.kept import STEPS, Kept
 from ..core.past import NAMES
 from ..kernels.modes import transformed
 from .encoder import MADE, BasePromptEncoder
+from .padding import before_text
 
 if TYPE_CHECKING:
     from .holder import Prompts
@@ -72,6 +73,8 @@ def straight(prompts: Prompts, given: dict[str, Any]) -> dict[str, Any] | None:
     if prompts.further is not None:
         return None
     if not (mask is None or (type(mask) is Tensor and mask.dim() == 2)) or not _evaluates():
+        return None
+    if mask is not None and before_text(mask) is not None:
         return None
     made = _prompt(encoder, ids.shape[0], given.get("task_ids")) if ids.shape[0] else None
     if made is None:
