@@ -566,13 +566,17 @@ def test_a_pipeline_of_diffusers_loads_the_parts_of_one_file(to: str, changes: d
         assert same(updates(getattr(loading, part), "default_0"), wanted)
 
 
-# ---- vLLM ------------------------------------------------------------------------------------------------------------
+# ---- engines that serve ------------------------------------------------------------------------------------------
 
 
+ENGINES = {"vllm": "--max-lora-rank 8", "sglang": "--max-lora-rank [2-8] ", "lorax": "LoRAX ignores"}
+
+
+@pytest.mark.parametrize("to", ENGINES)
 @pytest.mark.parametrize("adapter", [v for v in VARIANTS if "conv" not in v], indirect=True)
-def test_a_folder_for_vllm_has_one_scaling_and_one_rank(adapter: Any, tmp_path: Path) -> None:
+def test_a_folder_for_an_engine_has_one_scaling_and_one_rank(adapter: Any, to: str, tmp_path: Path) -> None:
     folder, expected = adapter
-    report = convert_adapter(folder, "vllm", tmp_path / "out")
+    report = convert_adapter(folder, to, tmp_path / "out")
     values = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (values["bias"], values["modules_to_save"], values["use_dora"]) == ("none", None, False)
     assert (values["rank_pattern"], values["alpha_pattern"], values["use_rslora"]) == ({}, {}, False)
@@ -581,15 +585,16 @@ def test_a_folder_for_vllm_has_one_scaling_and_one_rank(adapter: Any, tmp_path: 
     found = {p: product(state[f"{p}.lora_A.weight"], state[f"{p}.lora_B.weight"], scaling) for p in expected}
     assert all(v.shape[0] == values["r"] for k, v in state.items() if "lora_A" in k)
     assert same(found, expected)
-    assert any("--max-lora-rank 8" in note for note in report.notes)
+    assert any(re.search(ENGINES[to], note) for note in report.notes)
 
 
 FILE = "adapter_model.safetensors"
 
 
-def test_a_plain_adapter_for_vllm_keeps_every_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ENGINES)
+def test_a_plain_adapter_for_an_engine_keeps_every_bit(to: str, tmp_path: Path) -> None:
     saved(config(use_rslora=True), tmp_path / "adapter")
-    convert_adapter(tmp_path / "adapter", "vllm", tmp_path / "out")
+    convert_adapter(tmp_path / "adapter", to, tmp_path / "out")
     before, after = (load_file(tmp_path / d / FILE) for d in ("adapter", "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
@@ -620,6 +625,8 @@ HELD = {
     "kohya": {"conv"},
     "diffusers": {"conv", "embedding", "lora_bias"},
     "vllm": {"embedding"},
+    "sglang": {"embedding"},
+    "lorax": set(),
     "lora": set(EXTRAS),
     "peft": set(EXTRAS),
 }
@@ -637,7 +644,7 @@ def test_what_a_format_cannot_hold_is_named_and_dropped_only_on_request(to: str,
     (dropped,) = report.dropped.values()
     assert dropped
     assert report.layers == 3
-    if to == "vllm":
+    if to in ENGINES:
         of_folder(tmp_path / "out")
 
 
@@ -655,7 +662,7 @@ def test_what_a_format_can_hold_comes_back(to: str, extra: str, tmp_path: Path) 
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-@pytest.mark.parametrize("to", ["kohya", "diffusers", "vllm", "lora"])
+@pytest.mark.parametrize("to", ["kohya", "diffusers", *ENGINES, "lora"])
 def test_an_adapter_that_depends_on_its_input_is_refused(to: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -677,6 +684,7 @@ def test_wrong_arguments_are_told_with_the_nearest_choice(tmp_path: Path) -> Non
     saved(config(), tmp_path / "adapter")
     for arguments, said in [
         ({"to": "khoya"}, "'khoya' is no format. Did you mean 'kohya'"),
+        ({"to": "sg-lang"}, "'sg-lang' is no format. Did you mean 'sglang'"),
         ({"to": "kohya"}, "Give `component`: unet"),
         ({"to": "kohya", "component": "unnet"}, "Did you mean 'unet'"),
         ({"to": "lora", "source": "gguf"}, "'gguf' are written, not read"),

@@ -131,7 +131,7 @@ class ConvertOptions:
     """Options of `peft convert`."""
 
     adapter: Path = option("An adapter's folder, or a file of kohya or diffusers.", DATA, MISSING, *ARGUMENT)  # noqa: RUF009
-    to: str = option("Format: lora, peft, kohya, diffusers, vllm or gguf.", RUN)
+    to: str = option("Format: lora, peft, kohya, diffusers, vllm, sglang, lorax or gguf.", RUN)
     out: Path = option("Folder or file to write.", RUN)  # noqa: RUF009
     source: str | None = option("Format of ADAPTER. Default: told by its tensors.", DATA, None, "--from")
     base: Path | None = option("Folder of the base model, where names or updates depend on it.", DATA, None)  # noqa: RUF009

@@ -7,6 +7,9 @@ from .folder import PeftFolder, PlainLora
 from .format import Format
 from .gguf import Gguf
 from .kohya import Kohya
+from .lorax import Lorax
+from .sglang import Sglang
 from .vllm import Vllm
 
-FORMATS: dict[str, Format] = {f.name: f for f in (PlainLora(), PeftFolder(), Kohya(), Diffusers(), Vllm(), Gguf())}
+_ALL = (PlainLora(), PeftFolder(), Kohya(), Diffusers(), Vllm(), Sglang(), Lorax(), Gguf())
+FORMATS: dict[str, Format] = {f.name: f for f in _ALL}

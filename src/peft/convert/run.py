@@ -43,7 +43,8 @@ def convert_adapter(
 
     Arguments:
         adapter: an adapter's folder, a folder with one for each model of a pipeline, or a file of kohya or diffusers.
-        to: "lora" (a plain LoRA), "peft" (a folder of the same method), "kohya", "diffusers", "vllm" or "gguf".
+        to: "lora" (a plain LoRA), "peft" (a folder of the same method), "kohya", "diffusers", "vllm",
+            "sglang", "lorax" or "gguf".
         out: the folder to write, or a file for the formats of one file.
         source: the format of `adapter`; None tells it by the names of its tensors.
         base: the base model: its folder, the model itself, or {component: model}. Needed for updates that depend on its

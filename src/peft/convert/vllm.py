@@ -1,8 +1,8 @@
 """PEFT folders as vLLM loads them.
 
 vLLM reads `r`, `lora_alpha` and `use_rslora`, and scales all layers alike: patterns go into B, and smaller ranks are
-filled up with zeros. rsLoRA goes into `lora_alpha`, as other engines that load such folders (SGLang, LoRAX) divide it
-by the rank whatever `use_rslora` says. vLLM refuses DoRA, modules_to_save and biases, and ranks above its largest
+filled up with zeros. rsLoRA goes into `lora_alpha`, as other engines that load such folders (SGLang) divide it by the
+rank whatever `use_rslora` says. vLLM refuses DoRA, modules_to_save and biases, and ranks above its largest
 `max_lora_rank`. Source: docs.vllm.ai, `vllm.lora.peft_helper` and `vllm.config.lora` of version 0.14.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,49 +21,65 @@ from .part import ConversionError, Layer, Part, join
 
 LARGEST, USUAL = 512, 256
 REASONS = {
-    "dora": "vLLM does not support DoRA.",
-    "modules_to_save": "vLLM supports no modules_to_save.",
-    "lora_bias": "vLLM has no biases of adapters.",
-    "bias": "vLLM has no biases of adapters.",
-    "conv": "vLLM adapts no convolutions.",
-    "stacked": "vLLM has other keys for experts.",
+    "dora": "{} does not support DoRA.",
+    "modules_to_save": "{} supports no modules_to_save.",
+    "lora_bias": "{} has no biases of adapters.",
+    "bias": "{} has no biases of adapters.",
+    "conv": "{} adapts no convolutions.",
+    "stacked": "{} has other keys for experts.",
+    "embedding": "{} adapts no embeddings.",
 }
 KEPT = ("task_type", "base_model_name_or_path", "revision")
 
 
-class Vllm(PeftFolder):
-    """A PEFT folder within vLLM's limits."""
+class Engine(PeftFolder):
+    """A PEFT folder with one rank and one scaling, lora_alpha / r, for a program that serves adapters."""
 
-    name = "vllm"
-    text = "folder of a LoRA within the limits of vLLM"
+    engine: ClassVar[str]
     holds = frozenset({"embedding"})
 
     def recognises(self, source: Source) -> bool:
         return False
 
     def why(self, feature: str) -> str:
-        return REASONS.get(feature, "")
+        return REASONS.get(feature, "").format(self.engine)
+
+    def notes(self, r: int) -> list[str]:
+        """What the user of a folder of that rank has to know; raises ConversionError if it is too large."""
+        return []
 
     def write(self, parts: Mapping[str, Part], out: Path, options: Options, report: Report) -> None:
         if len(parts) > 1:
-            raise ConversionError(f"vLLM loads the adapter of one model, and these are {len(parts)}. Give `component`.")
-        write_folder(_even(next(iter(parts.values())), report), out, report)
+            raise ConversionError(
+                f"{self.engine} loads the adapter of one model, and these are {len(parts)}. Give `component`."
+            )
+        part = next(iter(parts.values()))
+        report.notes.extend(self.notes(max(x.rank for x in part.split()[0])))
+        write_folder(_even(part, report), out, report)
+
+
+class Vllm(Engine):
+    """A PEFT folder within vLLM's limits."""
+
+    name, engine = "vllm", "vLLM"
+    text = "folder of a LoRA within the limits of vLLM"
+
+    def notes(self, r: int) -> list[str]:
+        if r > LARGEST:
+            raise ConversionError(
+                f"The rank {r} is more than vLLM's largest max_lora_rank, {LARGEST}. Give `rank`, to convert to a "
+                "smaller one first (format 'lora')."
+            )
+        more = [f"The rank {r} needs a vLLM whose max_lora_rank goes beyond {USUAL}."] if r > USUAL else []
+        return [*more, f"Start vLLM with --enable-lora --max-lora-rank {_step(r)}."]
 
 
 def _even(part: Part, report: Report) -> Part:
-    """The part with one rank and one scaling for all layers, which is all that vLLM reads."""
+    """The part with one rank and one scaling for all layers, which is all that engines read."""
     from ..methods.lora.config import LoraConfig
 
     layers, _ = part.split()
     r = max(x.rank for x in layers)
-    if r > LARGEST:
-        raise ConversionError(
-            f"The rank {r} is more than vLLM's largest max_lora_rank, {LARGEST}. Give `rank`, to convert to a smaller "
-            "one first (format 'lora')."
-        )
-    if r > USUAL:
-        report.notes.append(f"The rank {r} needs a vLLM whose max_lora_rank goes beyond {USUAL}.")
-    report.notes.append(f"Start vLLM with --enable-lora --max-lora-rank {_step(r)}.")
     alike = len({(x.rank, x.alpha) for x in layers}) == 1
     first = layers[0]
     alpha = r if not alike else first.scaling * r if first.settings.use_rslora else first.settings.lora_alpha
