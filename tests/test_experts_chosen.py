@@ -327,6 +327,20 @@ def test_training_lays_nothing_out():
     assert not any(layer.adapters["default"].cache.get("kept") for _, layer in tuner_layers(model))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"lora_dropout": 0.2}], ids=str)
+def test_autocast(implementation, changes):
+    model, x = routed(implementation, **changes), torch.randn(3, 8)
+    with torch.no_grad():
+        wanted = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(model(x).float(), wanted, 3e-2)
+        with torch.no_grad():
+            close(model(x).float(), wanted, 3e-2)
+        model.train()(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_two_active_adapters():
     model, x = routed("eager"), torch.randn(3, 8)
     model.add_adapter("b", model.peft_config["default"])

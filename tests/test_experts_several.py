@@ -183,3 +183,34 @@ def test_injection_from_a_state_dict_of_other_parameters_is_told(alone):
     state = load_file(alone["attention"][0] / "adapter_model.safetensors")
     with pytest.warns(peft.errors.UnmatchedTargetWarning, match="nothing for the target_parameters.*gate_up_proj"):
         peft.inject_adapter_in_model(config("up", target_modules=["q_proj"]), base(), state_dict=state)
+
+
+class Router(torch.nn.Module):
+    """Gives rows of tokens for samples of them, and where they go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        scores = torch.nn.functional.linear(x.flatten(0, -2), self.weight)
+        return (scores, scores.argmax(-1)) if x.shape[-2] < 9 else scores[:-1]
+
+
+def test_a_router_that_flattens_its_samples_in_a_mixed_batch():
+    torch.manual_seed(0)
+    body = torch.nn.Sequential(Router())
+    fields = {"r": 2, "target_modules": [], "target_parameters": ["0.weight"], "init_lora_weights": False}
+    model = get_peft_model(body, LoraConfig(**fields)).eval()
+    model.add_adapter("b", LoraConfig(**fields))
+    x, names = torch.randn(4, 5, 8), ["b", "default", "__base__", "b"]
+    with torch.no_grad():
+        scores, chosen = model(x, adapter_names=names)
+        for i, name in enumerate(names):
+            model.set_adapter("b" if name == "b" else "default")
+            with model.disable_adapter() if name == "__base__" else torch.no_grad():
+                alone, there = model(x[i : i + 1])
+            torch.testing.assert_close(scores.unflatten(0, (4, 5))[i], alone)
+            assert torch.equal(chosen.unflatten(0, (4, 5))[i], there)
+        with pytest.raises(ValueError, match="gives 33 rows for 4, which cannot be told apart"):
+            model(torch.randn(4, 9, 8), adapter_names=names)

@@ -286,9 +286,19 @@ def rows_of(index: Tensor, rows: int, axis: int) -> Any:
 
 
 def join_parts(parts: list[Any], order: Tensor, axis: int) -> Any:
+    """The results of groups of rows as one, in order; a module may give several for each, as routers of tokens do."""
     first = parts[0]
     if isinstance(first, Tensor):
-        return torch.cat(parts, axis).index_select(axis, order)
+        whole = torch.cat(parts, axis)
+        each, left = divmod(whole.shape[axis], order.shape[0])
+        if left:
+            raise ValueError(
+                f"A module of a mixed batch gives {whole.shape[axis]} rows for {order.shape[0]}, which cannot be told "
+                "apart. Run each adapter on its own rows."
+            )
+        if each != 1:
+            order = (order[:, None] * each + torch.arange(each, device=order.device)).flatten()
+        return whole.index_select(axis, order)
     if isinstance(first, tuple):
         return tuple(
             None if column[0] is None else join_parts(list(column), order, axis if i == 0 else 0)

@@ -231,7 +231,12 @@ def _updated(y: Tensor, x: Tensor, terms: Sequence[Term], turned: bool, times: T
         for factor in thin[:-1]:
             h = times(h, factor)
         last = thin[-1]
-        if times is torch.matmul and y.dim() == last.dim() == 2 and y.dtype is h.dtype and type(s) is float:
+        if (
+            times is torch.matmul
+            and y.dim() == last.dim() == 2
+            and y.dtype is h.dtype is last.dtype
+            and type(s) is float
+        ):
             y = y.addmm_(h, last, alpha=s)
         else:
             y = (y + times(h, last) * s).to(y.dtype)
@@ -274,7 +279,7 @@ def _left(m: Chosen, x: Tensor) -> Tensor:
         for factor in thin[:-1]:
             h = torch.matmul(factor.mT, h)
         last = thin[-1].mT
-        if y.dim() == last.dim() == h.dim() == 3 and y.dtype is h.dtype and type(s) is float:
+        if y.dim() == last.dim() == h.dim() == 3 and y.dtype is h.dtype is last.dtype and type(s) is float:
             y = y.baddbmm_(last, h, alpha=s)
         else:
             y = (y + torch.matmul(last, h) * s).to(y.dtype)
