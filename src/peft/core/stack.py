@@ -212,7 +212,9 @@ class Stack:
         """`live_weight` of experts, which is made for those alone that are asked for; None where it has to be made."""
         if self.packed is not None or type(self) is not Stack or transformed():
             return None
-        W, terms = self.layer.base_weight(), []
+        base = self.base
+        W = self.layer.base_weight() if "_hf_hook" in base.__dict__ else self.view.read(base)
+        terms = []
         for a in self.adapters:
             term = update(a, W)
             if term is None:

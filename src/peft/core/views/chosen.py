@@ -267,22 +267,24 @@ def _product(func: Any, a: Any, b: Any = None, *, mat2: Any = None, other: Any =
 
 def _left(m: Chosen, x: Tensor) -> Tensor:
     """W' x, (..., O, I) (..., I, n)."""
+    alike = m.W.dim() == x.dim() == 3 and m.W.shape[0] == x.shape[0]
+    product = torch.bmm if alike else torch.matmul
     if m.gain is None:
-        y = torch.matmul(m.W.mT if m.turned else m.W, x)
+        y = product(m.W.mT if m.turned else m.W, x)
     else:
         g = m.gain[..., None]
-        y = torch.matmul(m.W.mT, (x * g).to(x.dtype)) if m.turned else (torch.matmul(m.W, x) * g).to(x.dtype)
+        y = product(m.W.mT, (x * g).to(x.dtype)) if m.turned else (product(m.W, x) * g).to(x.dtype)
     for term in m.terms:
         s, thin = term.s, term.thin(not m.turned)  # the transposes of these, W' x = (x' W'')'
         h = x if x.dtype is term.A.dtype else x.to(term.A.dtype)
         h = masks.dropout(h, term.rate) if term.rate else h
         for factor in thin[:-1]:
-            h = torch.matmul(factor.mT, h)
+            h = product(factor.mT, h)
         last = thin[-1].mT
         if y.dim() == last.dim() == h.dim() == 3 and y.dtype is h.dtype is last.dtype and type(s) is float:
             y = y.baddbmm_(last, h, alpha=s)
         else:
-            y = (y + torch.matmul(last, h) * s).to(y.dtype)
+            y = (y + product(last, h) * s).to(y.dtype)
     return y
 
 
