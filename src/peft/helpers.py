@@ -106,7 +106,7 @@ def update_signature(model: Any, method: str = "all") -> None:
 def _copy_signature(model: Any, name: str) -> None:
     own = getattr(model, name)
     kinds = {p.kind for p in inspect.signature(own).parameters.values()}
-    if kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+    if not kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
         return
     original = getattr(model.get_base_model(), name)
 

@@ -143,7 +143,11 @@ class Persistent:
         by_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING if cls.__name__ == "PeftModel" else {}
         kind: Any = by_task.get(config.task_type or "", cls)
         place, undo = attempts(
-            model, config, lambda meta: kind(model, config, adapter_name, autocast_adapter_dtype, meta)
+            model,
+            config,
+            lambda meta: kind(
+                model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=meta
+            ),
         )
         config.inference_mode = not is_trainable
         set_runtime(config, ephemeral_gpu_offload)

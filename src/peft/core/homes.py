@@ -117,6 +117,12 @@ class Homes(AdapterHost):
                 "numbers yet, or had none when the adapter was made (meta device). Load them first, then the adapter."
             )
 
+    def follow_base(self) -> None:
+        """The base weight has other numbers: compute anew what adapters derive from it."""
+        for p in self.adapters.values():
+            with self.readable():
+                p.method.follow_base(p, self.stack(()))
+
     def _drop(self, name: str) -> None:
         self._forget_plans()
         homes: list[tuple[str, Any]] = [(k, h) for k, h in self._modules.items() if k != "base_layer"]
@@ -188,6 +194,4 @@ class Homes(AdapterHost):
 
 def _follow_base(layer: Homes, keys: Any) -> None:
     """After loading a state dict: what was derived from the base weight may be stale."""
-    for p in layer.adapters.values():
-        with layer.readable():
-            p.method.follow_base(p, layer.stack(()))
+    layer.follow_base()

@@ -22,6 +22,7 @@ from .homes import Homes
 from .host import AdapterHost, tuner_layers
 from .lean import NO_BUFFERS
 from .method import Method, Site
+from .public import Public
 from .recorded import Recorded
 from .sharded.together import Together
 from .shown import Shown
@@ -31,7 +32,7 @@ from .views import LABELS, ModuleDict, ParameterDict, view_of
 _MISSING = object()
 
 
-class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Homes, Recorded):
+class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recorded):
     """Stands where the target stood; holds it as `base_layer` and every adapter's tensors under the peer's names.
 
     Attributes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import PeftWarning
 from ..registry import tuner_class
 from .layer import BaseTunerLayer
 
@@ -52,3 +54,20 @@ class ScaledLayer(BaseTunerLayer):
             p.scaling.fill_(float(value))
         else:
             p.scaling = value
+
+
+class UnscaledLayer(BaseTunerLayer):
+    """A layer that turns its weight: programs that scale all layers of a model may ask it, too."""
+
+    def scale_layer(self, scale: float) -> None:
+        """Warn that a rotation has no scaling; 1 is what it has."""
+        if scale != 1:
+            warnings.warn(
+                f"Adapters of {self.family.upper()} multiply the weight, so they have no scaling: scale={scale} has no "
+                "effect on them. Use disable_adapter() to run without them.",
+                PeftWarning,
+                stacklevel=2,
+            )
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Nothing, as nothing was scaled."""

@@ -352,11 +352,16 @@ class Finish:
         return self.stack.view.finish(self.stack.base, self.stack(x))
 
 
-class Values(MutableMapping[str, Any]):
-    """A plain value of every adapter of a layer, by adapter name: `layer.scaling["default"]`."""
+class Values(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[metaclass, misc]
+    """A plain value of every adapter of a layer, by adapter name: `layer.scaling["default"]`.
+
+    It is a dictionary to whoever asks (json, isinstance), and what is written goes into the adapters. A copy is a
+    dictionary of its own.
+    """
 
     def __init__(self, layer: Any, key: str):
         self._layer, self._key = layer, key
+        dict.update(self, {n: a.__dict__[key] for n, a in layer.adapters.items() if key in a.__dict__})
 
     def __getitem__(self, name: str) -> Any:
         return self._layer.adapters[name].__dict__[self._key]
@@ -374,4 +379,11 @@ class Values(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
     def __repr__(self) -> str:
-        return repr(dict(self))
+        return repr(self.copy())
+
+    def copy(self) -> dict[str, Any]:
+        """The values as they are now."""
+        return {name: self[name] for name in self}
+
+    def __reduce__(self) -> Any:
+        return dict, (self.copy(),)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ..config import describe
 from ..core.kept import kept
-from ..core.layer import BaseTunerLayer, name_layers
+from ..core.layer import name_layers
 from ..core.method import Site
 from ..core.rotation import Rotation, blockwise, without
+from ..core.scale import UnscaledLayer
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
 from ..kernels.rotations import cayley
@@ -138,7 +139,7 @@ def regroup(t: Tensor, k: int, size: int, back: bool) -> Tensor:
     return t.unflatten(-1, (-1, *pairs, size // 2)).transpose(-3, -2).flatten(-4) if k else t
 
 
-class BOFTLayer(BaseTunerLayer):
+class BOFTLayer(UnscaledLayer):
     """A target under BOFT adapters."""
 
     family = "boft"

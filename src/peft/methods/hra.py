@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ..config import describe
 from ..core.draw import kaiming
-from ..core.layer import BaseTunerLayer, name_layers
+from ..core.layer import name_layers
 from ..core.method import Site
 from ..core.rotation import Rotation
+from ..core.scale import UnscaledLayer
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
 from ..errors import PeftWarning, report
@@ -104,7 +105,7 @@ def _columns(G: Tensor, one: Tensor) -> Tensor:
     return T
 
 
-class HRALayer(BaseTunerLayer):
+class HRALayer(UnscaledLayer):
     """A target under HRA adapters."""
 
     family = "hra"

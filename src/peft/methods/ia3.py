@@ -95,6 +95,11 @@ class IA3Layer(BaseTunerLayer):
     _home_order = ("ia3_l",)
     _parameter_homes = frozenset({"ia3_l"})
 
+    @property
+    def is_feedforward(self) -> bool:
+        """Whether the features that it takes are scaled, by the first adapter."""
+        return any(bool(p.is_feedforward) for p in list(self.adapters.values())[:1])
+
 
 class IA3Model(BaseTuner):
     """IA3 adapters on a model."""

@@ -4,8 +4,7 @@
 
 Q_c holds b (b - 1) / 2 numbers, which start at zero, so training starts at the base model. With `use_cayley_neumann`
 R is a series instead, `kernels.rotations.series`: it turns the other way and is orthogonal only nearly. Constrained
-(`coft`), each Q_c stays within a ball. Sources: Qiu et al. 2023, arXiv 2306.07280, eq. 5 and section 4; the series: Qiu
-et al. 2025, arXiv 2506.19847.
+(`coft`), each Q_c stays within a ball. Sources: Qiu et al., arXiv 2306.07280, eq. 5 and section 4; arXiv 2506.19847.
 
 Different from the peer: `module_dropout` works (in training each block is the identity with this probability); a
 convolution computes what its merged weight does; two adapters act in the order in which they are merged.
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 
 from ..config import describe
 from ..core.kept import kept
-from ..core.layer import BaseTunerLayer, name_layers
+from ..core.layer import name_layers
 from ..core.method import Site
 from ..core.rotation import Rotation, blockwise, within, without
+from ..core.scale import UnscaledLayer
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
 from ..errors import PeftWarning, report
@@ -143,7 +143,7 @@ def nearest_divisor(path: str, n: int, count: int, size: int) -> int:
     return size
 
 
-class OFTLayer(BaseTunerLayer):
+class OFTLayer(UnscaledLayer):
     """A target under OFT adapters."""
 
     family = "oft"
