@@ -23,7 +23,11 @@ from .views.linear import TransposedView
 _ORDER = ("adapter_name", "config", "r", "lora_alpha")
 _OF_PARAMETERS = ("adapter_name", "parameter_name", "config", "r", "lora_alpha")
 # what the base layer says itself, or what places and not layers need
-_KNOWN = frozenset(("is_target_conv_1d_layer", "loaded_in_8bit", "loaded_in_4bit", "current_key", "target_name"))
+_KNOWN = frozenset(("is_target_conv_1d_layer", "loaded_in_8bit", "loaded_in_4bit", "current_key", "target_name")) | {
+    "ephemeral_gpu_offload",
+    "device_map",
+    "tied_adapter",
+}
 
 
 def stated(given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +72,7 @@ class _Turned(TransposedView):
 
 
 def furnish(layer: Any, name: str, config: Any) -> None:
-    """Put the adapter into a layer that has none, and let it act and learn.
+    """Put the adapter into a layer that has none of that name.
 
     Raises TypeError if its tensors are shared by the layers of a model.
     """
@@ -88,4 +92,20 @@ def furnish(layer: Any, name: str, config: Any) -> None:
     weight, dtype = layer.view.sample(base), views.dtype_beside(layer.view, base, False)
     device = torch.device("cpu") if weight is None else weight.device
     layer.add_adapter(name, kind.method_of(config), Site(base, layer.view, config, "", dtype, device, {}, layer))
-    layer.set_adapter((name,))
+
+
+def renewed(layer: Any, name: str, config: Any, changes: dict[str, Any]) -> None:
+    """Give a layer an adapter of its own, anew if it has one of that name; it acts and learns if the name is active.
+
+    Arguments:
+        layer: the layer.
+        name: the adapter.
+        config: its configuration; None is the method's own defaults.
+        changes: what is stated beside it.
+    """
+    stated = settings(layer.family, config, changes)
+    if name in layer.adapters:
+        layer._drop(name)
+    furnish(layer, name, stated)
+    layer.set_requires_grad(name, name in layer.active_adapters)
+    layer._replan()

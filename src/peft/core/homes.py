@@ -28,6 +28,9 @@ class Homes(AdapterHost):
     adapters: dict[str, Adapter]
     shares: frozenset[str] = frozenset()  # adapters whose tensors belong to another layer
     _home_order: ClassVar[tuple[str, ...]] = ()
+    _parameter_homes: ClassVar[frozenset[str]] = frozenset()
+    by_hand: ClassVar[bool] = False  # its class is a program's own
+    of_programs: ClassVar[type | None] = None  # what such classes are, too
     _plain: frozenset[str] = frozenset()  # names of the plain values of all adapters, whatever their method
     _beside: Callable[[Tensor], Tensor]
     _replan: Callable[[], None]
@@ -68,6 +71,15 @@ class Homes(AdapterHost):
             home = self._modules[key] = template.new()
             home.__dict__["training"] = self.training
         return home
+
+    def open_homes(self) -> None:
+        """Have a home under every name, empty where no adapter has tensors there."""
+        for key in self._home_order:
+            self._home(key, _PARAMETERS if key in self._parameter_homes else _MODULES)
+
+    def _held(self) -> list[tuple[str, Any]]:
+        """The homes by name."""
+        return [(key, home) for key, home in self._modules.items() if key != "base_layer" and home is not None]
 
     def _idle_home(self, key: str) -> Any:
         """The home of modules that do nothing, made now; None where there is none to make."""
@@ -125,12 +137,11 @@ class Homes(AdapterHost):
 
     def _drop(self, name: str) -> None:
         self._forget_plans()
-        homes: list[tuple[str, Any]] = [(k, h) for k, h in self._modules.items() if k != "base_layer"]
-        for key, home in homes:
+        for key, home in self._held():
             if name in home:
                 with suppress(AttributeError):  # of one that was not filed in full
                     del home[name]
-                if not len(home):
+                if not len(home) and not self.by_hand:
                     del self._modules[key]
         self.adapters.pop(name, None)
 
@@ -144,9 +155,7 @@ class Homes(AdapterHost):
 
     def places(self, name: str) -> Iterator[tuple[dict[str, Any], str]]:
         """Where the parameters of adapter `name` are held: tables of modules, and their names there."""
-        for key, home in self._modules.items():
-            if key == "base_layer" or name in self.shares or home is None:
-                continue
+        for _, home in () if name in self.shares else self._held():
             child = home._modules.get(name)
             if child is None:
                 if home._parameters.get(name) is not None:
@@ -161,13 +170,11 @@ class Homes(AdapterHost):
             return []
         key_of = self.adapters[name].method.checkpoint_key
         found = []
-        for key, home in self._modules.items():
-            if key == "base_layer":
-                continue
-            child = home._modules.get(name)  # type: ignore[union-attr]
+        for key, home in self._held():
+            child = home._modules.get(name)
             if child is None:
-                if name in home and not (isinstance(home, BufferDict) and home.unsaved(name)):  # type: ignore[operator]
-                    found.append(Slot(key_of(key), f"{key}.{name}", home, name))  # type: ignore[arg-type]
+                if name in home and not (isinstance(home, BufferDict) and home.unsaved(name)):
+                    found.append(Slot(key_of(key), f"{key}.{name}", home, name))
                 continue
             if not child._modules and not child._buffers:
                 for a, q in child._parameters.items():
@@ -180,11 +187,9 @@ class Homes(AdapterHost):
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of adapter `name`."""
-        for key, home in self._modules.items():
-            if key == "base_layer" or name in self.shares:
-                continue
-            child = home._modules.get(name)  # type: ignore[union-attr]
-            held = home._parameters.get(name) if child is None else None  # type: ignore[union-attr]
+        for _, home in () if name in self.shares else self._held():
+            child = home._modules.get(name)
+            held = home._parameters.get(name) if child is None else None
             if child is not None:
                 own = (q for q in child._parameters.values() if q is not None)
                 yield from child.parameters() if child._modules else own

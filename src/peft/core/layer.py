@@ -20,6 +20,7 @@ from .cells import reference, references
 from .gated import Switched
 from .homes import Homes
 from .host import AdapterHost, tuner_layers
+from .kinds import LayerType
 from .lean import NO_BUFFERS
 from .method import Method, Site
 from .public import Public
@@ -32,7 +33,7 @@ from .views import LABELS, ModuleDict, ParameterDict, view_of
 _MISSING = object()
 
 
-class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recorded):
+class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recorded, metaclass=LayerType):
     """Stands where the target stood; holds it as `base_layer` and every adapter's tensors under the peer's names.
 
     Attributes:
@@ -45,7 +46,7 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recor
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
     _whole: ClassVar[bool] = False  # it stands for a module of any class
-    _parameter_homes: ClassVar[frozenset[str]] = frozenset()
+    made: ClassVar[bool] = False  # its class says all of what it holds and computes
 
     call: Call
     parameter_name: str | None = None
@@ -55,7 +56,7 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recor
     _off = False
     _run: Any = None  # what a forward calls; None is the base layer
 
-    def __init__(self, base_layer: nn.Module, *given: Any, **named: Any):
+    def __init__(self, base_layer: nn.Module | None = None, *given: Any, **named: Any):
         """A layer without adapters around `base_layer`, or by itself with one.
 
         Arguments:
@@ -63,16 +64,19 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recor
             given: the record of calls, the parameter that is meant, how a parent reads it; or an adapter's name, its
                 configuration and more (`alone.stated`), which may be named, too.
         """
-        if named or (given and isinstance(given[0], str)):
+        if self.by_hand:
+            self._begin(base_layer)
+        elif named or (given and isinstance(given[0], str)):
             from . import alone
 
             both = alone.stated(given, named)
             name, parameter = both.pop("adapter_name"), both.pop("parameter_name", None)
             config = alone.settings(self.family, both.pop("config", None), both)
-            self._stand(base_layer, None, parameter)
+            self._stand(base_layer, None, parameter)  # type: ignore[arg-type]
             alone.furnish(self, name, config)
+            self.set_adapter((name,))
         else:
-            self._stand(base_layer, *given)
+            self._stand(base_layer, *given)  # type: ignore[arg-type]
 
     def _stand(
         self, base_layer: nn.Module, call: Call | None = None, parameter: str | None = None, read: str = ""
@@ -391,7 +395,7 @@ def name_layers(
     names = {label: prefix + label for label in LABELS} | {k: prefix + v for k, v in (packed or {}).items()}
     for label, name in names.items():
         attributes = {"__module__": namespace["__name__"], "__doc__": f"{label} under {kind.family}."}
-        namespace[name] = type(name, (kind,), attributes)
+        namespace[name] = LayerType(name, (kind,), attributes | {"made": True})
     return {label: namespace[name] for label, name in names.items()}
 
 

@@ -218,13 +218,13 @@ class Casting:
         added: list[BaseTunerLayer] = []
         told, casts = _told.get(), []
         self.undo.append(partial(self._taken_out, fresh, added))
-        patterns = bool(tables(config))
+        patterns, custom = bool(tables(config)), getattr(config, "_custom_modules", None)
         with torch.no_grad():
             for target in targets:
                 found, path = target.module, target.path
                 layer = found if isinstance(found, BaseTunerLayer) else None
                 base = found if layer is None else layer._modules["base_layer"]
-                form = form_of(base) if path and id(found) not in self.places else None  # type: ignore[arg-type]
+                form = form_of(base) if path and id(found) not in self.places and not custom else None  # type: ignore[arg-type]
                 key = (form, id(settings(config, path)) if patterns else 0)
                 mold = None if form is None else molds.get(key)
                 if mold is None or not self._cast(mold, target, layer, parents, fresh, added):

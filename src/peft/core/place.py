@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import PeftWarning, nearest, report
-from . import experts, storage, views
+from . import experts, handmade, storage, views
 from .evaluation import learning
 from .host import below, standing
 from .layer import BaseTunerLayer, tuner_layers
@@ -187,7 +187,7 @@ class Injection(Casting, Placing):
             self.put(parent, leaf, found, there)
         self.given = config
         try:
-            if parameter is None:
+            if parameter is None and handmade.class_of(config, innermost(found)) is None:
                 self._module(path, innermost(found))
             else:
                 self._place(path, parameter)
@@ -202,6 +202,10 @@ class Injection(Casting, Placing):
         layer, fresh = _existing(found, parameter), False
         if layer is None and parameter is not None:
             parent, leaf, found = among(parent, leaf, found, parameter)
+        if (own_kind := handmade.placed(self, path, parameter, layer)) is not None:
+            self.placed.append(own_kind)
+            self.full.append(own_kind)
+            return own_kind
         if layer is not None and self.whole != (layer.view.label == "Module"):
             raise ValueError(
                 f"{path!r} is adapted by another method already. One of the two replaces the whole module: they cannot "

@@ -49,7 +49,7 @@ _OWN = frozenset(["name", "method", "settings", "shared"])  # of an adapter's va
 # What a configuration must leave out: what adapts more than the layers, or has been written into it on the way.
 _MORE = (
     *("modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication", "ensure_weight_tying"),
-    *("fan_in_fan_out", "alora_invocation_tokens"),
+    *("fan_in_fan_out", "alora_invocation_tokens", "_custom_modules"),
 )
 
 

@@ -367,7 +367,8 @@ class Values(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[metaclas
         return self._layer.adapters[name].__dict__[self._key]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self._layer.adapters[name], self._key, value)
+        layer = self._layer
+        setattr(layer.adopt(name) if layer.by_hand else layer.adapters[name], self._key, value)
 
     def __delitem__(self, name: str) -> None:
         del self._layer.adapters[name].__dict__[self._key]

@@ -200,6 +200,14 @@ class LoraConfig(Alpha, PeftConfig):
     )
     module_config: dict[str, dict[str, Any]] | None = field(default=None, metadata=MODULE_CONFIG)
 
+    def _register_custom_module(self, device_mapping: dict[type, type]) -> None:
+        """Adapt modules by layers of a program's own; files do not say so, so register them before loading, too.
+
+        Arguments:
+            device_mapping: {class of the modules: class of their layers}, each a nn.Module and a LoraLayer.
+        """
+        self._custom_modules = {**(getattr(self, "_custom_modules", None) or {}), **device_mapping}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA

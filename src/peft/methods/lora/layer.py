@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...core.alone import renewed
 from ...core.defaults import BNB_LAYERS
+from ...core.handmade import Handmade
 from ...core.layer import name_layers
 from ...core.scale import ScaledLayer
 
@@ -17,6 +19,7 @@ class LoraLayer(ScaledLayer):
     """A target under LoRA adapters; `isinstance(module, LoraLayer)` tells such layers from others."""
 
     family = "lora"
+    of_programs = Handmade
     adapter_layer_names = (
         "lora_A",
         "lora_B",
@@ -62,11 +65,16 @@ class LoraLayer(ScaledLayer):
             )
         super().merge(safe_merge, adapter_names, quantized)
 
-    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Raises NotImplementedError. Many releases of transformers 5 put a function around it, for their experts."""
-        raise NotImplementedError(
-            f"One layer alone takes no adapter {adapter_name!r}. Call `model.add_adapter(adapter_name, config)`."
-        )
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any = None, **kwargs: Any) -> None:
+        """Give this layer alone an adapter, or one anew: it is active if its name is. A model's are `add_adapter`'s.
+
+        Arguments:
+            adapter_name: its name.
+            r, lora_alpha: its rank and alpha, whatever the configuration says.
+            config: a LoraConfig with the other settings; None is its defaults.
+            kwargs: other fields of it.
+        """
+        renewed(self, adapter_name, config, {"r": r, "lora_alpha": lora_alpha, **kwargs})
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
         """Give an adapter its first values again, as where `to_empty` has left its tensors without.

@@ -1,0 +1,201 @@
+"""Layers of a program's own class, registered with `config._register_custom_module`."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class LoraLSTM(nn.Module, LoraLayer):
+    def __init__(self, base_layer, adapter_name, config=None, r=0, lora_alpha=1, **kwargs):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+
+    def update_layer(self, adapter_name, r, lora_alpha, config=None, **kwargs):
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.scaling[adapter_name] = lora_alpha / r
+        self.lora_A[adapter_name] = nn.Linear(8, r, bias=False)
+        self.lora_B[adapter_name] = nn.Linear(r, 8, bias=False)
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, x):
+        out, state = self.base_layer(x)
+        for name in self.active_adapters if not self.disable_adapters else ():
+            if name in self.lora_A:
+                out = out + self.lora_B[name](self.lora_A[name](x)) * self.scaling[name]
+        return out, state
+
+
+class LoraDense(nn.Module, LoraLayer):
+    def __init__(self, base_layer, adapter_name, *, config, r, lora_alpha, **kwargs):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **kwargs)
+        self.update_layer(adapter_name, r, lora_alpha, config)
+
+    def delta(self, name):
+        return self.lora_B[name].weight @ self.lora_A[name].weight * self.scaling[name]
+
+    def merge(self, safe_merge=False, adapter_names=None):
+        for name in check_adapters_to_merge(self, adapter_names):
+            self.get_base_layer().weight.data += self.delta(name)
+            self.merged_adapters.append(name)
+
+    def unmerge(self):
+        while self.merged_adapters:
+            self.get_base_layer().weight.data -= self.delta(self.merged_adapters.pop())
+
+    def forward(self, x):
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x)
+        W = self.weight if self.merged else sum(map(self.delta, self.active_adapters), self.weight)
+        return nn.functional.linear(x, W, self.bias)
+
+
+class Doubled(Linear):
+    def forward(self, x, *args, **kwargs):
+        return 2 * super().forward(x, *args, **kwargs)
+
+
+def settings(target, layer, **fields):
+    config = LoraConfig(target_modules=[target], init_lora_weights=False, **{"r": 2, **fields})
+    config._register_custom_module({nn.LSTM if target == "lstm" else nn.Linear: layer})
+    return config
+
+
+@pytest.fixture
+def model():
+    model = get_peft_model(Net(), settings("lstm", LoraLSTM))
+    model.add_adapter("b", settings("lstm", LoraLSTM, r=3, lora_alpha=3))
+    return model
+
+
+def test_a_class_of_a_program_stands_in_place_of_a_module_that_the_library_cannot_adapt(model):
+    layer = model.base_model.model.lstm
+    assert type(layer) is LoraLSTM and isinstance(layer, LoraLayer) and isinstance(layer, nn.Module)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"base_model.model.lstm.lora_{key}.default.weight" for key in "AB"
+    }
+    model(X).sum().backward()
+    assert layer.lora_B["default"].weight.grad is not None and layer.base_layer.weight_ih_l0.grad is None
+    assert str(layer).startswith("LoraLSTM(\n  (base_layer): LSTM")
+
+
+def test_it_is_switched_and_scaled_like_any_other(model):
+    layer, base = model.base_model.model.lstm, Net()
+    first = model(X)
+    model.set_adapter("b")
+    second = model(X)
+    assert layer.r == {"default": 2, "b": 3} and [*layer.lora_A] == ["default", "b"]
+    assert layer.lora_A["b"].weight.requires_grad and not layer.lora_A["default"].weight.requires_grad
+    layer.set_scale("b", 0)
+    torch.testing.assert_close(model(X), base(X))
+    layer.unscale_layer()
+    model.base_model.set_adapter(["default", "b"])
+    torch.testing.assert_close(model(X), first + second - base(X))
+    with model.disable_adapter():
+        torch.testing.assert_close(model(X), base(X))
+    model.delete_adapter("b")
+    torch.testing.assert_close(model(X), first)
+    assert model.get_layer_status()[0].available_adapters == ["default"]
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_it_is_saved_and_loaded_where_the_class_is_registered_again(model, low, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = LoraConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="LSTM is not supported"):
+        PeftModel.from_pretrained(Net(), tmp_path)
+    config._register_custom_module({nn.LSTM: LoraLSTM})
+    again = PeftModel.from_pretrained(Net(), tmp_path, config=config, low_cpu_mem_usage=low)
+    torch.testing.assert_close(again(X), model(X))
+    assert get_peft_model_state_dict(again).keys() == get_peft_model_state_dict(model).keys()
+
+
+def test_it_is_copied_and_pickled(model):
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(again(X), model(X))
+        again.set_adapter("b")
+        assert model.base_model.model.lstm.active_adapters == ["default"]
+
+
+def test_without_a_merge_of_its_own_it_is_unloaded_only(model):
+    y = model(X)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match="LoraLSTM does not say how it is merged"):
+            merge()
+        torch.testing.assert_close(model(X), y)
+    base = model.unload()
+    assert type(base.lstm) is nn.LSTM and torch.equal(base(X), Net()(X))
+
+
+def test_its_own_merge_is_used():
+    base = Net()
+    model = get_peft_model(Net(), settings("head", LoraDense, rank_pattern={"head": 3}))
+    y, layer = model(X), model.base_model.model.head
+    assert layer.r == {"default": 3} and layer.lora_A["default"].weight.shape == (3, 8)
+    model.merge_adapter()
+    assert layer.merged_adapters == ["default"]
+    torch.testing.assert_close(model(X), y)
+    with pytest.raises(ValueError, match="merged in a LoraDense"):
+        layer.delete_adapter("default")
+    with model.disable_adapter():
+        torch.testing.assert_close(model(X), base(X))
+    torch.testing.assert_close(model(X), y)
+    merged = model.merge_and_unload()
+    assert type(merged.head) is nn.Linear
+    torch.testing.assert_close(merged(X), y)
+
+
+def test_mixed_batches_reach_it_as_an_argument(model):
+    with pytest.raises(TypeError, match="adapter_names"):  # as its forward has no such
+        model.eval()(X, adapter_names=["default", "b"])
+
+
+def test_a_subclass_of_the_library_s_own_layer_stays_one():
+    model = get_peft_model(Net(), settings("head", Doubled))
+    layer = model.base_model.model.head
+    assert type(layer) is Doubled and "lora.Doubled(" in str(layer)
+    plain = get_peft_model(Net(), LoraConfig(target_modules=["head"], r=2))
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(X), 2 * plain(X))
+
+
+def test_a_class_that_is_no_layer_is_refused():
+    net = Net()
+    with pytest.raises(TypeError, match="Sequential, registered for Linear, is no tuner layer"):
+        get_peft_model(net, settings("head", nn.Sequential))
+    assert type(net.head) is nn.Linear
+
+
+def test_one_layer_alone_gets_a_further_adapter_and_one_anew():
+    layer = Linear(nn.Linear(6, 4), "a", LoraConfig(init_lora_weights=False), r=2, lora_alpha=2)
+    layer.update_layer("b", 3, lora_alpha=6, config=LoraConfig(use_rslora=True))
+    assert layer.r == {"a": 2, "b": 3} and layer.scaling["b"] == 6 / 3**0.5 and layer.active_adapters == ["a"]
+    assert layer.lora_A["a"].weight.requires_grad and not layer.lora_A["b"].weight.requires_grad
+    layer.update_layer("a", r=1, lora_alpha=1)
+    x = torch.randn(2, 6)
+    assert layer.lora_A["a"].weight.shape == (1, 6) and layer.lora_A["a"].weight.requires_grad
+    torch.testing.assert_close(layer(x), layer.base_layer(x))  # B starts at zero
