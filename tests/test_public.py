@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peft
 from peft import BOFTConfig, HRAConfig, IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model, helpers
+from tests.clients import tiny
 
 BASES = {
     "linear": (lambda: nn.Linear(6, 4), (6, 4), False),
@@ -149,3 +150,18 @@ def test_the_signature_of_generate_is_copied_to_encoder_decoders_too():
     assert list(inspect.signature(model.generate).parameters) == list(wanted)[1:]
     start = {"decoder_start_token_id": 0, "max_new_tokens": 2}
     assert model.generate(input_ids=torch.ones(1, 3, dtype=torch.long), **start).shape[0] == 1
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"alora_invocation_tokens": [1]}], ids=str)
+def test_a_layer_says_which_of_its_adapters_are_variants_of_lora(fields):
+    config = LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM", **fields)
+    assert [*get_peft_model(tiny.llama(), config).lm_head.lora_variant] == (["default"] if fields else [])
+
+
+def test_the_schedule_of_adalora_is_told_and_its_length_set_later():
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=1, total_step=5, target_modules=["0"])
+    tuner = adapted(nn.Linear(6, 4), config).base_model
+    assert tuner.trainable_adapter_name == "default"
+    assert tuner.rankallocator.budget_schedule(1) == (4, False) and tuner.rankallocator.budget_schedule(5) == (2, True)
+    tuner.rankallocator.set_total_step(50)
+    assert config.total_step == 50 and tuner.rankallocator.budget_schedule(5)[0] == 3

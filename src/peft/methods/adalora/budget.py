@@ -54,6 +54,16 @@ class RankAllocator:
         """The step at which ranks are cut for the last time."""
         return int(self.peft_config.total_step or 0) - self.peft_config.tfinal
 
+    def set_total_step(self, total_step: int) -> None:
+        """How many steps the schedule has, where that is known only once the data are."""
+        self.peft_config.total_step = total_step
+
+    def budget_schedule(self, step: int) -> tuple[int, bool]:
+        """How many ranks all layers have together at a step, and whether they are cut then."""
+        return self.peft_config.budget(
+            step, self.ranks, min(self.peft_config.target_r * len(self.adapters), self.ranks)
+        )
+
     def ready(self) -> bool:
         """Whether there are gradients to measure by: those of a layer that did not take part are zero."""
         held = [getattr(p, name) for p in self.adapters for name in FACTORS]
@@ -100,8 +110,7 @@ class RankAllocator:
             return
         for p in self.adapters:
             vars(p)["kept"] = None  # ranks come back until the end, so files hold all of them
-        last = min(self.peft_config.target_r * len(self.adapters), self.ranks)
-        budget, due = self.peft_config.budget(t, self.ranks, last)
+        budget, due = self.budget_schedule(t)
         if due or t == end:
             self.cut(self.ranks - budget)
         if t == end:

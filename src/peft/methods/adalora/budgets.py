@@ -66,6 +66,11 @@ class Budgets(Companion):
         """The budget of the adapter that is trained; of the first one if there are several."""
         return next((self.allocator(name) for name in self._trained()), None)
 
+    @property
+    def trainable_adapter_name(self) -> str | None:
+        """The adapter whose budget that is."""
+        return next(iter(self._trained()), None)
+
     def _trained(self) -> list[str]:
         """The adapters of this method that are trained."""
         mine = [n for n, c in self.tuner.peft_config.items() if hasattr(c, "orth_reg_weight") and not c.inference_mode]

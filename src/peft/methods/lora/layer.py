@@ -106,7 +106,7 @@ class LoraLayer(ScaledLayer):
     @property
     def lora_variant(self) -> dict[str, Any]:
         """The methods of those adapters that are more than plain LoRA."""
-        return {n: a.method for n, a in self.adapters.items() if getattr(a, "use_dora", False)}
+        return {n: a.method for n, a in self.adapters.items() if any(getattr(a.settings, f, None) for f in VARIANTS)}
 
 
 class _LoraParameterProxy(nn.Module):
@@ -128,6 +128,9 @@ class _LoraParameterProxy(nn.Module):
         return W + self.delta_weight
 
 
+# the settings that make of an adapter more than a plain one
+VARIANTS = ("use_dora", "alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config", "monteclora_config")
+VARIANTS += ("velora_config",)
 PACKED = {
     "aqlm": "AqlmLoraLinear",
     "awq": "AwqLoraLinear",
