@@ -165,3 +165,33 @@ def test_the_schedule_of_adalora_is_told_and_its_length_set_later():
     assert tuner.rankallocator.budget_schedule(1) == (4, False) and tuner.rankallocator.budget_schedule(5) == (2, True)
     tuner.rankallocator.set_total_step(50)
     assert config.total_step == 50 and tuner.rankallocator.budget_schedule(5)[0] == 3
+
+
+def test_a_tuner_says_whether_an_adapter_can_become_a_lora_as_its_model_does():
+    for config, can in ((LoraConfig(target_modules=["0"]), True), (peft.LNTuningConfig(target_modules=["0"]), False)):
+        model = adapted(nn.Linear(6, 4), config)
+        assert model.supports_lora_conversion() is model.base_model.supports_lora_conversion() is can
+
+
+@pytest.mark.parametrize(
+    ("fields", "chosen"),
+    [
+        ({"target_modules": ["q_proj"]}, [True, True, False]),
+        ({"target_modules": r".*\.1\..*"}, [False, True, False]),
+        ({"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["layers.1.q_proj"]}, [True, False, True]),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, [True, False, False]),
+        ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}, [True, True, False]),
+        ({}, [False, False, False]),
+    ],
+    ids=str,
+)
+def test_a_configuration_is_asked_for_one_name(fields, chosen):
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    names = ["model.layers.0.q_proj", "model.layers.1.q_proj", "lm_head"]
+    assert [check_target_module_exists(LoraConfig(**fields), name) for name in names] == chosen
+
+
+def test_a_language_model_shows_the_base_model_s_preparation_of_steps():
+    model = get_peft_model(tiny.llama(), LoraConfig(task_type="CAUSAL_LM"))
+    assert model.base_model_prepare_inputs_for_generation == model.get_base_model().prepare_inputs_for_generation

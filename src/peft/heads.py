@@ -61,6 +61,11 @@ class _Generating(PeftModel):
         """The base model's own preparation of a generation step."""
         return self.get_base_model().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[operator]
 
+    @property
+    def base_model_prepare_inputs_for_generation(self) -> Any:
+        """The base model's method itself."""
+        return self.get_base_model().prepare_inputs_for_generation
+
 
 class PeftModelForCausalLM(_Generating):
     """A language model that continues a text; `labels` are (batch, tokens), -100 where there is no loss."""

@@ -11,7 +11,6 @@ NAMES = frozenset(
     [
         "BasePromptEncoder",
         "_prepare_prompt_learning_config",
-        "check_target_module_exists",
         "bloom_model_postprocess_past_key_value",
         "factorization",
         "get_gptqmodel_quant_linear",
@@ -29,7 +28,6 @@ INTERNAL = frozenset(
         "VARIANT_KWARG_KEYS",
         "_prepare_prompt_learning_config",
         "_set_trainable",
-        "check_target_module_exists",
         "check_import_allowlist",
         "create_attention_mask",
         "dispatch_default",

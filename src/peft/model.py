@@ -17,6 +17,7 @@ from torch import nn
 from .config import PeftConfig, check_config
 from .core import sharded
 from .core.call import BASE, first_tensor
+from .core.combined import convertible
 from .core.embeddings import recorded_vocabulary
 from .core.layer import tuner_layers
 from .core.snapshot import Undo, placing, snapshot
@@ -160,12 +161,7 @@ class PeftModel(Persistent, nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every layer of the adapter can be written as a LoRA."""
         check_adapters([adapter_name], self.peft_config)
-        asked = [
-            layer.supports_lora_conversion(adapter_name) if hasattr(layer, "supports_lora_conversion") else False
-            for _, layer in tuner_layers(self.base_model)
-            if adapter_name in layer._get_available_adapters() and hasattr(layer, "base_layer")
-        ]
-        return bool(asked) and all(asked)
+        return convertible(self.base_model, adapter_name)
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """The state of every adapted layer."""

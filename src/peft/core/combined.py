@@ -5,13 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+from ..errors import check_adapters
 from ..registry import load
+from .host import tuner_layers
+
+
+def convertible(model: Any, name: str) -> bool:
+    """Whether a model has layers of an adapter, and each can be written as a LoRA."""
+    asked = [
+        layer.supports_lora_conversion(name) if hasattr(layer, "supports_lora_conversion") else False
+        for _, layer in tuner_layers(model)
+        if name in layer._get_available_adapters() and hasattr(layer, "base_layer")
+    ]
+    return bool(asked) and all(asked)
 
 
 class Combined:
     """Adds combinations of adapters; the algebra is loaded when it is first asked for."""
 
     layers: Callable[[], Iterator[tuple[str, Any]]]
+    peft_config: dict[str, Any]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether every layer of the adapter can be written as a LoRA."""
+        check_adapters([adapter_name], self.peft_config)
+        return convertible(self, adapter_name)
 
     def add_weighted_adapter(
         self,

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from ..types import plain
 from .defaults import DUMMY_TARGET_MODULES, TASK_HEADS
@@ -20,10 +22,28 @@ from .strict import compare, complain, no_match
 from .tie import input_embedding, tied_modules
 from .walking import walk
 
-if TYPE_CHECKING:
-    from torch import nn
+__all__ = [
+    "Plan",
+    "Target",
+    "check_target_module_exists",
+    "inspect_matched_modules",
+    "match",
+    "pattern_value",
+    "plan",
+    "settings",
+    "walk",
+]
 
-__all__ = ["Plan", "Target", "inspect_matched_modules", "match", "pattern_value", "plan", "settings", "walk"]
+
+def check_target_module_exists(config: Any, key: str) -> bool:
+    """Whether a configuration selects a module of this name, whatever the rest of the model."""
+    module = nn.Module()
+    for name in reversed(key.split(".")):
+        around = nn.Module()
+        around._modules[name] = module
+        module = around
+    search = Search(module, config, lambda m: True, required=False)
+    return any(path == key for path, _, _ in search.named())
 
 
 def match(

@@ -25,6 +25,6 @@ _NAMES = {
     "peft.utils.layers": """
         check_adapters_to_merge clone_module find_parameter_name_by_module get_device_map replicate_layers""",
     "peft.core.onload": "onload_layer",
-    "peft.core.targets": "inspect_matched_modules",
+    "peft.core.targets": "check_target_module_exists inspect_matched_modules",
 }
 __getattr__, __dir__, __all__ = lazy.names(__name__, _NAMES)

@@ -129,8 +129,10 @@ class _LoraParameterProxy(nn.Module):
 
 
 # the settings that make of an adapter more than a plain one
-VARIANTS = ("use_dora", "alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config", "monteclora_config")
-VARIANTS += ("velora_config",)
+VARIANTS = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+    *("use_bdlora", "use_dora"),
+)
 PACKED = {
     "aqlm": "AqlmLoraLinear",
     "awq": "AwqLoraLinear",
