@@ -30,12 +30,13 @@ class LoraLSTM(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
+        self.in_features, self.fan_in_fan_out = base_layer.input_size, False
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     def update_layer(self, adapter_name, r, lora_alpha, config=None, **kwargs):
         self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
         self.scaling[adapter_name] = lora_alpha / r
-        self.lora_A[adapter_name] = nn.Linear(8, r, bias=False)
+        self.lora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
         self.lora_B[adapter_name] = nn.Linear(r, 8, bias=False)
         self.set_adapter(self.active_adapters)
 

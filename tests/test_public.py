@@ -195,3 +195,61 @@ def test_a_configuration_is_asked_for_one_name(fields, chosen):
 def test_a_language_model_shows_the_base_model_s_preparation_of_steps():
     model = get_peft_model(tiny.llama(), LoraConfig(task_type="CAUSAL_LM"))
     assert model.base_model_prepare_inputs_for_generation == model.get_base_model().prepare_inputs_for_generation
+
+
+def test_state_that_is_written_under_the_old_private_names_acts():
+    """Many programs set these instead of calling `set_adapter` and `enable_adapters`."""
+    model = adapted(nn.Linear(6, 4))
+    model.add_adapter("b", LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
+    layer, x = model.base_model.model[0], torch.randn(2, 6)
+    first = model(x)
+    model.set_adapter("b")
+    second = model(x)
+    for names, y in (("default", first), (["b"], second), ([], layer.base_layer(x))):
+        layer._active_adapter = names
+        torch.testing.assert_close(model(x), y)
+        assert layer.active_adapters == layer._active_adapter == ([names] if isinstance(names, str) else names)
+    layer._active_adapter = "default"
+    layer._disable_adapters = True
+    torch.testing.assert_close(model(x), layer.base_layer(x))
+    layer._disable_adapters = False
+    torch.testing.assert_close(model(x), first)
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=str)
+def test_a_dropout_of_everything_leaves_the_base_layer(fields, grad, rows):
+    model = adapted(nn.Linear(64, 48), LoraConfig(r=2, target_modules=["0"], lora_dropout=0.5, **fields))
+    layer, x = model.base_model.model[0], torch.randn(rows, 64, requires_grad=grad)
+    layer.lora_dropout["default"].p = 1.0
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    y = model(x)
+    if not fields:
+        torch.testing.assert_close(y, layer.base_layer(x))
+    y.sum().backward()
+    assert layer.lora_A["default"].weight.grad.abs().max() == 0
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    from peft import registry
+
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+    monkeypatch.setattr(registry, "MODEL_CLASSES", dict(registry.MODEL_CLASSES))
+
+
+def test_classes_put_into_the_tables_are_used(tables):
+    class Tuner(peft.LoraModel):
+        pass
+
+    class Model(peft.PeftModelForCausalLM):
+        pass
+
+    peft.PEFT_TYPE_TO_TUNER_MAPPING["LORA"] = Tuner
+    peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"] = Model
+    model = get_peft_model(tiny.llama(), LoraConfig(task_type="CAUSAL_LM"))
+    assert type(model) is Model and type(model.base_model) is Tuner
+    assert peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] is Tuner
+    with pytest.raises(ValueError, match=r"'LORRA' is no method.*Did you mean 'LORA'"):
+        peft.PEFT_TYPE_TO_TUNER_MAPPING["LORRA"] = Tuner

@@ -7,8 +7,8 @@ added by one line in `METHODS`, or from outside by `register_peft_method`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import UnknownNameError, nearest
@@ -115,7 +115,7 @@ METHODS: dict[PeftType, Method] = {
     PeftType.WAVEFT: Method("peft.methods.waveft:WaveFTConfig", "peft.methods.waveft:WaveFTModel", "waveft_"),
 }
 
-MODEL_CLASSES = {
+MODEL_CLASSES: dict[Any, str | type] = {
     TaskType.SEQ_CLS: "peft.heads:PeftModelForSequenceClassification",
     TaskType.SEQ_2_SEQ_LM: "peft.heads:PeftModelForSeq2SeqLM",
     TaskType.CAUSAL_LM: "peft.heads:PeftModelForCausalLM",
@@ -218,8 +218,8 @@ def register_peft_method(
     METHODS[kind] = Method(config_cls, model_cls, prefix or own or f"{name}_", is_mixed_compatible)
 
 
-class Lazy(Mapping[Any, Any]):
-    """A read-only view of the table; reading an entry imports that entry only."""
+class Lazy(MutableMapping[Any, Any]):
+    """A view of the table; reading an entry imports that entry only, and a class that is put in takes its place."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -235,6 +235,19 @@ class Lazy(Mapping[Any, Any]):
             return method.prefix
         return load(method.config if self._what == "config" else method.tuner)
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key not in self._keys():
+            raise UnknownNameError(
+                f"{key!r} is no method of this table.{nearest(str(key), [k.value for k in self])} Add a new one with "
+                "register_peft_method, which takes its configuration and its tuner together."
+            )
+        kind = PeftType(key)
+        changed = {"tuner" if self._what == "mixed" else self._what: value}
+        METHODS[kind] = replace(METHODS[kind], **changed)
+
+    def __delitem__(self, key: Any) -> None:
+        raise TypeError(f"The table of methods keeps its entries; put another class in the place of {key!r}.")
+
     def __contains__(self, key: object) -> bool:
         return key in self._keys()
 
@@ -248,11 +261,17 @@ class Lazy(Mapping[Any, Any]):
         return f"<{self._what} of {', '.join(k.value for k in self)}>"
 
 
-class LazyClasses(Mapping[str, Any]):
-    """task type -> class; reading an entry imports it."""
+class LazyClasses(MutableMapping[str, Any]):
+    """task type -> class; reading an entry imports it, and a class that is put in takes its place."""
 
     def __getitem__(self, key: Any) -> Any:
         return load(MODEL_CLASSES[key])
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        MODEL_CLASSES[TaskType(key)] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del MODEL_CLASSES[key]
 
     def __contains__(self, key: object) -> bool:
         return key in MODEL_CLASSES

@@ -76,14 +76,6 @@ class Handmade(BaseTunerLayer):
 
     # ---- state, as such classes write it -----------------------------------------------------------------------
 
-    @property
-    def _active_adapter(self) -> list[str]:
-        return self.active_adapters
-
-    @_active_adapter.setter
-    def _active_adapter(self, names: str | list[str]) -> None:
-        self._active = (names,) if isinstance(names, str) else tuple(names)
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         weight = self.view.sample(self.get_base_layer())
         if device is None and (weight is None or weight.is_meta):

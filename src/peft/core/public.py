@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,16 @@ from .stack import Values
 from .views.linear import LinearView, TransposedView
 
 
+class Told:
+    """What is worked out when it is asked for, unless an instance has a value of its own, as of programs' classes."""
+
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self.work, self.__doc__ = work, work.__doc__
+
+    def __get__(self, layer: Any, kind: Any = None) -> Any:
+        return self if layer is None else self.work(layer)
+
+
 class Public(nn.Module):
     """Names that callers know; the layer itself does not use them."""
 
@@ -21,6 +31,10 @@ class Public(nn.Module):
     other_param_names: tuple[str, ...]
     merged: Any
     get_base_layer: Any
+    _active: Any
+    _disabled: Any
+    _replan: Any
+    _set_disabled: Any
     follow_base: Any
     _home_order: ClassVar[tuple[str, ...]]
 
@@ -32,20 +46,37 @@ class Public(nn.Module):
                 setattr(cls, name, _of_all(name))
 
     @property
+    def _active_adapter(self) -> list[str]:
+        return list(self._active)
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | list[str]) -> None:
+        self._active = (names,) if isinstance(names, str) else tuple(names)
+        self._replan()
+
+    @property
+    def _disable_adapters(self) -> bool:
+        return bool(self._disabled)
+
+    @_disable_adapters.setter
+    def _disable_adapters(self, disabled: bool) -> None:
+        self._set_disabled(disabled)
+
+    @Told
     def in_features(self) -> int | None:
         """How many numbers the layer takes: features, channels, or words of an embedding; None if it is no W x + b."""
         base = self.get_base_layer()
         found = getattr(base, "in_features", getattr(base, "in_channels", None))
         return (self.view.shape(base) or (None,))[-1] if found is None else found
 
-    @property
+    @Told
     def out_features(self) -> int | None:
         """How many numbers the layer gives; None if it is no W x + b."""
         base = self.get_base_layer()
         found = getattr(base, "out_features", getattr(base, "out_channels", None))
         return (self.view.shape(base) or (None, None))[-2] if found is None else found
 
-    @property
+    @Told
     def fan_in_fan_out(self) -> bool:
         """Whether the weight is stored as (in, out), and with it what `get_delta_weight` gives."""
         return isinstance(self.view, TransposedView) and not self.view.one_hot

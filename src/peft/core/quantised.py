@@ -89,7 +89,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, inner: Stack) -> Tensor:
-        ctx.scale, ctx.inner = scale / (1.0 - p), inner
+        ctx.scale, ctx.inner = scale * masks.share(p), inner
         y = inner(x)
         h, bits = thin.down(x.reshape(-1, x.shape[-1]), A, p)
         ctx.save_for_backward(x, A, B, h if ctx.needs_input_grad[2] else None, bits)

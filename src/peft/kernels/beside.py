@@ -53,7 +53,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, *rest: Any) -> Tensor:
         m, n, b, again = rest
-        ctx.scale, ctx.norm, ctx.p, ctx.again = scale / (1.0 - p) if p < 1 else 0.0, n, p, again
+        ctx.scale, ctx.norm, ctx.p, ctx.again = scale * masks.share(p), n, p, again
         gain = m / n
         h, bits = thin.down(x.reshape(-1, x.shape[-1]), A, p)
         out = narrow.times(y.reshape(-1, y.shape[-1]), h, B * gain[:, None], ctx.scale, gain, b)

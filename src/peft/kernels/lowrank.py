@@ -148,7 +148,7 @@ def masked(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> 
     """`plain` that keeps bytes for the dropout: nothing else in the size of x where A is frozen."""
     mask = _mask(x, p)
     h = slim.linear((x if mask is None else x * mask.view(x.shape)).to(A.dtype), A)
-    return (y + slim.up(h, B) * (scale / (1.0 - p))).to(y.dtype)
+    return (y + slim.up(h, B) * (scale * masks.share(p))).to(y.dtype)
 
 
 def _needs_x(x: Tensor, A: Tensor, B: Tensor) -> bool:
@@ -246,7 +246,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
-        ctx.scale, ctx.shape = scale / (1.0 - p), x.shape
+        ctx.scale, ctx.shape = scale * masks.share(p), x.shape
         flat = x.reshape(-1, x.shape[-1])
         y = F.linear(flat, W, b)
         h, bits = _down(flat, A, B, ctx.scale, p)
@@ -278,7 +278,7 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
-        ctx.scale = scale / (1.0 - p)
+        ctx.scale = scale * masks.share(p)
         h, bits = _down(x, A, B, ctx.scale, p)
         # where only B learns, x is not needed; where only A learns, h is not
         needs_A, needs_B = ctx.needs_input_grad[2], ctx.needs_input_grad[3]

@@ -39,6 +39,11 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return x * draw(x.shape, p, x.device) * (1.0 / (1.0 - p))
 
 
+def share(p: float) -> float:
+    """What dropout multiplies the elements with that it keeps, if there are any."""
+    return 1 / (1.0 - p) if p < 1 else 0.0
+
+
 def _vectorised() -> bool:
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() is torch._C._functorch.TransformType.Vmap for level in stack)

@@ -186,12 +186,7 @@ def _rows(t: Tensor) -> Tensor:
 def _dropped(x: Tensor, mask: Tensor | None, p: float, A: Tensor) -> Tensor:
     """dropout(x) of a mask that was drawn, in A's dtype."""
     x = x.to(A.dtype)  # a product of two dtypes costs torch a copy more
-    return x if mask is None else mask.to(A.dtype).mul_(x).mul_(_share(p))
-
-
-def _share(p: float) -> float:
-    """What dropout multiplies the elements with that it keeps, if there are any."""
-    return 1 / (1.0 - p) if p < 1 else 0.0
+    return x if mask is None else mask.to(A.dtype).mul_(x).mul_(masks.share(p))
 
 
 class _Add(torch.autograd.Function):
@@ -313,5 +308,5 @@ def _thin(
     of_A = back.mT @ kept if needs[1] else None
     if needs[0]:
         of_x = back @ A
-        of_x = of_x if mask is None else of_x.mul_(mask.view(of_x.shape).to(of_x.dtype)).mul_(_share(p))
+        of_x = of_x if mask is None else of_x.mul_(mask.view(of_x.shape).to(of_x.dtype)).mul_(masks.share(p))
     return of_x, of_A, of_B

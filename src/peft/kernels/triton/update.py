@@ -47,7 +47,7 @@ class How(NamedTuple):
 
 def one(x: Tensor, rank: int, scale: float, rate: float) -> How:
     """The update of one adapter; draws the mask."""
-    return How(scale / (1.0 - rate), rank, rate, launch.seed_of(x) if rate else None)
+    return How(scale / (1.0 - rate) if rate < 1 else 0.0, rank, rate, launch.seed_of(x) if rate else None)
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, rate: float) -> Tensor:
