@@ -2,14 +2,17 @@
 
 import copy
 import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear, LoraLayer
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
 
@@ -200,3 +203,95 @@ def test_one_layer_alone_gets_a_further_adapter_and_one_anew():
     x = torch.randn(2, 6)
     assert layer.lora_A["a"].weight.shape == (1, 6) and layer.lora_A["a"].weight.requires_grad
     torch.testing.assert_close(layer(x), layer.base_layer(x))  # B starts at zero
+
+
+@dataclass
+class GainConfig(PeftConfig):
+    target_modules: list[str] | None = None
+    start: float = 1.0
+
+
+class GainLayer(BaseTunerLayer):
+    adapter_layer_names = ("gain_v",)
+
+    def __init__(self, base_layer, **kwargs):
+        self.base_layer, self.out_features = base_layer, base_layer.normalized_shape[0]
+        self.gain_v = nn.ParameterDict({})
+        self._disable_adapters, self.merged_adapters = False, []
+
+    def update_layer(self, adapter_name, start):
+        self.gain_v[adapter_name] = nn.Parameter(torch.full((self.out_features,), start))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters)
+
+
+class Gained(nn.Module, GainLayer):
+    def __init__(self, base_layer, adapter_name, start):
+        super().__init__()
+        GainLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, start)
+
+    def forward(self, x):
+        y = self.base_layer(x)
+        for name in self.active_adapters if not self.disable_adapters else ():
+            y = y * self.gain_v[name] if name in self.gain_v else y
+        return y
+
+
+class GainModel(BaseTuner):
+    prefix, tuner_layer_cls, target_module_mapping = "gain_", GainLayer, {}
+
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        if isinstance(target, GainLayer):
+            target.update_layer(adapter_name, config.start)
+        else:
+            self._replace_module(parent, target_name, Gained(target, adapter_name, config.start), target)
+
+
+def test_a_tuner_of_a_program_puts_its_layers_in_place_itself():
+    x, net = torch.randn(2, 6), nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
+    y = net(x)
+    tuner = GainModel(net, GainConfig(peft_type="GAIN", target_modules=["1"], start=0.5), "a")
+    assert [n for n, p in tuner.named_parameters() if p.requires_grad] == ["model.1.gain_v.a"]
+    torch.testing.assert_close(tuner(x), y / 2)
+    tuner.peft_config["b"] = GainConfig(peft_type="GAIN", target_modules=["1"], start=3.0)
+    tuner.inject_adapter(net, "b")
+    torch.testing.assert_close(tuner(x), y / 2)
+    tuner.set_adapter("b")
+    torch.testing.assert_close(tuner(x), 3 * y)
+    assert [n for n, p in tuner.named_parameters() if p.requires_grad] == ["model.1.gain_v.b"]
+    tuner.set_adapter(["a", "b"])
+    torch.testing.assert_close(tuner(x), 1.5 * y)
+    assert [*get_peft_model_state_dict(tuner, adapter_name="b")] == ["model.1.gain_v"]
+    tuner.disable_adapter_layers()
+    torch.testing.assert_close(tuner(x), y)
+    tuner.enable_adapter_layers()
+    tuner.delete_adapter("a")
+    torch.testing.assert_close(tuner(x), 3 * y)
+    with pytest.raises(NotImplementedError, match="Gained does not say how it is merged"):
+        tuner.merge_and_unload()
+    assert type(tuner.unload()[1]) is nn.LayerNorm
+
+
+def test_what_a_tuner_of_a_program_raises_leaves_the_model_as_it_was():
+    class Failing(GainModel):
+        def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs):
+            if current_key == "1":
+                raise KeyError("too late")
+            super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key)
+
+    net = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4))
+    with pytest.raises(KeyError, match="too late"):
+        Failing(net, GainConfig(peft_type="GAIN", target_modules=["0", "1"]), "a")
+    assert [type(m) for m in net] == [nn.LayerNorm, nn.LayerNorm] and net[0].weight.requires_grad
+
+
+def test_such_a_class_may_be_the_first_thing_that_is_made():
+    code = (
+        "from torch import nn; from peft.tuners.tuners_utils import BaseTunerLayer\n"
+        "class L(nn.Module, BaseTunerLayer):\n    pass\n"
+        "print(L.by_hand, L.__mro__[-2].__name__)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["True", "Module"]

@@ -1,19 +1,21 @@
-"""Layers whose class a program defines: it says with `config._register_custom_module` for which modules they are.
+"""Layers whose class a program defines: it says with `config._register_custom_module` for which modules they are, or
+puts them in place itself, as a tuner of its own.
 
-Such a class holds its tensors, computes and merges as it likes, under the names of `LoraLayer`. The model around it
-switches, trains, saves, loads and unloads it like any other layer.
+Such a class holds its tensors, computes and merges as it likes, under the names of the library's layers. The model
+around it switches, trains, saves, loads and unloads it like any other layer.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from . import views
 from .buffers import BufferDict
+from .call import Call
 from .host import changed
 from .layer import BaseTunerLayer
 from .method import Method, Site
@@ -31,7 +33,7 @@ class ByHand(Method):
         return {}
 
 
-_BY_HAND = ByHand()
+BY_HAND = ByHand()
 _HOMES = (nn.ModuleDict, nn.ParameterDict, BufferDict)
 
 
@@ -45,6 +47,7 @@ class Handmade(BaseTunerLayer):
         """The layer without adapters, with a home for each kind of tensor; without a base layer, a bare module."""
         if base_layer is None:
             nn.Module.__init__(self)
+            self.__dict__.update(view=views.view_of(self, None, True), call=Call(), adapters={})
             return
         self.__dict__["_whole"] = not views.supported(innermost(base_layer))
         self._stand(base_layer)
@@ -53,7 +56,7 @@ class Handmade(BaseTunerLayer):
     def adopt(self, name: str) -> Adapter:
         """The adapter `name`, which is there from the first value that the layer notes for it."""
         if name not in self.adapters:
-            self.adapters[name] = Adapter(self, name, _BY_HAND, None, "")
+            self.adapters[name] = Adapter(self, name, BY_HAND, None, "")
             changed()
         return self.adapters[name]
 
@@ -134,6 +137,34 @@ class Handmade(BaseTunerLayer):
         super().delete_adapter(adapter_name, new_active_adapters)
 
 
+class Begun:
+    """What comes first in such a class: `super().__init__()` makes a bare module, as nn.Module would."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if args or kwargs:
+            super().__init__(*args, **kwargs)
+        else:
+            self._begin(None)  # type: ignore[attr-defined]
+
+
+OF_PROGRAMS = BaseTunerLayer.of_programs = (Begun, Handmade)
+
+
+class Placing:
+    """The part of a tuner that programs call from steps of their own."""
+
+    layer_classes: ClassVar[dict[str, type[BaseTunerLayer]]]
+
+    @classmethod
+    def is_foreign(cls) -> bool:
+        """Whether a program defines the tuner with all its layers."""
+        return not cls.layer_classes and not cls.__module__.startswith("peft.")
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in the place of a module, within `_create_and_replace`."""
+        self.__dict__["under_way"].put(parent, child_name, new_module, child)
+
+
 def class_of(config: Any, base: nn.Module) -> type[BaseTunerLayer] | None:
     """The layer class that a configuration has for a module; None where the library's own are meant.
 
@@ -173,13 +204,26 @@ def placed(steps: Any, path: str, parameter: str | None, layer: BaseTunerLayer |
         steps.put(parent, leaf, layer, found)
     else:
         return None
-    layer.__dict__["call"] = steps.tuner.call
     _settled(layer, steps.name, own, path, steps)
     return layer
 
 
+def note(steps: Any, path: str) -> None:
+    """A layer that a program's own step may have put in place, or given the adapter."""
+    layer = steps.get(path)[2]
+    if isinstance(layer, Handmade) and layer not in steps.placed:
+        steps.undo.append(partial(layer._drop, steps.name))
+        _settled(layer, steps.name, settings(steps.config, path), path, steps)
+
+
 def _settled(layer: Any, name: str, own: Any, path: str, steps: Any) -> None:
     """The adapter as the model around it needs it: with its settings, and beside the base weight."""
+    base = layer.get_base_layer()
+    steps.placed.append(layer)
+    steps.full.append(layer)
+    layer.__dict__["call"] = steps.tuner.call
+    if layer.by_hand and views.supported(base):
+        layer.__dict__["view"] = views.view_of(base)
     p = layer.adopt(name) if layer.by_hand else layer.adapters[name]
     p.path, p.settings, p.shared = path, own, steps.shared
     for key in layer.other_param_names:

@@ -30,7 +30,7 @@ class Homes(AdapterHost):
     _home_order: ClassVar[tuple[str, ...]] = ()
     _parameter_homes: ClassVar[frozenset[str]] = frozenset()
     by_hand: ClassVar[bool] = False  # its class is a program's own
-    of_programs: ClassVar[type | None] = None  # what such classes are, too
+    of_programs: ClassVar[tuple[type, ...]] = ()  # what such classes are, too: before the others, and after them
     _plain: frozenset[str] = frozenset()  # names of the plain values of all adapters, whatever their method
     _beside: Callable[[Tensor], Tensor]
     _replan: Callable[[], None]

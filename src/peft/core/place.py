@@ -163,6 +163,7 @@ class Injection(Casting, Placing):
                 for target in () if of_parameters else self._like_others(targets):
                     parent, leaf, found = self.get(target.path)
                     self.tuner._create_and_replace(self.config, self.name, found, leaf, parent, target.path)
+                    handmade.note(self, target.path)
         finally:
             del self.tuner.__dict__["under_way"]
 
@@ -203,8 +204,6 @@ class Injection(Casting, Placing):
         if layer is None and parameter is not None:
             parent, leaf, found = among(parent, leaf, found, parameter)
         if (own_kind := handmade.placed(self, path, parameter, layer)) is not None:
-            self.placed.append(own_kind)
-            self.full.append(own_kind)
             return own_kind
         if layer is not None and self.whole != (layer.view.label == "Module"):
             raise ValueError(

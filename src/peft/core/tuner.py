@@ -22,6 +22,7 @@ from .call import Call, first_tensor
 from .collector import no_collection
 from .combined import Combined
 from .files import keys_in_hand
+from .handmade import BY_HAND, Placing
 from .host import hosts
 from .layer import AdapterHost, BaseTunerLayer, tuner_layers
 from .place import Injection
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 BIASES = ("none", "all")
 
 
-class BaseTuner(Switching, Combined, nn.Module):
+class BaseTuner(Switching, Combined, Placing, nn.Module):
     """Adapters on a model: its child `model` is the user's own, with tuner layers in place of the targets.
 
     Arguments:
@@ -93,7 +94,7 @@ class BaseTuner(Switching, Combined, nn.Module):
 
     # ---- what a method's tuner states --------------------------------------------------------------------------
 
-    method: ClassVar[Any] = None  # where it is the same for every target
+    method: ClassVar[Any] = BY_HAND  # where it is the same for every target
 
     @classmethod
     def method_of(cls, settings: Any) -> Any:
@@ -211,11 +212,12 @@ class BaseTuner(Switching, Combined, nn.Module):
     def plan_of(cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any = None) -> Any:
         """The plan of a configuration of this method."""
         keys = None if state_dict is None else list(state_dict)
-        return match(model, config, keys, prefix=cls.prefix, adapter_name=adapter_name)
+        every = (lambda m: True) if cls.is_foreign() else None
+        return match(model, config, keys, cls.prefix, adapter_name, supported=every)
 
     def kind_of(self, config: Any) -> type[BaseTuner]:
         """The tuner class of a configuration's method: this one's, or another's that is mixed in."""
-        kind = tuner_class(config.peft_type)
+        kind = type(self) if self.is_foreign() else tuner_class(config.peft_type)
         return type(self) if isinstance(self, kind) else kind
 
     def _check_new_adapter(self, model: nn.Module, name: str, config: Any) -> None:

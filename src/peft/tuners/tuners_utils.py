@@ -9,7 +9,7 @@ _NAMES = {
     "peft.core.defaults": """
         DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND
         MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES""",
-    "peft.core.layer": "BaseTunerLayer",
+    "peft.core.handmade": "BaseTunerLayer",
     "peft.core.tuner": "BaseTuner",
     "peft.core.wrappers": "AuxiliaryTrainingWrapper",
     "peft.errors": "NoMatchingPeftModuleError PeftWarning",

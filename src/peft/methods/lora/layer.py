@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...core.alone import renewed
 from ...core.defaults import BNB_LAYERS
-from ...core.handmade import Handmade
+from ...core.handmade import OF_PROGRAMS
 from ...core.layer import name_layers
 from ...core.scale import ScaledLayer
 
@@ -19,7 +19,7 @@ class LoraLayer(ScaledLayer):
     """A target under LoRA adapters; `isinstance(module, LoraLayer)` tells such layers from others."""
 
     family = "lora"
-    of_programs = Handmade
+    of_programs = OF_PROGRAMS
     adapter_layer_names = (
         "lora_A",
         "lora_B",
