@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import Linear, LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
@@ -295,3 +295,83 @@ def test_such_a_class_may_be_the_first_thing_that_is_made():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["True", "Module"]
+
+
+class Making(LoraModel):
+    @staticmethod
+    def _create_new_module(lora_config, adapter_name, target, **kwargs):
+        if isinstance(target, nn.Linear):
+            return Doubled(target, adapter_name, config=lora_config, **kwargs)
+        if isinstance(target, nn.LSTM):
+            return LoraLSTM(target, adapter_name, lora_config, **kwargs)
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+
+
+class Deep(Net):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(5, 5, 1)
+
+    def forward(self, x):
+        return super().forward(self.conv(x))
+
+
+def test_a_tuner_whose_making_of_layers_a_program_stands_in_for():
+    config = LoraConfig(r=2, target_modules=["lstm", "head", "conv"], rank_pattern={"head": 3}, init_lora_weights=False)
+    tuner = Making(Deep(), config, "default")
+    kinds = {name: type(tuner.model.get_submodule(name)).__name__ for name in ("lstm", "head", "conv")}
+    assert kinds == {"lstm": "LoraLSTM", "head": "Doubled", "conv": "Conv1d"}
+    assert tuner.model.head.r == {"default": 3} and isinstance(tuner.model.conv, LoraLayer)
+    tuner(X).sum().backward()
+    assert all(p.grad is not None for p in tuner.parameters() if p.requires_grad)
+    y = tuner(X)
+    tuner.model.head.set_scale("default", 0)
+    assert not torch.allclose(tuner(X), y)
+
+
+def test_a_function_put_in_place_of_the_making_of_layers_is_called(monkeypatch):
+    first, asked = LoraModel._create_new_module, []
+
+    def make(lora_config, adapter_name, target, **kwargs):
+        asked.append(kwargs["target_name"])
+        return first(lora_config, adapter_name, target, **kwargs)
+
+    config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    plain = get_peft_model(copy.deepcopy(net), config)
+    monkeypatch.setattr(LoraModel, "_create_new_module", staticmethod(make))
+    model = get_peft_model(copy.deepcopy(net), config)
+    assert asked == ["0", "1"] and str(model) == str(plain)
+    model.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 6)
+    torch.testing.assert_close(model(x), plain(x))
+    torch.testing.assert_close(model.merge_and_unload()(x), plain(x))
+
+
+def test_what_a_program_makes_must_be_a_layer():
+    class Wrong(LoraModel):
+        @staticmethod
+        def _create_new_module(lora_config, adapter_name, target, **kwargs):
+            return nn.Identity()
+
+    net = Net()
+    with pytest.raises(TypeError, match="gave a Identity for 'head', which is no tuner layer"):
+        Wrong(net, LoraConfig(target_modules=["head"]), "default")
+    assert type(net.head) is nn.Linear
+
+
+@pytest.mark.parametrize("calls_first", [False, True])
+def test_a_function_put_in_place_of_the_first_values_gives_them(monkeypatch, calls_first):
+    first, asked = LoraLayer.reset_lora_parameters, []
+
+    def reset(self, adapter_name, init_lora_weights):
+        asked.append((adapter_name, init_lora_weights))
+        if calls_first:
+            first(self, adapter_name, init_lora_weights)
+        nn.init.constant_(self.lora_A[adapter_name].weight, 0.5)
+
+    monkeypatch.setattr(LoraLayer, "reset_lora_parameters", reset)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), LoraConfig(target_modules=["0", "1"]))
+    assert asked == [("default", True)] * 2
+    for layer in model.base_model.model:
+        assert (layer.lora_A["default"].weight == 0.5).all() and (layer.lora_B["default"].weight == 0).all()

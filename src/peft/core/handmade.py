@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..registry import tuner_class
 from . import views
 from .buffers import BufferDict
 from .call import Call
@@ -160,6 +161,27 @@ class Placing:
         """Whether a program defines the tuner with all its layers."""
         return not cls.layer_classes and not cls.__module__.startswith("peft.")
 
+    @classmethod
+    def makes_layers(cls) -> bool:
+        """Whether a program stands in for the making of layers."""
+        return cls._create_new_module is not Placing._create_new_module
+
+    @staticmethod
+    def _create_new_module(peft_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        """The layer of a module with its first adapter: a step of injection for which programs stand in.
+
+        Arguments:
+            peft_config: the adapter's settings.
+            adapter_name: the adapter.
+            target: the module.
+            kwargs: what is stated beside the settings.
+        """
+        classes = tuner_class(peft_config.peft_type).layer_classes
+        made: nn.Module = classes[views.view_of(innermost(target)).label](
+            target, adapter_name, config=peft_config, **kwargs
+        )
+        return made
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a layer in the place of a module, within `_create_and_replace`."""
         self.__dict__["under_way"].put(parent, child_name, new_module, child)
@@ -182,25 +204,39 @@ def class_of(config: Any, base: nn.Module) -> type[BaseTunerLayer] | None:
     return None
 
 
+def is_programs_own(steps: Any, base: nn.Module) -> bool:
+    """Whether a program makes the layer of a module, or states its class."""
+    return steps.tuner.makes_layers() or class_of(steps.config, base) is not None
+
+
 def placed(steps: Any, path: str, parameter: str | None, layer: BaseTunerLayer | None) -> BaseTunerLayer | None:
-    """The layer of one target where a program's class makes it; None where the library does.
+    """The layer of one target where a program makes it, or its class does; None where the library does.
 
     Arguments:
         steps: the injection.
         path: of the target.
         parameter: of the module, where that is the target.
         layer: what stands there already, if anything does.
+
+    Raises TypeError if what a program makes is no layer.
     """
     parent, leaf, found = steps.get(path)
     kind = None if parameter else class_of(steps.config, innermost(found))
+    makes = parameter is None and steps.tuner.makes_layers()
     own = settings(steps.config, path)
-    stated = {"config": own, "lora_alpha": getattr(own, "lora_alpha", None)}
+    stated = {"lora_alpha": getattr(own, "lora_alpha", None)}
     if isinstance(layer, Handmade):
         steps.undo += [layer._replan, partial(layer._drop, steps.name)]
-        layer.update_layer(steps.name, own.r, **stated)
-    elif layer is None and kind is not None:
+        layer.update_layer(steps.name, own.r, config=own, **stated)
+    elif layer is None and (makes or kind is not None):
         flags = dict.fromkeys(("loaded_in_8bit", "loaded_in_4bit", "ephemeral_gpu_offload"), False)
-        layer = kind(found, steps.name, r=own.r, target_name=leaf, **stated, **flags)
+        stated |= {"r": getattr(own, "r", None), "target_name": leaf, **flags}
+        if kind is None:
+            layer = steps.tuner._create_new_module(own, steps.name, found, **stated)
+        else:
+            layer = kind(found, steps.name, config=own, **stated)
+        if not isinstance(layer, BaseTunerLayer):
+            raise TypeError(f"_create_new_module gave a {type(layer).__name__} for {path!r}, which is no tuner layer.")
         steps.put(parent, leaf, layer, found)
     else:
         return None

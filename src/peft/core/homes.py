@@ -99,6 +99,14 @@ class Homes(AdapterHost):
             self.register_load_state_dict_post_hook(_follow_base)
         self._file(key, p.name, self._beside(value), p)
 
+    def begin(self, p: Adapter, root: Stack) -> None:
+        """Give a new adapter its first values."""
+        p.method.init(p, root)
+
+    def begins_alike(self) -> bool:
+        """Whether nothing but the method says what these are."""
+        return True
+
     @torch.no_grad()
     def restart(self, p: Adapter, **changes: Any) -> None:
         """Give adapter p first values anew; `changes` are settings that hold for this once."""

@@ -179,7 +179,7 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recor
             with torch.no_grad(), self._in_sight():
                 root = self.stack(())
                 if init and site.device.type != "meta":
-                    method.init(p, root)
+                    self.begin(p, root)
                 if self.original_weight_device().type != "meta":
                     method.derive(p, root)
             self._spread(p, site)

@@ -90,7 +90,7 @@ class Mold:
     def of(cls, layer: BaseTunerLayer, name: str, meta: bool) -> Mold | None:
         """The mold of a layer, if all that it consists of is known."""
         p, base = layer.adapters[name], layer._modules["base_layer"]
-        start = p.method.again(p)
+        start = p.method.again(p) if layer.begins_alike() else None
         ordinary = layer.__dict__.keys() <= _LAYER | _STATE and type(layer.view) is views.LinearView and not layer._read
         if not ordinary or base is None or p.shared or p.cache or layer.packed is not None or start is None:
             return None
@@ -218,7 +218,7 @@ class Casting:
         added: list[BaseTunerLayer] = []
         told, casts = _told.get(), []
         self.undo.append(partial(self._taken_out, fresh, added))
-        patterns, custom = bool(tables(config)), getattr(config, "_custom_modules", None)
+        patterns, custom = bool(tables(config)), getattr(config, "_custom_modules", None) or kind.makes_layers()
         with torch.no_grad():
             for target in targets:
                 found, path = target.module, target.path

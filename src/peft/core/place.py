@@ -188,7 +188,7 @@ class Injection(Casting, Placing):
             self.put(parent, leaf, found, there)
         self.given = config
         try:
-            if parameter is None and handmade.class_of(config, innermost(found)) is None:
+            if parameter is None and not handmade.is_programs_own(self, innermost(found)):
                 self._module(path, innermost(found))
             else:
                 self._place(path, parameter)

@@ -30,7 +30,15 @@ from .pour import Job, Pouring, parameters
 from .tuner import BaseTuner
 
 Key = tuple[dict[str, Any], bool, list[tuple[str, ...]]]
-_STEPS = ("inject_adapter", "_create_and_replace", "_inject_parameters", "before_layers", "after_layers", "match")
+_STEPS = (
+    "inject_adapter",
+    "_create_and_replace",
+    "_create_new_module",
+    "_inject_parameters",
+    "before_layers",
+    "after_layers",
+    "match",
+)
 _steps = attrgetter(*_STEPS, "plan_of.__func__", "injection")
 # What is looked at in many objects at once, without a step of Python's for each.
 _modules, _parameters, _training = attrgetter("_modules"), attrgetter("_parameters"), attrgetter("training")

@@ -212,7 +212,7 @@ class BaseTuner(Switching, Combined, Placing, nn.Module):
     def plan_of(cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any = None) -> Any:
         """The plan of a configuration of this method."""
         keys = None if state_dict is None else list(state_dict)
-        every = (lambda m: True) if cls.is_foreign() else None
+        every = (lambda m: True) if cls.is_foreign() or cls.makes_layers() else None
         return match(model, config, keys, cls.prefix, adapter_name, supported=every)
 
     def kind_of(self, config: Any) -> type[BaseTuner]:

@@ -13,6 +13,7 @@ from ...core.defaults import BNB_LAYERS
 from ...core.handmade import OF_PROGRAMS
 from ...core.layer import name_layers
 from ...core.scale import ScaledLayer
+from ...core.stack import Adapter, Stack
 
 
 class LoraLayer(ScaledLayer):
@@ -98,6 +99,16 @@ class LoraLayer(ScaledLayer):
             )
         self.restart(p, init_lora_weights=init_lora_weights)
 
+    def begin(self, p: Adapter, root: Stack) -> None:
+        """Give a new adapter its first values, and those of a `reset_lora_parameters` that a program has put here."""
+        super().begin(p, root)
+        if not self.begins_alike():
+            self.reset_lora_parameters(p.name, p.settings.init_lora_weights)
+
+    def begins_alike(self) -> bool:
+        """Whether nothing but the method says what these are."""
+        return type(self).reset_lora_parameters is _RESET
+
     def natural_scaling(self, adapter: str) -> float:
         """alpha / r, or alpha / sqrt(r)."""
         p = self.adapters[adapter]
@@ -107,6 +118,9 @@ class LoraLayer(ScaledLayer):
     def lora_variant(self) -> dict[str, Any]:
         """The methods of those adapters that are more than plain LoRA."""
         return {n: a.method for n, a in self.adapters.items() if any(getattr(a.settings, f, None) for f in VARIANTS)}
+
+
+_RESET = LoraLayer.reset_lora_parameters
 
 
 class _LoraParameterProxy(nn.Module):
