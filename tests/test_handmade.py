@@ -375,3 +375,43 @@ def test_a_function_put_in_place_of_the_first_values_gives_them(monkeypatch, cal
     assert asked == [("default", True)] * 2
     for layer in model.base_model.model:
         assert (layer.lora_A["default"].weight == 0.5).all() and (layer.lora_B["default"].weight == 0).all()
+
+
+class Tripled(Linear):
+    """An update that is three times what the factors say, in the forward and where it is merged."""
+
+    def forward(self, x):
+        return self.base_layer(x) + x @ self.get_delta_weight("default").mT
+
+    def get_delta_weight(self, adapter):
+        return 3 * super().get_delta_weight(adapter)
+
+
+@pytest.mark.parametrize("merge", ["adapter", "and_unload"])
+def test_a_layer_that_says_its_own_update_is_merged_by_it(merge):
+    base = Net()
+    model = get_peft_model(Net(), settings("head", Tripled))
+    y = model(X)
+    assert not torch.allclose(y, base(X), atol=1e-2)
+    if merge == "and_unload":
+        torch.testing.assert_close(model.merge_and_unload()(X), y)
+        return
+    model.merge_adapter()
+    layer = model.base_model.model.head
+    torch.testing.assert_close(layer.base_layer(model.lstm(X)[0][:, -1]), y)
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, base.head.weight)
+
+
+def test_a_merge_of_a_layer_s_own_is_called_for_good_too():
+    class Counted(Linear):
+        merges = 0
+
+        def merge(self, *args, **kwargs):
+            Counted.merges += 1
+            super().merge(*args, **kwargs)
+
+    model = get_peft_model(Net(), settings("head", Counted))
+    y = model(X)
+    torch.testing.assert_close(model.merge_and_unload()(X), y)
+    assert Counted.merges == 1

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import storage
 from .folding import ALL, Fold
+from .kinds import stated_outside
 from .lent import alike, own, put, same_memory
 from .recycled import empty_like
 from .rounding import dense_twin, measured, store
@@ -111,7 +112,7 @@ def folds(stack: Stack, W: Tensor) -> list[Fold] | None:
         stack: the layer under some adapters.
         W: the base weight as it is now, (..., O, I).
     """
-    if W.dim() != 2 or type(W) not in (Tensor, nn.Parameter) or not stack.adapters:
+    if W.dim() != 2 or type(W) not in (Tensor, nn.Parameter) or not stack.adapters or stack.layer.says_update():
         return None
     wide = torch.promote_types(W.dtype, torch.float32)
     found: list[Fold] = []
@@ -154,6 +155,7 @@ class Blocks:
     original_weight: Callable[[], Tensor]
     _stand_in: Callable[[nn.Module], None]
     _where: Callable[[], str]
+    get_delta_weight: Callable[[str], Tensor]
     tied: dict[str, nn.Parameter] | None = None
     _saved: dict[str, Any] | None = None
     _rounding: str = "requantize"  # how a quantised weight takes a merge
@@ -183,6 +185,16 @@ class Blocks:
         stack = self.stack(names)
         yield from self._blocks(stack, self._bias(stack), into)
 
+    def says_update(self) -> bool:
+        """Whether the update is what a program's own `get_delta_weight` gives."""
+        return stated_outside(type(self), "get_delta_weight")
+
+    def _as_said(self, stack: Stack) -> Tensor:
+        W = stack.root.weight()
+        for a in stack.adapters:
+            W = W + self.view.matrix(stack.base, self.get_delta_weight(a.name)).to(W.dtype)
+        return W
+
     def _bias(self, stack: Stack) -> Tensor | None:
         """b', checked; None for zeros that a layer without a bias does not need."""
         if self.view.bias(stack.base) is None and not self.view.one_hot:
@@ -196,7 +208,8 @@ class Blocks:
     def _blocks(self, stack: Stack, b: Tensor | None, into: Tensor | None) -> Iterator[tuple[int, Tensor]]:
         base, view = stack.base, self.view
         *lead, out, inp = view.shape(base)
-        held = self.base_weight() if _dense(stack) else None
+        says = self.says_update()
+        held = self.base_weight() if _dense(stack) and not says else None
         turn = None if held is None else folds(stack, held)
         step = out
         if held is not None and (turn or all(a.method.rowwise(a) for a in stack.adapters)):
@@ -206,7 +219,9 @@ class Blocks:
         for start in range(0, out, step):
             rows = slice(start, start + step) if step < out else ALL
             place = memory if memory is None or rows is ALL else memory[..., rows, :]
-            if turn is None or held is None:
+            if says:
+                W = self._as_said(stack)
+            elif turn is None or held is None:
                 W = stack.weight(rows)
             else:
                 W = folded(turn, held if rows is ALL else held[rows], rows, place)

@@ -7,6 +7,11 @@ from typing import Any
 from torch import nn
 
 
+def stated_outside(kind: type, name: str) -> bool:
+    """Whether a program says what a class of layers does under a name."""
+    return not str(getattr(kind, name).__module__).startswith("peft.")
+
+
 class LayerType(type):
     """The type of layer classes.
 

@@ -15,6 +15,7 @@ from ..kernels.modes import ordinary
 from . import onestep, storage
 from .blocks import Blocks
 from .kept import Forgetful
+from .kinds import stated_outside
 from .lent import own
 from .memory import identity
 from .method import Delta
@@ -146,6 +147,13 @@ class Mergeable(Blocks, Forgetful):
             if names and not (keep and len(names) == 1 and onestep.merged(self, names[0])):
                 with onload_layer(self):
                     self._merge_here(names, keep)
+
+    def merge_for_good(self, names: tuple[str, ...]) -> None:
+        """Merge into a base that stays so; by a program's own `merge`, where the layer has one."""
+        if names and stated_outside(type(self), "merge"):
+            self.merge(False, list(names))
+        else:
+            self._merge(names, keep=False)
 
     def _merge_here(self, names: tuple[str, ...], keep: bool) -> None:
         """`_merge`, with all weights in place."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import storage
 from .blocks import PER_ELEMENT, TILE_BYTES, bounded, filled, finite, rows_of_a_tile
 from .folding import Fold
+from .kinds import stated_outside
 from .lent import alike, own, put, same_memory
 from .recycled import empty_like
 from .sharded.gather import is_spread
@@ -24,7 +25,7 @@ from .views import LinearView
 STEPS = ("_merge_here", "_write", "_payload", "check_merge", "tiles")
 OWN = frozenset(f"{__package__}.{room}" for room in ("blocks", "merge", "sharded.together"))  # where those are stated
 
-_ordinary: dict[type, bool] = {}  # classes of layers
+_ordinary: dict[tuple[Any, ...], bool] = {}  # by class of layers, and what programs may have put there
 
 
 class Saved(dict[str, Any]):
@@ -149,10 +150,12 @@ def given_back(layer: Any) -> bool:
 def ordinary(layer: Any, name: str) -> Change | None:
     """What an adapter changes of a layer, where nothing about the layer is out of the ordinary."""
     kind = type(layer)
-    if kind not in _ordinary:
-        _ordinary[kind] = {getattr(kind, step).__module__ for step in STEPS} <= OWN
+    key = kind, kind.get_delta_weight, kind.merge
+    if key not in _ordinary:
+        foreign = stated_outside(kind, "get_delta_weight") or stated_outside(kind, "merge")
+        _ordinary[key] = not foreign and {getattr(kind, step).__module__ for step in STEPS} <= OWN
     base, d = layer._modules["base_layer"], layer.__dict__
-    if not _ordinary[kind] or type(base) is not nn.Linear or type(layer.view) is not LinearView or "_hf_hook" in d:
+    if not _ordinary[key] or type(base) is not nn.Linear or type(layer.view) is not LinearView or "_hf_hook" in d:
         return None
     if layer._disabled or layer._merged or layer._saved is not None or layer.tied is not None:
         return None

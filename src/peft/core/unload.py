@@ -180,7 +180,7 @@ def _merge_for_good(model: nn.Module, work: Work, ready: Ready, names: list[str]
     with uncut() as layer_ends:
         for layer, mine in progress(work, progressbar):
             if not ready.merged(layer):
-                layer._merge(mine, keep=False)
+                layer.merge_for_good(mine)
             layer_ends()
     retie(model, groups, work)
 
