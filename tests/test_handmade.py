@@ -415,3 +415,22 @@ def test_a_merge_of_a_layer_s_own_is_called_for_good_too():
     y = model(X)
     torch.testing.assert_close(model.merge_and_unload()(X), y)
     assert Counted.merges == 1
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv1d(2, 3, 1), lambda: nn.Bilinear(4, 4, 3)], ids=["conv", "bilinear"])
+def test_a_class_over_any_module_gets_factors_of_its_own_sizes(make):
+    class Sized(nn.Module, LoraLayer):
+        def __init__(self, base_layer, adapter_name, config=None, r=0, lora_alpha=1, **kwargs):
+            super().__init__()
+            LoraLayer.__init__(self, base_layer)
+            self.in_features, self.out_features = 2, 3
+            self._active_adapter = adapter_name
+            self.update_layer(adapter_name, r, lora_alpha, config)
+
+    base = make()
+    config = LoraConfig(r=2, target_modules=["0"], lora_dropout=0.5)
+    config._register_custom_module({type(base): Sized})
+    layer = get_peft_model(nn.Sequential(base), config).base_model.model[0]
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    assert (A.in_features, A.out_features, B.out_features) == (2, 2, 3) and A.weight.requires_grad
+    assert layer.lora_dropout["default"].p == 0.5 and layer.scaling == {"default": 4.0} and not B.weight.any()

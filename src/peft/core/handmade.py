@@ -187,6 +187,19 @@ class Placing:
         self.__dict__["under_way"].put(parent, child_name, new_module, child)
 
 
+def taken_over(layer: Any, other: BaseTunerLayer, name: str) -> None:
+    """Have an adapter of another layer's tensors and values; it learns if its name is active."""
+    p, made = layer.adopt(name), other.adapters[name]
+    for key in layer.other_param_names:
+        if key in made.__dict__:
+            setattr(p, key, made.__dict__[key])
+    for key in other._home_order:
+        home = getattr(other, key)
+        if name in home:
+            getattr(layer, key)[name] = home[name]
+    layer.set_requires_grad(name, name in layer.active_adapters)
+
+
 def class_of(config: Any, base: nn.Module) -> type[BaseTunerLayer] | None:
     """The layer class that a configuration has for a module; None where the library's own are meant.
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from ...core.alone import renewed
 from ...core.defaults import BNB_LAYERS
-from ...core.handmade import OF_PROGRAMS
+from ...core.handmade import OF_PROGRAMS, taken_over
 from ...core.layer import name_layers
 from ...core.scale import ScaledLayer
 from ...core.stack import Adapter, Stack
@@ -75,7 +76,12 @@ class LoraLayer(ScaledLayer):
             config: a LoraConfig with the other settings; None is its defaults.
             kwargs: other fields of it.
         """
-        renewed(self, adapter_name, config, {"r": r, "lora_alpha": lora_alpha, **kwargs})
+        stated = {"r": r, "lora_alpha": lora_alpha, **kwargs}
+        if not self.by_hand or self.view.label == "Linear":
+            renewed(self, adapter_name, config, stated)
+        else:  # of whatever module: a class of a program's has factors of its sizes
+            like = skip_init(nn.Linear, self.in_features, self.out_features, bias=False)
+            taken_over(self, NAMES["Linear"](like, adapter_name, config=config, **stated), adapter_name)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
         """Give an adapter its first values again, as where `to_empty` has left its tensors without.
