@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from conformance.layouts import LAYOUTS, Around, Layout
 from conformance.rows import FEW, METHODS, adapted, cells, close, given
@@ -68,6 +69,46 @@ def test_a_layer_that_is_run_again_has_the_same_gradients(method: str, name: str
     for found, grad in zip(gradients(model, x, reentrant), wanted, strict=True):
         close(found, grad, 1e-6)
     assert any(g.any() for g in wanted)
+
+
+class Chosen(nn.Module):
+    """Runs its layer again in the backward pass but for the products, whose results it keeps."""
+
+    products = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "mv", "_to_copy"))
+    reentrant: bool | None = None
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return torch.tanh(self.layer(x))
+        kept = partial(create_selective_checkpoint_contexts, list(self.products))
+        return checkpoint(lambda x: torch.tanh(self.layer(x)), x, use_reentrant=self.reentrant, context_fn=kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("method", [m for m, name in cells() if name == "linear-3-D"])
+def test_selective_checkpointing_finds_the_results_that_it_kept(method: str, rows: int, dtype: torch.dtype) -> None:
+    """A result that was changed where it lies is refused by torch, or taken for the operation's if it cannot see it."""
+    layout = replace(LAYOUTS["linear-3-D"], build=lambda: Chosen(nn.Linear(6, 8)), shape=(4, rows, 6))
+    model, x = adapted(method, layout, dtype, **DROPOUT.get(method, {})).train(), layout.x(dtype)
+    wanted = gradients(model, x, None)
+    for found, grad in zip(gradients(model, x, False), wanted, strict=True):
+        close(found, grad, 1e-6 if dtype is torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("names", [["one", "__base__", "two", "two"], ["one", "one", "two", "two"]])
+def test_selective_checkpointing_of_mixed_batches(method: str, names: list[str]) -> None:
+    layout = replace(LAYOUTS["linear-3-D"], build=lambda: Chosen(nn.Linear(6, 8)))
+    model, x = adapted(method, layout, names=("one", "two")).train(), layout.x()
+    model.base_model.set_requires_grad(["one", "two"])
+    wanted = gradients(model, x, None, adapter_names=names)
+    for found, grad in zip(gradients(model, x, False, adapter_names=names), wanted, strict=True):
+        close(found, grad, 1e-6)
 
 
 @pytest.mark.parametrize("method, name", [("lora", n) for n in (*KINDS, "conv-2d-grouped")] + [("dora", "embedding")])

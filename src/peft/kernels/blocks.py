@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .again import batched, differentiable
-from .modes import is_autocast, node, once, transformed
+from .modes import is_autocast, node, once, reused, transformed
 
 WIDE = 32  # from which size of a block on a product takes no longer per feature than of a smaller one
 
@@ -52,6 +52,8 @@ def _rows(t: Tensor, blocks: Tensor) -> Tensor:
 
 def product(t: Tensor, blocks: Tensor) -> Tensor:
     """`plain` of ordinary tensors, for blocks (n, b, b), without a gradient."""
+    if reused():
+        return plain(t, blocks)
     out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
     torch.bmm(_rows(t, blocks).transpose(0, 1), blocks, out=_rows(out, blocks).transpose(0, 1))
     return out

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import halves, slim
 from .again import batched, differentiable
-from .modes import is_autocast, shaped, transformed
+from .modes import changed, is_autocast, reused, shaped, transformed
 
 EXACT = (torch.float32, torch.float64)
 KNOWN = (Tensor, nn.Parameter)
@@ -44,6 +44,7 @@ def placed(y: Tensor, u: Tensor, at: Any, own: bool) -> Tensor:
     u = u.reshape((y if at.rows is None else at.rows).shape[0], *y.shape[1:])  # which may be of no positions
     if at.real is not None:
         u = u.index_select(0, at.real)
+    own = own and not reused()
     if u.dtype is not y.dtype:
         return y.index_copy(0, at.to, (y.index_select(0, at.to) + u).to(y.dtype))
     return y.index_add_(0, at.to, u) if own else y.index_add(0, at.to, u)
@@ -65,10 +66,10 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, at: Any, own: bool = False) 
     h = torch.bmm(A, z.mT).mT if z.shape[1] > A.shape[1] else torch.bmm(z, A.mT)  # `shrunk`, one call less
     if rows is None and y.dtype is h.dtype is B.dtype:
         flat = y.reshape(at.adapters, -1, y.shape[-1])
-        return (flat.baddbmm_(h, B) if own else torch.baddbmm(flat, h, B)).view(y.shape)
+        return (changed(flat, "baddbmm", h, B) if own else torch.baddbmm(flat, h, B)).view(y.shape)
     u = torch.bmm(h, B)
     if own and at.real is None and u.dtype is y.dtype:
-        return y.index_add_(0, at.to, u.view(-1, *y.shape[1:]))
+        return changed(y, "index_add", 0, at.to, u.view(-1, *y.shape[1:]))
     return placed(y, u, at, own)
 
 
@@ -86,7 +87,7 @@ def ordered(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, at: An
     y = F.linear(z, W, b)
     z = z.view(A.shape[0], -1, x.shape[-1])
     h = torch.bmm(A, z.mT).mT if z.shape[1] > A.shape[1] else torch.bmm(z, A.mT)
-    y.view(A.shape[0], -1, y.shape[-1]).baddbmm_(h, B)
+    y = changed(y.view(A.shape[0], -1, y.shape[-1]), "baddbmm", h, B).view(y.shape)
     return y.index_select(0, back)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .again import differentiable
-from .modes import node, shaped, transformed, without_autocast
+from .modes import changed, node, shaped, transformed, without_autocast
 from .thin import NARROW, WIDE
 
 
@@ -72,7 +72,7 @@ class _Add(torch.autograd.Function):
         ctx.scale, scaled = s, W1 * s
         ctx.save_for_backward(x, W1, scaled, W2)
         found = scaled @ (_parts(x, W1, W2) @ W2.t())
-        return shaped(found.view(-1, y.shape[-1]).add_(y.reshape(-1, y.shape[-1])).to(y.dtype), y.shape[:-1])
+        return shaped(changed(found.view(-1, y.shape[-1]), "add", y.reshape(-1, y.shape[-1])).to(y.dtype), y.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -19,7 +19,7 @@ from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
 from . import choice, masks, slim, thin, whole
-from .modes import is_autocast, node, shaped, transformed, without_autocast
+from .modes import changed, is_autocast, node, shaped, transformed, without_autocast
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
@@ -187,9 +187,9 @@ def raised(y: Tensor, h: Tensor, B: Tensor, scale: Any, own: bool) -> Tensor:
     if isinstance(scale, Tensor):
         return (y + F.linear(h, B) * scale).to(y.dtype)
     if y.dtype is h.dtype:
-        return y.addmm_(h, B.mT, alpha=scale) if own else torch.addmm(y, h, B.mT, alpha=scale)
+        return changed(y, "addmm", h, B.mT, alpha=scale) if own else torch.addmm(y, h, B.mT, alpha=scale)
     if torch.promote_types(y.dtype, h.dtype) is h.dtype:  # a sum of two dtypes costs more than two casts
-        return y.to(h.dtype).addmm_(h, B.mT, alpha=scale).to(y.dtype)
+        return changed(y.to(h.dtype), "addmm", h, B.mT, alpha=scale).to(y.dtype)
     return torch.add(y, F.linear(h, B), alpha=scale)
 
 

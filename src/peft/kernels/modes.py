@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,6 +56,31 @@ def faking() -> bool:
     if recorded():
         return True
     return torch._C._len_torch_dispatch_stack() > 0 and any(map(torch._C._get_dispatch_mode, _STANDING_IN))
+
+
+def reused() -> bool:
+    """Whether selective checkpointing gives the results of operations again, so that none may be changed where it lies.
+
+    torch finds such a change by the version of the tensor, and not at all where it went through an `_unsafe_view`.
+    """
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    kinds = _selective()
+    return any(isinstance(mode, kinds) for mode in _get_current_dispatch_mode_stack())
+
+
+@cache
+def _selective() -> tuple[type, ...]:
+    """The modes of selective checkpointing; it is the only thing in torch that gives results of operations again."""
+    from torch.utils import checkpoint
+
+    names = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    return tuple(getattr(checkpoint, name) for name in names if hasattr(checkpoint, name))
+
+
+def changed(y: Tensor, how: str, *args: Any, **more: Any) -> Tensor:
+    """`y.how_(...)` of a result that is nobody else's; beside it where operations are `reused`."""
+    return cast(Tensor, getattr(y, how if reused() else how + "_")(*args, **more))
 
 
 def numbered(t: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import thin
-from .modes import transformed
+from .modes import changed, transformed
 
 
 def row(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -57,10 +57,10 @@ def times(
 ) -> Tensor:
     """gain (y - b) + b + scale B h of rows (N, k), in the dtype of y; in y's memory if that is the caller's own."""
     if plain or y.numel() <= thin.ONE:
-        return _times(y.to(h.dtype), gain, b).addmm_(h, B.mT, alpha=scale).to(y.dtype)
+        return changed(_times(y.to(h.dtype), gain, b), "addmm", h, B.mT, alpha=scale).to(y.dtype)
     out = y if own else torch.empty_like(y)
     for some in thin.blocks(*y.shape):
-        out[some].copy_(_times(y[some].to(h.dtype), gain, b).addmm_(h[some], B.mT, alpha=scale))
+        out[some].copy_(changed(_times(y[some].to(h.dtype), gain, b), "addmm", h[some], B.mT, alpha=scale))
     return out
 
 

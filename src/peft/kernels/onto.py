@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import slim
-from .modes import transformed
+from .modes import changed, transformed
 
 
 def thin(x: Tensor, W: Tensor, b: Tensor | None, *terms: tuple[Tensor, Tensor, Any]) -> Tensor:
@@ -27,9 +27,9 @@ def thin(x: Tensor, W: Tensor, b: Tensor | None, *terms: tuple[Tensor, Tensor, A
     for h, B, s in terms:
         if type(s) is float and y.dtype is h.dtype and y.dtype is B.dtype:
             large = torch.is_grad_enabled() and not transformed() and y.numel() >= slim.LARGE
-            y = slim.onto(y, h, B.mT, s) if large else y.addmm_(h, B, alpha=s)
+            y = slim.onto(y, h, B.mT, s) if large else changed(y, "addmm", h, B, alpha=s)
         elif type(s) is float and h.dtype is B.dtype:
-            rest = (y.to(h.dtype) if rest is None else rest).addmm_(h, B, alpha=s)
+            rest = changed(y.to(h.dtype) if rest is None else rest, "addmm", h, B, alpha=s)
         else:
             rest = h @ B * s + (y if rest is None else rest)
     if rest is not None:
@@ -41,14 +41,14 @@ def features(y: Tensor, u: Tensor, gain: Tensor) -> Tensor:
     """y + u diag(gain), (..., k), in the dtype of y; where `thin` may be used."""
     if u.dtype is not y.dtype:
         return (y + u * gain).to(y.dtype)
-    return y.add_(u * gain) if torch.is_grad_enabled() else y.addcmul_(u, gain)  # whose derivative copies u
+    return changed(y, "add", u * gain) if torch.is_grad_enabled() else y.addcmul_(u, gain)  # whose derivative copies u
 
 
 def repeated(x: Tensor, W: Tensor, b: Tensor | None, h: Tensor, B: Tensor, s: Any) -> Tensor:
     """W x + b + s h B repeated along its features, for B (r, a part of k), in the dtype of W x; as `thin`."""
     y, u = F.linear(x, W, b), h @ B * s
     parts, u = y.view(u.shape[0], W.shape[0] // u.shape[1], u.shape[1]), u[:, None]
-    return (parts.add_(u) if u.dtype is y.dtype else (parts + u).to(y.dtype)).view(y.shape)
+    return (changed(parts, "add", u) if u.dtype is y.dtype else (parts + u).to(y.dtype)).view(y.shape)
 
 
 def shards(x: Tensor, r: int) -> Tensor:

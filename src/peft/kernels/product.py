@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .again import batched
-from .modes import node, transformed, without_autocast
+from .modes import changed, node, transformed, without_autocast
 
 
 def scaled_rows(scale: Tensor, A: Tensor, gains: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class _Hadamard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
         ctx.save_for_backward(a1, b1, a2, b2)
-        return (a1 @ b1).mul_(a2 @ b2)
+        return changed(a1 @ b1, "mul", a2 @ b2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -103,7 +103,7 @@ class _Turned(torch.autograd.Function):
         Q, one = upper - upper.mT, kernel.one(upper)
         if terms:
             double, square = torch.add(one, Q, alpha=2), torch.bmm(Q, Q)
-            rest = (double + square).add_(one)
+            rest = double + square + one
             R = torch.baddbmm(double, square, rest)
             made: tuple[Tensor, ...] = (Q, square, rest)
         else:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import beside, choice, halves, masks, narrow, returned, slim, thin, whole
 from .again import batched, differentiable
 from .beside import Again
-from .modes import node, shaped, transformed
+from .modes import changed, node, reused, shaped, transformed
 
 TILE_ELEMENTS = 16 * 2**20
 
@@ -43,7 +43,7 @@ def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
     cross = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
     if W.dim() == 2 and type(s) is float:
         inner = torch.addmm(cross, B, A @ A.mT, beta=2 * s, alpha=s * s)
-        return inner.mul_(B).sum(-1).add_(squares).clamp_min_(0).sqrt_()
+        return (changed(inner, "mul", B).sum(-1) + squares).clamp_min(0).sqrt()
     return (squares + ((cross * (2 * s) + (B @ (A @ A.mT)) * (s * s)) * B).sum(-1)).clamp_min(0).sqrt()
 
 
@@ -61,12 +61,13 @@ def _narrow(W: Tensor, A: Tensor) -> bool:
 
 def _onto(z: Tensor, h: Tensor, B: Tensor, s: Any) -> Tensor:
     """z + s B h, in the memory of z."""
-    return z.addmm_(h, B.mT, alpha=s) if type(s) is float else z.addmm_(h * s, B.mT)
+    h, s = (h, s) if type(s) is float else (h * s, 1)
+    return changed(z, "addmm", h, B.mT, alpha=s)
 
 
 def _over(squares: Tensor) -> Tensor:
-    """One over their roots, in their own memory; where a row is zero its direction does not matter: its length is 1."""
-    return torch.threshold_(squares, 0, 1).rsqrt_()
+    """One over their roots; where a row is zero its direction does not matter: its length is 1."""
+    return F.threshold(squares, 0, 1).rsqrt()
 
 
 def _joined(
@@ -186,7 +187,7 @@ def _rows(t: Tensor) -> Tensor:
 def _dropped(x: Tensor, mask: Tensor | None, p: float, A: Tensor) -> Tensor:
     """dropout(x) of a mask that was drawn, in A's dtype."""
     x = x.to(A.dtype)  # a product of two dtypes costs torch a copy more
-    return x if mask is None else mask.to(A.dtype).mul_(x).mul_(masks.share(p))
+    return x if mask is None else changed(changed(mask.to(A.dtype), "mul", x), "mul", masks.share(p))
 
 
 class _Add(torch.autograd.Function):
@@ -198,10 +199,10 @@ class _Add(torch.autograd.Function):
         mask = _mask(x, p)
         ctx.scale, ctx.norm, ctx.p = scale, n, p
         ctx.save_for_backward(y, x, A, B, m, b, mask)
-        update = F.linear(F.linear(_dropped(x, mask, p, A), A), B).mul_(scale)
-        z = update.add_(y) if b is None else update.add_(y).sub_(b)
-        out = z.mul_(m / n)
-        return (out if b is None else out.add_(b)).to(y.dtype)
+        z = changed(F.linear(F.linear(_dropped(x, mask, p, A), A), B), "mul", scale)
+        z = changed(z, "add", y) if b is None else changed(changed(z, "add", y), "sub", b)
+        out = changed(z, "mul", m / n)
+        return (out if b is None else changed(out, "add", b)).to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -246,11 +247,12 @@ class _Linear(torch.autograd.Function):
         if rows * (k + d) >= reach:
             V, h = whole.weight(W, A, B, scale), slim.down(kept, A)
             z, over = F.linear(flat, V), _over(V.square().sum(1)) if over is None else over
-        elif over is None:
+        elif over is None and not reused():
             z, h, over = _joined(flat, kept, W, A, B, scale, squares)
         else:
             h = slim.down(kept, A)
             z = _onto(F.linear(flat, W), h, B, scale)
+            over = _over(norms(W, squares, A, B, scale).square()) if over is None else over
         gain = m * over
         out = z * gain if b is None else torch.addcmul(b, z, gain)
         out = out if flat is x else shaped(out, x.shape[:-1])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import halves, masks, slim, whole
 from .again import batched, differentiable
-from .modes import node, shaped
+from .modes import changed, node, reused, shaped
 
 BLOCK = 2**17  # elements: half a megabyte in float32
 _coarsest = threading.local()
@@ -82,20 +82,21 @@ def down(x: Tensor, A: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
 
 def _kept(mask: Tensor, x: Tensor) -> Tensor:
     """What a mask, in the dtype of numbers to come, leaves of x; in its own memory."""
-    return mask.mul_(x if x.dtype is mask.dtype else x.to(mask.dtype))
+    return changed(mask, "mul", x if x.dtype is mask.dtype else x.to(mask.dtype))
 
 
 def onto(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool) -> Tensor:
     """y + scale B h, rounded once; in y's memory, if that is the caller's own."""
+    own = own and not reused()
     if y.dtype is h.dtype:
         return y.addmm_(h, B.t(), alpha=scale) if own else torch.addmm(y, h, B.t(), alpha=scale)
     if y.numel() <= ONE:
-        return y.to(h.dtype).addmm_(h, B.t(), alpha=scale).to(y.dtype)
+        return changed(y.to(h.dtype), "addmm", h, B.t(), alpha=scale).to(y.dtype)
     if halves.suit(y.numel(), y.dtype, h):
         return halves.onto(y if own else y.clone(), h if scale == 1 else h * scale, B.t())
     out = y if own else torch.empty_like(y)
     for rows in blocks(*y.shape):
-        out[rows].copy_(y[rows].to(h.dtype).addmm_(h[rows], B.t(), alpha=scale))
+        out[rows].copy_(changed(y[rows].to(h.dtype), "addmm", h[rows], B.t(), alpha=scale))
     return out
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import onto, slim
 from .again import batched
-from .modes import eager, node, shaped
+from .modes import changed, eager, node, shaped
 from .thin import PLAIN, WIDE
 
 
@@ -67,7 +67,7 @@ class _Linear(torch.autograd.Function):
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(W, A, u, B, v, low, high)
-        y = y.addcmul_(high, v)
+        y = changed(y, "addcmul", high, v)
         return y if flat is x else shaped(y, x.shape[:-1]), low
 
     @staticmethod

@@ -24,6 +24,7 @@ from ..core.method import Delta, Site
 from ..core.scale import ScaledLayer
 from ..core.stack import Adapter, Stack
 from ..core.views import linear_module
+from ..kernels.modes import changed
 from ..target_config import Alpha, OrAuto, divisor, probability
 from .additive import AdditiveConfig, AdditiveModel
 
@@ -37,9 +38,7 @@ class GraloraConfig(Alpha, AdditiveConfig):
     ranks = ("r", "gralora_k")
     r: int = field(default=32, metadata=describe("Rank; gralora_k divides it."))
     hybrid_r: int = field(default=0, metadata=describe("Rank of the plain low-rank update beside the blocks."))
-    alpha: OrAuto = field(
-        default=64, metadata=describe("The update is multiplied by alpha / (r + hybrid_r). 'auto': 2 (r + hybrid_r).")
-    )
+    alpha: OrAuto = field(default=64, metadata=describe("Scaling: alpha / (r + hybrid_r). 'auto': 2 (r + hybrid_r)."))
     gralora_dropout: float = field(default=0.0, metadata=describe("Dropout of the adapter's input."))
     gralora_k: int = field(default=2, metadata=describe("Blocks per side; it divides in and out."))
     fan_in_fan_out: bool = field(default=False, metadata=describe("The weight is stored as (in, out)."))
@@ -105,7 +104,7 @@ class GraLoRA(Delta):
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held = open_linear(inner, x) if type(self).onto is GraLoRA.onto else None
         alike = held is not None and p.held("gralora_A").dtype is x.dtype
-        return F.linear(x, *held).add_(self.update(p, inner, x)) if held is not None and alike else None
+        return changed(F.linear(x, *held), "add", self.update(p, inner, x)) if held is not None and alike else None
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:
         if not inner.view.dense:

@@ -117,7 +117,7 @@ class TinyLoRA(LowRank):
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         A, B, P = (p.held_buffer(f"tinylora_{name}") for name in "ABP")
         v = p.referred("v") if torch.compiler.is_dynamo_compiling() else p.shared[p.vector].tensor(p.name)
-        R = (v.to(P.device, P.dtype) @ P.flatten(1)).view(P.shape[1:])
+        R = (v.to(P.device, P.dtype)[None] @ P.flatten(1)).view(P.shape[1:])
         # the factor that meets the input stays frozen, so that nothing of the input's size is kept
         return (B.mT, (R @ A).mT) if p.layer.view.infix else (A, B @ R)
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import masks
+from ...kernels.modes import changed
 
 NUMBERS = (Tensor, nn.Parameter, nn.Buffer)  # what holds its numbers as torch's products expect them
 
@@ -237,7 +238,7 @@ def _updated(y: Tensor, x: Tensor, terms: Sequence[Term], turned: bool, times: T
             and y.dtype is h.dtype is last.dtype
             and type(s) is float
         ):
-            y = y.addmm_(h, last, alpha=s)
+            y = changed(y, "addmm", h, last, alpha=s)
         else:
             y = (y + times(h, last) * s).to(y.dtype)
     return y
