@@ -116,6 +116,22 @@ def test_every_other_method_compiles_to_one_graph(method: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which torch itself looks at
+@pytest.mark.parametrize("method", ["lora", "dora", "boft-butterfly"])
+def test_compiled_autograd_makes_one_graph_of_the_backward_pass(method: str) -> None:
+    model, x = net(method).train(), NET.x()
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    wanted, compiler = step(), torch.compile(backend="eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        for found, grad in zip(step(), wanted, strict=True):
+            close(found, grad, 1e-5)
+
+
 @pytest.mark.parametrize("method", FIVE)
 def test_values_put_in_place_of_an_adapters_are_seen_by_compiled_code(method: str) -> None:
     model, x = net(method, target_modules=["linear"]), NET.x()

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-batched = torch._C._functorch.is_legacy_batchedtensor
-"""Whether a gradient is several at once (`is_grads_batched=True`, `jacobian(vectorize=True)`), which torch lets through
-plain operations alone."""
+_several = torch._C._functorch.is_legacy_batchedtensor
+
+
+def batched(grad: Tensor) -> bool:
+    """Whether a gradient is several at once (`is_grads_batched=True`, `jacobian(vectorize=True)`).
+
+    torch lets those through plain operations alone. In graphs, which compiled autograd makes of a backward pass, there
+    are none.
+    """
+    return not torch.compiler.is_compiling() and _several(grad)
 
 
 def differentiable(

@@ -52,7 +52,7 @@ def _rows(t: Tensor, blocks: Tensor) -> Tensor:
 
 def product(t: Tensor, blocks: Tensor) -> Tensor:
     """`plain` of ordinary tensors, for blocks (n, b, b), without a gradient."""
-    if reused():
+    if reused() or torch.compiler.is_compiling():  # the backward pass, by compiled autograd
         return plain(t, blocks)
     out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
     torch.bmm(_rows(t, blocks).transpose(0, 1), blocks, out=_rows(out, blocks).transpose(0, 1))
