@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from contextlib import nullcontext
+from importlib import import_module
 
 import pytest
 import torch
@@ -322,3 +323,20 @@ def test_layers_that_a_failed_load_has_taken_out_are_not_asked_when_another_mode
     model = get_peft_model(layout.model(), settings).eval()
     torch.compile(model, backend="eager", fullgraph=True)(layout.x())
     assert held.value
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "oft-series"])
+def test_where_tensors_are_constants_each_state_has_a_graph(method):
+    """`TORCHINDUCTOR_FREEZING` makes constants of the tensors of inference: none can choose, or change its numbers."""
+    with import_module("torch._inductor.config").patch(freezing=True):
+        made = Counted(method, False)
+        for name in ("default", "other"):
+            made.model.set_adapter(name)
+            made.run()
+            with made.model.disable_adapter():
+                made.run()
+            made.model.merge_adapter()
+            made.run()
+            made.model.unmerge_adapter()
+            made.run()
+    assert made.graphs >= 6, "active, disabled and merged, of two adapters"

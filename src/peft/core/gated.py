@@ -8,6 +8,7 @@ or is looked at by a forward that is not compiled; exported programs hold the ad
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,15 @@ from .stack import Adapter, Finish, InPlace, Stack
 
 exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_scripting)  # the latter is False; torch < 2.7
 GRAPH = ("_flag", "_graph")  # what a traced layer holds beyond others; no copy of it does
+
+
+def frozen() -> bool:
+    """Whether tensors become constants of a graph (`TORCHINDUCTOR_FREEZING`), so that none can choose."""
+    config = sys.modules.get("torch._inductor.config")
+    return bool(getattr(config, "freezing", False)) and not torch.is_grad_enabled()
+
+
+frozen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Through(Stack):
@@ -170,6 +180,10 @@ class Switched(nn.Module):
         """What a graph runs; None where it is what other code runs."""
         if not torch.compiler.is_dynamo_compiling() or exporting():
             traced()
+            return None
+        if frozen():
+            traced()
+            _ = ",".join(self._merged)  # a graph is guarded by what it looks at, and its constants are W with these
             return None
         self._traced()
         return self._graph
