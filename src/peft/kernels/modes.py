@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,10 +63,13 @@ def reused() -> bool:
 
     torch finds such a change by the version of the tensor, and not at all where it went through an `_unsafe_view`.
     """
-    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+    if not torch._C._len_torch_dispatch_stack():
         return False
     kinds = _selective()
     return any(isinstance(mode, kinds) for mode in _get_current_dispatch_mode_stack())
+
+
+reused._dynamo_marked_constant = True  # type: ignore[attr-defined]  # graphs that checkpoint do so by themselves
 
 
 @cache
@@ -80,7 +83,8 @@ def _selective() -> tuple[type, ...]:
 
 def changed(y: Tensor, how: str, *args: Any, **more: Any) -> Tensor:
     """`y.how_(...)` of a result that is nobody else's; beside it where operations are `reused`."""
-    return cast(Tensor, getattr(y, how if reused() else how + "_")(*args, **more))
+    found: Tensor = getattr(y, how if reused() else how + "_")(*args, **more)
+    return found
 
 
 def numbered(t: Tensor) -> bool:

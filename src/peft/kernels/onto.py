@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import slim
-from .modes import changed, transformed
+from .modes import changed, reused, transformed
 
 
 def thin(x: Tensor, W: Tensor, b: Tensor | None, *terms: tuple[Tensor, Tensor, Any]) -> Tensor:
@@ -27,7 +27,7 @@ def thin(x: Tensor, W: Tensor, b: Tensor | None, *terms: tuple[Tensor, Tensor, A
     for h, B, s in terms:
         if type(s) is float and y.dtype is h.dtype and y.dtype is B.dtype:
             large = torch.is_grad_enabled() and not transformed() and y.numel() >= slim.LARGE
-            y = slim.onto(y, h, B.mT, s) if large else changed(y, "addmm", h, B, alpha=s)
+            y = slim.onto(y, h, B.mT, s) if large else (y.addmm if reused() else y.addmm_)(h, B, alpha=s)
         elif type(s) is float and h.dtype is B.dtype:
             rest = changed(y.to(h.dtype) if rest is None else rest, "addmm", h, B, alpha=s)
         else:

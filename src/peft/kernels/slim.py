@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .again import batched, differentiable
-from .modes import eager, node, reused, shaped
+from .modes import changed, eager, node, reused, shaped
 
 KNOWN = (Tensor, nn.Parameter)
 TILE = 16  # columns
@@ -78,10 +78,9 @@ def _turns(rows: int, k: int, r: int) -> bool:
 
 def onto(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool = True) -> Tensor:
     """y + scale h B', (N, k), for h (N, r) and B (k, r), of one dtype; in the memory of y, if that is the caller's."""
-    own = own and not reused()
     if _pays(h, B):
-        return _onto(y, h, B, scale, own)
-    return y.addmm_(h, B.mT, alpha=scale) if own else torch.addmm(y, h, B.mT, alpha=scale)
+        return _onto(y, h, B, scale, own and not reused())
+    return changed(y, "addmm", h, B.mT, alpha=scale) if own else torch.addmm(y, h, B.mT, alpha=scale)
 
 
 def up(h: Tensor, B: Tensor, b: Tensor | None = None) -> Tensor:
