@@ -67,7 +67,7 @@ def _onto(z: Tensor, h: Tensor, B: Tensor, s: Any) -> Tensor:
 
 def _over(squares: Tensor) -> Tensor:
     """One over their roots; where a row is zero its direction does not matter: its length is 1."""
-    return F.threshold(squares, 0, 1).rsqrt()
+    return torch.threshold(squares, 0, 1).rsqrt()
 
 
 def _joined(
@@ -81,7 +81,7 @@ def _joined(
     both = torch.cat((x, A))
     zs, hs = F.linear(both, W), slim.down(both if kept is x else torch.cat((kept, A)), A)
     (z, half), (h, gram) = zs.split_with_sizes(parts), hs.split_with_sizes(parts)
-    gram.mul_(0.5)
+    gram *= 0.5
     zs.addmm_(hs, B.mT, alpha=s)
     return z, h, _over(torch.add(squares, half.mul_(B.mT).sum(0), alpha=2 * s))
 
@@ -247,7 +247,7 @@ class _Linear(torch.autograd.Function):
         if rows * (k + d) >= reach:
             V, h = whole.weight(W, A, B, scale), slim.down(kept, A)
             z, over = F.linear(flat, V), _over(V.square().sum(1)) if over is None else over
-        elif over is None and not reused():
+        elif over is None and not (torch._C._len_torch_dispatch_stack() and reused()):
             z, h, over = _joined(flat, kept, W, A, B, scale, squares)
         else:
             h = slim.down(kept, A)

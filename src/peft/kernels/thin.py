@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import _C, Tensor, nn
 
 from . import halves, masks, slim, whole
 from .again import batched, differentiable
@@ -87,9 +87,9 @@ def _kept(mask: Tensor, x: Tensor) -> Tensor:
 
 def onto(y: Tensor, h: Tensor, B: Tensor, scale: float, own: bool) -> Tensor:
     """y + scale B h, rounded once; in y's memory, if that is the caller's own."""
-    own = own and not reused()
+    own = own and not (_C._len_torch_dispatch_stack() and reused())
     if y.dtype is h.dtype:
-        return y.addmm_(h, B.t(), alpha=scale) if own else torch.addmm(y, h, B.t(), alpha=scale)
+        return y.addmm_(h, B.mT, alpha=scale) if own else torch.addmm(y, h, B.mT, alpha=scale)
     if y.numel() <= ONE:
         return changed(y.to(h.dtype), "addmm", h, B.t(), alpha=scale).to(y.dtype)
     if halves.suit(y.numel(), y.dtype, h):
