@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import peft
-from conformance.rows import close
+from conformance.layouts import LAYOUTS
+from conformance.rows import adapted, close
 from peft import FrodConfig, GloraConfig, LilyConfig, PeanutConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.core.shared import Sight, shared_of
 from peft.core.views import view_of
@@ -121,6 +122,16 @@ def test_layers_that_an_expression_selects_share_by_their_shapes():
     model = get_peft_model(nn.Sequential(base), LilyConfig(r=2, target_modules=r"0\.[abc]")).base_model.model[0]
     B = [model[name].lily_B["default"].weight for name in "abc"]
     assert B[0] is B[1] is not B[2]
+
+
+def test_factors_may_lie_in_memory_in_any_order():
+    layout = LAYOUTS["linear-3-D"]
+    model, x = adapted("lily", layout), layout.x()
+    wanted = model(x)
+    for name, p in model.named_parameters():
+        if "lily" in name:
+            p.data = p.data.mT.contiguous().mT
+    close(model(x), wanted)
 
 
 def test_it_cannot_be_merged_and_says_why():

@@ -303,3 +303,17 @@ def test_a_merge_into_a_layer_that_is_told_more_than_its_input_warns():
     wanted = rotated(x, scale=2.0)
     rotated.merge_adapter()  # which is exact, and says nothing
     torch.testing.assert_close(rotated(x, scale=2.0), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "oft", "road-1"])
+def test_a_convolutions_output_lies_in_memory_as_without_an_adapter(method):
+    layout, last = LAYOUTS["conv-2d"], {"memory_format": torch.channels_last}
+    model, x = adapted(method, layout), layout.x()
+    wanted = model(x).detach()
+    model, x = model.to(**last), x.to(**last)
+    assert layout.plain().to(**last)(x).is_contiguous(**last)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            y = model(x)
+        assert y.is_contiguous(**last)
+        torch.testing.assert_close(y, wanted)

@@ -101,7 +101,7 @@ class Lily(Delta):
         if held is None or type(self).onto is not Lily.onto or not x.numel():
             return None
         h = F.linear(x.reshape(-1, x.shape[-1]).to(A.dtype), A)
-        B = (F.linear(h, G).softmax(-1).mean(0, True) @ experts.view(p.num_B, -1)).view(p.r, -1)
+        B = (F.linear(h, G).softmax(-1).mean(0, True) @ experts.reshape(p.num_B, -1)).view(p.r, -1)
         return onto.thin(x, *held, (h, B, p.scaling))
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class RoAd(Method):
                 return found
         c, d = (inner.spread(t) for t in kept(p, lambda: self.turn(p)))
         other = swapped(y, -c.dim(), p.group_size)
-        if y.dtype is c.dtype and not torch.is_grad_enabled() and eager():
+        if y.dtype is c.dtype and other.stride() == y.stride() and not torch.is_grad_enabled() and eager():
             return other.mul_(d).addcmul_(y, c)  # which is a copy
         return (y * c + other * d).to(y.dtype)
 
