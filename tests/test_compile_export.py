@@ -280,6 +280,18 @@ def test_a_program_is_saved_and_loaded_and_takes_the_numbers_of_another_adapter(
         close(run(x), other(x))
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="pipelines are of torch.distributed")
+@pytest.mark.parametrize("method", [*FIVE, "loha-dora"])
+def test_a_model_is_cut_into_the_stages_of_a_pipeline(method: str) -> None:
+    from torch.distributed.pipelining import SplitPoint, pipeline
+
+    model, x = net(method), NET.x()
+    made = pipeline(model.get_base_model(), mb_args=(x,), split_spec={"conv": SplitPoint.BEGINNING})
+    assert made.num_stages == 2
+    with torch.no_grad():
+        close(made(x)[0], model(x))
+
+
 def test_a_program_is_trained_as_the_model_is() -> None:
     model, x = net("ia3"), NET.x()
     run = program(model, x).module()

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.modes import is_autocast
+from ..kernels.modes import exporting, is_autocast
 from .cells import reference, references
 from .deferred import traced
 from .direct import is_conv, is_ordinary
 from .stack import Adapter, Finish, InPlace, Stack
 
-exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_scripting)  # the latter is False; torch < 2.7
 GRAPH = ("_flag", "_graph")  # what a traced layer holds beyond others; no copy of it does
 
 

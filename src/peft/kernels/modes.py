@@ -17,6 +17,7 @@ T = TypeVar("T")
 _AS_IT_IS = nullcontext()
 _STANDING_IN = [getattr(torch._C._TorchDispatchModeKey, kind) for kind in ("FAKE", "PROXY", "FUNCTIONAL")]
 peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
+exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_scripting)  # the latter is False; torch < 2.7
 
 
 def transformed() -> bool:
@@ -44,6 +45,20 @@ def recorded() -> bool:
 def exported() -> bool:
     """Whether a model is on its way to ONNX, which solves no equations."""
     return recorded() and torch.onnx.is_in_onnx_export()
+
+
+def ungraded(function: Callable[P, T]) -> Callable[P, T]:
+    """A function under `torch.no_grad()`, whose result its callers detach.
+
+    In exported programs that would be a graph within the graph, through which no pipeline can be cut.
+    """
+    quiet = torch.no_grad()(function)
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        return (function if exporting() else quiet)(*args, **kwargs)
+
+    return run
 
 
 def lasting() -> bool:

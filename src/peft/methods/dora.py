@@ -25,6 +25,7 @@ from ..core.kept import kept, still
 from ..core.method import Delta, LowRank, Site
 from ..core.stack import Adapter, Stack
 from ..kernels import scaled
+from ..kernels.modes import ungraded
 from ..kernels.thin import NARROW, WIDE
 from .lora.row import Gained, Row
 from .magnitude import Gaining, Magnitude, product
@@ -70,7 +71,7 @@ class DoRA(Gaining):
     def checkpoint_key(self, key: str) -> str:
         return "lora_magnitude_vector" if key == "lora_magnitude_vector.weight" else self.of.checkpoint_key(key)
 
-    @torch.no_grad()
+    @ungraded
     def norm(self, p: Adapter, rows: slice = slice(None)) -> Tensor:
         """|V| of each row, (..., rows), in float32, or float64 of such a weight."""
         W = p.original_weight()
