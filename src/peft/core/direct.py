@@ -23,29 +23,11 @@ peek_interpreter_stack = _C._functorch.peek_interpreter_stack
 FORWARD = nn.Linear.forward
 FORMS: dict[type[nn.Module], object] = {}  # other classes of which calling is F.linear, as they were met: their forward
 TURNED: set[type[nn.Module]] = set()  # those among them that hold W'
-CALLED = ("forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__getattribute__")
 CONVS: dict[type[nn.Module], object] = {kind: kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 EVERYWHERE = tuple(  # hooks of all modules
     getattr(nn.modules.module, f"_global_{name}_hooks", {})
     for name in ("forward_pre", "forward", "backward_pre", "backward")
 )
-
-
-def meet(kind: type[nn.Module]) -> None:
-    """Note a class of which calling is F.linear: nn.Linear's own subclasses that leave it so, and transformers' Conv1D.
-
-    The latter's product, x V + b, has the bits of F.linear(x, V', b).
-    """
-    home = "transformers.pytorch_utils"
-    stated = getattr(kind.forward, "__module__", ""), getattr(kind.forward, "__qualname__", "")
-    if kind.__module__ == home and stated == (home, "Conv1D.forward"):  # and nobody's patch of it
-        FORMS[kind] = kind.forward
-        TURNED.add(kind)
-        return
-    own = (getattr(kind, name, None) is not getattr(nn.Linear, name, None) for name in CALLED)
-    computed = hasattr(kind, "weight") or hasattr(kind, "bias")  # which parametrizations state as properties
-    if issubclass(kind, nn.Linear) and not (computed or any(own)):
-        FORMS[kind] = FORWARD
 
 
 def is_product(base: nn.Module) -> bool:

@@ -210,10 +210,8 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recor
         left = tuple(n for n in self._active if n != adapter_name)
         if new_active_adapters is None and self._active and not left and self.adapters:
             left = (next(iter(self.adapters)),)
-            warnings.warn(
-                f"Adapter {adapter_name!r} was active and is deleted. Setting active adapter to {left[0]!r}.",
-                stacklevel=2,
-            )
+            text = f"Adapter {adapter_name!r} was active and is deleted. Setting active adapter to {left[0]!r}."
+            warnings.warn(text, stacklevel=2)
             self.activate(left)
         self._active = left
         self._replan()

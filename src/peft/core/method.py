@@ -277,8 +277,7 @@ class Delta(Method):
 
     def read_delta(self, p: Adapter, W: Tensor) -> Tensor:
         """`live_delta` in a weight that a module reads: dropout takes the same features from all that it multiplies."""
-        rate = self.drop_rate(p) if p.layer.view.drops else 0.0
-        return thinned(self.live_delta(p, W), rate)
+        return thinned(self.live_delta(p, W), self.drop_rate(p) if p.layer.view.drops else 0.0)
 
     def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
         return (W + self.read_delta(p, W)).to(W.dtype)

@@ -304,10 +304,8 @@ class Injection(Casting, Placing):
         path, module = found[0]
         saved = getattr(self.config, "modules_to_save", None) or ()
         if isinstance(module, ModulesToSaveWrapper) and any(path.endswith(e) for e in saved):
-            raise ValueError(
-                f"{path!r} is named in trainable_token_indices and in modules_to_save. Choose one: modules_to_save "
-                "trains the whole module."
-            )
+            text = f"{path!r} is named in trainable_token_indices and in modules_to_save. Choose one: "
+            raise ValueError(f"{text}modules_to_save trains the whole module.")
         return path
 
     def _place_tokens(self, path: str, indices: list[int], share: Adapter | None) -> Adapter:

@@ -164,7 +164,7 @@ class Linear(torch.autograd.Function):
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         (k, d), rows, reach = W.shape, flat.shape[0], math.inf if p else whole.reach(W, A)
         summed = rows * (k + d) >= reach  # as in evaluation, of which the output has the bits: some losses compare them
-        ctx.summed, ctx.scale = rows * d >= reach, scale * masks.share(p)
+        ctx.summed, ctx.scale = rows * d >= reach, scale * masks.share(p) if p else scale
         y = F.linear(flat, whole.weight(W, A, B, scale) if summed else W, b)
         h, bits = down(flat, A, p)
         ctx.save_for_backward(x, W, b, A, B, h if ctx.needs_input_grad[4] else None, bits)

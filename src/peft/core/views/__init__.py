@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import storage
-from ..direct import meet
+from ..direct import FORMS, FORWARD, TURNED
 from .conv import ConvView
 from .embedding import EmbeddingView, embed_scale
 from .engine import EngineView, is_engine, is_fused
@@ -49,6 +49,7 @@ _LINEAR, _CONV1D, _EMBEDDING, _ATTENTION = LinearView(), Conv1DView(), Embedding
 _WHOLE, _PARALLEL, _ENGINE = ModuleView(), ParallelView(), EngineView()
 GROUPED = "multiplies groups of its input by parts of its weight, which is no W x"
 ROUTES = "gives the routes that it chooses, which are no W x"
+CALLED = ("forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__getattribute__")
 READS, FUSES = "always", "where it can"
 _CONVS = {nn.Conv1d: ConvView(1), nn.Conv2d: ConvView(2), nn.Conv3d: ConvView(3)}
 LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper")
@@ -96,6 +97,23 @@ def _find(m: nn.Module) -> LinearView:
         meet(type(m))
         return _LINEAR
     raise ValueError(f"{type(m).__name__} cannot be adapted. Supported layers are {SUPPORTED}.")
+
+
+def meet(kind: type[nn.Module]) -> None:
+    """Note a class of which calling is F.linear: nn.Linear's own subclasses that leave it so, and transformers' Conv1D.
+
+    The latter's product, x V + b, has the bits of F.linear(x, V', b).
+    """
+    home = "transformers.pytorch_utils"
+    stated = getattr(kind.forward, "__module__", ""), getattr(kind.forward, "__qualname__", "")
+    if kind.__module__ == home and stated == (home, "Conv1D.forward"):  # and nobody's patch of it
+        FORMS[kind] = kind.forward
+        TURNED.add(kind)
+        return
+    own = (getattr(kind, name, None) is not getattr(nn.Linear, name, None) for name in CALLED)
+    computed = hasattr(kind, "weight") or hasattr(kind, "bias")  # which parametrizations state as properties
+    if issubclass(kind, nn.Linear) and not (computed or any(own)):
+        FORMS[kind] = FORWARD
 
 
 def supported(m: nn.Module) -> bool:
