@@ -13,6 +13,7 @@ from conformance.layouts import Around, Layout
 from conformance.rows import METHODS, adapted, close, expected
 from conformance.test_gradients import close_each, gradients, leaves
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft.kernels import convolution, masks
 
 LARGE = {
     "broad": Layout("conv-2d-broad", lambda: Around(nn.Conv2d(128, 24, 3, padding=1)), (3, 128, 4, 4), batched=False),
@@ -193,3 +194,107 @@ def test_a_trace_serves_other_places():
     traced = torch.jit.trace(model, torch.randn(1, 16, 20, 20), check_trace=False)
     x = torch.randn(2, 16, 5, 7)
     torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+WAYS = {
+    "1-D": (nn.Conv1d(6, 8, 3, stride=2, padding=1), (3, 6, 11)),
+    "2-D": (nn.Conv2d(6, 8, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(2, 1)), (3, 6, 9, 8)),
+    "2-D grouped": (nn.Conv2d(6, 8, 3, groups=2), (2, 6, 5, 5)),
+    "3-D": (nn.Conv3d(4, 6, (1, 2, 2)), (2, 4, 2, 4, 4)),
+}
+
+
+def thin_inputs(way, kind=torch.float32):
+    torch.manual_seed(0)
+    base, shape = WAYS[way]
+    x = torch.randn(shape, dtype=kind, requires_grad=True)
+    A = nn.Parameter(torch.randn(4, base.in_channels // base.groups, *base.kernel_size))
+    return x, A, convolution.Way(base.stride, base.padding, base.dilation, base.groups)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("wants", ["both", "x", "A"])
+def test_a_thin_convolution_is_that_of_plain_operations(way, kind, p, wants, monkeypatch):
+    x, A, how = thin_inputs(way, kind)
+    x.requires_grad_(wants != "A")
+    A.requires_grad_(wants != "x")
+    mask = (torch.rand(x.shape) >= p).to(torch.uint8)
+    monkeypatch.setattr(masks, "draw", lambda *_: mask.clone())
+    inputs = [t for t in (x, A) if t.requires_grad]
+    kept = x.to(A.dtype) * mask / (1 - p) if p < 1 else x.to(A.dtype) * 0
+    wanted = getattr(nn.functional, f"conv{x.dim() - 2}d")(kept, A, None, *how)
+    y = convolution.down(x, A, p, how)
+    if not p and kind is torch.float32:
+        assert y is None  # plain operations keep no more
+        return
+    torch.testing.assert_close(y, wanted)
+    g = torch.randn_like(y)
+    for mine, right in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(wanted, inputs, g), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-2 if kind is torch.bfloat16 else 1e-4, atol=1e-4)
+
+
+def test_second_derivatives_and_several_gradients_at_once(monkeypatch):
+    x, A, how = thin_inputs("2-D")
+    mask = (torch.rand(x.shape) >= 0.4).to(torch.uint8)
+    monkeypatch.setattr(masks, "draw", lambda *_: mask.clone())
+
+    def plainly():
+        return nn.functional.conv2d(x * mask / 0.6, A, None, *how)
+
+    def twice(y):
+        first = torch.autograd.grad(y.tanh().sum(), (x, A), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), (x, A))
+
+    for mine, right in zip(twice(convolution.down(x, A, 0.4, how)), twice(plainly()), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-3)
+    y, wanted = convolution.down(x, A, 0.4, how), plainly()
+    gs = torch.randn(3, *y.shape)
+    found = torch.autograd.grad(y, (x, A), gs, is_grads_batched=True)
+    for mine, right in zip(found, torch.autograd.grad(wanted, (x, A), gs, is_grads_batched=True), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
+
+
+def kept_bytes(model, x):
+    """Of memory that is no parameter's and not x's."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), x]}
+    found = {}
+
+    def note(t):
+        if t.untyped_storage().data_ptr() not in own:
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t  # which holds the address
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(x)
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("padding", [1, (1, 1)])
+def test_dropout_and_casts_keep_bits_and_no_copies(padding):
+    x = torch.randn(2, 16, 20, 20, requires_grad=True)
+    thin = 4 * 2 * 4 * 20 * 20  # of what is between the factors, once, and once scaled
+    config = LoraConfig(r=4, target_modules=["0"], lora_dropout=0.1)
+    model = get_peft_model(nn.Sequential(nn.Conv2d(16, 24, 3, padding=padding)), config).train()
+    assert kept_bytes(model, x) <= x.numel() // 8 + 2 * thin + 64
+    config = LoraConfig(r=4, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Conv2d(16, 24, 3, padding=padding)).bfloat16(), config).train()
+    x = x.detach().bfloat16().requires_grad_()
+    assert kept_bytes(model, x) <= 2 * thin + 64
+    model(x).float().square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_dropout_keeps_its_share_of_the_input():
+    """And draws anew in each forward, from torch's generator."""
+    model = get_peft_model(
+        nn.Sequential(nn.Conv2d(4, 6, 1)),
+        LoraConfig(r=2, target_modules=["0"], lora_dropout=0.3, init_lora_weights=False),
+    ).train()
+    x = torch.ones(1, 4, 60, 60)
+    torch.manual_seed(3)
+    first, second = model(x), model(x)
+    torch.manual_seed(3)
+    assert torch.equal(model(x), first) and not torch.equal(first, second)
+    torch.testing.assert_close(first.mean((2, 3)), model.eval()(x).mean((2, 3)), rtol=0.1, atol=0.1)

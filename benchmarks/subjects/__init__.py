@@ -7,6 +7,7 @@ from benchmarks.subjects import (  # noqa: F401
     compiled,
     exchange,
     imports,
+    layouts,
     memory,
     methods,
     quantised,

@@ -257,9 +257,11 @@ class Stack:
         self, x: Tensor, A: Tensor, B: Tensor, rate: float = 0.0, scale: Any = 1.0, bias: Tensor | None = None
     ) -> Tensor:
         """scale (B A dropout(x) + bias) in the factors' dtype, on any layout that can be split into activations."""
-        x, factor = self.drop(x, rate, A.dtype)
-        h = self.linear(x, A)
-        h = h if factor is None else h * factor.to(h.dtype)
+        h = self.view.shrunk(self.base, x, A, rate)
+        if h is None:
+            x, factor = self.drop(x, rate, A.dtype)
+            h = self.linear(x, A)
+            h = h if factor is None else h * factor.to(h.dtype)
         if type(scale) is float and scale == 1.0:
             return self.view.rows(h, B, bias)
         return self.view.rows(h * scale, B, None if bias is None else bias * scale)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ...kernels import convolution
 from .linear import Layer, LinearView, Pair, main_input
 from .make import diagonal
 
@@ -80,6 +81,13 @@ class ConvView(LinearView):
             padding = 0
         kernel = self.raw(m, W)
         return self.function(x, kernel, None, m.stride, padding, m.dilation, m.in_channels // kernel.shape[1])
+
+    def shrunk(self, m: Layer, x: Tensor, A: Tensor, p: float) -> Tensor | None:
+        if type(m).forward is not self.module.forward or m.padding_mode != "zeros" or isinstance(m.padding, str):
+            return None
+        kernel = self.raw(m, A)
+        way = convolution.Way(m.stride, m.padding, m.dilation, m.in_channels // kernel.shape[1])
+        return convolution.down(x, kernel, p, way)
 
     def _as_called(self, m: Layer, x: Tensor, kernel: Tensor) -> Tensor | None:
         """The product in a subclass, which may pad its input by itself; None if it calls no convolution of torch's."""

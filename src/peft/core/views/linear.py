@@ -176,6 +176,10 @@ class LinearView:
         """Dropout of the input: (x to use, factor for W x or None)."""
         return F.dropout(x, p), None
 
+    def shrunk(self, m: Layer, x: Tensor, A: Tensor, p: float) -> Tensor | None:
+        """A dropout(x) in a form that keeps less for the backward pass; None where there is none."""
+        return None
+
     def finishes(self, m: Layer) -> bool:
         """Whether `finish` does anything."""
         return False
