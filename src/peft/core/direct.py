@@ -120,17 +120,17 @@ def convolved(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | No
         return None
     if not graph and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _C._is_tracing()):
         return None
-    if not own and (graph or torch.is_grad_enabled() or p.layer.training or not (x.is_cpu and _one_kernel(method, p))):
+    if not own and (graph or torch.is_grad_enabled() or not (x.is_cpu and _one_kernel(method, p))):
         return None
     W, places = inner.live_weight(), x.numel() // max(1, base.in_channels * math.prod(base.stride))
-    many = places >= MANY if own else places * sum(W.shape) >= whole.REACH * W.numel()
+    many = graph or (places >= MANY if own else places * sum(W.shape) >= whole.REACH * W.numel())
     if W.dtype is not x.dtype or method.drop_rate(p):
         return None
     if own and not inner.gated and base.groups == 1 and (low := method.short(p)) is not None:
         (A, B, scale), most = low, W.numel() / (len(low[0]) * sum(W.shape))  # passes of thin products, in one of W's
         if most > (3 if graph or torch.is_grad_enabled() else places / MAKING):
             return (y := inner(x)) + inner.low_rank(x, A, B, 0.0, scale).to(y.dtype)
-    if not (many or graph or W.numel() <= FEW):
+    if not (many or W.numel() <= FEW):
         return None
     changed = method.live_weight(p, W)
     made: Tensor = base._conv_forward(x, inner.view.raw(base, inner.gate(changed, W)), method.bias(p, inner.bias()))
@@ -139,7 +139,7 @@ def convolved(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | No
 
 def _one_kernel(method: Delta, p: Adapter) -> bool:
     """Whether one W' says what an adapter does to a convolution, and its modules need not be called."""
-    if not method.mergeable or method.by_modules(p):
+    if not method.mergeable or method.by_modules(p) or (p.layer.training and not method.direct):
         return False
     return not (method.whole and p.layer.view.groups(p.layer.get_base_layer()) > 1)
 

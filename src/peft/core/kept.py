@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 is_tracing = torch._C._is_tracing  # by torch.jit, which takes for a constant what no operation makes
-KEPT = ("kept", "factors")  # what an adapter may hold
+KEPT = ("kept", "factors", "gain")  # what an adapter may hold
 
 
 class Keeping:

@@ -250,6 +250,7 @@ class Delta(Method):
 
     additive = True
     reads = False
+    direct = False  # in training, too, what it adds is computed as stated, so that a fused form may take its place
     whole = False  # on a convolution with groups A reads all channels, as LoRA's does, so that B A is no kernel of it
     sums_from: ClassVar[float] = inf  # so many numbers of rows, as `touched` counts, for each of W: `summed_up`
 
@@ -323,8 +324,7 @@ class LowRank(Delta):
     """W' = W + scaling * B A, with B (..., O, r) and A (..., r, I)."""
 
     times = 1.0  # what a merge multiplies the scaled product with
-    neutral_zeros = True  # an adapter whose tensors are all zero leaves the layer as it is
-    direct = True  # in training, too, B A x is computed as stated, so that a fused form may take its place
+    neutral_zeros = direct = True  # an adapter whose tensors are all zero leaves the layer as it is
     keeps_factors = False  # these are no tensors of the adapter's own, and dear enough for evaluation to keep them
 
     @property

@@ -44,7 +44,7 @@ class DoRA(Gaining):
         self.copies, self.may_be_empty, self.reads = of.copies, of.may_be_empty, of.reads  # type: ignore[misc]
         self.form, self.free, self.rest = of.form, of.free, of.rest  # type: ignore[method-assign]
         self.window, self.drawn, self.whole = of.window, of.drawn, of.whole  # type: ignore[method-assign]
-        self.by_modules, self.mergeable = of.by_modules, of.mergeable  # type: ignore[method-assign]
+        self.by_modules, self.mergeable, self.direct = of.by_modules, of.mergeable, of.direct  # type: ignore[method-assign]
         if isinstance(of, LowRank) and of.runner is Row:
             self.runner, self.by_row = Gained, of.by_row  # type: ignore[misc,attr-defined]
         self.refuse_merge, self.rowwise = of.refuse_merge, of.rowwise  # type: ignore[method-assign]

@@ -34,7 +34,7 @@ class Gaining(Delta):
         """`gain`, as evaluation keeps it of a layer that is neither dense, whose factors it keeps, nor quantised."""
         if p.layer.packed or p.layer.view.dense:
             return self.gain(p)
-        found: Tensor = kept(p, lambda: self.gain(p), base=True)
+        found: Tensor = kept(p, lambda: self.gain(p), base=True, what="gain")
         return found
 
     def evaluated(self, p: Adapter, of: LowRank, inner: Stack, y: Tensor, x: Tensor, b: Tensor | None) -> Tensor | None:

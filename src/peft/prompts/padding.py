@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 
 def before_text(mask: Any, encoder: Any = None) -> Tensor | None:
-    """(batch, 1), how much padding is before each text; None where there is none. In graphs it is not looked at.
+    """(batch, 1), how much padding is before each text; None where there is none.
+
+    In graphs that is not looked at, nor on a device, for which the host would wait.
 
     Arguments:
         mask: (batch, n), or something else, which tells nothing.
@@ -32,7 +34,7 @@ def before_text(mask: Any, encoder: Any = None) -> Tensor | None:
     """
     if type(mask) is not Tensor or mask.ndim != 2 or mask.shape[1] < 2:
         return None
-    if not transformed() and bool(mask[:, 0].all()):
+    if mask.is_cpu and not transformed() and bool(mask[:, 0].all()):
         return None
     count = (mask != 0).cumsum(-1).eq(0).sum(-1, keepdim=True)
     count = torch.where(count == mask.shape[1], 0, count)  # of a sample that is all padding nothing is looked at
@@ -109,7 +111,8 @@ def tell_of_windows(model: nn.Module, encoder: Any, given: dict[str, Any], new: 
     """
     padding = before_text(given.get("attention_mask"), encoder)
     window = 0 if padding is None or transformed() else windowed(model)
-    if window and encoder.num_virtual_tokens + given["attention_mask"].shape[1] + new > window:
+    reach = encoder.num_virtual_tokens + given["attention_mask"].shape[1] + new if window else 0
+    if reach > window and padding is not None and bool(padding.any()):
         text = (
             f"Layers of {type(model).__name__} look back {window} tokens, padding on the left among them, so that the "
             "padded texts of this batch see less of the prompt than each alone. Pad on the right, or run texts of "
