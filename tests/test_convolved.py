@@ -196,6 +196,20 @@ def test_a_trace_serves_other_places():
     torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_numbers_lie_as_the_base_lays_them(config, train, given):
+    model, x = net(config).train(train).to(memory_format=torch.channels_last), torch.randn(2, 16, 20, 20)
+    x = x.to(memory_format=torch.channels_last) if given else x
+    with torch.set_grad_enabled(train):
+        y = model(x)
+        with model.disable_adapter():
+            base = model(x)
+        assert y.stride() == base.stride()
+    torch.testing.assert_close(y, net(config).train(train)(x), rtol=1e-4, atol=1e-4)
+
+
 WAYS = {
     "1-D": (nn.Conv1d(6, 8, 3, stride=2, padding=1), (3, 6, 11)),
     "2-D": (nn.Conv2d(6, 8, (3, 2), stride=(1, 2), padding=(2, 0), dilation=(2, 1)), (3, 6, 9, 8)),

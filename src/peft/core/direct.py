@@ -132,8 +132,10 @@ def convolved(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | No
             return (y := inner(x)) + inner.low_rank(x, A, B, 0.0, scale).to(y.dtype)
     if not (many or W.numel() <= FEW):
         return None
-    changed = method.live_weight(p, W)
-    made: Tensor = base._conv_forward(x, inner.view.raw(base, inner.gate(changed, W)), method.bias(p, inner.bias()))
+    kernel = inner.view.raw(base, inner.gate(method.live_weight(p, W), W))
+    if (order := FORMATS.get(kernel.dim())) is not None and not base.weight.is_contiguous():
+        kernel = kernel.contiguous(memory_format=order)
+    made: Tensor = base._conv_forward(x, kernel, method.bias(p, inner.bias()))
     return made
 
 
@@ -165,6 +167,7 @@ def inside(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
     return (F.linear(x, W, b) + F.linear(x.to(kind), D.to(kind))).to(W.dtype)  # W + D would forget small ones
 
 
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # in which numbers may lie, and those of outputs then
 MAKING = 12  # products with a matrix take as long as making it of factors
 MANY = 32  # places of an input, from which on a second product with a matrix costs more than adding that to W
 FEW = 2**14  # numbers in a weight, up to which it always does
