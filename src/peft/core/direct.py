@@ -118,6 +118,8 @@ def convolved(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | No
         return None
     if x.dtype not in WIDE or type(x) not in _KNOWN or is_autocast(x) or (inner.gated and not own):
         return None
+    if type(base._parameters.get("weight")) is not nn.Parameter:
+        return None
     if not graph and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _C._is_tracing()):
         return None
     if not own and (graph or torch.is_grad_enabled() or not (x.is_cpu and _one_kernel(method, p))):
