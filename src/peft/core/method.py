@@ -324,7 +324,7 @@ class LowRank(Delta):
     """W' = W + scaling * B A, with B (..., O, r) and A (..., r, I)."""
 
     times = 1.0  # what a merge multiplies the scaled product with
-    neutral_zeros = direct = True  # an adapter whose tensors are all zero leaves the layer as it is
+    neutral_zeros = direct = True  # the former: an adapter whose tensors are all zero leaves the layer as it is
     keeps_factors = False  # these are no tensors of the adapter's own, and dear enough for evaluation to keep them
 
     @property
