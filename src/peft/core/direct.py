@@ -32,8 +32,20 @@ EVERYWHERE = tuple(  # hooks of all modules
 
 def is_product(base: nn.Module) -> bool:
     """Whether a module is of a class of which calling is F.linear, with its weight as it is or turned."""
-    kind = type(base)
-    return (FORWARD if kind is nn.Linear else FORMS.get(kind)) is kind.forward
+    return form(type(base)) != ""
+
+
+def form(kind: type[nn.Module]) -> str:
+    """How a class of layers multiplies with its weight: "plain" or "turned"; "" for what is more than a product.
+
+    In graphs that is a constant: they would be made again for each class that is met later.
+    """
+    if (FORWARD if kind is nn.Linear else FORMS.get(kind)) is not kind.forward:
+        return ""
+    return "turned" if kind in TURNED else "plain"
+
+
+form._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def matrix(base: nn.Module, held: Tensor) -> Tensor:
@@ -68,8 +80,8 @@ def open_linear(inner: Stack, x: Tensor, gated: bool = False) -> tuple[Tensor, T
     if inner.last is not None or inner.extra is not None or inner.packed is not None or inner.gated is not gated:
         return None
     base = inner.layer._modules["base_layer"]
-    kind = type(base)
-    if (FORWARD if kind is nn.Linear else FORMS.get(kind)) is not kind.forward:
+    kind, graph = type(base), torch.compiler.is_compiling()
+    if not form(kind) if graph else (FORWARD if kind is nn.Linear else FORMS.get(kind)) is not kind.forward:
         return None
     if "forward" in base.__dict__ or any(EVERYWHERE):
         return None  # as `is_ordinary` tells, without calls, which cost more here than what they look at
@@ -83,10 +95,10 @@ def open_linear(inner: Stack, x: Tensor, gated: bool = False) -> tuple[Tensor, T
         return None
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return None
-    graph = torch.compiler.is_compiling()
     if not graph and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _C._is_tracing()):
         return None
-    return W.mT if kind is not nn.Linear and kind in TURNED else W, held["bias"]
+    turned = form(kind) == "turned" if graph else kind is not nn.Linear and kind in TURNED
+    return W.mT if turned else W, held["bias"]
 
 
 def summed_up(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
