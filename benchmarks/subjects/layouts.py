@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Numbers, added, measure, turns
 from benchmarks.models import frozen
+from benchmarks.subjects.steps import step
 
 GPT2 = "GPT-2, 6 blocks of hidden 384, Conv1D r=8"
 CONVS = "4 x Conv2d(128, 128, 3), 4 images of 16 x 16, r=4"
@@ -51,18 +52,6 @@ def adapted(base: nn.Module, name: str, targets: list[str], r: int) -> nn.Module
     }
     more = {"fan_in_fan_out": True} if targets[0] == "c_attn" else {}
     return peft.get_peft_model(base, kinds[name](r=r, target_modules=targets, **more))
-
-
-def step(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
-    """Forward and backward; gradients are thrown away."""
-
-    def run() -> None:
-        x.grad = None
-        model(x).square().mean().backward()
-        if isinstance(model, nn.Module):
-            model.zero_grad(set_to_none=True)
-
-    return run
 
 
 def runs(make: Callable[[], nn.Module], names: tuple[str, ...], targets: list[str], x: Tensor, train: bool) -> Any:
