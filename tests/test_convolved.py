@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conformance.layouts import Around, Layout
 from conformance.rows import METHODS, adapted, close, expected
 from conformance.test_gradients import close_each, gradients, leaves
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft.core import direct, recycled
 from peft.kernels import convolution, masks
 
 LARGE = {
@@ -50,6 +52,17 @@ def test_values_and_gradients_are_those_of_the_formulas(method, kind):
     with torch.no_grad():
         for _ in range(2):  # the second finds what evaluation keeps
             close(model(x), wanted)
+
+
+@pytest.mark.parametrize("method, kind", [cell for cell in CELLS if cell[1] in ("one", "grouped")])
+@torch.no_grad()
+def test_a_weight_made_in_blocks_of_rows_is_that_made_at_once(method, kind, monkeypatch):
+    layout = LARGE[kind]
+    model, x = adapted(method, layout).eval(), layout.x()
+    wanted = model(x)
+    monkeypatch.setattr(direct, "BLOCK", 700)  # which is no whole number of rows
+    for _ in range(2):
+        close(model(x), wanted)
 
 
 class Convolutions(TorchDispatchMode):
@@ -91,6 +104,38 @@ def counted(model, x, grad=False):
 def test_evaluation_convolves_once(config):
     model, x = net(config).eval(), torch.randn(2, 16, 20, 20)
     assert counted(model, x) == (1, 0)
+
+
+class Large(TorchDispatchMode):
+    """The operations whose result is as large as a weight, by name."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.seen = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if isinstance(found, torch.Tensor) and found.numel() == self.size and not views:
+            self.seen.append(func.overloadpacket.__name__)
+        return found
+
+
+@pytest.mark.parametrize("config, passes", [("LoRA", 1), ("DoRA", 2), ("LoHa", 0), ("LoKr", 0)])
+@torch.no_grad()
+def test_a_large_kernel_is_made_in_few_passes_and_no_new_memory(config, passes):
+    """LoHa's and LoKr's in blocks of rows."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Conv2d(256, 256, 3, padding=1) for _ in range(2)))
+    model = get_peft_model(base, dataclasses.replace(CONFIGS[config](), target_modules=["0", "1"])).eval()
+    x = torch.randn(2, 256, 20, 20)
+    model(x)
+    recycled.forget()
+    with Large(256 * 256 * 9) as large:
+        model(x)
+    assert len(large.seen) == 2 * passes
+    assert recycled.waiting() == 256 * 256 * 9 * 4  # one weight's memory has served both layers
+    recycled.forget()
 
 
 def test_few_places_are_convolved_with_thin_factors():

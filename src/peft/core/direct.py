@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
-from ..kernels import lowrank, whole
+from ..kernels import lowrank, modes, whole
 from ..kernels.modes import is_autocast
 from ..kernels.thin import WIDE
 from ..kernels.whole import touched
+from . import recycled
 
 if TYPE_CHECKING:
     from .method import Delta
@@ -153,6 +154,35 @@ def convolved(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | No
     return made
 
 
+def with_delta(method: Delta, p: Adapter, W: Tensor) -> Tensor:
+    """W + delta(W) as a forward reads it; in evaluation in few passes over memory, and little that was never touched.
+
+    One product has W in it where s B A, (O, I), is all that is added. On a CPU another definition is computed a block
+    of rows at a time, so that what it makes on the way stays in the caches.
+    """
+    if torch.is_grad_enabled() or p.layer.training or W.dim() != 2 or W.dtype not in WIDE or type(W) not in _KNOWN:
+        return (W + method.read_delta(p, W)).to(W.dtype)
+    large = W.is_cpu and W.numel() >= 2 * BLOCK and not (modes.transformed() or modes.reused())
+    place = recycled.empty_like(W, WAITING) if large else None
+    if method.factored and (factors := _alike(method, p, W)) is not None:
+        A, B, scale = factors
+        return torch.addmm(W, B, A, alpha=scale) if place is None else torch.addmm(W, B, A, alpha=scale, out=place)
+    if place is None or not (method.mergeable and method.rowwise(p)):
+        return (W + method.read_delta(p, W)).to(W.dtype)
+    step = max(1, BLOCK // W.shape[1])
+    for rows in (slice(start, start + step) for start in range(0, len(W), step)):
+        torch.add(w := W[rows], method.delta(p, w, rows).to(W.dtype), out=place[rows])
+    return place
+
+
+def _alike(method: Any, p: Adapter, W: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """(A, B, s) of a low-rank method, if they are torch's own tensors of W's dtype."""
+    method.refuse_merge(p)
+    (A, B), scale = method.factors(p), method.scaling(p)
+    own = type(A) in _KNOWN and type(B) in _KNOWN and A.dtype is B.dtype is W.dtype
+    return (A, B, scale) if own and type(scale) is float else None
+
+
 def _one_kernel(method: Delta, p: Adapter) -> bool:
     """Whether one W' says what an adapter does to a convolution, and its modules need not be called."""
     if not method.mergeable or method.by_modules(p) or (p.layer.training and not method.direct):
@@ -185,5 +215,7 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}  # in which number
 MAKING = 12  # products with a matrix take as long as making it of factors
 MANY = 32  # places of an input, from which on a second product with a matrix costs more than adding that to W
 FEW = 2**14  # numbers in a weight, up to which it always does
+BLOCK = 2**17  # numbers of W' that are made at a time
+WAITING = 2**26  # bytes of their memory that may wait for the next one
 LEAST = 2**14  # numbers in an input, of fewer of which making W' takes longer
 _KNOWN = (Tensor, nn.Parameter)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels import lowrank
 from . import quantised
-from .direct import inside, open_linear, summed_up
+from .direct import inside, open_linear, summed_up, with_delta
 from .folding import Fold, Product
 from .kept import kept_factors
 from .sharded.gather import full
@@ -281,7 +281,7 @@ class Delta(Method):
         return thinned(self.live_delta(p, W), self.drop_rate(p) if p.layer.view.drops else 0.0)
 
     def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
-        return (W + self.read_delta(p, W)).to(W.dtype)
+        return with_delta(self, p, W)
 
     def by_modules(self, p: Adapter) -> bool:
         """Whether modules of the adapter have to be called, as somebody hooked them, so that factors do not do."""

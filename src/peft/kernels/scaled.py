@@ -33,6 +33,19 @@ def square(W: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+def product(z: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    """z g + b, of any dtypes; in one operation where no gradient is wanted, which takes one pass more of that."""
+    once = b.dtype is z.dtype is g.dtype and not torch.is_grad_enabled()
+    return torch.addcmul(b, z, g) if once else z * g + b
+
+
+def by_rows(V: Tensor, g: Tensor) -> Tensor:
+    """diag(g) V, (..., k, d), in V's place, which is nobody else's, where no gradient is wanted."""
+    if torch.is_grad_enabled() or transformed() or V.dtype is not g.dtype:
+        return V * g[..., None]
+    return changed(V, "mul", g[..., None])
+
+
 def norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, s: Any) -> Tensor:
     """|W + s B A| of each row, from W's `square`, without the product where that costs more; A and B are wide."""
     if _narrow(W, A):

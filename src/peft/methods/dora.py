@@ -28,7 +28,7 @@ from ..kernels import scaled
 from ..kernels.modes import ungraded
 from ..kernels.thin import NARROW, WIDE
 from .lora.row import Gained, Row
-from .magnitude import Gaining, Magnitude, product
+from .magnitude import Gaining, Magnitude
 
 
 class DoRA(Gaining):
@@ -112,7 +112,8 @@ class DoRA(Gaining):
         return directed(self.of.fold(p, wide, original) if original else None, p.layer.view, self.magnitude(p), wide)
 
     def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
-        return ((W + self.of.read_delta(p, W)) * self.kept_gain(p)[..., None]).to(W.dtype)
+        V = self.of.live_weight(p, W) if W.dtype in WIDE else W + self.of.read_delta(p, W)
+        return scaled.by_rows(V, self.kept_gain(p)).to(W.dtype)
 
     def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
         return self.of.bias(p, b)
@@ -156,4 +157,4 @@ class DoRA(Gaining):
         gain = self.kept_gain(p)
         g = inner.spread(gain)
         # b' in full: what `of` adds to y has its own bias in it
-        return (z * g).to(y.dtype) if b is None else product(z, g, inner.spread(b - b * gain)).to(y.dtype)
+        return (z * g).to(y.dtype) if b is None else scaled.product(z, g, inner.spread(b - b * gain)).to(y.dtype)

@@ -104,12 +104,6 @@ class Gaining(Delta):
         return noted.value
 
 
-def product(z: Tensor, g: Tensor, b: Tensor) -> Tensor:
-    """z g + b, of any dtypes; in one operation where no gradient is wanted, which takes one pass more of that."""
-    once = b.dtype is z.dtype is g.dtype and not torch.is_grad_enabled()
-    return torch.addcmul(b, z, g) if once else z * g + b
-
-
 class Magnitude(nn.Module):
     """Holds m under the name that checkpoints have; `label` is the layout that it is printed with."""
 
