@@ -7,7 +7,6 @@ memory that is used again for the next one; so that a merge needs one tile besid
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,23 +19,11 @@ from . import storage
 from .folding import ALL, Fold
 from .kinds import stated_outside
 from .lent import alike, own, put, same_memory
-from .recycled import empty_like
+from .recycled import TILE_BYTES, empty_like
 from .rounding import dense_twin, measured, store
 from .stack import Stack
 from .views import LinearView
 
-
-def _tile(stated: str) -> int:
-    """Bytes, of a number of MiB; raises ValueError for anything else."""
-    if not (stated.isdecimal() and int(stated)):
-        raise ValueError(
-            f"The environment variable PEFT_MERGE_TILE_MIB is {stated!r}, and should be a whole number of MiB, such as "
-            "the 64 that it is where it is left out."
-        )
-    return int(stated) * 2**20
-
-
-TILE_BYTES = _tile(os.environ.get("PEFT_MERGE_TILE_MIB") or "64")  # what a merge may need beyond the weights
 CACHED_BYTES = 4 * 2**20  # of a block on the CPU, where more would leave the caches between two passes over it
 PER_ELEMENT = 24  # bytes of the temporaries of a method that states nothing but its definition
 _lent = threading.local()

@@ -163,7 +163,7 @@ def with_delta(method: Delta, p: Adapter, W: Tensor) -> Tensor:
     if torch.is_grad_enabled() or p.layer.training or W.dim() != 2 or W.dtype not in WIDE or type(W) not in _KNOWN:
         return (W + method.read_delta(p, W)).to(W.dtype)
     large = W.is_cpu and W.numel() >= 2 * BLOCK and not (modes.transformed() or modes.reused())
-    place = recycled.empty_like(W, WAITING) if large else None
+    place = recycled.empty_like(W, recycled.TILE_BYTES) if large else None
     if method.factored and (factors := _alike(method, p, W)) is not None:
         A, B, scale = factors
         return torch.addmm(W, B, A, alpha=scale) if place is None else torch.addmm(W, B, A, alpha=scale, out=place)
@@ -216,6 +216,5 @@ MAKING = 12  # products with a matrix take as long as making it of factors
 MANY = 32  # places of an input, from which on a second product with a matrix costs more than adding that to W
 FEW = 2**14  # numbers in a weight, up to which it always does
 BLOCK = 2**17  # numbers of W' that are made at a time
-WAITING = 2**26  # bytes of their memory that may wait for the next one
 LEAST = 2**14  # numbers in an input, of fewer of which making W' takes longer
 _KNOWN = (Tensor, nn.Parameter)

@@ -1,12 +1,14 @@
 """Memory for weights on the CPU: what an earlier merge has given back comes before memory that was never touched.
 
 The first touch of a page costs more than the sum that is written into it. What was taken here returns when the last
-tensor in it is gone, whoever holds it, and waits for the next merge; at most a tile's worth of memory waits.
+tensor in it is gone, whoever holds it, and waits for the next merge, or the next layer that makes its weight in
+evaluation; at most a tile's worth of memory waits.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -14,6 +16,19 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
+
+def _tile(stated: str) -> int:
+    """Bytes, of a number of MiB; raises ValueError for anything else."""
+    if not (stated.isdecimal() and int(stated)):
+        raise ValueError(
+            f"The environment variable PEFT_MERGE_TILE_MIB is {stated!r}, and should be a whole number of MiB, such as "
+            "the 64 that it is where it is left out."
+        )
+    return int(stated) * 2**20
+
+
+# bytes of what a merge may need beyond the weights, and of what may wait here
+TILE_BYTES = _tile(os.environ.get("PEFT_MERGE_TILE_MIB") or "64")
 SMALLEST = 64 * 2**10  # bytes; less comes from memory that is used again anyway
 
 _lock = threading.RLock()

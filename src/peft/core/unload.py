@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import PeftWarning, report
-from . import blocks, onestep, passing
+from . import onestep, passing, recycled
 from .blocks import one_scratch
 from .layer import BaseTunerLayer, tuner_layers
 from .lent import own
@@ -149,7 +149,7 @@ class Ready:
 
     def __init__(self) -> None:
         self.found: dict[int, tuple[onestep.Change, Any]] = {}
-        self.room = blocks.TILE_BYTES // 2
+        self.room = recycled.TILE_BYTES // 2
 
     def take(self, layer: Any, names: tuple[str, ...]) -> bool:
         """Whether all is known that merging these adapters into a layer for good needs."""
