@@ -20,9 +20,11 @@ from peft import (
     AdaLoraConfig,
     AutoPeftModel,
     AutoPeftModelForCausalLM,
+    BOFTConfig,
     FrodConfig,
     LoraConfig,
     MissConfig,
+    MultitaskPromptTuningConfig,
     PeftModel,
     PeftWarning,
     PrefixTuningConfig,
@@ -41,7 +43,7 @@ from peft import (
 from peft.core.files import Saved
 from peft.core.fingerprint import difference, fingerprint
 from peft.core.header import read_header
-from peft.core.layer import tuner_layers
+from peft.core.layer import BaseTunerLayer, tuner_layers
 from peft.errors import ChangedConfigWarning, OtherBaseWarning, PeftStrictError
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -259,6 +261,35 @@ def test_a_prompt_that_is_larger_than_its_file_is_refused(tmp_path, kind, field)
         edit(tmp_path, **{name: 10**10})
         with pytest.raises((RuntimeError, ValueError), match="does not fit"):
             PeftModel.from_pretrained(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("field", ["num_ranks", "num_tasks"])
+def test_prompts_of_more_tasks_or_ranks_than_the_file_has_cost_no_memory(tmp_path, field):
+    config = MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=2, task_type="CAUSAL_LM")
+    get_peft_model(llama(), config).save_pretrained(tmp_path)
+    edit(tmp_path, **{field: 10**8})
+    base = llama()
+    with Largest() as largest, pytest.raises(RuntimeError, match="does not fit"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert largest.bytes < 2**20
+
+
+def test_places_drawn_from_a_seed_are_not_more_than_a_base_models_worth(tmp_path):
+    """The rank of Uni-LoRA is in no tensor of its file."""
+    get_peft_model(mlp(), UniLoraConfig(target_modules=["fc1"], theta_d_length=8)).save_pretrained(tmp_path)
+    edit(tmp_path, r=10**7)
+    base = mlp()
+    with Largest() as largest, pytest.raises(ValueError, match="bytes that are drawn from its seed"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert largest.bytes < 4096
+    assert not isinstance(base.fc1, BaseTunerLayer)
+
+
+def test_the_number_of_butterfly_factors_is_not_counted_out(tmp_path):
+    get_peft_model(mlp(), BOFTConfig(target_modules=["fc1"], boft_block_size=2)).save_pretrained(tmp_path)
+    edit(tmp_path, boft_n_butterfly_factor=2**62)
+    with pytest.raises(ValueError, match="boft_n_butterfly_factor"):
+        PeftModel.from_pretrained(mlp(), tmp_path)
 
 
 @pytest.mark.parametrize("low", [True, False])

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.measure import calls
-from peft import LoraConfig, PeftModel, PeftWarning, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PeftWarning, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from peft.core import files
 from peft.core.files import write_weights
 from peft.core.header import read_header
 from peft.core.payload import data_of, is_sound
+from peft.errors import PeftStrictError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 INDEX = f"{WEIGHTS}.index.json"
@@ -206,6 +207,18 @@ def test_each_form_takes_the_place_of_the_others(tmp_path):
         model.save_pretrained(tmp_path, **form)
         assert torch.equal(PeftModel.from_pretrained(mlp(), tmp_path)(X), model(X))
         assert len([p for p in tmp_path.iterdir() if p.name == WEIGHTS or p.suffix == ".bin" or p.name == INDEX]) == 1
+
+
+def test_a_pickle_is_told_and_refused_by_strict_loading(tmp_path, monkeypatch):
+    adapted().save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.warns(PeftWarning, match="is a pickle"):
+        PeftModel.from_pretrained(mlp(), tmp_path)
+    with pytest.raises(PeftStrictError, match="is a pickle"):
+        PeftModel.from_pretrained(mlp(), tmp_path, strict=True)
+    monkeypatch.setattr("peft.errors._strict", True)
+    for load in (lambda: adapted().load_adapter(tmp_path, "more"), lambda: load_peft_weights(str(tmp_path))):
+        with pytest.raises(PeftStrictError, match="is a pickle"):
+            load()
 
 
 @pytest.mark.parametrize(

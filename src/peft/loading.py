@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -51,6 +50,7 @@ _NO_NUMBERS = (
     *("alpha_pattern", "module_config", "loftq_config", "alora_invocation_tokens"),
     *("trainable_token_indices", "token_indices"),
 )
+_DRAWN = 1 << 26  # bytes that a configuration may ask for beside a small base model
 
 
 @dataclass
@@ -85,7 +85,7 @@ class AdapterFile:
     ) -> AdapterFile:
         """Look into the files of a folder or repository, to be loaded under `name` into `model`."""
         renames = renames if renames is not None else getattr(model, "_checkpoint_conversion_mapping", None)
-        saved = open_adapter(os.fspath(model_id), **hub_arguments(options))
+        saved = open_adapter(os.fspath(model_id), options.get("strict"), **hub_arguments(options))
         return cls(saved, name, renames or None, options, model, sharded.is_shared(model))
 
     @property
@@ -118,7 +118,8 @@ class AdapterFile:
             place: adds the adapter, on the meta device if told so.
         """
         outline, self._new = self.outline, True
-        _check_prompt(config, outline, self.name)
+        if config.is_prompt_learning:
+            tuner_class(config.peft_type).check_outline(config, outline, self.name)  # type: ignore[arg-type]
         before = copied(config.__dict__)
         self._start = key_of(before, self.autocast), told()
         made: list[Callable[[], Any]] = []
@@ -129,7 +130,7 @@ class AdapterFile:
                 if self._is_poured(model, config, casts):
                     return model, undo
                 lacking = self.foresee(model, outline)
-                _check_room(lacking, model, outline)
+                _check_room(lacking, model, outline, self.name)
                 if not lacking:
                     complete(model, self.name, lacking)
                     return model, undo
@@ -368,9 +369,11 @@ def _outlined(place: Callable[[bool], Placed]) -> Placed:
         raise ValueError(f"The configuration asks for tensors that no machine can hold: {error}") from error
 
 
-def _check_room(lacking: list[Entry], model: PeftModel, outline: Mapping[str, Tensor]) -> None:
+def _check_room(lacking: list[Entry], model: PeftModel, outline: Mapping[str, Tensor], name: str) -> None:
     """Refuse a configuration that asks for far more memory than the file holds: a base model's worth is allowed."""
-    if not lacking:
+    tuner = model._modules.get("base_model")
+    drawn = late.awaited(tuner, name) if isinstance(tuner, BaseTuner) else 0
+    if not lacking and drawn <= _DRAWN:
         return
     wanted = sum(e.tensor.numel() * e.tensor.element_size() for e in lacking)
     base = (p for _, m in original_modules(model) for p in m._parameters.values() if p is not None)
@@ -382,19 +385,8 @@ def _check_room(lacking: list[Entry], model: PeftModel, outline: Mapping[str, Te
             f"of shape {tuple(largest.tensor.shape)}; that is more than the base model has. Nothing was loaded: one of "
             "the two files belongs to another adapter."
         )
-
-
-def _check_prompt(config: PeftConfig, outline: Mapping[str, Tensor], name: str) -> None:
-    """Refuse a prompt that the configuration makes larger than the file has it."""
-    found = outline.get("prompt_embeddings")
-    if found is None or not config.is_prompt_learning:
-        return
-    kind: Any = tuner_class(config.peft_type)  # type: ignore[arg-type]
-    sizes = [getattr(config, n, None) for n in ("num_virtual_tokens", "token_dim")]
-    sizes += [2, getattr(config, "num_layers", None)] if kind.caches else []
-    wanted = math.prod(n for n in sizes if isinstance(n, int))
-    if wanted > found.numel():
-        raise RuntimeError(
-            f"The prompt of adapter {name!r} does not fit: its configuration asks for {wanted} numbers, and the file "
-            f"holds {tuple(found.shape)}. It belongs to another number of virtual tokens, or to another base model."
+    if drawn > max(held, _DRAWN):
+        raise ValueError(
+            f"The configuration asks for {drawn} bytes that are drawn from its seed, which is more than the base model "
+            "has. Nothing was loaded: look at the rank and the other sizes in adapter_config.json."
         )

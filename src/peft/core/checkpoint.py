@@ -253,12 +253,10 @@ def load_peft_weights(
     return renamed(open_adapter(model_id, **hf_hub_download_kwargs).read(device), key_mapping)
 
 
-def open_adapter(model_id: str, **hf_hub_download_kwargs: Any) -> Saved:
+def open_adapter(model_id: str, strict: bool | None = None, **download: Any) -> Saved:
     """The files of an adapter's tensors, of which the heads have been read; arguments as for `load_peft_weights`."""
     names = (SAFETENSORS_WEIGHTS_NAME, INDEX_NAME, WEIGHTS_NAME)
-    return open_weights(
-        fetch(model_id, names, **hf_hub_download_kwargs), lambda name: fetch(model_id, name, **hf_hub_download_kwargs)
-    )
+    return open_weights(fetch(model_id, names, **download), lambda name: fetch(model_id, name, **download), strict)
 
 
 def renamed(state: dict[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PeftWarning, listing
+from ..errors import PeftWarning, listing, report
 from . import hub
 from .commit import staged
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -214,12 +214,15 @@ class Saved:
         return {} if beside is None or not self.heads else beside.noted(name, os.path.dirname(next(iter(self.heads))))
 
 
-def open_weights(file: str | os.PathLike[str], fetch: Callable[[str], str] | None = None) -> Saved:
+def open_weights(
+    file: str | os.PathLike[str], fetch: Callable[[str], str] | None = None, strict: bool | None = None
+) -> Saved:
     """Look into an adapter's file.
 
     Arguments:
         file: a `.safetensors` file, the index of several, or a pickle, which is read with `weights_only=True`.
         fetch: gives the path of a file that an index names; None looks beside the index.
+        strict: whether pickles are refused; None follows `peft.set_strict`.
 
     Raises ValueError naming the file and the cause if it is truncated, damaged or no tensor file.
     """
@@ -229,7 +232,7 @@ def open_weights(file: str | os.PathLike[str], fetch: Callable[[str], str] | Non
         return _open_shards(text, fetch or (lambda name: hub.fetch(beside, name)))
     if text.endswith(".safetensors"):
         return Saved({text: read_header(file)})
-    return Saved(state=_read_pickle(text))
+    return Saved(state=_read_pickle(text, strict))
 
 
 def read_weights(file: str | os.PathLike[str], device: str | torch.device | None = None) -> dict[str, Tensor]:
@@ -295,9 +298,9 @@ def _finite_as_one(data: Tensor, header: Header) -> bool:
     return math.isfinite(numbers.sum().item())
 
 
-def _read_pickle(file: str) -> dict[str, Tensor]:
+def _read_pickle(file: str, strict: bool | None) -> dict[str, Tensor]:
     text = f"{file} is a pickle; only its tensors are read. Save the adapter again to get the safer safetensors format."
-    warnings.warn(text, PeftWarning, stacklevel=4)
+    report(PeftWarning, text, strict, stacklevel=5)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError, pickle.UnpicklingError) as error:

@@ -82,6 +82,16 @@ def complete(tuner: Any, name: str, lacking: Collection[Spot] = (), sight: Any =
                 _put(held[key], name, value if place.type == "meta" else value.to(place))
 
 
+def awaited(tuner: Any, name: str) -> int:
+    """The bytes of what `complete` would make for an adapter that waits, as its configuration asks for them."""
+    if name not in tuner.waiting:
+        return 0
+    layers = (layer for _, layer in tuner_layers(tuner.model) if isinstance(layer, BaseTunerLayer))
+    held = (h for layer in layers for h in layer._modules.values() if isinstance(h, BufferDict) and name in h)
+    homes: list[nn.Module] = [*dict(shared_of(tuner)).values(), *held]
+    return sum(home._buffers[name].nbytes for home in homes if _wanted(home, name, ()))  # type: ignore[union-attr]
+
+
 def _wanted(home: nn.Module, name: str, lacking: Collection[Spot]) -> bool:
     held = home._buffers.get(name)
     saved = name not in home._non_persistent_buffers_set

@@ -122,7 +122,8 @@ def blocks(path: str, n: int, c: BOFTConfig) -> tuple[int, int]:
     if size * count != n:
         name = "boft_block_size" if c.boft_block_size else "boft_block_num"
         raise ValueError(f"{name}={getattr(c, name)} does not divide the {n} features of {path!r}. Use one of {fits}.")
-    even = [k for k in fits if k % 2 == 0 and n % (k * max(2, 2 ** (m - 1))) == 0]
+    groups = max(2, 2 ** min(m - 1, n.bit_length()))  # more than n, whatever a file says of m
+    even = [k for k in fits if k % 2 == 0 and n % (k * groups) == 0]
     if m > 1 and size not in even:
         way = f"Use boft_block_size of {even}" if even else "Use boft_n_butterfly_factor=1"
         raise ValueError(

@@ -84,6 +84,11 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         if config.prompt_tuning_init in SOURCES and not config.inference_mode:
             self.take_sources(config)
 
+    @classmethod
+    def asked(cls, config: Any) -> dict[str, int]:
+        each, rows, width = config.num_tasks * config.num_ranks, config.num_virtual_tokens, config.token_dim or 1
+        return {**super().asked(config), "prefix_task_cols": each * rows, "prefix_task_rows": each * width}
+
     @torch.no_grad()
     def take_sources(self, config: Any) -> None:
         """Start from the prompts of source tasks.

@@ -6,6 +6,8 @@ their embeddings (THE DEFINITION). How those enter a model, for every task, is w
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +62,24 @@ class BasePromptEncoder(nn.Module):
             words: the model's embedding of words, from which a prompt may start.
         """
         return cls(config)
+
+    @classmethod
+    def asked(cls, config: Any) -> dict[str, int]:
+        """{key in files: how many numbers it has}, of a configuration; sizes that it leaves to the model count once."""
+        sizes = [config.num_virtual_tokens, config.token_dim, *((2, config.num_layers) if cls.caches else ())]
+        return {"prompt_embeddings": math.prod(n for n in sizes if isinstance(n, int))}
+
+    @classmethod
+    def check_outline(cls, config: Any, outline: Mapping[str, Tensor], name: str) -> None:
+        """Raise RuntimeError for a prompt that the configuration makes larger than the file has it."""
+        for key, wanted in cls.asked(config).items():
+            found = outline.get(key)
+            if found is not None and wanted > found.numel():
+                raise RuntimeError(
+                    f"The prompt of adapter {name!r} does not fit: its configuration asks for {wanted} numbers of "
+                    f"{key}, and the file holds {tuple(found.shape)}. It belongs to another number of virtual tokens "
+                    "or tasks, or to another base model."
+                )
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that training moves."""
