@@ -71,6 +71,21 @@ def test_training_starts_at_the_base_and_files_bring_back_the_rest(kind, fields,
         assert torch.equal(again.eval()(X), model(X))
 
 
+@pytest.mark.parametrize("kind, fields", [case for case in CASES if case[1].get("save_projection", True)])
+def test_files_say_the_same_over_a_base_in_double_precision(kind, fields, tmp_path):
+    """What they leave to the base (signs of singular vectors ...) is what it was in single precision."""
+    for seed in range(4):
+        plain = Net()
+        torch.manual_seed(seed)
+        for layer in (plain.up, plain.down):
+            layer.reset_parameters()
+        double = copy.deepcopy(plain).double()
+        model = trained(get_peft_model(plain, kind(**fields, **TARGETS)), seed)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(double, tmp_path).eval()
+        torch.testing.assert_close(again(X.double()).float(), model(X), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("config", [PsoftConfig(r=3, **TARGETS), OSFConfig(effective_rank=2, **TARGETS)])
 def test_what_comes_from_the_base_follows_it(config):
     model = trained(get_peft_model(Net(), config))

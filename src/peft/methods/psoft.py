@@ -106,8 +106,8 @@ class PSOFT(Between):
             weight.diagonal(dim1=-2, dim2=-1).add_(1)
 
     def derive(self, p: Adapter, inner: Stack) -> None:
-        c, weight = p.settings, p.original_weight().detach()
-        W, dtype = weight.to(torch.promote_types(weight.dtype, torch.float32)), p.psoft_R.weight.dtype
+        c, W = p.settings, p.original_weight().detach().float()  # of float64 too: its signs could be others
+        dtype = p.psoft_R.weight.dtype
         if c.psoft_svd == "full":
             U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         else:

@@ -105,7 +105,7 @@ class TinyLoRA(LowRank):
 
     def init(self, p: Adapter, inner: Stack) -> None:
         W = p.original_weight().mT if p.layer.view.infix else p.original_weight()
-        U, S, Vh = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
         root = S[..., : p.r].sqrt()
         p.held_buffer("tinylora_A").copy_(root[..., None] * Vh[..., : p.r, :])
         p.held_buffer("tinylora_B").copy_(U[..., : p.r] * root[..., None, :])
