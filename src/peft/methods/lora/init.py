@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.defaults import SAFETENSORS_WEIGHTS_NAME
+from ...core.draw import normal
 from ...core.files import keys_in_hand
 from ...core.header import read_header
 from ...errors import PeftWarning, report
@@ -292,9 +293,11 @@ def _svd(W: Tensor, r: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         return U[..., :r], S[..., :r], Vh[..., :r, :]
     iterations = int(kind.rsplit("_", 1)[1])
-    # the same draw at every load: a saved adapter is a difference to exactly these factors
-    devices = [W.device] if W.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        U, S, V = torch.svd_lowrank(W, q=r, niter=iterations)
-    return U, S, V.mT
+    tall = W.shape[-2] >= W.shape[-1]
+    M = W if tall else W.mT
+    # Drawn alike at every load, on any device, in any dtype: a saved adapter is a difference to exactly these factors.
+    Q = torch.linalg.qr(M @ normal((M.shape[-1], r), torch.Generator().manual_seed(0)).to(M))[0]
+    for _ in range(iterations):
+        Q = torch.linalg.qr(M @ torch.linalg.qr(M.mT @ Q)[0])[0]
+    U, S, Vh = torch.linalg.svd(Q.mT @ M, full_matrices=False)
+    return (Q @ U, S, Vh) if tall else (Vh.mT, S, (Q @ U).mT)
