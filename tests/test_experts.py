@@ -42,6 +42,14 @@ def qwen2() -> Any:
     return transformers.Qwen2MoeForCausalLM(config).eval()
 
 
+def gpt_oss() -> Any:
+    sizes = {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 4}
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)).eval()
+    for p in model.parameters():
+        p.data.normal_(0, 0.3)
+    return model
+
+
 def lora(**changes: Any) -> LoraConfig:
     return LoraConfig(**{"r": 2, "lora_alpha": 3, "init_lora_weights": False, **changes})
 
@@ -100,6 +108,61 @@ def test_a_failed_wrap_gives_back_the_configuration():
         get_peft_model(mixtral(), config)
     assert config.target_modules == {"w1", "w2", "w3"}
     assert (config.target_parameters, config.rank_pattern, config.alpha_pattern) == (None, {}, {})
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"use_dora": True}])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_biases_of_experts_are_adapted(changes, implementation, tmp_path, monkeypatch):
+    base = gpt_oss()
+    base.set_experts_implementation(implementation)
+    plain, experts = copy.deepcopy(base), "model.layers.0.mlp.experts"
+    config = lora(target_modules=[], target_parameters=["gate_up_proj", "down_proj"], lora_bias=True, **changes)
+    model = get_peft_model(base, config)
+    layers = [model.get_submodule(f"base_model.model.{experts}{more}") for more in (".base_layer", "")]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B["default"].bias)
+    with torch.no_grad(), monkeypatch.context() as patched:
+        patched.setattr(peft.core.views.chosen.Chosen, "whole", None)  # nothing asks for all numbers of W'
+        wanted = model(IDS).logits
+        assert not torch.allclose(wanted, plain(IDS).logits, atol=1e-2)
+    model.save_pretrained(tmp_path)
+    assert shapes(model, "layers.0.mlp.experts")[".base_layer.lora_B.bias"] == (3, 24)
+    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()(IDS).logits, wanted)
+    model.add_weighted_adapter(["default"], [1.0], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(IDS).logits, wanted)
+    model.set_adapter("default")
+    both = model(IDS.expand(2, -1), adapter_names=["default", "__base__"]).logits
+    torch.testing.assert_close(both, torch.cat([wanted, plain(IDS).logits]))
+    model.merge_adapter()
+    torch.testing.assert_close(model(IDS).logits, wanted)
+    b0 = plain.get_submodule(experts).gate_up_proj_bias
+    update = layers[0].scaling["default"] * layers[0].lora_B["default"].bias
+    torch.testing.assert_close(layers[0].get_base_layer().gate_up_proj_bias, b0 + update)
+    model.unmerge_adapter()
+    assert torch.equal(layers[0].get_base_layer().gate_up_proj_bias, b0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.BeftConfig(init_weights=False),
+        peft.IA3Config(feedforward_modules=[], init_ia3_weights=False),
+        peft.RoadConfig(group_size=2, init_weights=False),
+        peft.GloraConfig(r=2, init_weights=False),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_methods_that_change_a_bias_change_that_of_each_expert(config):
+    base = gpt_oss()
+    before = {k: v.clone() for k, v in base.state_dict().items() if k.endswith("_bias")}
+    config.target_modules, config.target_parameters = [], ["gate_up_proj", "down_proj"]
+    model = get_peft_model(base, config).eval()
+    wanted = model(IDS).logits
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(plain(IDS).logits, wanted)
+    after = plain.state_dict()
+    assert all(not torch.equal(after[k], v) for k, v in before.items()) and len(before) == 4
 
 
 @pytest.mark.parametrize("make", [mixtral, qwen3])

@@ -1,5 +1,6 @@
 """Fused experts in FP8, in FP4 with scales for each 32, and in MXFP4: transformers' own classes on any machine."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,7 @@ class Dense(nn.Module):
         super().__init__()
         for name in NAMES:
             setattr(self, name, nn.Parameter(numbers[name].clone()))
-            setattr(self, f"{name}_bias", getattr(held, f"{name}_bias", None))
+            setattr(self, f"{name}_bias", copy.deepcopy(getattr(held, f"{name}_bias", None)))
         self.gated = gated
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
@@ -137,7 +138,9 @@ def built(kind):
 
 
 def adapted(module, names=NAMES):
-    config = LoraConfig(r=2, target_modules=[], target_parameters=[f"experts.{n}" for n in names])
+    biased = all(getattr(module, f"{n}_bias", None) is not None for n in names)
+    targets = [f"experts.{n}" for n in names]
+    config = LoraConfig(r=2, target_modules=[], target_parameters=targets, lora_bias=biased)
     return road.filled(get_peft_model(Holder(module), config))
 
 
@@ -188,6 +191,7 @@ def test_saved_and_loaded(kind):
 @pytest.mark.parametrize("mode", ["requantize", "compensated", "dequantize"])
 def test_merged_and_unmerged(kind, mode):
     layer, numbers, dense = built(kind)
+    biases = {name: b.clone() for name, b in layer.named_parameters() if name.endswith("_bias")}
     model, twin = adapted(layer), adapted(dense)
     with torch.no_grad():
         wanted = twin(inputs())
@@ -203,6 +207,7 @@ def test_merged_and_unmerged(kind, mode):
         if mode == "dequantize":
             torch.testing.assert_close(model(inputs()), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
         model.unmerge_adapter()
+        assert all(torch.equal(layer.get_parameter(name), b) for name, b in biases.items())
         for name, payload in zip(NAMES, before, strict=True):
             road.same(road.payload(layer, name), payload)
             assert torch.equal(road.read(layer, name), numbers[name])

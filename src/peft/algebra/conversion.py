@@ -232,9 +232,9 @@ def _tensors(
     yield f"{stem}A{ending}", (A / times).contiguous()
     yield f"{stem}B{ending}", B.contiguous()
     if config.lora_bias and view.bias_name:
-        bias = result.bias
+        bias, lead = result.bias, view.shape(update.p.layer.get_base_layer())[:-2]
         key = f"{stem}bias" if view.infix else f"{stem}B.bias"
-        yield key, B.new_zeros(B.shape[0]) if bias is None else bias.to(B.dtype)
+        yield key, B.new_zeros(*lead, B.shape[0]) if bias is None else bias.to(B.dtype)
 
 
 def _factor(update: Update, packed: bool) -> float:

@@ -161,7 +161,7 @@ class Banks:
         mine = frozenset(map(id, self.watch.tensors))
         for p in self.adapters:
             term = None if isinstance(p.method, Delta) and p.method.drop_rate(p) else p.method.term(p)
-            if term is None or not _usable(layer, *term):
+            if term is None or p.method.up_bias(p) is not None or not _usable(layer, *term):
                 self.rest.append(p.name)
             else:
                 A, B, _, *gain = term

@@ -187,8 +187,12 @@ class Method:
     def term(self, p: Adapter) -> tuple[Any, ...] | None:
         """(A, B, s) where y = W x + b becomes y + s B A x; (A, B, s, g): g (y - b) + b + s B A x; None elsewhere.
 
-        Dropout of that x is not told here.
+        Dropout of that x is not told here, nor is a bias of B.
         """
+        return None
+
+    def up_bias(self, p: Adapter) -> Tensor | None:
+        """A bias of B, (..., O), which the scaling multiplies too."""
         return None
 
     def refuse_merge(self, p: Adapter) -> None:
@@ -364,13 +368,7 @@ class LowRank(Delta):
 
     def term(self, p: Adapter) -> tuple[Any, ...] | None:
         stated = type(self).forward is Delta.forward and type(self).onto is LowRank.onto
-        if not stated or self.up_bias(p) is not None:
-            return None
-        return (*self.factors(p), self.scaling(p))
-
-    def up_bias(self, p: Adapter) -> Tensor | None:
-        """A bias of B, (O,), which the scaling multiplies too."""
-        return None
+        return (*self.factors(p), self.scaling(p)) if stated else None
 
     def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
         extra = self.up_bias(p)

@@ -328,7 +328,7 @@ class InPlace:
         W = stack.chosen()
         values = {view.name: stack.stored(view.name, view.raw(base, stack.live_weight() if W is None else W))}
         b = stack.shown_bias() if view.bias_name else None
-        if b is not None:
+        if b is not None and b is not view.bias(base):
             values[view.bias_name] = stack.stored(view.bias_name, b)
         return view.run(base, values, stack.layer._modules["base_layer"], args, kwargs)
 

@@ -43,16 +43,17 @@ class BEFT(Method):
 
     def build(self, site: Site) -> dict[str, Any]:
         *lead, out, _ = site.view.shape(site.module)
-        if lead or not site.view.bias_name:
+        if not site.view.bias_name:
             raise ValueError(f"{site.path!r} has no bias, nor room for one. Leave it out (`exclude_modules`).")
-        return {"beft_bias": nn.Parameter(torch.zeros(1, out, **site.kwargs))}
+        return {"beft_bias": nn.Parameter(torch.zeros(*(lead or [1]), out, **site.kwargs))}
 
     def init(self, p: Adapter, inner: Stack) -> None:
         if not p.settings.init_weights:
             p.beft_bias.normal_()
 
     def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
-        extra = p.held("beft_bias").flatten()
+        extra = p.held("beft_bias")
+        extra = extra[0] if len(extra) == 1 else extra
         if b is not None:
             return (b + extra).to(b.dtype)
         weight = p.layer.view.sample(p.layer.get_base_layer())  # attention wants a bias of its weight's dtype

@@ -138,10 +138,10 @@ class DoRA(Gaining):
             return scaled.linear(x, *held, A, B, s, rate, m, self.safe_norm(p).to(m.dtype)) if y is None else y
         return scaled.evaluated(x, *held, *kept(p, lambda: self.folded(p, of, A, B), base=True))
 
-    def _thin(self, p: Adapter) -> LowRank | None:
-        """The method inside, if its update is computed from factors and adds no bias."""
+    def _thin(self, p: Adapter, biased: bool = False) -> LowRank | None:
+        """The method inside, if its update is computed from factors and adds no bias, or may do so."""
         of = self.of
-        thin = isinstance(of, LowRank) and of.direct and of.up_bias(p) is None and not of.by_modules(p)
+        thin = isinstance(of, LowRank) and of.direct and (biased or of.up_bias(p) is None) and not of.by_modules(p)
         return of if thin else None  # type: ignore[return-value]
 
     def onto(self, p: Adapter, inner: Stack, y: Tensor, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..kernels.scaled import folded, square
 class Gaining(Delta):
     """The part of DoRA that tells how it may run beside other adapters in a mixed batch."""
 
-    _thin: Callable[[Adapter], LowRank | None]
+    _thin: Callable[..., LowRank | None]
     gain: Callable[[Adapter], Tensor]
     of: Delta
 
@@ -59,8 +59,11 @@ class Gaining(Delta):
     def factored(self) -> bool:  # type: ignore[override]
         return self.of.factored
 
+    def up_bias(self, p: Adapter) -> Tensor | None:
+        return self.of.up_bias(p)
+
     def term(self, p: Adapter) -> tuple[Any, ...] | None:
-        of = self._thin(p)
+        of = self._thin(p, biased=True)
         term = None if of is None else of.term(p)
         if term is None:
             return None

@@ -18,7 +18,7 @@ from .linear import Conv1DView, LinearView, main_input
 from .make import PLAIN, SETTLED, Linear, ModuleDict, ParameterDict, Template, linear_module
 from .module import ModuleView
 from .parallel import ParallelView, is_parallel
-from .parameter import AttentionView, ParameterView
+from .parameter import AttentionView, ParameterView, bias_beside
 
 __all__ = [
     "FUSES",
@@ -66,7 +66,9 @@ def view_of(m: nn.Module, parameter: str | None = None, whole: bool = False) -> 
     if whole:
         return _WHOLE
     if parameter is not None:
-        return (AttentionView if isinstance(m, nn.MultiheadAttention) else ParameterView)(parameter)
+        if isinstance(m, nn.MultiheadAttention):
+            return AttentionView(parameter)
+        return ParameterView(parameter, bias_beside(m, parameter))
     view = _BY_TYPE.get(type(m))
     if view is None:
         view = _BY_TYPE[type(m)] = _find(m)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import PeftWarning
@@ -37,7 +38,7 @@ class ParameterView(LinearView):
             )
         return (shape[0], shape[2], shape[1]) if self._transposed(m, len(shape)) else shape
 
-    why = "a parameter: the product that a bias would be added to is its module's own, out of reach"
+    why = "a parameter without a bias beside it: the product that one would be added to is its module's own"
 
     def own_forward(self, m: Layer) -> bool:
         return False  # whatever the module does with its weight, it does with a new one
@@ -56,7 +57,7 @@ class ParameterView(LinearView):
         return dims - (1 if self._transposed(m, dims) else 2)
 
     def bias(self, m: Layer) -> Tensor | None:
-        return getattr(m, self.bias_name) if self.bias_name else None
+        return super().bias(m) if self.bias_name else None
 
     def down(self, m: Layer, r: int, blocks: int = 1, **kwargs: Any) -> nn.Module:
         *experts, _, inp = self.shape(m)
@@ -66,7 +67,10 @@ class ParameterView(LinearView):
         *experts, out, _ = self.shape(m)
         if bias and not self.bias_name:
             raise ValueError(f"lora_bias=True has no meaning for {self.name!r}, {self.why}. Set lora_bias=False.")
-        return linear_module(r // blocks * math.prod(experts), out, bias, **kwargs)
+        up = linear_module(r // blocks * math.prod(experts), out, bias, **kwargs)
+        if bias and experts:
+            up._parameters["bias"] = nn.Parameter(torch.empty(*experts, out, **kwargs))  # each has its own
+        return up
 
     def A(self, m: Layer, held: Tensor, blocks: int = 1) -> Tensor:
         # checkpoints pack A as (E r, I) and B as (O, r E)
@@ -88,7 +92,9 @@ class ParameterView(LinearView):
     ) -> Any:
         """Run `outer`, which is m or stands around it, with tensors in place of m's parameters."""
         if (kind := storage.named(m, self.name)) is not None:
-            return kind.run(m, values, lambda: outer(*args, **kwargs))
+            weight = {self.name: values[self.name]}
+            beside = {name: value for name, value in values.items() if name != self.name}
+            return kind.run(m, weight, lambda: self._in_place(m, beside, outer, args, kwargs))
         if "_hf_hook" in m.__dict__:
             with kept_here(m):
                 return self._in_place(m, values, outer, args, kwargs)
@@ -107,6 +113,16 @@ class ParameterView(LinearView):
             return outer(*args, **kwargs)
         finally:
             held.update(before)
+
+
+def bias_beside(m: nn.Module, name: str) -> str | None:
+    """The parameter that a module adds to its product with another one, as the two names and shapes say.
+
+    That is "gate_up_proj_bias" (E, O) beside "gate_up_proj", or "bias" (O,) beside "weight".
+    """
+    found = {f"{name}_bias", name.replace("weight", "bias")} - {name}
+    beside = [(n, b.shape) for n in found if (b := m._parameters.get(n)) is not None]
+    return next((n for n, shape in beside if shape == ParameterView(name).shape(m)[:-1]), None)
 
 
 def refuse_computed(m: nn.Module, names: Iterable[str]) -> None:

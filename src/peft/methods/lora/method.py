@@ -228,7 +228,7 @@ class LoRA(LowRank):
     def term(self, p: Adapter) -> tuple[Any, ...] | None:
         stated = type(self).forward in (LoRA.forward, InTraining.forward) and not self.some_positions
         stated = stated and (type(self).onto is LoRA.onto if self.direct else not p.layer.training)
-        if not stated or p.lora_bias or hooked(p) or not p.layer.cast_input_dtype_enabled:
+        if not stated or hooked(p) or not p.layer.cast_input_dtype_enabled:
             return None
         return (*self.factors(p), self.scaling(p))
 
