@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import choice, grouped
-from ..kernels.modes import transformed
+from ..kernels.modes import HELD, transformed
 from . import host
 from .direct import is_ordinary, matrix
 from .method import Delta
 from .rows import Groups, Segments
-from .watch import PLAIN, Watch
+from .watch import Watch
 
 KEPT = 128  # adapters in a layer's banks that no longer take part in the batches
 _learns = attrgetter("requires_grad")
@@ -227,7 +227,7 @@ def _steps(bank: Any, groups: Groups, rows: int) -> Steps:
 
 def _usable(layer: Any, A: Tensor, B: Tensor, scale: Any, gain: Tensor | None = None) -> bool:
     """Whether such factors can stand in a bank; a gain depends on the base weight, which must be one to watch."""
-    plain = all(type(f) in PLAIN and f.dim() == 2 for f in (A, B))
+    plain = all(type(f) in HELD and f.dim() == 2 for f in (A, B))
     return plain and (gain is None or type(layer.get_base_layer()._parameters.get(layer.view.name)) is nn.Parameter)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.modes import PLAIN
 from . import storage
 from .folding import ALL, Fold
 from .kinds import stated_outside
@@ -99,7 +100,7 @@ def folds(stack: Stack, W: Tensor) -> list[Fold] | None:
         stack: the layer under some adapters.
         W: the base weight as it is now, (..., O, I).
     """
-    if W.dim() != 2 or type(W) not in (Tensor, nn.Parameter) or not stack.adapters or stack.layer.says_update():
+    if W.dim() != 2 or type(W) not in PLAIN or not stack.adapters or stack.layer.says_update():
         return None
     wide = torch.promote_types(W.dtype, torch.float32)
     found: list[Fold] = []

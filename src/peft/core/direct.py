@@ -11,8 +11,7 @@ from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
 from ..kernels import lowrank, modes, whole
-from ..kernels.modes import is_autocast
-from ..kernels.thin import WIDE
+from ..kernels.modes import PLAIN, WIDE, is_autocast
 from ..kernels.whole import touched
 from . import recycled
 
@@ -92,7 +91,7 @@ def open_linear(inner: Stack, x: Tensor, gated: bool = False) -> tuple[Tensor, T
     W = held.get("weight")
     if type(W) is not nn.Parameter or W.dtype is not x.dtype or "bias" not in held:  # some libraries take them away
         return None
-    if x.dim() < 2 or type(x) not in _KNOWN or x.is_nested:
+    if x.dim() < 2 or type(x) not in PLAIN or x.is_nested:
         return None
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return None
@@ -129,7 +128,7 @@ def convolved(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | No
     own, graph = method.makes_delta(p), torch.compiler.is_compiling()
     if inner.last is not None or inner.extra is not None or inner.packed is not None or not is_conv(base):
         return None
-    if x.dtype not in WIDE or type(x) not in _KNOWN or is_autocast(x) or (inner.gated and not own):
+    if x.dtype not in WIDE or type(x) not in PLAIN or is_autocast(x) or (inner.gated and not own):
         return None
     if type(base._parameters.get("weight")) is not nn.Parameter:
         return None
@@ -160,7 +159,7 @@ def with_delta(method: Delta, p: Adapter, W: Tensor) -> Tensor:
     One product has W in it where s B A, (O, I), is all that is added. On a CPU another definition is computed a block
     of rows at a time, so that what it makes on the way stays in the caches.
     """
-    if torch.is_grad_enabled() or p.layer.training or W.dim() != 2 or W.dtype not in WIDE or type(W) not in _KNOWN:
+    if torch.is_grad_enabled() or p.layer.training or W.dim() != 2 or W.dtype not in WIDE or type(W) not in PLAIN:
         return (W + method.read_delta(p, W)).to(W.dtype)
     large = W.is_cpu and W.numel() >= 2 * BLOCK and not (modes.transformed() or modes.reused())
     place = recycled.empty_like(W, recycled.TILE_BYTES) if large else None
@@ -179,7 +178,7 @@ def _alike(method: Any, p: Adapter, W: Tensor) -> tuple[Tensor, Tensor, float] |
     """(A, B, s) of a low-rank method, if they are torch's own tensors of W's dtype."""
     method.refuse_merge(p)
     (A, B), scale = method.factors(p), method.scaling(p)
-    own = type(A) in _KNOWN and type(B) in _KNOWN and A.dtype is B.dtype is W.dtype
+    own = type(A) in PLAIN and type(B) in PLAIN and A.dtype is B.dtype is W.dtype
     return (A, B, scale) if own and type(scale) is float else None
 
 
@@ -217,4 +216,3 @@ MANY = 32  # places of an input, from which on a second product with a matrix co
 FEW = 2**14  # numbers in a weight, up to which it always does
 BLOCK = 2**17  # numbers of W' that are made at a time
 LEAST = 2**14  # numbers in an input, of fewer of which making W' takes longer
-_KNOWN = (Tensor, nn.Parameter)

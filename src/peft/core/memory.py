@@ -6,10 +6,10 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..kernels.modes import transformed
+from ..kernels.modes import PLAIN, transformed
 
 VECTOR = 16  # bytes; BLAS reads operands that start elsewhere in another order
 
@@ -42,6 +42,6 @@ def identity(t: Tensor) -> Hashable:
 
 def aligned(t: Tensor) -> Tensor:
     """t, or a copy where it does not start at a full vector, as in pages of a file: products round otherwise there."""
-    if type(t) not in (Tensor, nn.Parameter) or not t.is_cpu or torch.is_grad_enabled() or transformed():
+    if type(t) not in PLAIN or not t.is_cpu or torch.is_grad_enabled() or transformed():
         return t
     return t.clone() if t.data_ptr() % VECTOR else t

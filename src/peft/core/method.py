@@ -21,7 +21,7 @@ from .folding import Fold, Product
 from .kept import kept_factors
 from .sharded.gather import full
 from .views import LinearView
-from .views.chosen import thinned
+from .views.chosen import product, thinned
 
 if TYPE_CHECKING:
     from .shared import Shared, SharedTensors, Sight
@@ -352,9 +352,7 @@ class LowRank(Delta):
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         self.refuse_merge(p)
         A, B = self.factors(p)
-        if A.dtype in (torch.float16, torch.bfloat16) and not A.is_cuda:
-            A, B = A.float(), B.float()  # half products on the CPU lose accuracy, and time
-        return (B[..., rows, :] @ A) * self.scaling(p)
+        return product(A, B[..., rows, :], self.scaling(p))
 
     def fold(self, p: Adapter, wide: torch.dtype, original: bool) -> Fold | None:
         if type(self).weight is not Delta.weight or type(self).delta is not LowRank.delta:

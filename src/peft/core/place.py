@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import PeftWarning, nearest, report
+from ..kernels.modes import NARROW
 from . import experts, handmade, storage, views
 from .evaluation import learning
 from .host import below, standing
@@ -132,7 +133,7 @@ class Injection(Casting, Placing):
         place = _device(sight.module, weight)
         if weight.is_meta and place is None and torch.get_default_device().type == "meta":
             made = hollow(made)
-        for key, new in beside(made, place, own if own in views.HALF else None, known).items():
+        for key, new in beside(made, place, own if own in NARROW else None, known).items():
             home = shared_home(self.tuner, key, self.undo)
             self.undo.append(partial(home.delete_adapter, self.name))
             home.add(self.name, new, place, self.meta)

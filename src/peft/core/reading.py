@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..kernels.modes import HELD
 from .kept import kept, lasting, still
 from .method import Delta
-from .views.chosen import NUMBERS, Term
+from .views.chosen import Term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,7 @@ def update(p: Adapter, W: Tensor) -> Term | None:
     if made is None:
         dense = rate and type(method).live_weight is Delta.live_weight and method.additive
         made = (method.live_delta(p, W), None, 1.0) if dense else None
-    if made is None or any(type(t) not in NUMBERS or t.dim() != W.dim() for t in (W, *made[:2]) if t is not None):
+    if made is None or any(type(t) not in HELD or t.dim() != W.dim() for t in (W, *made[:2]) if t is not None):
         return None
     A, B, s, *g = made
     term = Term(A, B, s, rate, *g)

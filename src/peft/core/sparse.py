@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import sparse
-from ..kernels.modes import lasting, ordinary
-from ..kernels.thin import WIDE
+from ..kernels.modes import WIDE, lasting, ordinary
 from ..kernels.whole import touched
 from .direct import open_linear
 from .method import Delta

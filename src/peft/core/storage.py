@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..kernels.modes import HELD
 from .memory import identity
 
 Payload = dict[str, Any]
@@ -288,7 +289,7 @@ class Foreign(Storage):
 
 def _kind(value: Tensor) -> str:
     """What a tensor is, beyond a plain one: its dtype or its class."""
-    plain = type(value) in _PLAIN
+    plain = type(value) in HELD
     return str(value.dtype) if plain else f"{type(value).__module__}.{type(value).__qualname__}"
 
 
@@ -302,9 +303,8 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 DENSE, _FOREIGN = Storage(), Foreign()
-_PLAIN = (nn.Parameter, Tensor, nn.Buffer)
 _OWN = ("torch.nn.modules.", "torch.nn.parameter.", "peft.", "transformers.models.", "transformers.pytorch_utils.")
-_by_class: dict[type, Storage | None] = dict.fromkeys(_PLAIN)
+_by_class: dict[type, Storage | None] = dict.fromkeys(HELD)
 
 
 def named(module: nn.Module, name: str) -> Storage | None:
@@ -381,7 +381,7 @@ def by_class(kind: type) -> Storage | None:
 
 
 def _find(kind: type) -> Storage | None:
-    names = [f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__ if c not in _PLAIN and c is not object]
+    names = [f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__ if c not in HELD and c is not object]
     foreign = [n for n in names if not n.startswith(_OWN)]
     if not foreign:
         return None

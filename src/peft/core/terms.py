@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import lowrank, onto, slim
-from ..kernels.modes import transformed
+from ..kernels.modes import WIDE, transformed
 from ..kernels.projected import Held, Parts, beside, projected
-from ..kernels.thin import WIDE
 from ..kernels.whole import touched
 from .direct import open_linear
 from .method import LowRank

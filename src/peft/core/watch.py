@@ -13,13 +13,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..kernels.modes import HELD
 from .kept import STEPS, lies_shared
 from .stack import Adapter
 from .views import SETTLED
 
-PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _values = dict.values
 _version, _weight, _address = attrgetter("_version"), itemgetter("weight"), torch.Tensor.data_ptr
 
@@ -136,7 +136,7 @@ class Watch:
     @property
     def possible(self) -> bool:
         """Whether writes to the tensors are counted."""
-        return all(type(t) in PLAIN and not (t.is_inference() or lies_shared(t)) for t in self.tensors)
+        return all(type(t) in HELD and not (t.is_inference() or lies_shared(t)) for t in self.tensors)
 
     def same(self) -> bool:
         """Whether nothing was replaced, moved or hooked, whatever the numbers."""

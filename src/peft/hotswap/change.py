@@ -15,6 +15,7 @@ from ..core.fill import as_held
 from ..core.method import Site
 from ..core.sharded import is_mesh
 from ..core.stack import Adapter
+from ..kernels.modes import HELD
 
 Undo = list[Callable[[], Any]]
 
@@ -155,7 +156,7 @@ def write_all(fits: list[Fit], undo: Undo) -> None:
 
 def copy_all(places: list[Tensor], values: list[Tensor]) -> None:
     """Write values of the same shapes and dtypes into tensors, in one go where all are plain ones."""
-    if places and all(type(t) in (Tensor, nn.Parameter, nn.Buffer) for t in (*places, *values)):
+    if places and all(type(t) in HELD for t in (*places, *values)):
         torch._foreach_copy_(places, values)
         return
     for place, value in zip(places, values, strict=True):

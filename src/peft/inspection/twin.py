@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core import storage
+from ..kernels.modes import HELD
 from .asked import EstimateError
 from .hollow import EXACT, Hollow
 
-PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 LEAVES = (nn.Module, type, ModuleType, FunctionType, str, bytes, int, float)
 
 
@@ -39,7 +39,7 @@ def copied(model: nn.Module, ledger: Hollow, dtype: torch.dtype | None = None) -
         found = storages[key].as_strided(t.size(), t.stride(), t.storage_offset())
         if type(t) is nn.Parameter:
             return nn.Parameter(found, t.requires_grad)
-        return found if type(t) in PLAIN else torch.Tensor._make_subclass(type(t), found, t.requires_grad)
+        return found if type(t) in HELD else torch.Tensor._make_subclass(type(t), found, t.requires_grad)
 
     own = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     beside = [("", t) for m in model.modules() for t in _beside(m)]
@@ -48,7 +48,7 @@ def copied(model: nn.Module, ledger: Hollow, dtype: torch.dtype | None = None) -
             memo[id(t)] = twin(name, t, kind)
     found = copy.deepcopy(model, memo)
     for _, t in own:  # what a weight of another library knows of itself, which may name the module that has it
-        if type(t) not in PLAIN and not hasattr(t, "__tensor_flatten__"):
+        if type(t) not in HELD and not hasattr(t, "__tensor_flatten__"):
             memo[id(t)].__dict__.update(copy.deepcopy(t.__dict__, memo))
     return found
 
@@ -69,7 +69,7 @@ def quantise(shadow: nn.Module, ledger: Hollow) -> None:
     """Move the modules of a library that quantises whatever is moved."""
     with ledger:
         for module in shadow.modules():
-            if type(module._parameters.get("weight")) not in (*PLAIN, type(None)):
+            if type(module._parameters.get("weight")) not in (*HELD, type(None)):
                 module.to("cpu")
     gc.collect()  # what it was made from names the module that named it
 
@@ -111,5 +111,5 @@ def _beside(module: nn.Module) -> Iterator[Tensor]:
     for value in [v for k, v in module.__dict__.items() if k not in tables]:
         yield from within(value)
     for p in module._parameters.values():
-        if p is not None and type(p) not in PLAIN:
+        if p is not None and type(p) not in HELD:
             yield from within(p.__dict__)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import masks, narrow, returned, thin
 from .again import batched, differentiable
-from .modes import is_autocast, node, shaped, without_autocast
+from .modes import NARROW, is_autocast, node, shaped, without_autocast
 
 Again = Callable[[Tensor], Tensor] | None
 
@@ -25,7 +25,7 @@ def serves(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any) -> bool:
         return False
     if is_autocast(x):
         return y.dtype is torch.get_autocast_dtype(x.device.type)
-    return y.dtype is A.dtype or y.dtype in thin.NARROW
+    return y.dtype is A.dtype or y.dtype in NARROW
 
 
 def add(y: Tensor, x: Tensor, *rest: Any, again: Again) -> Tensor:

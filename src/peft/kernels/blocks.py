@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .again import batched, differentiable
-from .modes import is_autocast, node, once, reused, transformed
+from .modes import PLAIN, is_autocast, node, once, reused, transformed
 
 WIDE = 32  # from which size of a block on a product takes no longer per feature than of a smaller one
 
@@ -25,8 +25,7 @@ def plain(t: Tensor, blocks: Tensor) -> Tensor:
 
 def times(t: Tensor, blocks: Tensor) -> Tensor:
     """`plain`, by products that read t and write the result where they stand, if these are ordinary tensors."""
-    kinds = (Tensor, nn.Parameter)
-    ordinary = type(t) in kinds and type(blocks) in kinds and blocks.dim() == 3 and t.dtype is blocks.dtype
+    ordinary = type(t) in PLAIN and type(blocks) in PLAIN and blocks.dim() == 3 and t.dtype is blocks.dtype
     if not ordinary or t.is_nested or not t.numel() or transformed() or is_autocast(t):
         return plain(t, blocks)
     blocks = _widened(blocks)

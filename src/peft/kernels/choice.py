@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .modes import is_autocast, transformed
+from .modes import NARROW, PLAIN, is_autocast, transformed
 
 SETTINGS = ("auto", "torch")
-KINDS = (torch.float32, torch.float16, torch.bfloat16)
+KINDS = (torch.float32, *NARROW)
 WIDEST = 128  # the largest rank that one block holds
 FEW = 16  # tokens of a decoding step, for which one launch does all
 
@@ -55,7 +55,7 @@ def forms(form: str, x: Tensor, A: Tensor, *others: Tensor | None) -> Any:
 
 
 def _plain(t: Tensor | None) -> bool:
-    return t is None or (type(t) in (Tensor, nn.Parameter) and t.dtype in KINDS and t.is_contiguous())
+    return t is None or (type(t) in PLAIN and t.dtype in KINDS and t.is_contiguous())
 
 
 def _tried(form: str, x: Tensor, A: Tensor, rank: int | None = None) -> Any:

@@ -10,14 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import masks
 from .again import batched, differentiable
-from .modes import is_autocast, node, reused, transformed
-from .thin import WIDE
-
-KNOWN = (Tensor, nn.Parameter)
+from .modes import PLAIN, WIDE, is_autocast, node, reused, transformed
 
 
 class Way(NamedTuple):
@@ -33,7 +30,7 @@ def down(x: Tensor, A: Tensor, p: float, way: Way) -> Tensor | None:
     """A dropout(x), (N, r, ...), in A's dtype; None where plain operations keep as little, or have to do."""
     if not torch.is_grad_enabled() or not (A.requires_grad or x.requires_grad) or not (p or x.dtype is not A.dtype):
         return None
-    if type(x) is not Tensor or type(A) not in KNOWN or A.dtype not in WIDE or x.dim() != A.dim() or not x.numel():
+    if type(x) is not Tensor or type(A) not in PLAIN or A.dtype not in WIDE or x.dim() != A.dim() or not x.numel():
         return None
     if not x.is_floating_point() or transformed() or is_autocast(x) or reused():
         return None

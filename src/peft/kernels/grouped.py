@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import halves, slim
 from .again import batched, differentiable
-from .modes import changed, is_autocast, reused, shaped, transformed
+from .modes import PLAIN, WIDE, changed, is_autocast, reused, shaped, transformed
 
-EXACT = (torch.float32, torch.float64)
-KNOWN = (Tensor, nn.Parameter)
 BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -155,9 +153,9 @@ def stacked(As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[Any]) -
 
 def learnt(y: Tensor | None, x: Tensor, W: Tensor | None, A: Tensor) -> bool:
     """Whether `update` may be taken for factors like A, all leaves that learn: of one exact dtype, over a frozen W."""
-    kinds = all(t is None or (type(t) in KNOWN and t.dtype is A.dtype) for t in (y, x, W))
+    kinds = all(t is None or (type(t) in PLAIN and t.dtype is A.dtype) for t in (y, x, W))
     frozen = W is None or not W.requires_grad
-    return kinds and frozen and A.dtype in EXACT and not (is_autocast(x) or transformed())
+    return kinds and frozen and A.dtype in WIDE and not (is_autocast(x) or transformed())
 
 
 def plain(y: Tensor | None, x: Tensor, W: Any, b: Tensor | None, at: Any, scale: float, *factors: Tensor) -> Tensor:

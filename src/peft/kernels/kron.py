@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .again import differentiable
-from .modes import changed, node, shaped, transformed, without_autocast
-from .thin import NARROW, WIDE
+from .modes import NARROW, WIDE, changed, node, shaped, transformed, without_autocast
 
 
 def add(y: Tensor, x: Tensor, W1: Tensor, W2: Tensor, s: Any) -> Tensor:

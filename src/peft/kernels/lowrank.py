@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import _C, Tensor, nn
+from torch import _C, Tensor
 from torch.autograd import forward_ad
 
 from . import choice, masks, slim, thin, whole
-from .modes import changed, is_autocast, node, shaped, transformed, without_autocast
+from .modes import NARROW, PLAIN, WIDE, changed, is_autocast, node, shaped, transformed, without_autocast
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) -> Tensor:
@@ -46,16 +46,16 @@ def ready(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: A
     large product leaves none of its callers' code in the caches.
     """
     dtype, wide = x.dtype, A.dtype
-    if type(scale) is not float or wide not in thin.WIDE or B.dtype is not wide:
+    if type(scale) is not float or wide not in WIDE or B.dtype is not wide:
         return None
-    if type(x) not in thin.PLAIN or type(W) not in thin.PLAIN or type(A) not in thin.PLAIN or type(B) not in thin.PLAIN:
+    if type(x) not in PLAIN or type(W) not in PLAIN or type(A) not in PLAIN or type(B) not in PLAIN:
         return None
     if not (x.is_cpu and A.is_cpu and B.is_cpu) or forward_ad._current_level >= 0 or _C._is_any_autocast_enabled():
         return None
     if _C._functorch.peek_interpreter_stack() is not None or _C._is_tracing() or "cpu" in choice.devices:
         return None
     if torch.is_grad_enabled() and (A.requires_grad or x.requires_grad or B.requires_grad or W.requires_grad):
-        fits = A.requires_grad and not W.requires_grad and (dtype is wide or dtype in thin.NARROW)
+        fits = A.requires_grad and not W.requires_grad and (dtype is wide or dtype in NARROW)
         return thin.linear(x, W, b, A, B, scale, p) if fits else None
     if p or dtype is not wide or not x.numel():
         return None
@@ -125,13 +125,13 @@ def add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float = 0.0) 
 
 def _accumulates(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether the update can be added in the product that makes it: two passes over y in place of four."""
-    ordinary = all(type(t) in (Tensor, nn.Parameter) for t in (y, x, A, B))
+    ordinary = all(type(t) in PLAIN for t in (y, x, A, B))
     return ordinary and not (y.is_nested or x.is_nested or A.dim() > 2 or is_autocast(x) or transformed())
 
 
 def _autocast(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Any, p: float) -> Tensor:
     """`plain` where autocast chooses the dtype of products: x is cast once, and the update summed where it is made."""
-    kinds = (type(t) in thin.PLAIN for t in (y, x, A, B))
+    kinds = (type(t) in PLAIN for t in (y, x, A, B))
     if type(scale) is not float or y.dtype is not torch.get_autocast_dtype(x.device.type) or not all(kinds):
         return plain(y, x, A, B, scale, p)
     if transformed() or A.dim() > 2 or y.is_nested or x.is_nested:

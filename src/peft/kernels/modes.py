@@ -8,12 +8,16 @@ from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 P = ParamSpec("P")
 T = TypeVar("T")
+PLAIN = (Tensor, nn.Parameter)  # torch's own: of another class, operations may mean another thing
+HELD = (*PLAIN, nn.Buffer)  # the same, of what modules hold
+WIDE = (torch.float32, torch.float64)
+NARROW = (torch.float16, torch.bfloat16)
 _AS_IT_IS = nullcontext()
 _STANDING_IN = [getattr(torch._C._TorchDispatchModeKey, kind) for kind in ("FAKE", "PROXY", "FUNCTIONAL")]
 peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from . import blocks as kernel
 from .again import batched, differentiable
-from .modes import eager, node
-from .thin import PLAIN, WIDE
+from .modes import PLAIN, WIDE, eager, node
 
 LARGEST = 64  # group, of which a product takes no longer than passes over its halves
 SIZE = 32  # of the blocks that smaller groups are put together in

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from . import blocks as kernel
 from .again import batched, differentiable
-from .modes import eager, exported, node, once
-from .thin import PLAIN, WIDE
+from .modes import NARROW, PLAIN, WIDE, eager, exported, node, once
 
 
 def skew(held: Tensor, n: int) -> Tensor:
@@ -27,7 +26,7 @@ def skew(held: Tensor, n: int) -> Tensor:
 
 def cayley(Q: Tensor) -> Tensor:
     """(I - Q) (I + Q)^-1, orthogonal for a skew Q, (..., b, b)."""
-    Q = Q.float() if Q.dtype in (torch.float16, torch.bfloat16) else Q
+    Q = Q.float() if Q.dtype in NARROW else Q
     one = kernel.one(Q)
     if exported():
         return _eliminated(one + Q, one - Q, one)

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import beside, choice, halves, masks, narrow, returned, slim, thin, whole
 from .again import batched, differentiable
 from .beside import Again
-from .modes import changed, node, reused, shaped, transformed
+from .modes import PLAIN, changed, node, reused, shaped, transformed
 
 TILE_ELEMENTS = 16 * 2**20
 
@@ -155,7 +155,7 @@ def normed(
 
     W A' comes out of the product with x, which the rows of A join, where W is read anyway.
     """
-    if not thin.ordinary(x, A, B, scale) or x.dtype is not torch.float32 or type(W) not in thin.PLAIN or transformed():
+    if not thin.ordinary(x, A, B, scale) or x.dtype is not torch.float32 or type(W) not in PLAIN or transformed():
         return None
     if _narrow(W, A):
         return None

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .again import batched, differentiable
-from .modes import changed, eager, node, reused, shaped
+from .modes import PLAIN, changed, eager, node, reused, shaped
 
-KNOWN = (Tensor, nn.Parameter)
 TILE = 16  # columns
 ROWS, NUMBERS = 32, 2**13  # fewer are quick either way
 FEW = 16  # the same of rows in one of several products at once
@@ -92,7 +91,7 @@ def _pays(h: Tensor, B: Tensor) -> bool:
     """Whether B's gradient is wanted, and quicker to sum in its transpose by more than a node takes."""
     if not (B.requires_grad and torch.is_grad_enabled() and B.dtype is torch.float32 is h.dtype and B.is_cpu):
         return False
-    if B.dim() != 2 or not B.is_contiguous() or type(B) not in KNOWN or type(h) not in KNOWN or not eager():
+    if B.dim() != 2 or not B.is_contiguous() or type(B) not in PLAIN or type(h) not in PLAIN or not eager():
         return False
     (k, r), rows = B.shape, h.numel() // max(1, h.shape[-1])
     return rows * k >= (LARGE if r < NARROW else 2 * LARGE) and _turns(rows, k, r)

@@ -16,18 +16,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import _C, Tensor, nn
+from torch import _C, Tensor
 
 from . import halves, masks, slim, whole
 from .again import batched, differentiable
-from .modes import changed, node, reused, shaped
+from .modes import NARROW, PLAIN, WIDE, changed, node, reused, shaped
 
 BLOCK = 2**17  # elements: half a megabyte in float32
 _coarsest = threading.local()
 ONE = 2**18  # elements of an input that is not worth dividing
-WIDE = (torch.float32, torch.float64)
-NARROW = (torch.float16, torch.bfloat16)
-PLAIN = (Tensor, nn.Parameter)
 
 
 @contextmanager

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from . import onto, slim
 from .again import batched
-from .modes import changed, eager, node, shaped
-from .thin import PLAIN, WIDE
+from .modes import PLAIN, WIDE, changed, eager, node, shaped
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, u: Tensor, B: Tensor, v: Tensor) -> Tensor:

@@ -25,8 +25,7 @@ from ..core.kept import kept, still
 from ..core.method import Delta, LowRank, Site
 from ..core.stack import Adapter, Stack
 from ..kernels import scaled
-from ..kernels.modes import ungraded
-from ..kernels.thin import NARROW, WIDE
+from ..kernels.modes import NARROW, WIDE, ungraded
 from .lora.row import Gained, Row
 from .magnitude import Gaining, Magnitude
 

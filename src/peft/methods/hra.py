@@ -27,7 +27,7 @@ from ..core.scale import UnscaledLayer
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
 from ..errors import PeftWarning, report
-from ..kernels.modes import exported
+from ..kernels.modes import NARROW, exported
 from ..target_config import TargetConfig, choice
 
 
@@ -85,7 +85,7 @@ class HRA(Rotation):
     def mirrors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """U, (..., n, r), and T, (..., r, r), with H = I - U T U'."""
         u = p.held("hra_u")
-        u = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
+        u = u.float() if u.dtype in NARROW else u
         one = torch.eye(p.hra_r, dtype=u.dtype, device=u.device)
         if p.hra_apply_GS:
             return torch.linalg.qr(u)[0], 2 * one

@@ -28,7 +28,7 @@ from ..core.stack import Adapter, Stack
 from ..core.thinned import Thinned
 from ..kernels import kron, product
 from ..kernels.kron import factorization
-from ..kernels.thin import WIDE
+from ..kernels.modes import WIDE
 from ..kernels.whole import touched
 from ..target_config import choice, rank
 from .loha import LycorisConfig, LycorisLayer, LycorisModel, core_shape

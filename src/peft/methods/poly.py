@@ -29,6 +29,7 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
+from ..kernels.modes import NARROW
 from ..target_config import TargetConfig, choice, divisor
 
 
@@ -108,7 +109,7 @@ class Poly(Delta):
 
     def shares(self, p: Adapter, Z: Tensor) -> Tensor:
         """What each skill has of a block, from logits (rows, n_splits n_skills)."""
-        Z = Z.float() if Z.dtype in (torch.float16, torch.bfloat16) else Z
+        Z = Z.float() if Z.dtype in NARROW else Z
         if p.layer.training:
             least = torch.finfo(Z.dtype).eps
             Z = Z + torch.rand_like(Z).clamp(least, 1 - least).logit()

@@ -14,7 +14,7 @@ from torch.nn.modules import module as hooks
 
 from ..core.kept import STEPS, Kept
 from ..core.past import NAMES
-from ..kernels.modes import transformed
+from ..kernels.modes import PLAIN, transformed
 from .encoder import MADE, BasePromptEncoder
 from .padding import before_text
 
@@ -156,4 +156,4 @@ def _lasts(encoder: BasePromptEncoder) -> bool:
 
 
 def _plain(t: Tensor) -> bool:
-    return type(t) in (Tensor, nn.Parameter) and not (t.is_meta or t.is_inference())
+    return type(t) in PLAIN and not (t.is_meta or t.is_inference())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ...kernels.modes import NARROW
 from .. import storage
 from ..direct import FORMS, FORWARD, TURNED
 from .conv import ConvView
@@ -22,7 +23,6 @@ from .parameter import AttentionView, ParameterView, bias_beside
 
 __all__ = [
     "FUSES",
-    "HALF",
     "LABELS",
     "PLAIN",
     "READS",
@@ -53,7 +53,6 @@ CALLED = ("forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr_
 READS, FUSES = "always", "where it can"
 _CONVS = {nn.Conv1d: ConvView(1), nn.Conv2d: ConvView(2), nn.Conv3d: ConvView(3)}
 LABELS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MultiheadAttention", "ParamWrapper")
-HALF = (torch.float16, torch.bfloat16)
 _BY_TYPE: dict[type, LinearView] = {}
 SUPPORTED = "nn.Linear, transformers' Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention"
 
@@ -167,4 +166,4 @@ def dtype_beside(view: LinearView, m: nn.Module, autocast: bool = False) -> torc
     dtype = getattr(m, "compute_dtype", None)
     dtype = dtype or (torch.get_default_dtype() if weight is None else weight.dtype)
     stored = not dtype.is_floating_point or "float8" in str(dtype)
-    return torch.float32 if stored or (autocast and dtype in HALF) else dtype
+    return torch.float32 if stored or (autocast and dtype in NARROW) else dtype

@@ -19,12 +19,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...kernels import masks
-from ...kernels.modes import changed
+from ...kernels.modes import NARROW, changed
 
-NUMBERS = (Tensor, nn.Parameter, nn.Buffer)  # what holds its numbers as torch's products expect them
+
+def product(A: Tensor, B: Tensor, s: Any) -> Tensor:
+    """s B A."""
+    if A.dtype in NARROW and not A.is_cuda:
+        A, B = A.float(), B.float()  # half products on the CPU lose accuracy, and time
+    return (B @ A) * s
 
 
 class Term(NamedTuple):
@@ -62,9 +67,7 @@ class Term(NamedTuple):
         A, B = thinned(self.A, self.rate if drop else 0.0), self.B
         if B is None:
             return A * self.s
-        if A.dtype in (torch.float16, torch.bfloat16) and not A.is_cuda:
-            A, B = A.float(), B.float()  # half products on the CPU lose accuracy, and time
-        return (B @ A) * self.s
+        return product(A, B, self.s)
 
     def thin(self, turned: bool) -> tuple[Tensor, ...]:
         """The matrices that rows are multiplied with in turn: of the transpose if `turned`."""

@@ -26,9 +26,9 @@ from ...core.method import LowRank, Method, Site
 from ...core.sharded.gather import full, is_mesh, local
 from ...core.stack import Adapter, Stack
 from ...core.views import PLAIN, Linear
-from ...core.views.chosen import NUMBERS
 from ...errors import PeftWarning, report
 from ...kernels import lowrank
+from ...kernels.modes import HELD
 from . import init as starts
 from . import room
 from .row import Row
@@ -172,7 +172,7 @@ class LoRA(LowRank):
         """The weights of lora_A and lora_B, in their own shapes."""
         down, up = p.held("lora_A"), p.held("lora_B")
         A, B = down.weight, up.weight
-        return (A, B) if type(A) in NUMBERS and type(B) in NUMBERS else (numbers(down), numbers(up))
+        return (A, B) if type(A) in HELD and type(B) in HELD else (numbers(down), numbers(up))
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         return self.with_first(p, *self.own_factors(p))
@@ -279,7 +279,7 @@ class LoRA(LowRank):
                 y = None if graph else lowrank.ready(x, W, bias, a, b, p.scaling, rate)
                 if y is not None:
                     return y
-                own = (type(a) in NUMBERS and type(b) in NUMBERS) or numbers(A) is a  # not if somebody quantised them
+                own = (type(a) in HELD and type(b) in HELD) or numbers(A) is a  # not if somebody quantised them
                 if own and (alike or (W.dtype is x.dtype and not W.requires_grad)):
                     return lowrank.generally(x, W, bias, a, b, p.scaling, rate)
         if inner.packed is not None and type(self).onto is LoRA.onto and not self.by_modules(p):

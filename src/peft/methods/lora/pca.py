@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.modes import NARROW
+
 
 class IncrementalPCA:
     """Principal components, batch by batch.
@@ -124,7 +126,7 @@ class IncrementalPCA:
         X = X if isinstance(X, Tensor) else torch.as_tensor(X, device="cpu")
         if X.dim() != 2:
             raise ValueError(f"The data must be a matrix (rows, features); got the shape {tuple(X.shape)}.")
-        if not X.is_floating_point() or X.dtype in (torch.float16, torch.bfloat16):
+        if not X.is_floating_point() or X.dtype in NARROW:
             X = X.float()
         elif self.copy:
             X = X.clone()

@@ -20,7 +20,7 @@ from ...core.kept import KEEPING, STEPS, still
 from ...core.stack import Adapter, Stack
 from ...core.views import Linear
 from ...kernels import choice, narrow, scaled
-from ...kernels.thin import NARROW, PLAIN, WIDE
+from ...kernels.modes import NARROW, PLAIN, WIDE
 
 peek, get = _C._functorch.peek_interpreter_stack, dict.get
 owner = Tensor.untyped_storage

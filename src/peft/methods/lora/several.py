@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from ...core.direct import matrix
 from ...kernels import onto, slim
-from ...kernels.modes import eager
-from ...kernels.thin import PLAIN
+from ...kernels.modes import PLAIN, eager
 
 if TYPE_CHECKING:
     from ...core.stack import Adapter, Stack
