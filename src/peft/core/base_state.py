@@ -25,7 +25,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state: OrderedDict[str, Tensor] = OrderedDict()
     with sharded.summoned(model) as opened:
-        for original, _, module in _walk(_base(model), "", ""):
+        for original, _, module in _walk(base_of(model)):
             module._save_to_state_dict(state, original, False)  # one module's own tensors, quantised ones included
             spread = {original + n: p for n, p in module._parameters.items() if sharded.is_zero(p)}
             state.update((n, sharded.full(p)) for n, p in spread.items() if p is not None)
@@ -45,13 +45,13 @@ def set_base_model_state_dict(
     Returns (missing_keys, unexpected_keys), by original name.
     """
     with sharded.summoned(model, write=True) as opened:
-        return _set(_base(model), state_dict, strict, opened)
+        return _set(base_of(model), state_dict, strict, opened)
 
 
 def _set(base: nn.Module, state_dict: Mapping[str, Tensor], strict: bool, opened: bool) -> _IncompatibleKeys:
     live: dict[str, str] = {}
     spread: dict[str, Tensor] = {}
-    for original, prefix, module in _walk(base, "", ""):
+    for original, prefix, module in _walk(base):
         own: OrderedDict[str, Tensor] = OrderedDict()
         module._save_to_state_dict(own, "", False)
         live.update({original + name: prefix + name for name in own})
@@ -77,7 +77,7 @@ def _set(base: nn.Module, state_dict: Mapping[str, Tensor], strict: bool, opened
 
 def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(prefix of the original name, module) of everything that belongs to the base model below the adapters."""
-    for original, _, module in _walk(_base(model), "", ""):
+    for original, _, module in _walk(base_of(model)):
         yield original, module
 
 
@@ -87,14 +87,15 @@ def saved_tensors(module: nn.Module) -> list[str]:
     return [n for n in (*module._parameters, *buffers) if getattr(module, n) is not None]
 
 
-def _base(model: nn.Module) -> nn.Module:
+def base_of(model: nn.Module) -> nn.Module:
+    """The model below the adapters; a model that has no such method, itself."""
     get = getattr(model, "get_base_model", None)
     return get() if callable(get) else model
 
 
-def _walk(module: nn.Module, original: str, live: str) -> Iterator[tuple[str, str, nn.Module]]:
+def _walk(module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """(original prefix, live prefix, module) of everything that belongs to the base model."""
-    stack: list[tuple[str, str, Any]] = [(original, live, module)]
+    stack: list[tuple[str, str, Any]] = [("", "", module)]
     holds = Holding()
     while stack:
         original, live, found = stack.pop()

@@ -20,6 +20,7 @@ from . import storage
 from .folding import ALL, Fold
 from .kinds import stated_outside
 from .lent import alike, own, put, same_memory
+from .payload import finite
 from .recycled import TILE_BYTES, empty_like
 from .rounding import dense_twin, measured, store
 from .stack import Stack
@@ -83,14 +84,6 @@ def filled(fold: Fold, W: Tensor, place: Tensor, known: bool = False) -> bool:
         if not known and not finite(made):
             return False
     return True
-
-
-def finite(W: Tensor) -> bool:
-    """Whether all numbers are finite. If their sum is, they are; if not, it may have left its range."""
-    W = W if W.element_size() > 1 else W.float()
-    if math.isfinite(W.sum().item()):
-        return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(W))).all())  # both of which are NaN if any number is
 
 
 def folds(stack: Stack, W: Tensor) -> list[Fold] | None:

@@ -88,7 +88,7 @@ def _own_state(
 ) -> dict[str, Tensor]:
     config = adapter_config(root, adapter_name)
     entries = entries_of(root, config, adapter_name)
-    entries += embedding_tensors(root, config, adapter_name, save_embedding_layers, Entry)
+    entries += embedding_tensors(root, config, adapter_name, save_embedding_layers)
     tensors = _gathered(entries, state_dict) if state_dict is not None else tensors_of(entries)
     none = [(e, t) for e, t in zip(entries, tensors, strict=True) if 0 in t.shape]
     empty = [e.key for e, t in none if not sharded.shape(t).numel() and not _no_rank(e, t)]

@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from ..errors import PeftWarning
-from .base_state import saved_tensors
+from .base_state import base_of, saved_tensors
 from .defaults import EMBEDDING_LAYER_NAMES
-from .entries import stated
+from .entries import Entry, stated
 from .layer import AdapterHost, BaseTunerLayer
 from .wrappers import ModulesToSaveWrapper
 
 
-def embedding_tensors(
-    root: nn.Module, config: Any, adapter_name: str, choice: bool | Literal["auto"], entry: Callable[..., Any]
-) -> list[Any]:
+def embedding_tensors(root: nn.Module, config: Any, adapter_name: str, choice: bool | Literal["auto"]) -> list[Entry]:
     """The base tensors of the input and output embeddings that are saved with an adapter.
 
     Arguments:
@@ -28,7 +25,6 @@ def embedding_tensors(
         config: the adapter's configuration.
         adapter_name: the adapter.
         choice: True, False, or "auto" (embeddings that are targets, or all if the vocabulary has changed).
-        entry: makes one entry of (key, live, owner, attr, layer).
     """
     if choice is False:
         return []
@@ -40,17 +36,17 @@ def embedding_tensors(
         text = f"{type(root).__name__} does not say which its embeddings are (`get_input_embeddings`); none is saved."
         warnings.warn(text, PeftWarning, stacklevel=4)
     picked = targeted or {p: m for p, m in layers.items() if not isinstance(m, ModulesToSaveWrapper)}
-    found = [e for path, layer in picked.items() for e in _base_entries(path, layer, adapter_name, entry)]
+    found = [e for path, layer in picked.items() for e in _base_entries(path, layer)]
     return stated(root, config, found)
 
 
-def _base_entries(path: str, layer: nn.Module, adapter_name: str, entry: Callable[..., Any]) -> list[Any]:
+def _base_entries(path: str, layer: nn.Module) -> list[Entry]:
     """The tensors of the module at the bottom of (possibly) nested wrappers."""
     inner = layer
     while isinstance(inner, AdapterHost):
         path += f".{inner._below[0]}"
         inner = inner._modules[inner._below[0]]  # type: ignore[assignment]
-    return [entry(f"{path}.{n}", f"{path}.{n}", inner, n, layer) for n in saved_tensors(inner)]
+    return [Entry(f"{path}.{n}", f"{path}.{n}", inner, n, layer) for n in saved_tensors(inner)]
 
 
 def _wanted(root: nn.Module, config: Any, targeted: dict[str, nn.Module]) -> bool:
@@ -68,7 +64,7 @@ def _wanted(root: nn.Module, config: Any, targeted: dict[str, nn.Module]) -> boo
 
 def _embeddings(root: nn.Module) -> dict[str, nn.Module]:
     """The input and output embedding modules by path; none if the model does not name them."""
-    base = _base(root)
+    base = base_of(root)
     found = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
@@ -125,16 +121,11 @@ def _rows(model: nn.Module) -> int | None:
     return shape[0] if len(shape) == 2 else None
 
 
-def _base(root: nn.Module) -> nn.Module:
-    get: Any = getattr(root, "get_base_model", None)
-    return root if get is None else get()
-
-
 def _vocabulary_changed(root: nn.Module) -> bool:
     before = root.__dict__.get("_recorded_vocab")
     if before is None:
         return False
-    now = Sizes(vocabulary(_base(root)), _rows(_base(root)))
+    now = Sizes(vocabulary(base_of(root)), _rows(base_of(root)))
     return any(None not in (a, b) and a != b for a, b in zip(now, before, strict=True))
 
 

@@ -163,6 +163,11 @@ def plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def spellings(key: str) -> tuple[str, str, str]:
+    """How files may spell a key: as it is, below the tuner, and below the model itself."""
+    return key, PREFIX + key, key.removeprefix(PREFIX)
+
+
 def mapped(key: str, mapping: Mapping[str, str]) -> str:
     """A key renamed by the first regular expression that is found in it; the prefix stays out of that."""
     prefix = next((p for p in (PREFIX, "base_model.") if key.startswith(p)), "")

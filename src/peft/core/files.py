@@ -24,7 +24,7 @@ from . import hub
 from .commit import staged
 from .defaults import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from .header import CHECKSUM, Header, read_header
-from .payload import SUMMED, at_hand, data_of, is_sound, numbers_of, tensors_of, write_file
+from .payload import SUMMED, at_hand, data_of, finite, is_sound, numbers_of, tensors_of, write_file
 
 __all__ = [
     "Saved",
@@ -320,15 +320,7 @@ def _report_infinite(file: str, keys: list[str]) -> None:
 
 
 def _infinite(state: Mapping[str, Tensor]) -> list[str]:
-    return [k for k, v in state.items() if v.is_floating_point() and not _finite(v)]
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite: so is then their sum, which is far cheaper, unless it overflows."""
-    if tensor.device.type == "meta" or not tensor.numel():
-        return True
-    wide = tensor.float() if tensor.element_size() == 1 else tensor
-    return math.isfinite(wide.sum().item()) or bool(wide.isfinite().all())
+    return [k for k, v in state.items() if v.is_floating_point() and not (v.is_meta or finite(v))]
 
 
 # What is being loaded -----------------------------------------------------------------------------------------------

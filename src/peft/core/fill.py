@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import MisfitError, MissingTensorsWarning, PeftWarning, UnexpectedTensorsWarning, listing, nearest, report
 from . import sharded
-from .entries import PREFIX, Entry, base_tensors, plain
+from .entries import Entry, base_tensors, plain, spellings
 from .layer import AdapterHost, BaseTunerLayer
-from .onload import stored
+from .onload import device_of, stored
 from .shared import SharedTensors, part
 from .tie import storage_key
 from .views import PLAIN
@@ -115,7 +115,7 @@ def _repeats(root: nn.Module, key: str, state: Mapping[str, Tensor], adapter_nam
     first = state.get(key.replace(f".{COPIES}.", "."))
     if first is not None and f".{COPIES}." in key:
         return first.shape == state[key].shape
-    paths = (path.rpartition(".")[0] for path in _spellings(key))
+    paths = (path.rpartition(".")[0] for path in spellings(plain(key)))
     layers = (dict(root.named_modules()).get(path) for path in paths) if key.endswith(TOKENS) else ()
     return any(isinstance(m, BaseTunerLayer) and adapter_name in m.shares for m in layers)
 
@@ -143,19 +143,11 @@ def torn_in(found: Found) -> list[str]:
 
 
 def _take(places: Mapping[str, Entry], found: Found, key: str, value: Tensor) -> bool:
-    entry = places.get(key) or next((places[k] for k in _spellings(key) if k in places), None)
+    entry = places.get(key) or next((places[k] for k in spellings(plain(key)) if k in places), None)
     if entry is None or entry.live in found:
         return False
     found[entry.live] = (entry, value)
     return True
-
-
-def _spellings(key: str) -> Iterator[str]:
-    key = plain(key)
-    yield key
-    yield PREFIX + key
-    if key.startswith(PREFIX):
-        yield key[len(PREFIX) :]
 
 
 def same_kind(found: Found) -> None:
@@ -322,7 +314,7 @@ def _home(entry: Entry) -> torch.device:
             (t for t in (*base.parameters(), *base.buffers()) if not t.is_meta),
             torch.empty(0, dtype=torch.uint8, device="cpu"),
         )
-    return first.device if not first.is_meta else torch.device("cpu" if place is None else place)
+    return first.device if not first.is_meta else device_of(place)
 
 
 def as_held(value: Tensor, like: Tensor) -> Tensor:

@@ -195,14 +195,8 @@ class Homes(AdapterHost):
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of adapter `name`."""
-        for _, home in () if name in self.shares else self._held():
-            child = home._modules.get(name)
-            held = home._parameters.get(name) if child is None else None
-            if child is not None:
-                own = (q for q in child._parameters.values() if q is not None)
-                yield from child.parameters() if child._modules else own
-            elif held is not None:
-                yield held
+        for table, key in self.places(name):
+            yield table[key]
 
 
 def _follow_base(layer: Homes, keys: Any) -> None:

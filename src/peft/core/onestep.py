@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import storage
-from .blocks import PER_ELEMENT, bounded, filled, finite, rows_of_a_tile
+from .blocks import PER_ELEMENT, bounded, filled, rows_of_a_tile
 from .folding import Fold
 from .kinds import stated_outside
 from .lent import alike, own, put, same_memory
+from .payload import finite
 from .recycled import TILE_BYTES, empty_like
 from .sharded.gather import is_spread
 from .stack import Adapter

@@ -81,6 +81,11 @@ def used_at(module: nn.Module, tensor: Tensor) -> torch.device:
     """Where a tensor of a module is when the module runs."""
     hook = next(iter(_hooks(module)), None)
     place = tensor.device if hook is None or not tensor.is_meta else hook.execution_device
+    return device_of(place)
+
+
+def device_of(place: Any) -> torch.device:
+    """A device, from how hooks name it; the CPU if they name none."""
     return place if isinstance(place, torch.device) else torch.device("cpu" if place is None else place)
 
 

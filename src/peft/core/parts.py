@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .entries import PREFIX, Entry
+from .entries import Entry, spellings
 from .shared import SharedTensors
 from .wrappers import ModulesToSaveWrapper
 
@@ -50,14 +50,14 @@ def joined(entries: list[Entry], state: Mapping[str, Tensor]) -> dict[str, Tenso
     state = dict(state)
     for entry in entries:
         if again := _again(entry, entry.key):
-            for spelled in (again, PREFIX + again, again.removeprefix(PREFIX)):
+            for spelled in spellings(again):
                 state.pop(spelled, None)
         p = entry.adapter
         parts = () if p is None else p.method.parts(entry.part)
         if p is None or not (parts or p.method.copies):
             continue
         before = entry.key.removesuffix(entry.part)
-        for spelled in (before, PREFIX + before, before.removeprefix(PREFIX)):
+        for spelled in spellings(before):
             for name in p.method.copies:
                 state.pop(spelled + name, None)
             keys = [spelled + part for part in parts]

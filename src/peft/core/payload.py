@@ -24,6 +24,15 @@ SUMMED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of which one s
 _waiting: list[tuple[memoryview, Tensor]] = []
 _clones = getattr(torch, "_foreach_clone", None) or (lambda tensors: [t.clone() for t in tensors])
 
+
+def finite(t: Tensor) -> bool:
+    """Whether all numbers are finite. If their sum is, they are; if not, it may have left its range."""
+    t = t if t.element_size() > 1 else t.float()
+    if math.isfinite(t.sum().item()):
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(t))).all())  # both of which are NaN if any number is
+
+
 # Reading ------------------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from .host import below, standing
 from .layer import BaseTunerLayer, tuner_layers
 from .method import Method, Site
 from .mold import Casting
+from .onload import device_of
 from .replicate import check_repeated, replicate
 from .roster import Roster
 from .shared import SharedTensors, Sight, beside, hollow, is_late, shared_home, shared_of
@@ -387,7 +388,7 @@ def _device(base: nn.Module, weight: torch.Tensor | None) -> torch.device | None
         return None
     if not weight.is_meta:
         return weight.device
-    return place if isinstance(place, torch.device) else torch.device("cpu" if place is None else place)
+    return device_of(place)
 
 
 def _existing(found: nn.Module, parameter: str | None) -> BaseTunerLayer | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
+from ..core.base_state import base_of
 from ..core.checkpoint import adapter_config, load_peft_weights, set_peft_model_state_dict
 from ..core.collector import no_collection
 from ..core.embeddings import embedding_tensors
@@ -59,8 +60,7 @@ def hotswap_adapter(
     config = PeftConfig.from_pretrained(model_name_or_path, subfolder=kwargs.get("subfolder"), **hub)
     mapping = kwargs.get("key_mapping")
     if mapping is None:
-        base: Any = getattr(model, "get_base_model", lambda: model)()
-        mapping = getattr(base, "_checkpoint_conversion_mapping", None) or None
+        mapping = getattr(base_of(model), "_checkpoint_conversion_mapping", None) or None
     folder = {} if kwargs.get("subfolder") is None else {"subfolder": kwargs["subfolder"]}
     state = load_peft_weights(model_name_or_path, device=torch_device, key_mapping=mapping, **hub, **folder)
     hotswap_adapter_from_state_dict(model, state, adapter_name, config)
@@ -200,7 +200,7 @@ class Swap:
             return left
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of models that do not say which their embeddings are
-            entries = embedding_tensors(self.root, self.old, self.name, True, Entry)
+            entries = embedding_tensors(self.root, self.old, self.name, True)
         found, left = paired(entries, {key: state[key] for key in left})
         same_kind(found)
         for entry, value in found.values():

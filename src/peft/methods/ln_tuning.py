@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.blocks import finite
 from ..core.buffers import tensors_below
 from ..core.layer import BaseTunerLayer
 from ..core.method import Method, Site
 from ..core.onload import own_copy
+from ..core.payload import finite
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
 from ..target_config import TargetConfig
