@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import nearest
+from ..kernels.modes import single
 from .factors import Cut, Pair, Spectrum, joined
 from .tensors import Sign, combination, task_arithmetic
 from .update import Update
@@ -121,7 +122,7 @@ def combine(updates: list[Update], recipe: Recipe, dora: bool = False) -> Result
         result = Result(whole) if kind in WHOLE else _decomposed(whole, updates, recipe)
     else:
         dense = [u.dense(dora) for u in updates]
-        tensors = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in dense]
+        tensors = [single(t) for t in dense]
         D = recipe.function(tensors, _weights(updates, tensors[0]))
         result = _decomposed(D, updates, recipe)
     magnitude = _magnitude(updates) if dora else None

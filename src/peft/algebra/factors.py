@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.modes import has_double
+from ..kernels.modes import has_double, single
 
 SMALL = 64  # products with a side of at most this length are multiplied out: as fast, and signs are those of others
 EXACT_SIZE = 1024  # matrices whose smaller side is longer are decomposed by random projections where a rank is given
@@ -37,7 +37,7 @@ class Pair(NamedTuple):
 
     def scaled(self, scale: float) -> Pair:
         """The pair of the product times a number, in single precision or better."""
-        A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in self)
+        A, B = (single(t) for t in self)
         return Pair(A * scale, B)
 
     def padded(self, r: int) -> Pair:

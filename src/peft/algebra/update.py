@@ -18,6 +18,7 @@ from ..core.method import Delta, LowRank
 from ..core.sharded import full
 from ..core.stack import Adapter
 from ..core.tokens import TokenRows
+from ..kernels.modes import single
 from .factors import Pair, exactly
 
 
@@ -140,11 +141,11 @@ class Update:
         p, method = self.p, self.method if inside else self.p.method
         W = p.layer.original_weight()
         if isinstance(method, Delta) and method is self.method:
-            D = method.delta(p, W.to(torch.promote_types(W.dtype, torch.float32)))
+            D = method.delta(p, single(W))
         else:
             W = exactly(W)  # the difference of two large matrices
             D = method.weight(p, W) - W
-        return self.form.wide(D.to(torch.promote_types(D.dtype, torch.float32)))
+        return self.form.wide(single(D))
 
     @torch.no_grad()
     def bias(self) -> Tensor | None:

@@ -37,7 +37,7 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recor
     """Stands where the target stood; holds it as `base_layer` and every adapter's tensors under the peer's names.
 
     Attributes:
-        adapter_layer_names: the homes of tensors, in printing order.
+        adapter_layer_names: the homes of tensors, in printing order if the class states no `_home_order` of all.
         other_param_names: the names of plain values and other homes.
     """
 
@@ -118,8 +118,7 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recor
         apart = self._apart() if self._read and not self._disabled else None
         if apart is not None:
             return apart
-        if self._read and not self._disabled and (self.planned() is not None or self.call.only is not None):
-            stack = self._shown()
+        if self._read and (stack := self._shown()) is not None:
             return self.view.raw(stack.base, stack.live_weight())
         base = self.get_base_layer()
         return base.qweight if hasattr(base, "qweight") else base.weight  # type: ignore[return-value]
@@ -127,18 +126,20 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recor
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias; b' where the parent reads it."""
-        if self.parameter_name is not None:  # a matrix alone
-            return self.get_base_layer().bias  # type: ignore[return-value]
-        if self._read and (graph := self._read_in_graph()) is not None:
+        read = self._read and self.parameter_name is None  # else a matrix alone
+        if read and (graph := self._read_in_graph()) is not None:
             return graph.shown_bias()
-        if self._read and not self._disabled and (self.planned() is not None or self.call.only is not None):
-            return self._shown().shown_bias()
+        if read and (stack := self._shown()) is not None:
+            return stack.shown_bias()
         return self.get_base_layer().bias  # type: ignore[return-value]
 
-    def _shown(self) -> Stack:
-        run = self.planned()
+    def _shown(self) -> Stack | None:
+        """What a parent reads in place of the base layer's numbers; None where it reads those."""
+        if self._disabled:
+            return None
         if self.call.only is not None:
             return self.stack((self.call.only,))
+        run = self.planned()
         return run.stack if isinstance(run, (Finish, InPlace)) else run
 
     def __getattr__(self, name: str) -> Any:
@@ -293,9 +294,7 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recor
         return self._run
 
     def _live_names(self) -> tuple[str, ...]:
-        if self._disabled:
-            return ()
-        return tuple(n for n in self._active if n in self.adapters and n not in self._merged)
+        return () if self._disabled else tuple(n for n in self._active if n in self.adapters and n not in self._merged)
 
     def _replan(self) -> None:
         """The layer's state has changed: decide anew what a forward runs."""
@@ -369,11 +368,10 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recor
         if not self.view.activations:
             return run(*args, **kwargs)
         x = args[0] if args else kwargs.pop(next(iter(kwargs)))
-        rest = (args[1:], kwargs) if args[1:] or kwargs else None
-        if rest is None:
+        if not (args[1:] or kwargs):
             return run(x)
         stack = run.stack if isinstance(run, Finish) else run
-        return self.view.finish(stack.base, self.stack([a.name for a in stack.adapters], rest)(x))
+        return self.view.finish(stack.base, self.stack([a.name for a in stack.adapters], (args[1:], kwargs))(x))
 
     def _where(self) -> str:
         return next((a.path for a in self.adapters.values()), "")
@@ -390,6 +388,7 @@ def name_layers(
         prefix: what the names of the classes start with.
         packed: label of a storage -> the name of its linear layers, for those that have one of their own.
     """
+    kind._home_order = vars(kind).get("_home_order", kind.adapter_layer_names)
     names = {label: prefix + label for label in LABELS} | {k: prefix + v for k, v in (packed or {}).items()}
     for label, name in names.items():
         attributes = {"__module__": namespace["__name__"], "__doc__": f"{label} under {kind.family}."}

@@ -256,6 +256,7 @@ class Delta(Method):
     reads = False
     direct = False  # in training, too, what it adds is computed as stated, so that a fused form may take its place
     whole = False  # on a convolution with groups A reads all channels, as LoRA's does, so that B A is no kernel of it
+    dropout = ""  # the key of the modules that drop features of its input, if it has any
     sums_from: ClassVar[float] = inf  # so many numbers of rows, as `touched` counts, for each of W: `summed_up`
 
     def makes_delta(self, p: Adapter) -> bool:
@@ -293,7 +294,7 @@ class Delta(Method):
 
     def drop_rate(self, p: Adapter) -> float:
         """The dropout of the adapter's input that is in force, 0 outside training."""
-        return 0.0
+        return p.drop_rate(self.dropout) if self.dropout else 0.0
 
     def forward(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor:
         found = summed_up(self, p, inner, x) if self.sums_from < inf or not inner.view.dense else None

@@ -383,12 +383,9 @@ def _device(base: nn.Module, weight: torch.Tensor | None) -> torch.device | None
     """Where the weight is when it is used: accelerate keeps an offloaded one on the meta device until then. None: there
     is none with numbers."""
     hook = getattr(base, "_hf_hook", None)
-    place: Any = getattr(hook, "execution_device", None)
     if weight is None or (weight.is_meta and hook is None):
         return None
-    if not weight.is_meta:
-        return weight.device
-    return device_of(place)
+    return device_of(getattr(hook, "execution_device", None)) if weight.is_meta else weight.device
 
 
 def _existing(found: nn.Module, parameter: str | None) -> BaseTunerLayer | None:

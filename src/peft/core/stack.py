@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.lowrank import transformed
+from ..kernels.modes import single, transformed
 from .cells import Cell
 from .method import Method
 from .nested import by_rows
@@ -196,7 +196,7 @@ class Stack:
     def weight(self, rows: slice = slice(None)) -> Tensor:
         """W' of the stack, (..., rows, I); over a packed weight in single precision, as rounding comes later."""
         W = self.layer.base_weight()[..., rows, :]
-        W = W if self.packed is None else W.to(torch.promote_types(W.dtype, torch.float32))
+        W = W if self.packed is None else single(W)
         for a in self.adapters:
             W = a.method.weight(a, W, rows)
         return W

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OutOfRangeError
+from ..kernels.modes import single
 from .call import Call
 from .layer import BaseTunerLayer
 from .method import Method, Site
@@ -90,7 +91,7 @@ class TokenRows(Method):
         """(A, B) with B A the update: the changes of the rows, times a unit vector for each token."""
         index, new = self._rows(p)
         W = p.original_weight()
-        W = (W.mT if p.layer.view.infix else W).to(torch.promote_types(W.dtype, torch.float32))
+        W = single(W.mT if p.layer.view.infix else W)
         change = new.to(W.dtype) - W[index]
         units = change.new_zeros(len(index), len(W)).index_put_(
             (torch.arange(len(index), device=index.device), index), change.new_ones(())

@@ -111,6 +111,11 @@ def numbered(t: Tensor) -> bool:
     return not (t.is_meta or hasattr(t, "fake_mode"))
 
 
+def single(t: Tensor) -> Tensor:
+    """t in single precision at least."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def once(make: Callable[P, T]) -> Callable[P, T]:
     """`functools.cache` of a function that makes a tensor, which is kept only if it is `lasting`.
 

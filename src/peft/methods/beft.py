@@ -75,7 +75,6 @@ class BeftLayer(BaseTunerLayer):
     _bare = True
     adapter_layer_names = ("beft_bias",)
     other_param_names = ()
-    _home_order = ("beft_bias",)
     _parameter_homes = frozenset({"beft_bias"})
 
 

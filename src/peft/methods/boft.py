@@ -146,7 +146,6 @@ class BOFTLayer(UnscaledLayer):
     family = "boft"
     adapter_layer_names = ("boft_R", "boft_s")
     other_param_names = ("boft_block_size", "boft_block_num", "boft_dropout")
-    _home_order = ("boft_R", "boft_s")
     _parameter_homes = frozenset({"boft_R", "boft_s"})
 
 

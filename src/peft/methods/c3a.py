@@ -22,7 +22,7 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Delta, Site
 from ..core.stack import Adapter, Stack
 from ..kernels import circulant
-from ..kernels.modes import lifted
+from ..kernels.modes import lifted, single
 from ..target_config import choice, divisor
 from .additive import AdditiveConfig, AdditiveModel
 
@@ -93,7 +93,7 @@ class C3A(Delta):
         if not inner.view.dense or not x.numel():  # of nothing there is no transform
             return super().onto(p, inner, y, x)
         K = p.held("c3a_kernel")
-        K = K.to(torch.promote_types(K.dtype, torch.float32))  # a model cast after all has kernels in half precision
+        K = single(K)  # a model cast after all has kernels in half precision
         return (y + circulant.product(x, K, 1 / x.shape[-1])).to(y.dtype)
 
 
@@ -103,7 +103,6 @@ class C3ALayer(BaseTunerLayer):
     family = "c3a"
     adapter_layer_names = ("c3a_kernel",)
     other_param_names = ("block_size",)
-    _home_order = ("c3a_kernel",)
     _parameter_homes = frozenset({"c3a_kernel"})
 
 

@@ -21,6 +21,7 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import LowRank, Site
 from ..core.stack import Adapter, Stack
 from ..core.views.chosen import thinned
+from ..kernels.modes import single
 from ..target_config import choice, number, probability
 from .additive import AdditiveConfig, AdditiveModel
 
@@ -85,7 +86,7 @@ class DEFT(LowRank):
     def removed(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """(Q, P' W0), in single precision at least."""
         P = p.held("deft_P")
-        wide = P.to(torch.promote_types(P.dtype, torch.float32))
+        wide = single(P)
         Q, project = (wide, wide.relu()) if p.deft_decomposition == "relu" else (torch.linalg.qr(wide)[0],) * 2
         return Q, project.mT @ p.original_weight().to(wide.dtype)
 

@@ -56,6 +56,8 @@ class DeloraConfig(AdditiveConfig):
 class DeLoRA(LowRank):
     """W' = W + B A with normed factors."""
 
+    dropout = "delora_dropout"
+
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
         *lead, out, inp = site.view.shape(site.module)
@@ -85,9 +87,6 @@ class DeLoRA(LowRank):
         strength = p.held("delora_lambda")[..., None] / p.r
         A = A / _length(A, -1) * p.held_buffer("delora_w_norm")[..., None, :]
         return A, B / _length(B, -2) * strength
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("delora_dropout")
 
 
 def _length(t: Tensor, axis: int) -> Tensor:

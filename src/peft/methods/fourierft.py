@@ -21,7 +21,7 @@ from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
 from ..core.sparse import Sparse
 from ..core.stack import Adapter, Stack
-from ..kernels.modes import lasting, ordinary
+from ..kernels.modes import lasting, ordinary, single
 from ..kernels.sparse import Places
 from ..target_config import number
 from .additive import AdditiveConfig, AdditiveModel
@@ -83,7 +83,7 @@ class FourierFT(Sparse):
         c = p.held("fourierft_spectrum")
         *lead, out, inp = p.layer.view.shape(p.layer.get_base_layer())
         at, inside = self._halves(p, (out, inp))
-        values = (wide(c).unsqueeze(-2) * inside).flatten(-2)
+        values = (single(c).unsqueeze(-2) * inside).flatten(-2)
         S = values.new_zeros(*lead, out * (inp // 2 + 1)).index_add(-1, at, values, alpha=p.fourierft_scaling / 2)
         return torch.fft.irfft2(S.unflatten(-1, (out, -1)), s=(out, inp))[..., rows, :].to(c.dtype)
 
@@ -99,14 +99,14 @@ class FourierFT(Sparse):
         return found[1]
 
     def numbers(self, p: Adapter) -> Tensor:
-        return wide(p.held("fourierft_spectrum")) * p.fourierft_scaling
+        return single(p.held("fourierft_spectrum")) * p.fourierft_scaling
 
     def placed(self, p: Adapter, at: Tensor, shape: tuple[int, int]) -> Places:
         """S acts on the real parts of half a spectrum and on the imaginary ones below; the other half is conjugate."""
         (u, v), (out, inp) = at.long(), shape
         (k, up), (d, down) = half(u, out), half(v, inp)
         twice = (k > 0) & (2 * k != out)  # what stands for two frequencies
-        real = torch.where(twice, 0.5, 1.0).to(wide(p.held("fourierft_spectrum")).dtype) / inp
+        real = torch.where(twice, 0.5, 1.0).to(single(p.held("fourierft_spectrum")).dtype) / inp
         gains = torch.stack([real, torch.where(twice, -real * up * down, 0.0)])
         rows, columns = torch.cat([k, k + out // 2 + 1]), torch.cat([d, d + inp // 2 + 1])
         return Places(at, rows, columns, (2 * (out // 2 + 1), 2 * (inp // 2 + 1)), gains)
@@ -118,11 +118,6 @@ class FourierFT(Sparse):
     def given(self, p: Adapter, t: Tensor, out: int) -> Tensor:
         pairs = torch.stack(t.mT.chunk(2, -1), -1)  # `torch.complex` would keep both for its derivative
         return torch.fft.irfft(torch.view_as_complex(pairs), out)
-
-
-def wide(c: Tensor) -> Tensor:
-    """In single precision at least."""
-    return c if c.dtype is torch.float64 else c.float()
 
 
 def halves(at: Tensor, out: int, inp: int) -> tuple[Tensor, Tensor]:
@@ -144,7 +139,6 @@ class FourierFTLayer(BaseTunerLayer):
     family = "fourierft"
     adapter_layer_names = ("fourierft_spectrum",)
     other_param_names = ("fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed", "indices")
-    _home_order = ("fourierft_spectrum",)
     _parameter_homes = frozenset({"fourierft_spectrum"})
 
 

@@ -99,7 +99,6 @@ class GloraLayer(BaseTunerLayer):
     family = "glora"
     adapter_layer_names = HOMES
     other_param_names = ("r",)
-    _home_order = HOMES
 
 
 class GloraModel(AdditiveModel):

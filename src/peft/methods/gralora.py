@@ -59,6 +59,8 @@ class GraloraConfig(Alpha, AdditiveConfig):
 class GraLoRA(Delta):
     """W' = W + s D with low-rank blocks."""
 
+    dropout = "gralora_dropout"
+
     def build(self, site: Site) -> dict[str, Any]:
         c, k = site.settings, site.settings.gralora_k
         *lead, out, inp = site.view.shape(site.module)
@@ -97,9 +99,6 @@ class GraLoRA(Delta):
         if p.hybrid_r:
             D = D + p.held("gralora_B_general").weight[..., rows, :] @ p.held("gralora_A_general").weight
         return D * p.scaling
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("gralora_dropout")
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held = open_linear(inner, x) if type(self).onto is GraLoRA.onto else None

@@ -56,6 +56,7 @@ class HiraConfig(AdditiveConfig):
 class HiRA(Delta):
     """W' = W + W0 * (B A)."""
 
+    dropout = "hira_dropout"
     reads = True
 
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]]) -> dict[str, Shared]:
@@ -97,9 +98,6 @@ class HiRA(Delta):
     def delta(self, p: Adapter, W: Tensor, rows: slice = slice(None)) -> Tensor:
         A, B = self.factors(p)
         return p.original_weight()[..., rows, :].to(A.dtype) * (B[..., rows, :] @ A)
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("hira_dropout")
 
     def takes(self, p: Adapter, key: str, shape: tuple[int, ...]) -> bool:
         held = p.held(key).shape

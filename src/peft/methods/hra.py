@@ -111,7 +111,6 @@ class HRALayer(UnscaledLayer):
     family = "hra"
     adapter_layer_names = ("hra_u",)
     other_param_names = ("hra_r", "hra_apply_GS")
-    _home_order = ("hra_u",)
     _parameter_homes = frozenset({"hra_u"})
 
 

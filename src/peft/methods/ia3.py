@@ -92,7 +92,6 @@ class IA3Layer(BaseTunerLayer):
     _bare = True
     adapter_layer_names = ("ia3_l",)
     other_param_names = ("is_feedforward",)
-    _home_order = ("ia3_l",)
     _parameter_homes = frozenset({"ia3_l"})
 
     @property

@@ -145,7 +145,6 @@ class LilyLayer(ScaledLayer):
     family = "lily"
     adapter_layer_names = HOMES
     other_param_names = NUMBERS
-    _home_order = HOMES
 
     def natural_scaling(self, adapter: str) -> float:
         return float(self.adapters[adapter].settings.scaling)

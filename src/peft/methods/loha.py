@@ -148,7 +148,6 @@ class LoHaLayer(LycorisLayer):
 
     family = "loha"
     adapter_layer_names = NAMES
-    _home_order = NAMES
     _parameter_homes = frozenset(NAMES)
 
 

@@ -146,7 +146,6 @@ class LoKrLayer(LycorisLayer):
 
     family = "lokr"
     adapter_layer_names = NAMES
-    _home_order = NAMES
     _parameter_homes = frozenset(NAMES)
 
 

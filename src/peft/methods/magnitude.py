@@ -14,7 +14,7 @@ from ..core.kept import Kept, base_places, kept, kept_over
 from ..core.method import Delta, LowRank
 from ..core.stack import Adapter, Stack
 from ..kernels import narrow
-from ..kernels.modes import is_autocast, lasting, ordinary, transformed, without_autocast
+from ..kernels.modes import is_autocast, lasting, ordinary, single, transformed, without_autocast
 from ..kernels.scaled import folded, square
 
 
@@ -52,7 +52,7 @@ class Gaining(Delta):
 
     def folded(self, p: Adapter, of: LowRank, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A, the gain, and B with all factors in it, in single precision or more: what evaluation keeps."""
-        A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (A, B))
+        A, B = (single(t) for t in (A, B))
         return folded(A, B, of.scaling(p), self.gain(p).to(A.dtype))
 
     @property

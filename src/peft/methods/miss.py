@@ -50,6 +50,7 @@ class MissConfig(AdditiveConfig):
 class MiSS(Delta):
     """W'[:, j] = W[:, j] + D[j mod r]'."""
 
+    dropout = "miss_dropout"
     sums_from = 1.5
 
     def build(self, site: Site) -> dict[str, Any]:
@@ -81,9 +82,6 @@ class MiSS(Delta):
         B, inp = self.shard(p).mT * p.scaling, p.layer.view.shape(p.layer.get_base_layer())[-1]
         A = torch.eye(p.miss_r, dtype=B.dtype, device=B.device).repeat(1, -(-inp // p.miss_r))[:, :inp]
         return A.expand(*B.shape[:-2], -1, -1), B
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("miss_dropout")
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held = open_linear(inner, x) if type(self).onto is MiSS.onto else None

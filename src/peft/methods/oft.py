@@ -149,7 +149,6 @@ class OFTLayer(UnscaledLayer):
     family = "oft"
     adapter_layer_names = ("oft_R", "oft_embedding_R")
     other_param_names = ("r", "oft_block_size", "oft_dropout")
-    _home_order = ("oft_R", "oft_embedding_R")
 
 
 class OFTModel(BaseTuner):

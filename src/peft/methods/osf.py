@@ -23,6 +23,7 @@ from ..core.method import Site
 from ..core.stack import Adapter, Stack
 from ..core.terms import Moved
 from ..errors import PeftWarning, report
+from ..kernels.modes import single
 from ..kernels.projected import Held, Parts
 from ..target_config import number
 from .additive import AdditiveConfig, AdditiveModel
@@ -77,7 +78,7 @@ class OSF(Moved):
         W, held = p.original_weight().detach(), p.osf_svd_params
         if W.device.type == "meta":
             return
-        parts = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False)
+        parts = torch.linalg.svd(single(W), full_matrices=False)
         dtype, k = held["S_low"].dtype, p.effective_rank
         U, S, V = (t.to(W.dtype).to(dtype) for t in parts)  # rounded as in the adapters that files hold
         fresh = p.cache.pop("fresh", False)
@@ -121,7 +122,7 @@ class OSFLayer(BaseTunerLayer):
     """A target under OSF."""
 
     family = "osf"
-    adapter_layer_names = _home_order = ("osf_svd_params",)
+    adapter_layer_names = ("osf_svd_params",)
     other_param_names = ("effective_rank",)
 
 

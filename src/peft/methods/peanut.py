@@ -137,7 +137,6 @@ class PeanutLayer(ScaledLayer):
     family = "peanut"
     adapter_layer_names = HOMES
     other_param_names = ("r", "depth", "scaling", "act_fn", "res_num")
-    _home_order = HOMES
 
     def natural_scaling(self, adapter: str) -> float:
         """The configuration's `scaling`."""

@@ -87,6 +87,7 @@ class OrthLayer(nn.Module):
 class PSOFT(Between):
     """W' = W + B (R - I) A."""
 
+    dropout = "psoft_dropout"
     neutral_zeros, may_be_empty = False, frozenset({"psoft_R.weight"})  # empty where r is 1
 
     def build(self, site: Site) -> dict[str, Any]:
@@ -138,9 +139,6 @@ class PSOFT(Between):
     def middle(self, p: Adapter) -> tuple[Tensor, Tensor, Tensor]:
         R, A = self.rotation(p), p.held_buffer("psoft_A")
         return A, R - torch.eye(p.r, dtype=R.dtype, device=R.device), p.held_buffer("psoft_B")
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("psoft_dropout")
 
 
 class PsoftLayer(BaseTunerLayer):

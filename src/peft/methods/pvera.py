@@ -55,6 +55,7 @@ class PVeRA(VeRA):
     """W' = W + diag(b) B diag(d1) A1, and noise in training."""
 
     word = "pvera"
+    dropout = "pvera_dropout"
     sums_from = inf  # what is drawn is drawn for each row
     rows = 2
 

@@ -64,6 +64,7 @@ class RandLoraConfig(Alpha, AdditiveConfig):
 class RandLoRA(LowRank):
     """W' = W + s B A, of as many columns and rows as W has at least."""
 
+    dropout = "randlora_dropout"
     copies = ("randlora_A", "randlora_B")
 
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]]) -> dict[str, Shared]:
@@ -101,9 +102,6 @@ class RandLoRA(LowRank):
 
     def scaling(self, p: Adapter) -> float:
         return p.scaling
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("randlora_dropout")
 
 
 def draw(of_a: tuple[int, ...], of_b: tuple[int, ...], settings: Any) -> tuple[Tensor, Tensor]:

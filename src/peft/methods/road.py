@@ -123,7 +123,6 @@ class RoadLayer(BaseTunerLayer):
     family = "road"
     adapter_layer_names = ("road_theta", "road_alpha")
     other_param_names = ("variant", "group_size")
-    _home_order = ("road_theta", "road_alpha")
     _parameter_homes = frozenset({"road_theta", "road_alpha"})
 
 

@@ -103,7 +103,6 @@ class ShiraLayer(ScaledLayer):
     family = "shira"
     adapter_layer_names = ("shira_weight",)
     other_param_names = ("r", "scaling", "shira_indices")
-    _home_order = ("shira_weight",)
     _parameter_homes = frozenset({"shira_weight"})
 
     def natural_scaling(self, adapter: str) -> float:

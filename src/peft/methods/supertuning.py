@@ -102,14 +102,13 @@ class SuperTuning(Sparse):
 class Beside(LowRank):
     """The s B A of Supra."""
 
+    dropout = "supertuning_lora_dropout"
+
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         return p.held(FACTORS[0]).weight, p.held(FACTORS[1]).weight
 
     def scaling(self, p: Adapter) -> Any:
         return p.supertuning_lora_alpha / p.supertuning_rank
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("supertuning_lora_dropout")
 
 
 class Supra(SuperTuning):
@@ -141,7 +140,7 @@ class SupertuningLayer(BaseTunerLayer):
     """A target under Super-Tuning."""
 
     family, _bare = "supertuning", True
-    adapter_layer_names = _home_order = ("supertuning_values", *FACTORS)
+    adapter_layer_names = ("supertuning_values", *FACTORS)
     other_param_names = tuple(f"supertuning_{name}" for name in ("indices", "rank", "lora_alpha", "lora_dropout"))
     _parameter_homes = frozenset({"supertuning_values"})
 

@@ -70,6 +70,7 @@ class TinyLoraConfig(AdditiveConfig):
 class TinyLoRA(LowRank):
     """W' = W + B R A."""
 
+    dropout = "tinylora_dropout"
     keeps_factors = True
     neutral_zeros = False  # an adapter of other layers counts them otherwise
 
@@ -120,9 +121,6 @@ class TinyLoRA(LowRank):
         R = (v.to(P.device, P.dtype)[None] @ P.flatten(1)).view(P.shape[1:])
         # the factor that meets the input stays frozen, so that nothing of the input's size is kept
         return (B.mT, (R @ A).mT) if p.layer.view.infix else (A, B @ R)
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("tinylora_dropout")
 
 
 class TinyLoraLayer(BaseTunerLayer):

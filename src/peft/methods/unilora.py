@@ -63,6 +63,8 @@ class UniLoraConfig(AdditiveConfig):
 class UniLoRA(LowRank):
     """W' = W + B A, read from a vector."""
 
+    dropout = "unilora_dropout"
+
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]]) -> dict[str, Shared]:
         count = sum(settings.r * math.prod(lead) * (out + inp) for *lead, out, inp in shapes)
         deal, before = Deal(count, settings.theta_d_length, settings.proj_seed), settings.__dict__.get("deal")
@@ -115,9 +117,6 @@ class UniLoRA(LowRank):
             return A, B
         scaled = theta * p.unilora_factor.to(theta.device, theta.dtype)
         return scaled[p.held_buffer("unilora_indices_A")], scaled[p.held_buffer("unilora_indices_B")]
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("unilora_dropout")
 
 
 class UniLoraLayer(BaseTunerLayer):

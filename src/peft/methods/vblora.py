@@ -61,6 +61,7 @@ class VBLoRAConfig(AdditiveConfig):
 class VBLoRA(LowRank):
     """W' = W + B A, from a bank."""
 
+    dropout = "vblora_dropout"
     neutral_zeros = False  # equal logits take of all vectors alike
 
     def shared(self, settings: Any, shapes: Iterator[tuple[int, ...]]) -> dict[str, Shared]:
@@ -90,9 +91,6 @@ class VBLoRA(LowRank):
                 "logits are lost. Call `model.eval()`, or load a file with all logits."
             )
         return kept(p, lambda: mixed(p), what="factors")
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("vblora_dropout")
 
     def split(self, p: Adapter, key: str, value: Tensor) -> dict[str, Tensor]:
         if not p.settings.save_only_topk_weights or not self.parts(key):

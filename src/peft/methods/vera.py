@@ -63,6 +63,7 @@ class VeRA(LowRank):
     """W' = W + diag(b) B diag(d) A."""
 
     word = "vera"
+    dropout = "vera_dropout"
     sums_from = 1.5
     rows = 1  # of A for each of B's columns
 
@@ -135,9 +136,6 @@ class VeRA(LowRank):
         inp = p.layer.view.shape(p.layer.get_base_layer())[-1]
         A = getattr(p, f"{self.word}_A").to(d.device, d.dtype)
         return d[..., rows, None] * A[rows, :inp]
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate(f"{self.word}_dropout")
 
 
 class VeraLayer(BaseTunerLayer):

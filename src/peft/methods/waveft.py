@@ -142,7 +142,6 @@ class WaveFTLayer(BaseTunerLayer):
         "waveft_indices",
         "waveft_use_idwt",
     )
-    _home_order = ("waveft_spectrum",)
     _parameter_homes = frozenset({"waveft_spectrum"})
 
 

@@ -27,6 +27,8 @@ FACTORS = ("lora_A", "lora_B", "lora_E")
 class AdaLoRA(LowRank):
     """W' = W + s B diag(E) A."""
 
+    dropout = "lora_dropout"
+
     def build(self, site: Site) -> dict[str, Any]:
         c = site.settings
         *lead, out, inp = site.view.shape(site.module)
@@ -56,9 +58,6 @@ class AdaLoRA(LowRank):
 
     def scaling(self, p: Adapter) -> Any:
         return p.scaling / (p.ranknum + 1e-5)
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("lora_dropout")
 
     def takes(self, p: Adapter, key: str, shape: tuple[int, ...]) -> bool:
         """A file's factors have the ranks that its configuration says were kept."""

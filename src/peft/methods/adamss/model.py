@@ -19,7 +19,6 @@ class AdamssLayer(BaseTunerLayer):
     family = "adamss"
     adapter_layer_names = ("adamss_A", "adamss_B")
     other_param_names = ("num_subspaces", "adamss_newB")
-    _home_order = ("adamss_A", "adamss_B")
 
     def never_trained(self, name: str) -> Sequence[nn.Parameter]:
         """The subspaces that the allocation has frozen."""

@@ -36,6 +36,7 @@ SHARED = ("s_indices", "V")
 class FRoD(Delta):
     """W' = W + U (S + diag(l - l0)) V'."""
 
+    dropout = "frod_dropout"
     sums_from = 2.0
     may_be_empty = frozenset({"frod_lambda_s_values"})  # where `sparse_rate` chooses no place
 
@@ -115,9 +116,6 @@ class FRoD(Delta):
             return torch.cat([X @ part.to(X.dtype).mT for part in U.split(max(1, PART // len(V)))], -1)
         U, V = U[..., rows, :].to(middle.dtype), V.to(middle.dtype)
         return (U @ middle) @ V.mT if U.shape[-2] <= len(V) else U @ (middle @ V.mT)  # a merge takes a few rows at once
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("frod_dropout")
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held = open_linear(inner, x) if type(self).onto is FRoD.onto and x.is_cpu and x.numel() else None

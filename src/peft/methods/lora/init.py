@@ -32,7 +32,7 @@ from ...core.draw import normal
 from ...core.files import keys_in_hand
 from ...core.header import read_header
 from ...errors import PeftWarning, report
-from ...kernels.modes import numbered
+from ...kernels.modes import numbered, single
 from . import corda, loraga
 from .calibration import Spot, at
 
@@ -258,7 +258,7 @@ def principal(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor]:
         )
     if kind == "lora_ga":
         return loraga.factors(at(p), p.r, p.scaling, W)
-    return decomposed(p, W.detach().to(torch.promote_types(W.dtype, torch.float32)), kind)
+    return decomposed(p, single(W.detach()), kind)
 
 
 def decomposed(p: Adapter, W: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ SIZES = frozenset({"r", "lora_alpha", "scaling"})
 class LoRA(LowRank):
     """W' = W + s B A."""
 
+    dropout = "lora_dropout"
     whole = True
     spread = True
     runner = Row
@@ -221,9 +222,6 @@ class LoRA(LowRank):
         if not p.__dict__["lora_bias"]:
             return None
         return p.held("lora_embedding_bias") if p.layer.view.infix else p.held("lora_B").bias
-
-    def drop_rate(self, p: Adapter) -> float:
-        return p.drop_rate("lora_dropout")
 
     def term(self, p: Adapter) -> tuple[Any, ...] | None:
         stated = type(self).forward in (LoRA.forward, InTraining.forward) and not self.some_positions
