@@ -26,7 +26,7 @@ import triton.language as tl  # noqa: E402
 
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from peft.kernels import choice, lowrank, scaled  # noqa: E402
-from peft.kernels.triton import gained, language, launch, probe, update  # noqa: E402
+from peft.kernels.triton import gained, launch, probe, update  # noqa: E402
 from peft.kernels.triton.segments import segments  # noqa: E402
 from peft.kernels.triton.update import How  # noqa: E402
 
@@ -40,7 +40,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind)[6:
 @pytest.fixture(autouse=True)
 def multiplying(monkeypatch):
     """The interpreter multiplies bfloat16 as if its bits were integers (Triton 3.9): here it takes their values."""
-    if language.interpreted():
+    if triton.knobs.runtime.interpret:
         from triton.runtime.interpreter import InterpreterBuilder
 
         plain = InterpreterBuilder.create_dot

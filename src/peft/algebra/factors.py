@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.draw import triplets
 from ..kernels.modes import has_double, single
 
 SMALL = 64  # products with a side of at most this length are multiplied out: as fast, and signs are those of others
@@ -104,10 +105,8 @@ class Spectrum:
 
     def _project(self, D: Tensor, rank: int) -> None:
         self.complete = False
-        with torch.random.fork_rng(devices=[D.device] if D.is_cuda else []):
-            torch.manual_seed(0)  # the same matrix has the same decomposition, and the caller's draws stay his
-            self.U, self.S, V = torch.svd_lowrank(D, rank + OVERSAMPLING, POWERS)
-        self.Vh, self.squares = V.mT, exactly(D).square().sum((-2, -1))
+        self.U, self.S, self.Vh = triplets(D, rank + OVERSAMPLING, POWERS, seed=0)
+        self.squares = exactly(D).square().sum((-2, -1))
 
     @property
     def square(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
 from ..kernels import lowrank, modes, whole
-from ..kernels.modes import PLAIN, WIDE, is_autocast
+from ..kernels.modes import PLAIN, WIDE, is_autocast, transformed
 from ..kernels.whole import touched
 from . import recycled
 
@@ -130,9 +130,7 @@ def convolved(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | No
         return None
     if x.dtype not in WIDE or type(x) not in PLAIN or is_autocast(x) or (inner.gated and not own):
         return None
-    if type(base._parameters.get("weight")) is not nn.Parameter:
-        return None
-    if not graph and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _C._is_tracing()):
+    if type(base._parameters.get("weight")) is not nn.Parameter or (transformed() and not graph):
         return None
     if not own and (graph or torch.is_grad_enabled() or not (x.is_cpu and _one_kernel(method, p))):
         return None
@@ -161,7 +159,7 @@ def with_delta(method: Delta, p: Adapter, W: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() or p.layer.training or W.dim() != 2 or W.dtype not in WIDE or type(W) not in PLAIN:
         return (W + method.read_delta(p, W)).to(W.dtype)
-    large = W.is_cpu and W.numel() >= 2 * BLOCK and not (modes.transformed() or modes.reused())
+    large = W.is_cpu and W.numel() >= 2 * BLOCK and not (transformed() or modes.reused())
     place = recycled.empty_like(W, recycled.TILE_BYTES) if large else None
     if method.factored and (factors := _alike(method, p, W)) is not None:
         A, B, scale = factors

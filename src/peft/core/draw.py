@@ -63,6 +63,24 @@ def _places(count: int, n: int, seed: int | None) -> Tensor:
     return torch.randperm(count, generator=generator, device="cpu")[:n].clone()
 
 
+def triplets(W: Tensor, q: int, iterations: int, seed: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """About the q largest singular triplets, U, S and V', from a sketch, after so many subspace iterations.
+
+    With a seed they are the same at every time, on any device and in any dtype, and the caller's random numbers stay
+    his. Source: Halko et al. 2011, algorithms 4.4 and 5.1.
+    """
+    if seed is None:
+        U, S, V = torch.svd_lowrank(W, q=q, niter=iterations)
+        return U, S, V.mT
+    tall = W.shape[-2] >= W.shape[-1]
+    M = W if tall else W.mT
+    Q = torch.linalg.qr(M @ normal((M.shape[-1], q), torch.Generator().manual_seed(seed)).to(M))[0]
+    for _ in range(iterations):
+        Q = torch.linalg.qr(M @ torch.linalg.qr(M.mT @ Q)[0])[0]
+    U, S, Vh = torch.linalg.svd(Q.mT @ M, full_matrices=False)
+    return (Q @ U, S, Vh) if tall else (Vh.mT, S, (Q @ U).mT)
+
+
 def check_count(name: str, n: int, most: int, path: str, way: str) -> None:
     """Raise ValueError if a matrix has fewer than n elements; `way` says what takes fewer, if anything does."""
     if n > most:

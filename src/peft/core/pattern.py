@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from ..errors import PatternError
+from ..errors import PatternError, nearest
 
 # The field of a table, and the fields that its values stand for (the first that the configuration has).
 TABLES: dict[str, tuple[str, ...]] = {
@@ -295,8 +295,6 @@ def _check_fields(config: Any, changes: dict[str, Any], path: str) -> None:
     fields = [field.name for field in dataclasses.fields(config) if field.init]
     for name in changes:
         if name not in fields:
-            from ..errors import nearest
-
             raise ValueError(
                 f"module_config sets {name!r} for {path!r}, which {type(config).__name__} does not have."
                 f"{nearest(name, fields)} Use one of its fields: {', '.join(fields)}."

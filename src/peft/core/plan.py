@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .defaults import MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from .pattern import Selector, suffixes
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -148,9 +151,6 @@ def compact(selection: str | Iterable[str], names: Sequence[str], config: Any) -
         names: the names of all modules of the model.
         config: lists of IA3 stay as they are, and those with `layers_to_transform`, which exact names escape.
     """
-    from .defaults import MIN_TARGET_MODULES_FOR_OPTIMIZATION
-    from .pattern import Selector, suffixes
-
     if isinstance(selection, str):
         return selection
     wanted = set(selection)

@@ -106,15 +106,15 @@ def look(model: nn.Module, layers: Sequence[Any], calibration: Calibration | Non
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation, and then as it was."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
+def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Every module in evaluation, or in training, and then as it was."""
+    modes = [(m, m.training) for m in model.modules()]
     try:
+        _ = model.train() if training else model.eval()
         yield
     finally:
-        for m in training:
-            m.training = True
+        for m, mode in modes:
+            m.training = mode
 
 
 def _runner(calibration: Calibration) -> Callable[[nn.Module], Any]:

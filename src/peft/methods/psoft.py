@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import describe
+from ..core.draw import triplets
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
 from ..core.stack import Adapter, Stack
@@ -112,10 +113,7 @@ class PSOFT(Between):
         if c.psoft_svd == "full":
             U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         else:
-            with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
-                torch.manual_seed(c.random_seed)
-                U, S, V = torch.svd_lowrank(W, q=p.r, niter=c.psoft_svd_lowrank_niter)
-                Vh = V.mT
+            U, S, Vh = triplets(W, p.r, c.psoft_svd_lowrank_niter, c.random_seed)
         U, S, Vh = U[..., : p.r], S[..., : p.r], Vh[..., : p.r, :]
         down, up = (S.sqrt(), S.sqrt()) if c.ab_svd_init == "pissa_init" else (torch.ones_like(S), S)
         p.layer.keep(p, "psoft_A", (down[..., None] * Vh).to(dtype).contiguous())

@@ -18,8 +18,3 @@ tl: Any = _language if found else None
 def jit(function: Any) -> Any:
     """A device function."""
     return _triton.jit(function) if found else function
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels on the CPU, statement by statement (TRITON_INTERPRET=1)."""
-    return found and bool(_triton.knobs.runtime.interpret)

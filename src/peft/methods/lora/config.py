@@ -57,7 +57,7 @@ OPTIONS = {
 NOT_YET = {
     "use_qalora": "Leave it out for plain LoRA.",
 }
-VARIANTS = (
+VARIANTS = (  # the settings that make of an adapter more than a plain one
     *("alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config", "monteclora_config", "velora_config"),
     "use_dora",
 )

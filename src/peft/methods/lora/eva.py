@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...core.entries import PREFIX
+from ...core.seen import evaluating
 from ...core.state import disabled
 from ...core.views import main_input
 from ...errors import PeftWarning, check_adapters, listing, nearest
 from .calibration import Spot, has_inputs, hooked, spots
 from .pca import IncrementalPCA
 
-PREFIX = "base_model.model."
 PASSES = 100  # over the data, at most
 
 
@@ -103,7 +103,7 @@ def get_eva_state_dict(
         _warn(f"EVA has no inputs to look at in {listing(left_out)}, which start as with init_lora_weights=True.")
     run = _Run(root, places, config, forward_fn, prepare_model_inputs_fn, prefix, gather_distributed_inputs)
     run.by_layer(prepare_layer_inputs_fn)
-    with _looking_on(model, root):
+    with disabled(root), evaluating(model):
         run.all(dataloader, show_progress_bar)
     return {prefix + path: A for path, A in run.factors().items()}
 
@@ -155,20 +155,6 @@ def _config(model: nn.Module, name: str) -> Any:
 
 def _warn(text: str) -> None:
     warnings.warn(text, PeftWarning, stacklevel=4)
-
-
-@contextmanager
-def _looking_on(model: nn.Module, root: nn.Module) -> Iterator[None]:
-    """The base model in evaluation mode; everything is as before afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    with ExitStack() as stack:
-        stack.enter_context(disabled(root))
-        try:
-            model.eval()
-            yield
-        finally:
-            for m, mode in modes:
-                m.training = mode
 
 
 class _Layer:

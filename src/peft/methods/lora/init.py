@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.defaults import SAFETENSORS_WEIGHTS_NAME
-from ...core.draw import normal
+from ...core.draw import triplets
 from ...core.files import keys_in_hand
 from ...core.header import read_header
 from ...errors import PeftWarning, report
@@ -52,7 +52,7 @@ def fill(method: Any, p: Adapter, inner: Stack) -> None:
     read.
     """
     kind = p.settings.init_lora_weights
-    A, B = _held(p)
+    A, B = held(p)
     if p.lora_bias:
         method.up_bias(p).zero_()
     unmeasured = kind in MEASURED and not measured(at(p))
@@ -78,7 +78,7 @@ def refuse_groups(p: Adapter, inner: Stack) -> None:
 
 def put(p: Adapter, inner: Stack, A: Tensor, B: Tensor) -> None:
     """Put (..., r, I) and (..., O, r) where the adapter holds its factors; all matrices of a stack get the same."""
-    home_A, home_B = _held(p)
+    home_A, home_B = held(p)
     lead = home_A.numel() // (p.r * _in(p, inner))
     if lead > 1 and A.dim() == 2:
         A, B = A.expand(lead, *A.shape), B.expand(lead, *B.shape)
@@ -163,7 +163,7 @@ def residual(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor] | None:
     first = p.cache.pop("first", None)
     if not p.subtracts or (p.settings.init_lora_weights in MEASURED and not measured(at(p))):
         return None
-    A, _ = _held(p)
+    A, _ = held(p)
     A0, B0 = principal(p, inner) if first is None else first
     return A0.to(A.dtype).contiguous(), B0.to(A.dtype).contiguous()
 
@@ -174,11 +174,12 @@ def of_tied(p: Adapter, tied: Adapter) -> tuple[Tensor, Tensor]:
         A0, B0 = (tied.held_buffer(name) for name in DERIVED)
     else:
         W = p.original_weight().detach().mT.float()
-        A0, B0 = (t.to(_held(p)[0].dtype) for t in decomposed(tied, W, str(p.settings.init_lora_weights)))
+        A0, B0 = (t.to(held(p)[0].dtype) for t in decomposed(tied, W, str(p.settings.init_lora_weights)))
     return B0.mT.contiguous(), A0.mT.contiguous()
 
 
-def _held(p: Adapter) -> tuple[Tensor, Tensor]:
+def held(p: Adapter) -> tuple[Tensor, Tensor]:
+    """The parameters A and B, of an embedding or of another layer."""
     if p.has("lora_embedding_A"):
         return p.lora_embedding_A, p.lora_embedding_B
     return p.lora_A.weight, p.lora_B.weight
@@ -217,7 +218,7 @@ def again(p: Adapter) -> Callable[[dict[str, Tensor]], None] | None:
     kind = p.settings.init_lora_weights
     if kind is not True and kind is not False:
         return None
-    A, B = _held(p)
+    A, B = held(p)
     down, up = (1 / math.sqrt(factor.numel() // len(factor)) for factor in (A, B))
 
     def draw(made: dict[str, Tensor]) -> None:
@@ -293,11 +294,4 @@ def _svd(W: Tensor, r: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         return U[..., :r], S[..., :r], Vh[..., :r, :]
     iterations = int(kind.rsplit("_", 1)[1])
-    tall = W.shape[-2] >= W.shape[-1]
-    M = W if tall else W.mT
-    # Drawn alike at every load, on any device, in any dtype: a saved adapter is a difference to exactly these factors.
-    Q = torch.linalg.qr(M @ normal((M.shape[-1], r), torch.Generator().manual_seed(0)).to(M))[0]
-    for _ in range(iterations):
-        Q = torch.linalg.qr(M @ torch.linalg.qr(M.mT @ Q)[0])[0]
-    U, S, Vh = torch.linalg.svd(Q.mT @ M, full_matrices=False)
-    return (Q @ U, S, Vh) if tall else (Vh.mT, S, (Q @ U).mT)
+    return triplets(W, r, iterations, seed=0)  # a saved adapter is a difference to exactly these factors

@@ -15,6 +15,7 @@ from ...core.handmade import OF_PROGRAMS, taken_over
 from ...core.layer import name_layers
 from ...core.scale import ScaledLayer
 from ...core.stack import Adapter, Stack
+from .config import VARIANTS
 
 
 class LoraLayer(ScaledLayer):
@@ -148,11 +149,6 @@ class _LoraParameterProxy(nn.Module):
         return W + self.delta_weight
 
 
-# the settings that make of an adapter more than a plain one
-VARIANTS = (
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
-    *("use_bdlora", "use_dora"),
-)
 PACKED = {
     "aqlm": "AqlmLoraLinear",
     "awq": "AwqLoraLinear",

@@ -140,12 +140,6 @@ def _options(p: Adapter) -> tuple[int, int]:
     return options.get("loftq_bits", 4), options.get("loftq_iter", 1)
 
 
-def _homes(p: Adapter) -> tuple[Tensor, Tensor]:
-    if p.has("lora_embedding_A"):
-        return p.lora_embedding_A, p.lora_embedding_B
-    return p.lora_A.weight, p.lora_B.weight
-
-
 def _read(p: Adapter) -> Tensor:
     W = p.original_weight().detach()
     if type(storage.of(p.layer.get_base_layer(), p.layer.view.name)) is not storage.Storage:
@@ -201,7 +195,7 @@ def replace_lora_weights_loftq(
         key = f"{path}.{layer.view.name}"
         W = layer.view.matrix(layer.get_base_layer(), weights.read(key))
         Q = p.original_weight().float()
-        homes = _homes(p)
+        homes = starts.held(p)
         before = [home.clone() for home in homes]
         factors = low_rank(W.to(Q) - Q, p.r, p.scaling)
         for home, value in zip(homes, layer.view.held(layer.get_base_layer(), *factors), strict=True):

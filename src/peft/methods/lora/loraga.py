@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core import storage
+from ...core.draw import triplets
+from ...core.seen import evaluating
 from ...errors import PeftWarning
 from .calibration import Spot, read, spots, write
 
@@ -119,10 +121,7 @@ def _triplets(M: Tensor, n: int, q: int) -> tuple[Tensor, Tensor, Tensor]:
     if q >= min(M.shape[-2:]):
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
     else:
-        with torch.random.fork_rng(devices=[M.device] if M.is_cuda else []):
-            torch.manual_seed(0)
-            U, S, V = torch.svd_lowrank(M, q=q, niter=4)
-        Vh = V.mT
+        U, S, Vh = triplets(M, q, iterations=4, seed=0)
     U, S, Vh = U[..., :n], S[..., :n], Vh[..., :n, :]
     largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))
     sign = torch.where(largest < 0, -1, 1)  # the same on every machine
@@ -141,7 +140,7 @@ def _measured(model: nn.Module, places: list[Spot], train_step: Callable[[], Non
             weight.grad = None
 
     weights = {id(_parameter(spot)): _parameter(spot) for spot in places}  # tied ones once
-    with _only_targets(model, list(weights.values())):
+    with evaluating(model, training=True), _only_targets(model, list(weights.values())):
         handles = [weight.register_post_accumulate_grad_hook(take) for weight in weights.values()]
         try:
             with torch.enable_grad():
@@ -155,20 +154,16 @@ def _measured(model: nn.Module, places: list[Spot], train_step: Callable[[], Non
 
 @contextmanager
 def _only_targets(model: nn.Module, targets: list[nn.Parameter]) -> Iterator[None]:
-    """Training mode, with gradients of the targets only; everything is as before afterwards."""
+    """Gradients of the targets only; everything is as before afterwards."""
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
     try:
         for p, _, _ in flags:
             p.requires_grad_(False)
             p.grad = None
         for p in targets:
             p.requires_grad_(True)
-        model.train()
         yield
     finally:
         for p, flag, grad in flags:
             p.requires_grad_(flag)
             p.grad = grad
-        for m, mode in modes:
-            m.training = mode

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.draw import triplets
 from ...kernels.modes import NARROW
 
 
@@ -150,13 +151,7 @@ class IncrementalPCA:
         if not self.lowrank or q >= min(rows.shape):
             driver = self.svd_driver if rows.is_cuda else None
             return torch.linalg.svd(rows, full_matrices=False, driver=driver)
-        with torch.random.fork_rng(
-            devices=[rows.device] if rows.is_cuda else [], enabled=self.lowrank_seed is not None
-        ):
-            if self.lowrank_seed is not None:
-                torch.manual_seed(self.lowrank_seed)
-            U, S, V = torch.svd_lowrank(rows, q=q, niter=self.lowrank_niter)
-        return U, S, V.mT
+        return triplets(rows, q, self.lowrank_niter, self.lowrank_seed)
 
     def _note(self, S: Tensor, Vh: Tensor, mean: Tensor, var: Tensor, total: int) -> None:
         n = self.n_components or 0
