@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.base_state import model_below
 from ..core.checkpoint import adapter_config, walk
 from ..core.files import staged, write_weights
 from ..core.sharded import adapters_whole
@@ -165,7 +166,7 @@ def _source(model: nn.Module, name: str) -> tuple[nn.Module, Any]:
         )
     if _kind(config) == "LORA":
         warnings.warn(f"The adapter {name!r} is a LoRA already; it is converted to another rank.", PeftWarning, 4)
-    root: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    root: Any = model_below(model)
     return getattr(root, "model", root) if hasattr(root, "inject_adapter") else root, config
 
 

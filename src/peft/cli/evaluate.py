@@ -16,6 +16,8 @@ from peft.cli.data import Example, load_examples
 from peft.cli.options import EvalOptions
 from peft.cli.report import progress, table
 
+from ..core.base_state import model_below
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -106,7 +108,7 @@ def run(options: EvalOptions) -> int:
     accelerator = make_accelerator()
     model, tokenizer = load_adapter(options.adapter, options.model, options.dtype, options.base_only, options.quantize)
     template = options.template or kept_template(options.adapter)
-    encoder, layout = Encoder(tokenizer, template, options.max_length), Layout.of(base_of(model), tokenizer)
+    encoder, layout = Encoder(tokenizer, template, options.max_length), Layout.of(model_below(model), tokenizer)
     with progress(disable=not accelerator.is_main_process) as bar:
         task = bar.add_task("evaluate", total=len(examples), loss="")
         if next(model.parameters()).device.type != accelerator.device.type:  # what is quantised is there
@@ -118,8 +120,3 @@ def run(options: EvalOptions) -> int:
         table(options.data, head, [[name, *found.cells(), f"{found.tokens:,}", f"{found.examples:,}"]])
     end_together(accelerator)
     return 0
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside a `PeftModel`, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

@@ -25,7 +25,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state: OrderedDict[str, Tensor] = OrderedDict()
     with sharded.summoned(model) as opened:
-        for original, _, module in _walk(base_of(model)):
+        for original, _, module in _walk(model_below(model)):
             module._save_to_state_dict(state, original, False)  # one module's own tensors, quantised ones included
             spread = {original + n: p for n, p in module._parameters.items() if sharded.is_zero(p)}
             state.update((n, sharded.full(p)) for n, p in spread.items() if p is not None)
@@ -45,7 +45,7 @@ def set_base_model_state_dict(
     Returns (missing_keys, unexpected_keys), by original name.
     """
     with sharded.summoned(model, write=True) as opened:
-        return _set(base_of(model), state_dict, strict, opened)
+        return _set(model_below(model), state_dict, strict, opened)
 
 
 def _set(base: nn.Module, state_dict: Mapping[str, Tensor], strict: bool, opened: bool) -> _IncompatibleKeys:
@@ -77,7 +77,7 @@ def _set(base: nn.Module, state_dict: Mapping[str, Tensor], strict: bool, opened
 
 def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(prefix of the original name, module) of everything that belongs to the base model below the adapters."""
-    for original, _, module in _walk(base_of(model)):
+    for original, _, module in _walk(model_below(model)):
         yield original, module
 
 
@@ -87,7 +87,7 @@ def saved_tensors(module: nn.Module) -> list[str]:
     return [n for n in (*module._parameters, *buffers) if getattr(module, n) is not None]
 
 
-def base_of(model: nn.Module) -> nn.Module:
+def model_below(model: nn.Module) -> nn.Module:
     """The model below the adapters; a model that has no such method, itself."""
     get = getattr(model, "get_base_model", None)
     return get() if callable(get) else model

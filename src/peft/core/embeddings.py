@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from ..errors import PeftWarning
-from .base_state import base_of, saved_tensors
+from .base_state import model_below, saved_tensors
 from .defaults import EMBEDDING_LAYER_NAMES
 from .entries import Entry, stated
 from .layer import AdapterHost, BaseTunerLayer
@@ -64,7 +64,7 @@ def _wanted(root: nn.Module, config: Any, targeted: dict[str, nn.Module]) -> boo
 
 def _embeddings(root: nn.Module) -> dict[str, nn.Module]:
     """The input and output embedding modules by path; none if the model does not name them."""
-    base = base_of(root)
+    base = model_below(root)
     found = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
@@ -125,7 +125,7 @@ def _vocabulary_changed(root: nn.Module) -> bool:
     before = root.__dict__.get("_recorded_vocab")
     if before is None:
         return False
-    now = Sizes(vocabulary(base_of(root)), _rows(base_of(root)))
+    now = Sizes(vocabulary(model_below(root)), _rows(model_below(root)))
     return any(None not in (a, b) and a != b for a, b in zip(now, before, strict=True))
 
 

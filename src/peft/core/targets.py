@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..types import plain
+from .base_state import model_below
 from .defaults import DUMMY_TARGET_MODULES, TASK_HEADS
 from .pattern import pattern_value, settings
 from .plan import Plan, Target
@@ -108,8 +109,7 @@ def plan(model: nn.Module, config: Any, strict: bool | None = None) -> Plan:
             f"{type(config).__name__} adapts no modules of the model, so there is nothing to plan. Pass the "
             "configuration of a method with target_modules, such as LoraConfig."
         )
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()  # type: ignore[operator]
+    model = model_below(model)
     undo = replicate(model, getattr(config, "layer_replication", None) or [])
     config = copy.copy(config)
     heads = TASK_HEADS.get(plain(config.task_type), ())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..core.base_state import base_of
+from ..core.base_state import model_below
 from ..core.checkpoint import adapter_config, load_peft_weights, set_peft_model_state_dict
 from ..core.collector import no_collection
 from ..core.embeddings import embedding_tensors
@@ -60,7 +60,7 @@ def hotswap_adapter(
     config = PeftConfig.from_pretrained(model_name_or_path, subfolder=kwargs.get("subfolder"), **hub)
     mapping = kwargs.get("key_mapping")
     if mapping is None:
-        mapping = getattr(base_of(model), "_checkpoint_conversion_mapping", None) or None
+        mapping = getattr(model_below(model), "_checkpoint_conversion_mapping", None) or None
     folder = {} if kwargs.get("subfolder") is None else {"subfolder": kwargs["subfolder"]}
     state = load_peft_weights(model_name_or_path, device=torch_device, key_mapping=mapping, **hub, **folder)
     hotswap_adapter_from_state_dict(model, state, adapter_name, config)
@@ -218,7 +218,7 @@ class Swap:
     def _of_now(self, entries: list[Entry], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The new adapter's tensors, and its configuration, under the names that the model's modules have now."""
         root: Any = self.root
-        rewrite(self.new, root.get_base_model() if hasattr(root, "get_base_model") else root)
+        rewrite(self.new, model_below(root))
         self._become(self.new)
         groups: dict[int, list[Entry]] = {}
         for e in entries:

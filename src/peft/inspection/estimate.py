@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
+from ..core.base_state import model_below
 from ..create import get_peft_model
 from ..errors import WrongKindError
 from ..kernels import thin
@@ -107,7 +108,7 @@ def estimate(
         if model is not given:
             quantise(shadow, ledger)
         base = ledger.live
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = model_below(model)
         called = inputs_of(inner, config, batch, seq, target_seq, training) if inputs is None else inputs
         called = _hollow_inputs(called, ledger, inputs is None and dtype)
         if gradient_checkpointing:
