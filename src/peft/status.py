@@ -10,7 +10,7 @@ from torch import nn
 
 from .core import storage
 from .core.layer import BaseTunerLayer, tuner_layers
-from .core.onload import below
+from .core.onload import modules_of
 from .core.shared import SharedTensors
 from .core.tokens import TrainableTokensWrapper
 from .types import plain
@@ -99,7 +99,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     full.
     """
     found: dict[Any, tuple[bool, int]] = {}
-    for module in below(model):
+    for module in modules_of(model):
         if module._parameters or storage.by_class(type(module)) is not None:
             for key, grad, n in storage.counts(module):
                 found[key] = grad, n

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .entries import PREFIX, plain
@@ -76,11 +77,13 @@ def rewrite(config: Any, model: nn.Module) -> Callable[[], None] | None:
     config.target_modules = modules
     config.target_parameters = [name for name in config.target_parameters if name not in wanted] or None
 
-    def undo() -> None:
-        for name, value in before.items():
-            setattr(config, name, value)
+    return partial(put_back, config, before)
 
-    return undo
+
+def put_back(owner: Any, values: Mapping[str, Any]) -> None:
+    """Give an object the attributes that it had."""
+    for name, value in values.items():
+        setattr(owner, name, value)
 
 
 def split(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -86,7 +86,7 @@ class MixedBatch(nn.Module):
         root = self.stack(())
         if self.view.activations and not rest and len(args) == 1 and type(root) is Stack:
             return self._mixed_rows(root, x, groups)
-        return self._mixed_parts(groups, axis, args, rest)
+        return in_parts(self, "only", list(groups.items()), axis, args, rest, self._alone)
 
     def _mixed_rows(self, root: Stack, x: Tensor, groups: Groups) -> Tensor:
         """The base once for all rows, then the low-rank updates of all adapters at once, then others on their own."""
@@ -185,10 +185,6 @@ class MixedBatch(nn.Module):
             out = out.index_copy(0, index, part)
         return out
 
-    def _mixed_parts(self, groups: Groups, axis: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a whole module once per adapter on its rows."""
-        return in_parts(self, "only", list(groups.items()), axis, args, kwargs, self._alone)
-
     def each_task(self, where: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Run) -> Any:
         """Run a whole module once per task on its rows; `where` it stands is for messages."""
         axis = 0 if getattr(self._modules["base_layer"], "batch_first", True) else 1
@@ -211,17 +207,14 @@ class MixedBatch(nn.Module):
 
     def _alone(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer under the one adapter that the call names."""
-        stack = self.stack(self._names_now())
+        only = self.call.only
+        stack = self.stack(self._live_names() if only is None else (only,))
         if stack.adapters:
             return self._general(self._runner(stack), args, kwargs)
         if self.view.activations or torch.compiler.is_compiling():
             return self._general(None, args, kwargs)
         with turn(stack.base):  # in which another thread may have put other weights
             return self._general(None, args, kwargs)
-
-    def _names_now(self) -> tuple[str, ...]:
-        only = self.call.only
-        return self._live_names() if only is None else (only,)
 
 
 def in_parts(

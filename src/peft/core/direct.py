@@ -202,7 +202,7 @@ def inside(method: Delta, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
     if apart and x.numel() < MANY * x.shape[-1]:
         return None
     D = method.live_delta(p, W)
-    if D.dtype is W.dtype and D.dtype in (torch.float32, torch.float64):
+    if D.dtype is W.dtype and D.dtype in WIDE:
         return F.linear(x, inner.gate(W + D, W), b)
     kind = x.dtype if x.dtype is torch.bfloat16 else D.dtype  # which has the range for any update
     return (F.linear(x, W, b) + F.linear(x.to(kind), D.to(kind))).to(W.dtype)  # W + D would forget small ones

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,11 +78,7 @@ def rewrite(config: Any, model: nn.Module) -> Callable[[], None]:
         value = next(getattr(config, name) for name in TABLES[table] if hasattr(config, name))
         setattr(config, table, {**(getattr(config, table) or {}), _DOUBLED: factor * value})
 
-    def undo() -> None:
-        for name, value in before.items():
-            setattr(config, name, value)
-
-    return undo
+    return partial(apart.put_back, config, before)
 
 
 def _sounds_like(wanted: Any, names: set[str]) -> bool:

@@ -20,7 +20,7 @@ from ..kernels.modes import exporting, is_autocast
 from .cells import reference, references
 from .deferred import traced
 from .direct import is_conv, is_ordinary
-from .stack import Adapter, Finish, InPlace, Stack
+from .stack import Adapter, Finish, InPlace, Stack, stack_of
 
 GRAPH = ("_flag", "_graph")  # what a traced layer holds beyond others; no copy of it does
 
@@ -162,7 +162,7 @@ class Switched(nn.Module):
         self._noted()
         d, like = self.__dict__, self._scalars()
         graph = d.get("_graph")
-        stack = _stack(graph)
+        stack = stack_of(graph)
         if stack is None or d["_flag"].device != like[1] or not all(twin.fits(like) for twin in stack.adapters):
             for p in self.adapters.values():
                 p.twin = None
@@ -191,11 +191,11 @@ class Switched(nn.Module):
         """The stack whose weight and bias compiled code reads; None where it is not known to be one."""
         if not (self._read and torch.compiler.is_dynamo_compiling() and self.call.plain and self.call.only is None):
             return None
-        return _stack(self._compiled())
+        return stack_of(self._compiled())
 
     def _without_gate(self) -> bool:
         """What is traced leaves no choice: the layer that is switched off is a graph of its own."""
-        for twin in _stack(self._graph).adapters:
+        for twin in stack_of(self._graph).adapters:
             self.adapters[twin.name].gates = False
         return True
 
@@ -238,8 +238,3 @@ class Switched(nn.Module):
         p.method.prepare(twin)
         twin.__dict__.update(hot=None, idle=p.idle)
         return twin
-
-
-def _stack(graph: Any) -> Any:
-    """What stands in a `_graph`."""
-    return graph.stack if isinstance(graph, (InPlace, Finish)) else graph

@@ -41,7 +41,7 @@ class Homes(AdapterHost):
 
     def _file(self, key: str, name: str, value: Any, p: Adapter) -> None:
         """Put a tensor or module where `p.<key>` finds it; plain values go into p itself."""
-        if type(value) in SCALARS:
+        if type(value) in SCALARS or not isinstance(value, (nn.Module, Tensor)):
             p.__dict__[key] = value
             if key not in self._plain:
                 self.__dict__["_plain"] = self._plain | {key}
@@ -59,11 +59,8 @@ class Homes(AdapterHost):
             if type(home) is ModuleDict:  # another method keeps modules under this name: one home holds both
                 home = self._modules[key] = celled(nn.ParameterDict(home._modules))
             home[name] = value
-        elif isinstance(value, Tensor):
-            self._home(key, _SAVED if isinstance(value, nn.Buffer) else _BUFFERS).hold(name, value)
         else:
-            p.__dict__[key] = value
-            self.__dict__["_plain"] = self._plain | {key}
+            self._home(key, _SAVED if isinstance(value, nn.Buffer) else _BUFFERS).hold(name, value)
 
     def _home(self, key: str, template: Template) -> Any:
         home = self._modules.get(key)

@@ -27,7 +27,7 @@ from .public import Public
 from .recorded import Recorded
 from .sharded.together import Together
 from .shown import Shown
-from .stack import Adapter, Finish, InPlace, Stack, Values
+from .stack import Adapter, Finish, InPlace, Stack, Values, stack_of
 from .views import LABELS, ModuleDict, ParameterDict, view_of
 
 _MISSING = object()
@@ -139,8 +139,7 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recor
             return None
         if self.call.only is not None:
             return self.stack((self.call.only,))
-        run = self.planned()
-        return run.stack if isinstance(run, (Finish, InPlace)) else run
+        return stack_of(self.planned())
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -370,7 +369,7 @@ class BaseTunerLayer(Together, MixedBatch, Switched, Shown, Public, Homes, Recor
         x = args[0] if args else kwargs.pop(next(iter(kwargs)))
         if not (args[1:] or kwargs):
             return run(x)
-        stack = run.stack if isinstance(run, Finish) else run
+        stack = stack_of(run)
         return self.view.finish(stack.base, self.stack([a.name for a in stack.adapters], (args[1:], kwargs))(x))
 
     def _where(self) -> str:

@@ -23,11 +23,8 @@ class _NoHooks(OrderedDict[Any, Any]):
             "module's methods `register_forward_hook`, `register_full_backward_hook` and the like."
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _NoHooks:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _no_hooks, ()
+    def __reduce__(self) -> str:
+        return "_NO_HOOKS"
 
 
 class _NoNames(frozenset[str]):
@@ -43,11 +40,8 @@ class _NoBuffers(dict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         raise TypeError(f"A buffer {key!r} was written into a table of all modules without any. Use `register_buffer`.")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _NoBuffers:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _no_buffers, ()
+    def __reduce__(self) -> str:
+        return "NO_BUFFERS"
 
 
 NO_BUFFERS = _NoBuffers()
@@ -57,14 +51,6 @@ TABLES = tuple(name for name, value in _DEFAULTS.items() if isinstance(value, Or
 _NAMES = "_non_persistent_buffers_set"
 _OWN = ("_parameters", "_buffers", "_modules")
 SHARED = frozenset(_DEFAULTS) - {*_OWN, "training"}  # what a lean module need not hold
-
-
-def _no_hooks() -> _NoHooks:
-    return _NO_HOOKS
-
-
-def _no_buffers() -> _NoBuffers:
-    return NO_BUFFERS
 
 
 class Lean(nn.Module):

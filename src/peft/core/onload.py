@@ -22,7 +22,7 @@ def onload_layer(layer: nn.Module, write: bool = True) -> Iterator[None]:
         layer: a module, with all that is below it. What is here already is left alone, so blocks may nest.
         write: False where nothing is changed.
     """
-    hooked = [(m, hook) for m in below(layer) if "_hf_hook" in m.__dict__ for hook in _hooks(m)]
+    hooked = [(m, hook) for m in modules_of(layer) if "_hf_hook" in m.__dict__ for hook in _hooks(m)]
     found = [(m, hook) for m, hook in hooked if any(p.is_meta for p in m.parameters(hook.place_submodules))]
     for module, hook in found:
         hook.pre_forward(module)
@@ -50,8 +50,8 @@ def kept_here(module: nn.Module) -> Iterator[None]:
             module.__dict__["_hf_hook"] = hook
 
 
-def below(module: nn.Module) -> list[nn.Module]:
-    """A module and all below it, each once; `modules`, without names."""
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """A module and all below it, each once, adapters' too: `modules`, quicker as it makes no names."""
     found = [module]
     known = {id(module)}
     for m in found:

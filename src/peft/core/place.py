@@ -22,7 +22,7 @@ from .mold import Casting
 from .onload import device_of
 from .replicate import check_repeated, replicate
 from .roster import Roster
-from .shared import SharedTensors, Sight, beside, hollow, is_late, shared_home, shared_of
+from .shared import SharedTensors, Sight, beside, is_late, shared_home, shared_of
 from .stack import Adapter
 from .targets import settings
 from .tie import Place, among, innermost, places, tied_modules
@@ -132,12 +132,11 @@ class Injection(Casting, Placing):
         sight = next(self._sights(plan))
         weight, own = sight.view.sample(sight.module), views.dtype_beside(sight.view, sight.module, self.autocast)
         place = _device(sight.module, weight)
-        if weight.is_meta and place is None and torch.get_default_device().type == "meta":
-            made = hollow(made)
+        meta = self.meta or (weight.is_meta and place is None and torch.get_default_device().type == "meta")
         for key, new in beside(made, place, own if own in NARROW else None, known).items():
             home = shared_home(self.tuner, key, self.undo)
             self.undo.append(partial(home.delete_adapter, self.name))
-            home.add(self.name, new, place, self.meta)
+            home.add(self.name, new, place, meta)
             self.shared[key] = home
 
     def _sights(self, plan: Any) -> Iterator[Sight]:

@@ -36,9 +36,7 @@ def beside(method: LowRank, p: Adapter, inner: Stack, x: Tensor) -> Tensor | Non
         return None
     if not torch.is_grad_enabled():
         return _evaluated(method, p, inner, x)
-    if not _is_open(inner):
-        return None
-    if method.up_bias(p) is not None:
+    if not _is_open(inner) or method.up_bias(p) is not None:
         return None
     (A, B), scale, rate = method.factors(p), method.scaling(p), method.drop_rate(p)
     if A.requires_grad and A.dim() == 2 and thin.takes(x, A, B, scale):

@@ -56,7 +56,6 @@ class Sight(NamedTuple):
 class SharedTensors(AdapterHost):
     """One shared tensor of each adapter, by adapter name."""
 
-    _below: ClassVar[tuple[str, ...]] = ()
     merged: ClassVar[bool] = False
     merged_adapters: ClassVar[tuple[str, ...]] = ()
 
@@ -67,7 +66,7 @@ class SharedTensors(AdapterHost):
         celled(self)
 
     def add(self, name: str, new: Shared, place: torch.device | None, meta: bool = False) -> None:
-        """File the tensor of an adapter; one that is trained without its numbers, if a file will bring them."""
+        """File the tensor of an adapter; `meta`: one that is trained without its numbers, as they are still to come."""
         self.__dict__["place"] = place
         if isinstance(new.tensor, nn.Parameter):
             self._parameters[name] = nn.Parameter(new.tensor.to("meta")) if meta else new.tensor
@@ -212,14 +211,6 @@ def beside(
             t = known[key]
         found[key] = Shared(t, saved)
     return found
-
-
-def hollow(made: Mapping[str, Shared]) -> dict[str, Shared]:
-    """What is trained without its numbers, as layers' own tensors are where a model is made on the meta device."""
-    return {
-        key: Shared(nn.Parameter(t.to("meta")) if isinstance(t, nn.Parameter) else t, saved)
-        for key, (t, saved) in made.items()
-    }
 
 
 def unwritten(*shape: int) -> Tensor:

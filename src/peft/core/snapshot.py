@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -31,10 +31,7 @@ _TABLES = (
     "_load_state_dict_post_hooks",
 )
 
-
 _PLAIN = (dict, list, set)
-
-
 Undo = list[Callable[[], Any]]
 _of_caller: ContextVar[tuple[nn.Module, Undo] | None] = ContextVar("of_caller", default=None)
 
@@ -57,10 +54,17 @@ def placing(model: nn.Module) -> Iterator[Undo]:
         yield known[1]
         return
     undo = first_steps(model)
-    try:
+    with _else(partial(take_back, undo)):
         yield undo
+
+
+@contextmanager
+def _else(restore: Callable[[], None]) -> Iterator[None]:
+    """A block, and what is done if it fails."""
+    try:
+        yield
     except BaseException:
-        take_back(undo)
+        restore()
         raise
 
 
@@ -108,31 +112,19 @@ def attempts(
     return place, leave
 
 
-@contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def whole(model: nn.Module) -> AbstractContextManager[None]:
     """Put a model back as it was if the block fails, the numbers in its tensors aside."""
-    restore = snapshot(model)
-    try:
-        yield
-    except BaseException:
-        restore()
-        raise
+    return _else(snapshot(model))
 
 
-@contextmanager
-def unchanged(owner: Any, layers: Sequence[Any]) -> Iterator[None]:
+def unchanged(owner: Any, layers: Sequence[Any]) -> AbstractContextManager[None]:
     """Put what holds adapters back as it was if the block fails: switches, adapters, and merges that were undone.
 
     Arguments:
         owner: what switches the adapters.
         layers: what holds them.
     """
-    restore = noted_of(layers, [owner])
-    try:
-        yield
-    except BaseException:
-        restore()
-        raise
+    return _else(noted_of(layers, [owner]))
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:

@@ -354,6 +354,11 @@ class Finish:
         return self.stack.view.finish(self.stack.base, self.stack(x))
 
 
+def stack_of(run: Any) -> Any:
+    """The stack that runs, in whatever runs it; None where nothing does."""
+    return run.stack if isinstance(run, (InPlace, Finish)) else run
+
+
 class Values(MutableMapping[str, Any], dict[str, Any]):  # type: ignore[metaclass, misc]
     """A plain value of every adapter of a layer, by adapter name: `layer.scaling["default"]`.
 
