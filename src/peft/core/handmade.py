@@ -148,7 +148,7 @@ class Begun:
             self._begin(None)  # type: ignore[attr-defined]
 
 
-OF_PROGRAMS = BaseTunerLayer.of_programs = (Begun, Handmade)
+BaseTunerLayer.of_programs = (Begun, Handmade)
 
 
 class Placing:

@@ -12,11 +12,11 @@ from .layer import BaseTunerLayer
 
 
 class ScaledLayer(BaseTunerLayer):
-    """A layer whose updates can be scaled; a subclass says what their scaling is by itself."""
+    """A layer whose updates can be scaled; a subclass says what their scaling is by itself, if it is not one."""
 
     def natural_scaling(self, adapter: str) -> float:
-        """The scaling that the configuration gives, such as alpha / r, of an adapter of this layer's own method."""
-        raise NotImplementedError
+        """The scaling that the configuration gives an adapter of the layer's own method, such as alpha / r; or one."""
+        return 1.0
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make the scaling `scale` times what it is by itself; adapters that the layer lacks are ignored."""

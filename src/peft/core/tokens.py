@@ -137,7 +137,6 @@ class TrainableTokensLayer(BaseTunerLayer):
     """An embedding, or the output layer tied to it, with some rows of its own."""
 
     adapter_layer_names = ("trainable_tokens_delta",)
-    other_param_names = ()
     _home_order = ("trainable_tokens_delta",)
     _parameter_homes = frozenset({"trainable_tokens_delta"})
 

@@ -74,7 +74,6 @@ class BeftLayer(BaseTunerLayer):
     family = "beft"
     _bare = True
     adapter_layer_names = ("beft_bias",)
-    other_param_names = ()
     _parameter_homes = frozenset({"beft_bias"})
 
 

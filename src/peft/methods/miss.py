@@ -111,10 +111,6 @@ class MissLayer(ScaledLayer):
     _home_order = ("miss_dropout", "miss_block")
     _parameter_homes = frozenset({"miss_block"})
 
-    def natural_scaling(self, adapter: str) -> float:
-        """One."""
-        return 1.0
-
 
 class MissModel(AdditiveModel):
     """MiSS adapters on a model."""

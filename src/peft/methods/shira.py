@@ -105,10 +105,6 @@ class ShiraLayer(ScaledLayer):
     other_param_names = ("r", "scaling", "shira_indices")
     _parameter_homes = frozenset({"shira_weight"})
 
-    def natural_scaling(self, adapter: str) -> float:
-        """One."""
-        return 1.0
-
 
 class ShiraModel(AdditiveModel):
     """SHiRA adapters on a model."""

@@ -128,10 +128,8 @@ class TinyLoraLayer(BaseTunerLayer):
 
     family = "tinylora"
     _sized = True
-    adapter_layer_names = ()
     other_param_names = ("r", "tinylora_dropout", "tinylora_A", "tinylora_B", "tinylora_P")
     _home_order = ("tinylora_dropout", "tinylora_A", "tinylora_B", "tinylora_P")
-    _parameter_homes = frozenset()
 
 
 class TinyLoraModel(AdditiveModel):

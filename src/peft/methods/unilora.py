@@ -125,10 +125,8 @@ class UniLoraLayer(BaseTunerLayer):
     family = "unilora"
     _bare = True
     _sized = True
-    adapter_layer_names = ()
     other_param_names = ("r", "unilora_dropout", "unilora_indices_A", "unilora_indices_B")
     _home_order = ("unilora_dropout", "unilora_indices_A", "unilora_indices_B")
-    _parameter_homes = frozenset()
 
 
 class UniLoraModel(AdditiveModel):

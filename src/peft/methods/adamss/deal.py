@@ -76,9 +76,7 @@ def leading(W: Tensor, b: Tensor | None, r: int) -> tuple[Tensor, Tensor]:
     """The leading left and right singular vectors of [W | b], (rows, r) and (columns, r), by subspace iteration."""
     rows, columns = W.shape[0], W.shape[1] + (b is not None)
     q = min(r, rows, columns)
-    if W.dtype is torch.float32 and b is None:
-        U, _, V = torch.svd_lowrank(W, q=q, niter=TURNS)
-    elif rows * columns <= LARGE:
+    if rows * columns <= LARGE or (W.dtype is torch.float32 and b is None):  # which needs no copy
         U, _, V = torch.svd_lowrank(part(W, b, slice(None)), q=q, niter=TURNS)
     else:
         U, V = by_parts(W, b, q)

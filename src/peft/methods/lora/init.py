@@ -283,15 +283,17 @@ def decomposed(p: Adapter, W: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if kind == "mica":
         U = torch.linalg.svd(W, full_matrices=False)[0]
         return W.new_zeros(*W.shape[:-2], p.r, W.shape[-1]), U[..., -p.r :]
-    U, S, Vh = _svd(W, p.r, kind)
-    root = (S / p.scaling).sqrt()
-    return root[..., :, None] * Vh, U * root[..., None, :]
+    return low_rank(W, p.r, p.scaling, kind)
 
 
-def _svd(W: Tensor, r: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The r largest singular triplets of W: exact, or by n subspace iterations for "pissa_niter_n"."""
+def low_rank(W: Tensor, r: int, scaling: float, kind: str = "pissa") -> tuple[Tensor, Tensor]:
+    """A (..., r, I) and B (..., O, r) of the best s B A of rank r for W; for "pissa_niter_n" by n subspace iterations.
+
+    Those are the same at every load, as a saved adapter is a difference to exactly these factors.
+    """
     if kind == "pissa":
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        return U[..., :r], S[..., :r], Vh[..., :r, :]
-    iterations = int(kind.rsplit("_", 1)[1])
-    return triplets(W, r, iterations, seed=0)  # a saved adapter is a difference to exactly these factors
+    else:
+        U, S, Vh = triplets(W, r, int(kind.rsplit("_", 1)[1]), seed=0)
+    root = (S[..., :r] / scaling).sqrt()
+    return root[..., :, None] * Vh[..., :r, :], U[..., :, :r] * root[..., None, :]

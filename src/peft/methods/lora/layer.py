@@ -11,7 +11,7 @@ from torch.nn.utils import skip_init
 
 from ...core.alone import renewed
 from ...core.defaults import BNB_LAYERS
-from ...core.handmade import OF_PROGRAMS, taken_over
+from ...core.handmade import taken_over
 from ...core.layer import name_layers
 from ...core.scale import ScaledLayer
 from ...core.stack import Adapter, Stack
@@ -22,7 +22,6 @@ class LoraLayer(ScaledLayer):
     """A target under LoRA adapters; `isinstance(module, LoraLayer)` tells such layers from others."""
 
     family = "lora"
-    of_programs = OF_PROGRAMS
     adapter_layer_names = (
         "lora_A",
         "lora_B",

@@ -49,19 +49,12 @@ def quantised(W: Tensor, bits: int) -> Tensor:
     return (code[nearest] * largest).flatten()[: len(flat)].view(W.shape)
 
 
-def low_rank(E: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A (..., r, I) and B (..., O, r) of the best s B A of rank r for E."""
-    U, S, Vh = torch.linalg.svd(E, full_matrices=False)
-    root = (S[..., :r] / scaling).sqrt()
-    return root[..., :, None] * Vh[..., :r, :], U[..., :, :r] * root[..., None, :]
-
-
 def alternate(W: Tensor, bits: int, iterations: int, r: int, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     """(Q, A, B) after some turns, from a W of float32."""
     rest = W
     for _ in range(iterations):
         Q = quantised(rest, bits)
-        A, B = low_rank(W - Q, r, scaling)
+        A, B = starts.low_rank(W - Q, r, scaling)
         rest = W - scaling * (B @ A)
     return Q, A, B
 
@@ -70,6 +63,7 @@ class LoftQ(Delta):
     """W' = Q + s B A, written as W + (Q - W) + s B A so that it adds to what other adapters make."""
 
     reads = True
+    dropout = LoRA.dropout
     neutral_zeros = False  # Q stands in the place of W whatever A and B are
 
     def __init__(self) -> None:
@@ -117,9 +111,6 @@ class LoftQ(Delta):
 
     def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
         return self.of.bias(p, b)
-
-    def drop_rate(self, p: Adapter) -> float:
-        return self.of.drop_rate(p)
 
     def refuse_merge(self, p: Adapter) -> None:
         self.of.refuse_merge(p)
@@ -197,7 +188,7 @@ def replace_lora_weights_loftq(
         Q = p.original_weight().float()
         homes = starts.held(p)
         before = [home.clone() for home in homes]
-        factors = low_rank(W.to(Q) - Q, p.r, p.scaling)
+        factors = starts.low_rank(W.to(Q) - Q, p.r, p.scaling)
         for home, value in zip(homes, layer.view.held(layer.get_base_layer(), *factors), strict=True):
             home.copy_(value.reshape(home.shape))
         if callback is not None and not callback(peft_model, path):
