@@ -89,7 +89,8 @@ def awaited(tuner: Any, name: str) -> int:
     layers = (layer for _, layer in tuner_layers(tuner.model) if isinstance(layer, BaseTunerLayer))
     held = (h for layer in layers for h in layer._modules.values() if isinstance(h, BufferDict) and name in h)
     homes: list[nn.Module] = [*dict(shared_of(tuner)).values(), *held]
-    return sum(home._buffers[name].nbytes for home in homes if _wanted(home, name, ()))  # type: ignore[union-attr]
+    wanted = (home._buffers.get(name) for home in homes if _wanted(home, name, ()))
+    return sum(int(t.nbytes) for t in wanted if t is not None)
 
 
 def _wanted(home: nn.Module, name: str, lacking: Collection[Spot]) -> bool:
