@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoHaConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.algebra.scale import rescale_adapter_scale
 from peft.core.kept import KEEPING
 from peft.core.layer import tuner_layers
@@ -226,3 +226,34 @@ def test_keeping_is_as_it_was_after_the_last_context():
     assert not KEEPING.on
     two.__exit__()
     assert KEEPING.on
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "second", [LoHaConfig(r=2, target_modules=["0", "2"]), LoraConfig(r=2, target_modules=["0", "2"], use_dora=True)]
+)
+def test_merged_one_by_one_has_the_bits_of_merged_at_once_and_keeps_them_over_a_context(second, dtype):
+    def bits() -> list[torch.Tensor]:
+        return [layer.get_base_layer().weight.detach().clone() for _, layer in tuner_layers(model)]
+
+    model = get_peft_model(body().to(dtype), config()).eval()
+    model.add_adapter("other", second)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if ".other" in n:
+                p.add_(torch.linspace(-0.4, 0.5, p.numel()).view_as(p))
+    base = bits()
+    for first, then in [("other", "default"), ("default", "other")]:
+        model.base_model.set_adapter([first, then])
+        model.merge_adapter()
+        at_once = bits()
+        model.unmerge_adapter()
+        model.merge_adapter([first])
+        with pytest.warns(UserWarning, match="Now additionally merging"):
+            model.merge_adapter([then])
+        assert all(map(torch.equal, bits(), at_once))
+        with model.disable_adapter():
+            assert all(map(torch.equal, bits(), base))
+        assert all(map(torch.equal, bits(), at_once))
+        model.unmerge_adapter()
+        assert all(map(torch.equal, bits(), base))

@@ -16,7 +16,7 @@ from . import onestep, storage
 from .blocks import Blocks
 from .kept import Forgetful
 from .kinds import stated_outside
-from .lent import own
+from .lent import own, same_memory
 from .memory import identity
 from .method import Delta
 from .onload import onload_layer, used_at
@@ -168,21 +168,24 @@ class Mergeable(Blocks, Forgetful):
             self.__dict__["_saved"] = self._payload()
         before = list(self._merged)
         try:
-            if before and self._rewrites():  # what one merge has rounded is no part of the next
-                self._restore()
-                self._write((*before, *names))
-            else:
-                self._write(names)
+            self._write_anew((*before, *names), bool(before))
         except BaseException:
             if self._saved is not None:
                 self._restore()
-                if before:
-                    self._write(tuple(before))
-                else:
+                self._write_anew(tuple(before), bool(before))
+                if not before:
                     self.__dict__.pop("_saved", None)
             raise
-        self.__dict__["_merged"] = before + list(names)
         self._replan()
+
+    def _write_anew(self, names: tuple[str, ...], over: bool) -> None:
+        """Write W' of these adapters; `over` an earlier one, whose rounding is no part of it: bits tell no history."""
+        if over:
+            self.__dict__["_merged"] = []
+            self._begin_again()
+        if names:
+            self._write(names)
+        self.__dict__["_merged"] = list(names)
 
     def check_merge(self, names: tuple[str, ...], stay: bool = True) -> None:
         """Raise if merging these adapters is impossible or would change the output.
@@ -236,6 +239,16 @@ class Mergeable(Blocks, Forgetful):
 
     def _rewrites(self) -> bool:
         return self._saved is not None and bool(self.view.name) and self._saved[self.view.name][0].packed
+
+    def _begin_again(self) -> None:
+        """The payload's numbers, in the memory that the next merge writes to where that holds the merged ones alone."""
+        base, saved = self.get_base_layer(), {name: payload for name, (_, payload) in (self._saved or {}).items()}
+        if not all(isinstance(payload, Tensor) and own(base, name, payload) for name, payload in saved.items()):
+            self._restore()
+            return
+        for name, payload in saved.items():
+            if not same_memory(held := getattr(base, name), payload):  # a bias that no adapter has changed
+                held.detach().copy_(payload)
 
     def _restore(self) -> None:
         if self._packed_base is not None:
