@@ -168,10 +168,11 @@ class Mold:
 
 
 class Cast(NamedTuple):
-    """A layer of an adapter that is being made: the form of its base, and the mold that its adapter is of."""
+    """What an adapter is in one layer: around which module, of what form that is, and the mold of the adapter."""
 
     layer: BaseTunerLayer
     path: str
+    base: nn.Module
     form: Any
     mold: Mold
 
@@ -233,7 +234,7 @@ class Casting:
                     if form is not None and key not in molds and len(self.full) == before + 1:
                         mold = molds[key] = Mold.of(self.full[-1], self.name, self.meta)
                 if mold is not None and told is not None:  # else for nothing, and the memory would stay taken
-                    casts.append(Cast(self.placed[-1], path, form, mold))
+                    casts.append(Cast(self.placed[-1], path, base, form, mold))  # type: ignore[arg-type]
         if told is not None and len(casts) == len(targets):
             told[:] = casts
 

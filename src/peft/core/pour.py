@@ -16,27 +16,16 @@ from torch import Tensor, nn
 
 from .entries import PREFIX
 from .header import Layout
-from .layer import BaseTunerLayer
 from .method import Method
 from .mold import Cast, Mold
 
 _kind = attrgetter("dtype", "device")
 
 
-class Job(NamedTuple):
-    """What a new adapter is in one layer."""
-
-    layer: BaseTunerLayer
-    path: str
-    base: nn.Module
-    form: Any
-    mold: Mold
-
-
 class Pouring(NamedTuple):
     """What a new adapter is in all layers; by which keys a file has its tensors, of which kind they are, and where."""
 
-    jobs: list[Job]
+    jobs: list[Cast]
     keys: list[str]
     kinds: list[tuple[torch.dtype, torch.device]]
 
@@ -54,8 +43,7 @@ def pouring_of(casts: list[Cast], layout: Layout) -> Pouring | None:
     held = all(form[-1].type != "meta" for form in {cast.form for cast in casts})
     if not (alike and numbers and held and all(map(_named_alike, {id(c.mold): c.mold for c in casts}.values()))):
         return None
-    jobs = [Job(layer, path, layer._modules["base_layer"], form, mold) for layer, path, form, mold in casts]  # type: ignore[arg-type]
-    return Pouring(jobs, keys, [(dtype, cast.form[-1]) for cast, _, _, dtype in parts])
+    return Pouring(casts, keys, [(dtype, cast.form[-1]) for cast, _, _, dtype in parts])
 
 
 def _named_alike(mold: Mold) -> bool:

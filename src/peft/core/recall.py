@@ -24,9 +24,9 @@ from .header import Header
 from .host import AdapterHost, below, changed, changes, standing
 from .layer import BaseTunerLayer
 from .method import Method
-from .mold import Filling, Mold, form_of
+from .mold import Cast, Filling, Mold, form_of
 from .pattern import settings, tables
-from .pour import Job, Pouring, parameters
+from .pour import Pouring, parameters
 from .tuner import BaseTuner
 
 Key = tuple[dict[str, Any], bool, list[tuple[str, ...]]]
@@ -297,7 +297,7 @@ def _pouring(name: str, places: list[tuple[Entry, str]], alike: bool) -> Pouring
         parts = [keys[id(owner), "weight"] for owner in owners if (id(owner), "weight") in keys]
         if len(parts) != len(homes):
             return None
-        found.jobs.append(Job(layer, p.path, base, form, mold))
+        found.jobs.append(Cast(layer, p.path, base, form, mold))
         found.keys.extend(key for key, _ in parts)
         found.kinds.extend((dtype, form[-1]) for _, dtype in parts)
     return found
