@@ -105,26 +105,25 @@ class Edge:
         if is_mesh(x):
             return x
         whole, part = (t.shape[self.in_axis] for t in (self.weight, self.weight.to_local()))
-        wanted, shape = list(replicated(self.mesh)), list(x.shape)
-        if not self.view.one_hot and x.shape[self.axis] == part != whole:
-            shape[self.axis] = whole
-            for i, p in enumerate(self.weight.placements):
-                if sharded_by(p, self.in_axis, self.weight.ndim):
-                    wanted[i] = moved(p, self.axis % x.dim())
-        return whole_of(x, self.mesh, tuple(wanted), tuple(shape))
+        split = not self.view.one_hot and x.shape[self.axis] == part != whole
+        return self._entered(x, self.in_axis, whole if split else None)
 
     def found(self, y: Tensor) -> Tensor:
         """What the module gave, as a DTensor."""
         if is_mesh(y):
             return y
         whole = self.view.shape(self.module)[-2]
-        wanted, shape = list(replicated(self.mesh)), list(y.shape)
-        if y.shape[self.axis] != whole:
-            shape[self.axis] = whole
+        return self._entered(y, self.out_axis, None if y.shape[self.axis] == whole else whole)
+
+    def _entered(self, t: Tensor, counted_by: int, features: int | None) -> Tensor:
+        """A tensor as a DTensor: whole, or a part of so many features, split as the weight's axis that counts them."""
+        wanted, shape = list(replicated(self.mesh)), list(t.shape)
+        if features is not None:
+            shape[self.axis] = features
             for i, p in enumerate(self.weight.placements):
-                if sharded_by(p, self.out_axis, self.weight.ndim):
-                    wanted[i] = moved(p, self.axis % y.dim())
-        return whole_of(y, self.mesh, tuple(wanted), tuple(shape))
+                if sharded_by(p, counted_by, self.weight.ndim):
+                    wanted[i] = moved(p, self.axis % t.dim())
+        return whole_of(t, self.mesh, tuple(wanted), tuple(shape))
 
     def part(self, value: Tensor, placements: Placements | None) -> Tensor:
         """A value that is whole here, or a DTensor, placed otherwise; as it is if None. Differentiable."""
