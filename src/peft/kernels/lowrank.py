@@ -2,9 +2,18 @@
 
 Letters: N tokens, d in-features, k out-features, r rank. x is (..., d), y is (..., k), A is (r, d), B is (k, r).
 
-The plain forms are ordinary torch operations: the reference, and what runs under `torch.compile`, `torch.func`,
-forward-mode differentiation and autocast. The fused forms give the same numbers and save x in its own dtype plus one
-bit of mask per element where there is dropout, instead of casts and dropped copies of x.
+The plain forms are ordinary torch operations: the reference, and what runs under `torch.compile`, `torch.func` and
+forward-mode differentiation. The fused forms give the same numbers and save x in its own dtype plus one bit of mask
+per element where there is dropout, instead of casts and dropped copies of x. What `linear` runs, the first that fits:
+
+    torch's own tensors on a CPU (`ready`):     A learns            `thin.linear`, one node
+                                                one row             `_row`, products with vectors
+                                                many rows           one product with `whole.weight`
+    a GPU with Triton (`choice`):               dropout, few rows   its form of the same
+    dropout, or factors of another dtype:       training            `_linear`, or `masked` where B's gradient needs x
+                                                under autocast      `_autocast`
+                                                evaluation          `raised`, rounded once
+    all else:                                                       `slim.onto` the product with W
 """
 
 from __future__ import annotations
