@@ -13,7 +13,7 @@ from torch import Tensor
 from .again import batched, differentiable
 from .modes import PLAIN, is_autocast, node, once, reused, transformed
 
-WIDE = 32  # from which size of a block on a product takes no longer per feature than of a smaller one
+BROAD = 32  # from which size of a block on a product takes no longer per feature than of a smaller one
 
 
 def plain(t: Tensor, blocks: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def times(t: Tensor, blocks: Tensor) -> Tensor:
 def _widened(blocks: Tensor) -> Tensor:
     """The same matrix in larger blocks, if these are too small for a product of many to be quick."""
     n, b = blocks.shape[:2]
-    several = next((k for k in range(WIDE // b, 1, -1) if n % k == 0), 1) if b < WIDE // 2 else 1
+    several = next((k for k in range(BROAD // b, 1, -1) if n % k == 0), 1) if b < BROAD // 2 else 1
     if several == 1:
         return blocks
     groups = blocks.unflatten(0, (-1, several)).movedim(1, -1)  # (n / several, b, b, several)

@@ -1,4 +1,4 @@
-"""Where only plain operations may be used."""
+"""Where only plain operations may be used, and the classes and dtypes of tensors that others are for."""
 
 from __future__ import annotations
 

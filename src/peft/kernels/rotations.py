@@ -77,7 +77,7 @@ def turned(t: Tensor, held: Tensor, b: int, terms: int) -> Tensor | None:
         return None
     if t.dtype not in WIDE or held.dtype is not t.dtype or t.is_nested or held.shape[0] * b != t.shape[-1]:
         return None
-    if not (t.is_cpu and held.is_cpu and torch.is_grad_enabled()) or b < kernel.WIDE // 2 or not t.numel():
+    if not (t.is_cpu and held.is_cpu and torch.is_grad_enabled()) or b < kernel.BROAD // 2 or not t.numel():
         return None
     if not eager():
         return None

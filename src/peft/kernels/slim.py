@@ -20,8 +20,8 @@ from .modes import PLAIN, changed, eager, node, reused, shaped
 TILE = 16  # columns
 ROWS, NUMBERS = 32, 2**13  # fewer are quick either way
 FEW = 16  # the same of rows in one of several products at once
-LARGE = 2**16  # numbers of g from which on turning a gradient pays for more than `NARROW` columns, or as a node
-NARROW = 12
+LARGE = 2**16  # numbers of g from which on turning a gradient pays for more than `COLUMNS` columns, or as a node
+COLUMNS = 12
 
 
 def down(x: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
@@ -62,7 +62,7 @@ def backs(g: Tensor, B: Tensor) -> Tensor:
 def outers(g: Tensor, h: Tensor) -> Tensor:
     """g' h of each of S, (S, k, r), for g (S, c, k) and h (S, c, r); row by row."""
     (_, c, k), r = g.shape, h.shape[2]
-    few = r < NARROW and c >= FEW and g.numel() >= NUMBERS
+    few = r < COLUMNS and c >= FEW and g.numel() >= NUMBERS
     if g.dtype is torch.float32 and g.is_cpu and (few or _turns(c, k, r)):
         return torch.bmm(h.mT, g).mT.contiguous()
     return torch.bmm(g.mT, h)
@@ -70,7 +70,7 @@ def outers(g: Tensor, h: Tensor) -> Tensor:
 
 def _turns(rows: int, k: int, r: int) -> bool:
     """Whether a gradient (k, r) is summed in its transpose."""
-    if r < NARROW:
+    if r < COLUMNS:
         return r > 1 and rows >= ROWS and rows * k >= NUMBERS
     return rows >= 128 and k >= max(8 * r, 256) and rows * k >= LARGE and torch.get_num_threads() == 1
 
@@ -94,7 +94,7 @@ def _pays(h: Tensor, B: Tensor) -> bool:
     if B.dim() != 2 or not B.is_contiguous() or type(B) not in PLAIN or type(h) not in PLAIN or not eager():
         return False
     (k, r), rows = B.shape, h.numel() // max(1, h.shape[-1])
-    return rows * k >= (LARGE if r < NARROW else 2 * LARGE) and _turns(rows, k, r)
+    return rows * k >= (LARGE if r < COLUMNS else 2 * LARGE) and _turns(rows, k, r)
 
 
 class _Onto(torch.autograd.Function):

@@ -79,7 +79,7 @@ class VeRA(LowRank):
         *lead, out, _ = site.view.shape(site.module)
         d = torch.full((*lead, self.rows * c.r), float(c.d_initial), **site.kwargs)
         return {
-            f"{word}_dropout": site.dropout(f"{word}_dropout"),
+            self.dropout: site.dropout(self.dropout),
             f"{word}_lambda_b": nn.Parameter(torch.zeros(*lead, out, **site.kwargs)),
             f"{word}_lambda_d": nn.Parameter(d),
             "r": c.r,

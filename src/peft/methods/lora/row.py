@@ -108,17 +108,9 @@ class Row(Stack):
             kept = self._taught(places) if learns else self._kept(places)
             own = [module._parameters for module in (base, A, B)] + [module.__dict__ for module in (base, A, B)]
             of_drop = NEVER if drop is None or learns else drop.__dict__
-            noted = (A.in_features, p.scaling, kept, hooks, tuple(zip(*places, strict=True)), base, A, B, *own)
-            noted += (
-                modules,
-                p.name,
-                *homes,
-                *inside[:2],
-                of_drop,
-                type(base),
-                type(base).forward,
-                type(base) in TURNED,
-            )
+            kind, beside = type(base), tuple(zip(*places, strict=True))
+            noted = (A.in_features, p.scaling, kept, hooks, beside, base, A, B, *own)  # as `__call__` takes it apart
+            noted += (modules, p.name, *homes, *inside[:2], of_drop, kind, kind.forward, kind in TURNED)
             self._notes[learns] = noted if kept is not None or type(self) is Row else None
         return self._notes[learns]
 
