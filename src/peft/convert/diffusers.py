@@ -18,11 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.entries import join
 from ..errors import PeftError, listing
 from ..registry import config_class
 from .build import config_for
 from .format import Format, Options, Report, Source, write_safetensors
-from .part import COMPONENTS, LORA, MAGNITUDE, ConversionError, Part, features, join, number
+from .part import COMPONENTS, LORA, MAGNITUDE, ConversionError, Part, features, number
 
 METADATA = "lora_adapter_metadata"
 OLDER = (  # endings of earlier versions of diffusers

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.entries import join
 from ..errors import listing
 from . import sound
 from .build import config_for
 from .format import Format, Options, Report, Source, write_safetensors
 from .ldm import original_names
 from .names import check_shapes, flat, unflatten
-from .part import HADA, LOKR, ConversionError, Layer, Part, join, number
+from .part import HADA, LOKR, ConversionError, Layer, Part, number
 from .vllm import scaled
 
 PREFIXES = {

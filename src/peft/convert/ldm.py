@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from .part import join
+from ..core.entries import join
 
 WHOLE = {
     "conv_in": "input_blocks.0.0",

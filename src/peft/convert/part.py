@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..core.entries import PREFIX
+from ..core.entries import PREFIX, join
 from ..core.pattern import Selector, settings
 from ..errors import PeftError, listing
 from ..types import plain
@@ -241,11 +241,6 @@ def _kind(key: str, config: Any) -> str:
         return "bias"
     saved = tuple(getattr(config, "modules_to_save", None) or ())
     return "modules_to_save" if saved and key.rpartition(".")[0].endswith(saved) else "weights"
-
-
-def join(path: str, name: str) -> str:
-    """path.name, or the one of them that is not empty."""
-    return f"{path}.{name}" if path and name else path or name
 
 
 def number(value: float) -> float:

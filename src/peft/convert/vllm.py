@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.entries import join
 from .folder import PeftFolder, write_folder
 from .format import Options, Report, Source
-from .part import ConversionError, Layer, Part, join
+from .part import ConversionError, Layer, Part
 
 LARGEST, USUAL = 512, 256
 REASONS = {

@@ -76,6 +76,11 @@ def rewrite(config: Any, model: nn.Module) -> Callable[[], None] | None:
                 setattr(config, table, kept if value is None else {**kept, pattern: value})
     config.target_modules = modules
     config.target_parameters = [name for name in config.target_parameters if name not in wanted] or None
+    return taking_back(config, before)
+
+
+def taking_back(config: Any, before: Mapping[str, Any]) -> Callable[[], None]:
+    """What gives fields of a configuration the values from before."""
 
     return partial(put_back, config, before)
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import apart, storage
+from .apart import BOTH, DOWN
 from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from .pattern import TABLES, Selector
 from .tie import innermost
@@ -43,7 +43,7 @@ _NAMES = {kind: _MIXTRAL for kind in ("mixtral", "minimax", "minimax_m2")} | {
     )
 }  # fmt: skip
 _METHODS = frozenset({"LORA"})  # a stack of two updates is one of twice the rank
-_BOTH, _DOWN, _ROUTER = "gate_up_proj", "down_proj", "gate"
+_ROUTER = "gate"
 _DOUBLED = r".*\.gate_up_proj"
 _OLD = re.compile(r"(?P<path>.*\.experts)\.\d+\.(?P<name>\w+)\.(?P<home>\w+_)A\.weight")
 
@@ -74,11 +74,10 @@ def rewrite(config: Any, model: nn.Module) -> Callable[[], None]:
     old = list(config.target_parameters or ())
     config.target_parameters = old + [name for name in new if name not in old]
     root = getattr(config, "use_rslora", False)  # the scaling is alpha / sqrt r then, and not the peer's twice alpha
-    for table, factor in (("rank_pattern", 2), ("alpha_pattern", 2**0.5 if root else 2)) if _BOTH in new else ():
+    for table, factor in (("rank_pattern", 2), ("alpha_pattern", 2**0.5 if root else 2)) if BOTH in new else ():
         value = next(getattr(config, name) for name in TABLES[table] if hasattr(config, name))
         setattr(config, table, {**(getattr(config, table) or {}), _DOUBLED: factor * value})
-
-    return partial(apart.put_back, config, before)
+    return apart.taking_back(config, before)
 
 
 def _sounds_like(wanted: Any, names: set[str]) -> bool:
@@ -108,7 +107,7 @@ def _old_names(modules: list[tuple[str, nn.Module]], names: tuple[str, ...]) -> 
     """(path, last name, path of what holds it now) of the modules that fused experts and their routers used to be."""
     present = {path: innermost(module) for path, module in modules}
     for path, module in present.items():
-        fused = module._parameters.get(_BOTH)
+        fused = module._parameters.get(BOTH)
         if path.rpartition(".")[2] != "experts" or fused is None or fused.dim() != 3:
             continue
         block = path.rpartition(".")[0]
@@ -128,9 +127,9 @@ def _parameters(config: Any, chosen: set[str], names: tuple[str, ...]) -> list[s
         other = next(name for name in halves if name not in chosen)
         raise ValueError(
             f"target_modules selects {named[0]!r} of the experts, which this model holds together with {other!r} in "
-            f"one parameter, 'experts.{_BOTH}'. Target {other!r} too, or neither."
+            f"one parameter, 'experts.{BOTH}'. Target {other!r} too, or neither."
         )
-    parts = {_BOTH: bool(named), _DOWN: down in chosen, f"{_ROUTER}.weight": _ROUTER in chosen}
+    parts = {BOTH: bool(named), DOWN: down in chosen, f"{_ROUTER}.weight": _ROUTER in chosen}
     return [name for name, present in parts.items() if present]
 
 
@@ -204,8 +203,8 @@ def holds_both(config: Any, down: str) -> bool:
         down: the old name of the projection that `down_proj` holds.
     """
     named = [name.rpartition(".")[2] for name in getattr(config, "target_parameters", None) or ()]
-    if _BOTH in named or _DOWN in named:
-        return _BOTH in named and _DOWN in named
+    if BOTH in named or DOWN in named:
+        return BOTH in named and DOWN in named
     if _is_all_linear(config.target_modules):
         return True
     selector = Selector(config.target_modules or [], "target_modules")
@@ -220,7 +219,7 @@ def left_out(search: Search) -> list[str]:
     entries = {entry.rpartition(".")[2] for entry in search.selector.entries}
     if search.all_linear and search.model_type in _NAMES and search.config.peft_type in _METHODS:
         return []  # `rewrite` has seen them: what is left is excluded
-    if search.selector.regex is not None or not (search.all_linear or entries & {*_MIXTRAL, *_QWEN, _BOTH}):
+    if search.selector.regex is not None or not (search.all_linear or entries & {*_MIXTRAL, *_QWEN, BOTH}):
         return []
     places = [(path, module) for path, module in search.modules if "expert" in path.lower()]
     taken = {target.name for target in search.targets} if places else set()

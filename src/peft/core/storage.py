@@ -350,25 +350,29 @@ def packed(module: nn.Module, name: str) -> Storage | None:
 
 def parameters(module: nn.Module) -> Iterator[tuple[str, int]]:
     """Name and number of dimensions of the parameters that a module has: of a packed weight as its numbers are."""
-    found = by_class(type(module))
-    mine = () if found is None else tuple(n for n in found.weights if found.holds(module, n))
+    found, mine, others = _of_module(module)
     yield from ((n, len(cast(Storage, found).shape(module, n))) for n in mine)
-    for name, p in module._parameters.items():
-        if p is not None and name not in mine and not (found is not None and name.endswith(found.beside)):
-            yield name, p.dim()
+    yield from ((n, p.dim()) for n, p in others)
 
 
 def counts(module: nn.Module) -> Iterator[tuple[Hashable, bool, int]]:
     """(what tells it from others, whether it is trainable, number) of a module's own parameters, packed or not."""
-    found = by_class(type(module))
-    mine = () if found is None else tuple(n for n in found.weights if found.holds(module, n))
+    found, mine, others = _of_module(module)
     for name in mine:
         yield (id(module), name), False, cast(Storage, found).numel(module, name)
-    for name, p in module._parameters.items():
-        if p is not None and name not in mine and not (found is not None and name.endswith(found.beside)):
-            kind = by_class(type(p))
-            count = p.numel() if kind is None else kind.numel(module, name)
-            yield id(p), p.requires_grad, count or int(getattr(p, "ds_numel", 0))  # ZeRO-3 keeps none of it here
+    for name, p in others:
+        kind = by_class(type(p))
+        count = p.numel() if kind is None else kind.numel(module, name)
+        yield id(p), p.requires_grad, count or int(getattr(p, "ds_numel", 0))  # ZeRO-3 keeps none of it here
+
+
+def _of_module(module: nn.Module) -> tuple[Storage | None, tuple[str, ...], list[tuple[str, nn.Parameter]]]:
+    """(the storage that names the module's class, the weights in it, parameters that belong to none of them)."""
+    found, held = by_class(type(module)), [(n, p) for n, p in module._parameters.items() if p is not None]
+    if found is None:
+        return None, (), held
+    mine = tuple(n for n in found.weights if found.holds(module, n))
+    return found, mine, [(n, p) for n, p in held if n not in mine and not n.endswith(found.beside)]
 
 
 def by_class(kind: type) -> Storage | None:
