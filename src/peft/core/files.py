@@ -235,9 +235,9 @@ def open_weights(
     return Saved(state=_read_pickle(text, strict))
 
 
-def read_weights(file: str | os.PathLike[str], device: str | torch.device | None = None) -> dict[str, Tensor]:
-    """All tensors of an adapter's file; arguments and errors as for `open_weights` and `Saved.read`."""
-    return open_weights(file).read(device)
+def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of an adapter's file; errors as for `open_weights` and `Saved.read`."""
+    return open_weights(file).read(None)
 
 
 def _open_shards(index: str, fetch: Callable[[str], str]) -> Saved:

@@ -248,7 +248,7 @@ def recipe_of(
     key: Key,
     header: Header,
     places: list[tuple[Entry, str]],
-    pouring: Pouring | None = None,
+    pouring: Pouring | None,
 ) -> Recipe | None:
     """The recipe of an adapter that has just been filled, silently; None where something is out of the ordinary.
 
@@ -258,7 +258,7 @@ def recipe_of(
         key: what the next adapter must have in common with it.
         header: of its file.
         places: where its tensors are, each with its key.
-        pouring: what has been done for it in each layer, where that is known.
+        pouring: what has been done for it in each layer; None where that is not known.
     """
     config = tuner.peft_config[name]
     if pouring is None and (not alone(tuner, config) or tuner.waiting or len(places) != len(header.tensors)):

@@ -182,7 +182,7 @@ def _merge_for_good(model: nn.Module, work: Work, ready: Ready, names: list[str]
             if not ready.merged(layer):
                 layer.merge_for_good(mine)
             layer_ends()
-    retie(model, groups, work)
+    retie(groups, work)
 
 
 def progress(items: list[Any], show: bool, label: str = "Merging") -> Iterator[Any]:
@@ -201,18 +201,12 @@ def _update_of(layer: BaseTunerLayer, names: Sequence[str]) -> frozenset[Any]:
     return frozenset((*memory, *scalings))
 
 
-def retie(
-    model: nn.Module,
-    groups: dict[Any, list[Holder]],
-    work: Work,
-    equal: Callable[[Any, Any], bool] = torch.equal,
-) -> None:
+def retie(groups: dict[Any, list[Holder]], work: Work, equal: Callable[[Any, Any], bool] = torch.equal) -> None:
     """Share again what is still equal after a merge.
 
     Tied adapters make equal weights up to the order of a sum, so their memory is compared and not their result.
 
     Arguments:
-        model: the merged model.
         groups: what `shared` told before the merge.
         work: the layers, and what was merged into each.
         equal: tells whether two parameters are equal.

@@ -93,7 +93,7 @@ class Outcome:
             self._know(held(*place), self.aliases[name])
         for layer, own in work:
             self._note(layer, own)
-        unloading.retie(model, groups, work, self._same)
+        unloading.retie(groups, work, self._same)
 
     def _note(self, layer: BaseTunerLayer, own: tuple[str, ...]) -> None:
         """Note what is merged into the weight of a layer, and into its bias if that changes."""

@@ -41,7 +41,7 @@ class SpreadStack(Stack):
 
         entered = edge.enter(x)
         placements = entered.placements  # type: ignore[attr-defined]
-        found = self._adapted(edge, entered, run)
+        found = self._adapted(entered, run)
         if not given:  # nothing has told yet how the module places its outputs
             with torch.no_grad():
                 run(entered)
@@ -65,7 +65,7 @@ class SpreadStack(Stack):
 
             entered = edge.enter(x)
             placements = entered.placements  # type: ignore[attr-defined]
-            return edge.part(self._adapted(edge, entered, run, inside=True), None)
+            return edge.part(self._adapted(entered, run, inside=True), None)
 
         base.__dict__["forward"] = forward
         try:
@@ -73,7 +73,7 @@ class SpreadStack(Stack):
         finally:
             del base.__dict__["forward"]
 
-    def _adapted(self, edge: Edge, x: Tensor, run: Run, inside: bool = False) -> Tensor:
+    def _adapted(self, x: Tensor, run: Run, inside: bool = False) -> Tensor:
         """What the adapters make of a DTensor; `run` is the module on a DTensor or a whole tensor.
 
         Inside the module's hooks the module's and the adapters' sums of parts are brought together as one.
