@@ -318,26 +318,22 @@ def of(module: nn.Module, name: str) -> Storage:
     value = module._parameters.get(name)
     if type(value) is nn.Parameter and _by_class.get(type(module), DENSE) is None and value.is_floating_point():
         return DENSE  # most are ordinary parameters of a class that is known to hold such
-    found = named(module, name)
-    if found is not None:
+    if (found := named(module, name)) is not None:
         return found
     value = getattr(module, name)
-    kind = type(value)
-    found = by_class(kind)
-    if found is not None:
+    if (found := by_class(type(value))) is not None:
         return found
     packed = not (value.is_floating_point() or value.is_complex()) or hasattr(value, "__tensor_flatten__")
-    return _FOREIGN if packed and kind.__name__ != "DTensor" else DENSE
+    return _FOREIGN if packed and type(value).__name__ != "DTensor" else DENSE
 
 
 def sample(module: nn.Module, name: str) -> Any:
     """A tensor that lies where a module's weight does, or None."""
-    found = named(module, name)
-    if found is None:
-        value = getattr(module, name, None) if name else None
+    found, value = named(module, name), None
+    if found is None and name:
+        value = getattr(module, name, None)
         found = None if value is None else by_class(type(value))
-        return value if found is None else found.sample(module, name)
-    return found.sample(module, name)
+    return value if found is None else found.sample(module, name)
 
 
 def packed(module: nn.Module, name: str) -> Storage | None:
@@ -350,29 +346,29 @@ def packed(module: nn.Module, name: str) -> Storage | None:
 
 def parameters(module: nn.Module) -> Iterator[tuple[str, int]]:
     """Name and number of dimensions of the parameters that a module has: of a packed weight as its numbers are."""
-    found, mine, others = _of_module(module)
-    yield from ((n, len(cast(Storage, found).shape(module, n))) for n in mine)
-    yield from ((n, p.dim()) for n, p in others)
+    mine, others = _of_module(module)
+    yield from ((name, len(kind.shape(module, name))) for kind, name in mine)
+    yield from ((name, p.dim()) for name, p in others)
 
 
 def counts(module: nn.Module) -> Iterator[tuple[Hashable, bool, int]]:
     """(what tells it from others, whether it is trainable, number) of a module's own parameters, packed or not."""
-    found, mine, others = _of_module(module)
-    for name in mine:
-        yield (id(module), name), False, cast(Storage, found).numel(module, name)
+    mine, others = _of_module(module)
+    for found, name in mine:
+        yield (id(module), name), False, found.numel(module, name)
     for name, p in others:
         kind = by_class(type(p))
         count = p.numel() if kind is None else kind.numel(module, name)
         yield id(p), p.requires_grad, count or int(getattr(p, "ds_numel", 0))  # ZeRO-3 keeps none of it here
 
 
-def _of_module(module: nn.Module) -> tuple[Storage | None, tuple[str, ...], list[tuple[str, nn.Parameter]]]:
-    """(the storage that names the module's class, the weights in it, parameters that belong to none of them)."""
+def _of_module(module: nn.Module) -> tuple[list[tuple[Storage, str]], list[tuple[str, nn.Parameter]]]:
+    """(the weights that the module's class tells, with their storage; the parameters that are no part of these)."""
     found, held = by_class(type(module)), [(n, p) for n, p in module._parameters.items() if p is not None]
     if found is None:
-        return None, (), held
-    mine = tuple(n for n in found.weights if found.holds(module, n))
-    return found, mine, [(n, p) for n, p in held if n not in mine and not n.endswith(found.beside)]
+        return [], held
+    mine = [n for n in found.weights if found.holds(module, n)]
+    return [(found, n) for n in mine], [(n, p) for n, p in held if n not in mine and not n.endswith(found.beside)]
 
 
 def by_class(kind: type) -> Storage | None:
