@@ -12,7 +12,7 @@ from torch import nn
 
 import peft
 from peft import get_peft_model
-from peft.inspection.asked import EstimateError, inputs_of, optimizer_of
+from peft.inspection.asked import EstimateError, inputs_of, model_of, optimizer_of
 from peft.inspection.estimate import forward, step
 from peft.inspection.hollow import Ledger
 from peft.inspection.twin import _beside
@@ -320,5 +320,24 @@ def test_a_plan_is_made_of_a_configuration_and_of_its_folder_too(tmp_path):
     with pytest.raises(TypeError, match="model is a int"):
         peft.plan(3, config)
     model.config.architectures = None
-    with pytest.warns(peft.PeftWarning, match="names no class; counted as LlamaForCausalLM"):
+    assert str(peft.plan(model.config, config, strict=True)) == wanted  # the task says which class is meant
+    config.task_type = None
+    with pytest.warns(peft.PeftWarning, match=r"plan of LlamaConfig is.*names no class; counted as LlamaForCausalLM"):
         assert str(peft.plan(model.config, config)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "name"),
+    [
+        ("WhisperConfig", None, "WhisperForConditionalGeneration"),
+        ("WhisperConfig", "SEQ_2_SEQ_LM", "WhisperForConditionalGeneration"),
+        ("BartConfig", None, "BartForConditionalGeneration"),
+        ("BartConfig", "CAUSAL_LM", "BartForCausalLM"),
+        ("LlavaConfig", None, "LlavaForConditionalGeneration"),
+        ("ViTConfig", None, "ViTForImageClassification"),
+        ("LlamaConfig", None, "LlamaForCausalLM"),
+    ],
+)
+def test_a_configuration_that_names_no_class_stands_for_the_whole_model(kind, task, name):
+    config = peft.LoraConfig(target_modules="all-linear", task_type=task)
+    assert type(model_of(getattr(transformers, kind)(), config, None, [])).__name__ == name

@@ -42,10 +42,12 @@ def model_of(model: Any, config: Any, packing: Any, notes: list[str]) -> nn.Modu
     import transformers
 
     try:
-        named = isinstance(model, str | os.PathLike)
-        settings = transformers.AutoConfig.from_pretrained(os.fspath(model)) if named else copy.deepcopy(model)
+        if isinstance(model, str | os.PathLike):
+            settings = transformers.AutoConfig.from_pretrained(os.fspath(model))
+        else:
+            settings = copy.deepcopy(model)
         kind = _class(transformers, settings, config)
-        if not getattr(settings, "architectures", None):
+        if not (getattr(settings, "architectures", None) or getattr(config, "task_type", None)):
             notes.append(f"the configuration names no class; counted as {kind.__name__}")
         packing, dtype = packing or getattr(settings, "quantization_config", None), settings.dtype or torch.float32
         if hasattr(settings, "quantization_config"):
@@ -55,7 +57,12 @@ def model_of(model: Any, config: Any, packing: Any, notes: list[str]) -> nn.Modu
         return packed(transformers, made, packing, dtype, notes) if packing else made
     except (ImportError, AttributeError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         cause = str(error).strip().partition("\n")[0][:300].rstrip(" .")
-        raise EstimateError(f"model={model!s:.80} cannot be made: {cause}. Pass the model itself.") from error
+        raise EstimateError(f"model={named(model)} cannot be made: {cause}. Pass the model itself.") from error
+
+
+def named(model: Any) -> str:
+    """What to call a model that is given as a folder or name, or as a configuration."""
+    return repr(os.fspath(model)) if isinstance(model, str | os.PathLike) else type(model).__name__
 
 
 def packed(transformers: Any, model: nn.Module, packing: Any, dtype: torch.dtype, notes: list[str]) -> nn.Module:
@@ -81,8 +88,8 @@ def _class(transformers: Any, settings: Any, config: Any) -> Any:
         if isinstance(found := getattr(transformers, name, None), type) and issubclass(found, nn.Module):
             return found
     task = getattr(config, "task_type", None)
-    auto = [TASKS[plain(task)]] if task else ["AutoModelForCausalLM", "AutoModelForImageClassification"]
-    for name in [*auto, "AutoModelForSeq2SeqLM", "AutoModel"]:
+    both = getattr(settings, "is_encoder_decoder", False)
+    for name in [*([TASKS[plain(task)]] if task else ()), *(OF_BOTH if both else ()), *WHOLE, "AutoModel"]:
         found = getattr(transformers, name)._model_mapping.get(type(settings), None)
         if found is not None:
             return found[0] if isinstance(found, tuple) else found
@@ -175,6 +182,8 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # as configu
 MANY_TASKS = ("num_tasks", "n_tasks")  # as configurations of adapters name their number, if each row has its task
 IMAGE = ("num_channels", "image_size")
 PER_TEXT = ("SequenceClassification", "ImageClassification")  # classes of models that have one label for each input
+OF_BOTH = ("AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq")  # with an encoder and a decoder
+WHOLE = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForImageClassification", *OF_BOTH)
 TASKS = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",

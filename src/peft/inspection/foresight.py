@@ -7,7 +7,7 @@ from typing import Any
 from ..core import targets
 from ..core.plan import Plan
 from ..errors import PeftWarning, report
-from .asked import model_of
+from .asked import model_of, named
 
 
 def plan(model: Any, config: Any, strict: bool | None = None) -> Plan:
@@ -25,5 +25,5 @@ def plan(model: Any, config: Any, strict: bool | None = None) -> Plan:
     notes: list[str] = []
     made = model_of(model, config, None, notes)
     for note in notes:
-        report(PeftWarning, f"The plan of {model!s:.80} is made from its configuration alone: {note}.", strict)
+        report(PeftWarning, f"The plan of {named(model)} is made from its configuration alone: {note}.", strict)
     return targets.plan(made, config, strict)
