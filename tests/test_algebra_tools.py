@@ -369,6 +369,14 @@ def test_a_layer_that_has_not_changed_is_no_target() -> None:
         extract(base, other, 4, LoraConfig(target_modules=["0"]))
 
 
+def test_a_bias_that_has_changed_alone_is_extracted() -> None:
+    base, other = net(), net()
+    other[0].bias.data.add_(1)
+    new = extract(base, other, 2)
+    assert new.config.target_modules == {"0"}
+    torch.testing.assert_close(put_on(base, new)(X), other(X))
+
+
 def test_a_small_layer_gets_the_rank_that_it_can_have() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PeftWarning)

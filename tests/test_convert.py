@@ -36,7 +36,7 @@ SOME = (
 # DoRA over LoRA's product that mixes all channels has no weight; and what is no W' has no W' - W
 NONE = {(m, "conv-2d-grouped") for m in ("dora", "dora-bias", "velora-dora", "kasa")}
 WEIGHTS = [m for m, row in METHODS.items() if row.values is None and getattr(row, "merges", True)]
-CELLS = [c for c in cells([m for m in WEIGHTS if m not in ("tokens", "beft")]) if c[1] in SOME and c not in NONE]
+CELLS = [c for c in cells([m for m in WEIGHTS if m != "tokens"]) if c[1] in SOME and c not in NONE]
 
 
 def net() -> nn.Module:
@@ -66,6 +66,15 @@ def test_the_whole_update_as_a_lora_is_the_same_function(method: str, layout: st
     expected = made(cell.x()).detach()
     found = again(made, cell.plain(torch.float32), tmp_path, 1.0)(cell.x())
     assert torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_layer_of_which_only_the_bias_changes_is_kept(tmp_path: Path) -> None:
+    made = trained(LoraConfig(r=2, target_modules=["0", "2"], lora_bias=True))
+    with torch.no_grad():
+        made.get_submodule("base_model.model.0").lora_B["default"].weight.zero_()
+    x = torch.randn(3, 6)
+    for rank in (2, 1.0):
+        torch.testing.assert_close(again(made, net(), tmp_path, rank)(x), made(x))
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,23 @@ def test_biases_of_experts_are_adapted(changes, implementation, tmp_path, monkey
     assert torch.equal(layers[0].get_base_layer().gate_up_proj_bias, b0)
 
 
+def test_biases_of_experts_come_and_go_with_swaps():
+    base, parameters = gpt_oss(), ["gate_up_proj", "down_proj"]
+    model, other = (
+        get_peft_model(
+            copy.deepcopy(base), lora(target_modules=[], target_parameters=parameters, lora_bias=bias)
+        ).eval()
+        for bias in (False, True)
+    )
+    first, config = get_peft_model_state_dict(model), copy.deepcopy(model.peft_config["default"])
+    before = model(IDS).logits
+    swap = peft.utils.hotswap.hotswap_adapter_from_state_dict
+    swap(model, get_peft_model_state_dict(other), "default", other.peft_config["default"])
+    torch.testing.assert_close(model(IDS).logits, other(IDS).logits)
+    swap(model, first, "default", config)
+    torch.testing.assert_close(model(IDS).logits, before)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -92,7 +92,7 @@ def lora_of(
         progressbar: show progress.
         at_most: a layer that cannot have the rank gets all that it can.
     """
-    results = {path: _convert(found[0], rank, at_most) for path, found in _progress(layers, progressbar)}
+    results = {path: _room(_convert(found[0], rank, at_most)) for path, found in _progress(layers, progressbar)}
     results = even(layers, results)
     kept = {path: found for path, found in layers.items() if results[path].pair.rank or path in parts(layers)}
     report = Report()
@@ -201,6 +201,13 @@ def _convert(update: Update, rank: float, at_most: bool = False) -> Result:
     cut = spectrum.cut(r, torch.float32)
     enough = spectrum.rank(1 - 1e-4) if spectrum.complete and cut.error > 0.01 else None
     return Result(cut.pair, cut.error, enough, bias)
+
+
+def _room(result: Result) -> Result:
+    """The result with a rank of its own where the bias is all that changes."""
+    if result.pair.rank or result.bias is None or not result.bias.count_nonzero():
+        return result
+    return result._replace(pair=result.pair.padded(1))
 
 
 def _config(

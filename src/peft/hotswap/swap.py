@@ -183,6 +183,7 @@ class Swap:
             if group[0].adapter is not None and _of_method(group[0]):
                 stem = plain(group[0].key.removesuffix(group[0].part))
                 more = {k.rpartition(stem)[2]: k for k in left if stem and stem in k}
+                more = {part: k for part, k in more.items() if not part.startswith("base_layer.")}  # of another inside
                 self._layer(group, given, {part: state[k] for part, k in more.items()})
                 left = [k for k in left if k not in more.values()]
             else:
