@@ -35,6 +35,8 @@ class AdapterHost(Lean):
     _below: ClassVar[tuple[str, ...]] = ()  # the children that are the user's own, where further hosts may stand
     _active: tuple[str, ...] = ()
     _disabled: bool = False
+    merged: Any = False  # whether adapters are written into the user's module, which layers alone do
+    merged_adapters: Any = ()
     _trainable: dict[str, bool] | None = None  # what enabling will make trainable; None while enabled
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,6 @@ class Sight(NamedTuple):
 
 class SharedTensors(AdapterHost):
     """One shared tensor of each adapter, by adapter name."""
-
-    merged: ClassVar[bool] = False
-    merged_adapters: ClassVar[tuple[str, ...]] = ()
 
     place: torch.device | None = None  # where the layers are that read the last one added, if that is known
 

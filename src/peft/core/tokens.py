@@ -170,8 +170,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 
     # the layer below is met by every walk of its own; the wrapper has nothing to add
     adapters: ClassVar[dict[str, Any]] = {}
-    merged_adapters: ClassVar[tuple[str, ...]] = ()
-    merged = False
 
     @property
     def active_adapters(self) -> list[str]:

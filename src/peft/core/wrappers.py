@@ -81,9 +81,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """The copies by adapter name."""
         return self.modules_to_save._modules
 
-    merged_adapters: tuple[str, ...] = ()
-    merged = False
-
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
 

@@ -29,6 +29,12 @@ from ..kernels.modes import NARROW, WIDE, ungraded
 from .lora.row import Gained, Row
 from .magnitude import Gaining, Magnitude
 
+SAME = (  # what it says and does as the method inside
+    *("shared", "shared_by", "form", "free", "drawn", "rest", "prepare", "tie", "follow_base", "rowwise", "by_modules"),
+    *("takes", "fitted", "roomy", "window", "for_file", "split", "parts", "join", "written", "copies", "may_be_empty"),
+    *("reads", "whole", "direct", "mergeable", "refuse_merge", "drop_rate", "bias"),
+)
+
 
 class DoRA(Gaining):
     """W' = m V / |V| around the additive method `of`."""
@@ -37,17 +43,10 @@ class DoRA(Gaining):
 
     def __init__(self, of: Delta):
         self.of = of
-        self.shared, self.shared_by, self.takes = of.shared, of.shared_by, of.takes  # type: ignore[method-assign]
-        self.for_file, self.fitted, self.roomy = of.for_file, of.fitted, of.roomy  # type: ignore[method-assign]
-        self.split, self.parts, self.join, self.written = of.split, of.parts, of.join, of.written  # type: ignore
-        self.copies, self.may_be_empty, self.reads = of.copies, of.may_be_empty, of.reads  # type: ignore[misc]
-        self.form, self.free, self.rest = of.form, of.free, of.rest  # type: ignore[method-assign]
-        self.window, self.drawn, self.whole = of.window, of.drawn, of.whole  # type: ignore[method-assign]
-        self.by_modules, self.mergeable, self.direct = of.by_modules, of.mergeable, of.direct  # type: ignore[method-assign]
+        for name in SAME:
+            setattr(self, name, getattr(of, name))
         if isinstance(of, LowRank) and of.runner is Row:
             self.runner, self.by_row = Gained, of.by_row  # type: ignore[misc,attr-defined]
-        self.refuse_merge, self.rowwise = of.refuse_merge, of.rowwise  # type: ignore[method-assign]
-        self.prepare, self.tie, self.follow_base = of.prepare, of.tie, of.follow_base  # type: ignore[method-assign]
 
     def build(self, site: Site) -> dict[str, Any]:
         out = site.view.shape(site.module)[:-1]
@@ -113,12 +112,6 @@ class DoRA(Gaining):
     def live_weight(self, p: Adapter, W: Tensor) -> Tensor:
         V = self.of.live_weight(p, W) if W.dtype in WIDE else W + self.of.read_delta(p, W)
         return scaled.by_rows(V, self.kept_gain(p)).to(W.dtype)
-
-    def bias(self, p: Adapter, b: Tensor | None) -> Tensor | None:
-        return self.of.bias(p, b)
-
-    def drop_rate(self, p: Adapter) -> float:
-        return self.of.drop_rate(p)
 
     def at_once(self, p: Adapter, inner: Stack, x: Tensor) -> Tensor | None:
         held, gradients = open_linear(inner, x), torch.is_grad_enabled()

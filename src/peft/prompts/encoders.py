@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -15,9 +15,6 @@ NO_WEIGHT = "Prompt learning adds tokens, or keys and values, and changes no wei
 
 class Encoders(nn.ModuleDict, AdapterHost):
     """Loaded are those that are in it; the active ones make the prompt of a call, in the order of activation."""
-
-    merged: ClassVar[bool] = False
-    merged_adapters: ClassVar[tuple[str, ...]] = ()
 
     def _get_name(self) -> str:
         return nn.ModuleDict.__name__  # as models with prompts are printed

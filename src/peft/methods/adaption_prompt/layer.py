@@ -31,7 +31,6 @@ class AdaptedAttention(AuxiliaryTrainingWrapper):
 
     _below: ClassVar[tuple[str, ...]] = ("model",)
     unnamed: ClassVar[bool] = True
-    merged, merged_adapters = False, ()
 
     def __init__(self, model: nn.Module, call: Call, path: str):
         super().__init__()
