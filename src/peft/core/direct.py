@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
-from ..kernels import lowrank, modes, whole
-from ..kernels.modes import PLAIN, WIDE, is_autocast, transformed
+from ..kernels import lowrank, whole
+from ..kernels.modes import PLAIN, WIDE, is_autocast, reused, transformed
 from ..kernels.whole import touched
 from . import recycled
 
@@ -159,7 +159,7 @@ def with_delta(method: Delta, p: Adapter, W: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() or p.layer.training or W.dim() != 2 or W.dtype not in WIDE or type(W) not in PLAIN:
         return (W + method.read_delta(p, W)).to(W.dtype)
-    large = W.is_cpu and W.numel() >= 2 * BLOCK and not (transformed() or modes.reused())
+    large = W.is_cpu and W.numel() >= 2 * BLOCK and not (transformed() or reused())
     place = recycled.empty_like(W, recycled.TILE_BYTES) if large else None
     if method.factored and (factors := _alike(method, p, W)) is not None:
         A, B, scale = factors
