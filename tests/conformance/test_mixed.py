@@ -195,3 +195,16 @@ def test_rows_of_an_adapter_without_a_copy_take_the_original_module(copied, name
             model.set_adapter("bare" if adapter == "__base__" else adapter)
             wanted = Block().eval()(x) if adapter == "__base__" else model(x)
             close(found[i : i + 1], wanted[i : i + 1], 1e-5)
+
+
+def test_a_mixed_batch_of_no_samples_reaches_a_module_that_reads_its_weights():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attn(x, x, x, need_weights=False)[0]
+
+    model = get_peft_model(Block(), LoraConfig(r=2, target_modules=["attn"], init_lora_weights=False)).eval()
+    assert model(torch.zeros(0, 3, 6), adapter_names=[]).shape == (0, 3, 6)

@@ -86,7 +86,9 @@ class MixedBatch(nn.Module):
         root = self.stack(())
         if self.view.activations and not rest and len(args) == 1 and type(root) is Stack:
             return self._mixed_rows(root, x, groups)
-        return in_parts(self, "only", list(groups.items()), axis, args, rest, self._alone)
+        nobody = torch.empty(0, dtype=torch.int64, device=x.device)
+        found = list(groups.items()) or [(BASE, nobody)]  # of no samples the base tells the shape
+        return in_parts(self, "only", found, axis, args, rest, self._alone)
 
     def _mixed_rows(self, root: Stack, x: Tensor, groups: Groups) -> Tensor:
         """The base once for all rows, then the low-rank updates of all adapters at once, then others on their own."""
