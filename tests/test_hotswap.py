@@ -268,6 +268,24 @@ def test_a_prepared_model_saves_its_adapter_without_the_room(tmp_path: Path) -> 
     assert torch.allclose(model(X), plain(X), atol=1e-6)
 
 
+def test_a_scaling_in_double_precision_keeps_its_digits() -> None:
+    def doubled(r: int) -> PeftModel:
+        torch.manual_seed(r)
+        body = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2)).double()
+        config = LoraConfig(r=r, lora_alpha=16, target_modules=["0", "1"], init_lora_weights=False)
+        return get_peft_model(body, config).eval()
+
+    model, other, x = doubled(3), doubled(7), torch.ones(2, 5, dtype=torch.float64)
+    other.base_model.model.load_state_dict(
+        {k: v for k, v in model.base_model.model.state_dict().items() if "base_layer" in k}, strict=False
+    )
+    before = model(x)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch.testing.assert_close(model(x), before, rtol=1e-14, atol=1e-14)
+    swap(model, other)
+    torch.testing.assert_close(model(x), other(x), rtol=1e-14, atol=1e-14)
+
+
 def test_room_that_cannot_be_made_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rank 4 at 'layers\.0', more than target_rank=2"):
         prepare_model_for_compiled_hotswap(made(), target_rank=2)

@@ -54,8 +54,8 @@ def prepare_model_for_compiled_hotswap(
 def _make_room(p: Any, tensors: dict[str, Any]) -> None:
     """Make an adapter's scaling a tensor, and put these tensors in place of smaller ones, by key."""
     if isinstance(p.__dict__.get("scaling"), (int, float)):
-        device = next((s.tensor.device for s in p.layer.slots(p.name)), None)
-        p.__dict__["scaling"] = torch.tensor(p.__dict__["scaling"], dtype=torch.float32, device=device)
+        dtype, device = p.layer._scalars()
+        p.__dict__["scaling"] = torch.tensor(p.__dict__["scaling"], dtype=dtype, device=device)
     for slot in p.layer.slots(p.name):
         value = tensors.get(slot.key)
         if value is not None and value.shape != slot.tensor.shape:

@@ -366,7 +366,8 @@ class Swap:
             held.update(new, settings=change.settings)
             change.changed = not new.keys() <= p.method.free(p)
         if scales:
-            new_scales = torch.tensor(numbers, dtype=scales[0].dtype, device=scales[0].device).unbind()
+            wide = next((t.dtype for t in scales if t.dtype is torch.float64), scales[0].dtype)
+            new_scales = torch.tensor(numbers, dtype=wide, device=scales[0].device).unbind()
             write_all([Fit(t, t, n.to(t)) for t, n in zip(scales, new_scales, strict=True)], undo)
 
 
