@@ -196,6 +196,13 @@ class Homes(AdapterHost):
             yield table[key]
 
 
+@torch.no_grad()
+def derived_again(method: Any, p: Adapter, inner: Stack) -> None:
+    """The `follow_base` of methods whose `derive` can be repeated, where the base weight has numbers."""
+    if inner.layer.original_weight_device().type != "meta":
+        method.derive(p, inner)
+
+
 def _follow_base(layer: Homes, keys: Any) -> None:
     """After loading a state dict: what was derived from the base weight may be stale."""
     layer.follow_base()

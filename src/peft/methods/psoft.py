@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..config import describe
 from ..core.draw import triplets
+from ..core.homes import derived_again
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
 from ..core.stack import Adapter, Stack
@@ -119,9 +120,7 @@ class PSOFT(Between):
         p.layer.keep(p, "psoft_A", (down[..., None] * Vh).to(dtype).contiguous())
         p.layer.keep(p, "psoft_B", (U * up[..., None, :]).to(dtype).contiguous())
 
-    def follow_base(self, p: Adapter, inner: Stack) -> None:
-        if inner.layer.original_weight_device().type != "meta":
-            self.derive(p, inner)
+    follow_base = derived_again
 
     def rotation(self, p: Adapter) -> Tensor:
         """R, (..., r, r)."""

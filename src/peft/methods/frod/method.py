@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ...core.cells import reference
 from ...core.direct import open_linear
 from ...core.draw import scatter
+from ...core.homes import derived_again
 from ...core.method import Delta, Site
 from ...core.shared import Shared, Sight
 from ...core.stack import Adapter, Stack
@@ -76,10 +77,7 @@ class FRoD(Delta):
             p.layer.keep(p, "frod_U", U.to(V.dtype).to(W.device))
             p.layer.keep(p, "frod_lambda_0", scale.to(dtype).to(W.device))
 
-    @torch.no_grad()
-    def follow_base(self, p: Adapter, inner: Stack) -> None:
-        if inner.layer.original_weight_device().type != "meta":
-            self.derive(p, inner)
+    follow_base = derived_again
 
     def written(self, p: Adapter) -> None:
         if "category" not in p.__dict__:  # a file came first

@@ -61,9 +61,10 @@ def fill(method: Any, p: Adapter, inner: Stack) -> None:
         return
     refuse_groups(p, inner)
     if kind == "orthogonal":
-        put(p, inner, *orthogonal(p.r, _in(p, inner), _out(p, inner), A.device))
+        *_, out, inp = inner.view.shape(inner.base)
+        put(p, inner, *orthogonal(p.r, inp, out, A.device))
     else:
-        p.cache["first"] = principal(p, inner)  # `residual` asks for the same next
+        p.cache["first"] = principal(p)  # `residual` asks for the same next
         put(p, inner, *p.cache["first"])
 
 
@@ -79,7 +80,7 @@ def refuse_groups(p: Adapter, inner: Stack) -> None:
 def put(p: Adapter, inner: Stack, A: Tensor, B: Tensor) -> None:
     """Put (..., r, I) and (..., O, r) where the adapter holds its factors; all matrices of a stack get the same."""
     home_A, home_B = held(p)
-    lead = home_A.numel() // (p.r * _in(p, inner))
+    lead = home_A.numel() // (p.r * inner.view.shape(inner.base)[-1])
     if lead > 1 and A.dim() == 2:
         A, B = A.expand(lead, *A.shape), B.expand(lead, *B.shape)
     A, B = inner.view.held(inner.base, A, B)
@@ -158,13 +159,13 @@ def room(site: Any) -> dict[str, Tensor]:
     return {k: torch.nn.Buffer(torch.zeros(s, **site.kwargs)) for k, s in zip(FIRST, shapes, strict=True)}
 
 
-def residual(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor] | None:
+def residual(p: Adapter) -> tuple[Tensor, Tensor] | None:
     """(A0, B0), whose product the literature takes out of the base weight; None for the other initialisations."""
     first = p.cache.pop("first", None)
     if not p.subtracts or (p.settings.init_lora_weights in MEASURED and not measured(at(p))):
         return None
     A, _ = held(p)
-    A0, B0 = principal(p, inner) if first is None else first
+    A0, B0 = principal(p) if first is None else first
     return A0.to(A.dtype).contiguous(), B0.to(A.dtype).contiguous()
 
 
@@ -183,14 +184,6 @@ def held(p: Adapter) -> tuple[Tensor, Tensor]:
     if p.has("lora_embedding_A"):
         return p.lora_embedding_A, p.lora_embedding_B
     return p.lora_A.weight, p.lora_B.weight
-
-
-def _in(p: Adapter, inner: Stack) -> int:
-    return inner.view.shape(inner.base)[-1]
-
-
-def _out(p: Adapter, inner: Stack) -> int:
-    return inner.view.shape(inner.base)[-2]
 
 
 def _draw(p: Adapter, A: Tensor, B: Tensor, kind: Any, embedding: bool) -> None:
@@ -246,7 +239,7 @@ def orthogonal(r: int, inp: int, out: int, device: torch.device) -> tuple[Tensor
     return A, B
 
 
-def principal(p: Adapter, inner: Stack) -> tuple[Tensor, Tensor]:
+def principal(p: Adapter) -> tuple[Tensor, Tensor]:
     """The factors that come from a decomposition: (r, I) and (O, r) after W's leading axes, in float32 or wider."""
     kind = str(p.settings.init_lora_weights)
     if kind == "corda":

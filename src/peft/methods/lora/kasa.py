@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.homes import derived_again
 from ...core.kept import lasting
 from ...core.method import Site
 from ...core.stack import Adapter, Stack
@@ -53,10 +54,7 @@ class KaSA(LoRA):
         for key, value in zip(DERIVED, pair, strict=True):
             p.layer.keep(p, key, value.contiguous())
 
-    @torch.no_grad()
-    def follow_base(self, p: Adapter, inner: Stack) -> None:
-        if inner.layer.original_weight_device().type != "meta":
-            self.derive(p, inner)
+    follow_base = derived_again
 
     def prepare(self, p: Adapter) -> None:
         p.hot = None

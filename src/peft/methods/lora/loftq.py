@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core import storage
+from ...core.homes import derived_again
 from ...core.layer import BaseTunerLayer, tuner_layers
 from ...core.method import Delta, Site
 from ...core.stack import Adapter, Stack
@@ -82,10 +83,7 @@ class LoftQ(Delta):
         Q = found[0] if found is not None else self._base(p, _read(p))
         p.layer.keep(p, "lora_quantised", Q.to(p.original_weight().dtype))
 
-    @torch.no_grad()
-    def follow_base(self, p: Adapter, inner: Stack) -> None:
-        if p.layer.original_weight_device().type != "meta":
-            self.derive(p, inner)
+    follow_base = derived_again
 
     def prepare(self, p: Adapter) -> None:
         self.of.prepare(p)

@@ -95,7 +95,7 @@ class LoRA(LowRank):
         elif tied is not None and p.subtracts and tied.subtracts:
             pair = starts.of_tied(p, tied)
         else:
-            pair = starts.residual(p, inner)
+            pair = starts.residual(p)
         if pair is not None:
             saved = p.settings.init_lora_weights in starts.MEASURED and not keys_in_hand()
             pair = pair if saved else room.wide(*pair, self.own_factors(p)[0].shape[-2])
