@@ -30,8 +30,8 @@ def weight(largest: bool) -> Any:
 
         @on_matrix
         def changed(t: dict[str, Tensor], M: Tensor, layer: BaseTunerLayer) -> Tensor:
-            ones = torch.eye(M[0].numel() if M.dim() == 3 else M.numel(), dtype=M.dtype)[at]  # (..., n, out * in)
-            V = (t["supertuning_values"][..., None] * ones).sum(-2).unflatten(-1, M.shape[-2:])
+            values = t["supertuning_values"]
+            V = torch.zeros_like(M, dtype=values.dtype).flatten(-2).scatter(-1, at, values).unflatten(-1, M.shape[-2:])
             if "supertuning_lora_A.weight" in t:
                 V = V + (ALPHA / R) * t["supertuning_lora_B.weight"] @ t["supertuning_lora_A.weight"]
             return M + V
