@@ -481,3 +481,16 @@ def test_numbers_without_a_meaning_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         reduce_intruder_dimension(made, "x1", "less", **{field: value}, logging_sink=lambda _: None)
     assert list(made.peft_config) == ["x1"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_sum_drops_features_where_its_layers_train_and_nowhere_else(training):
+    body = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3))
+    config = LoraConfig(r=2, target_modules=["0", "1"], lora_dropout=0.5, init_lora_weights=False)
+    model = get_peft_model(body, config).train(training)
+    model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert all(m.training is training for n, m in model.named_modules() if n.endswith(".sum"))
+    if not training:
+        wanted = model(torch.ones(2, 6))
+        model.set_adapter("sum")
+        torch.testing.assert_close(model(torch.ones(2, 6)), wanted)

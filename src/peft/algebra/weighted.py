@@ -343,6 +343,11 @@ class Added:
         except BaseException:
             tuner.peft_config.pop(self.name, None)
             raise
+        for _, layer in tuner_layers(tuner.model):  # it has learnt already: dropout is on where the layer trains
+            homes = [home for key, home in layer._modules.items() if key not in layer._below and home is not None]
+            for module in [home._modules.get(self.name) for home in homes]:
+                if module is not None:
+                    module.train(layer.training)
         self.grad.__enter__()
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
