@@ -15,6 +15,7 @@ import pytest
 from peft import (
     DeloraConfig,
     LoraConfig,
+    OFTConfig,
     OSFConfig,
     PeftConfig,
     PeftType,
@@ -382,3 +383,15 @@ def test_a_file_is_written_as_json_writes_it(value):
     copied = config._copied(value)
     assert repr(copied) == repr(value) and type(copied) is type(value)
     assert copied is not value or not isinstance(value, (list, dict))
+
+
+@pytest.mark.parametrize("kind", [[], {}, ["LORA"], 7])
+def test_a_method_that_is_no_text_is_no_method(kind):
+    with pytest.raises(ValueError, match=r"peft_type is .*, which is no known method"):
+        PeftConfig.from_peft_type(peft_type=kind)
+
+
+@pytest.mark.parametrize("value", [None, "0.1"])
+def test_a_probability_that_is_no_number_is_named(value):
+    with pytest.raises(TypeError, match="`module_dropout` must be a number"):
+        OFTConfig(target_modules=["a"], module_dropout=value)

@@ -20,7 +20,7 @@ import peft
 from peft import LoraConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from peft.core.pattern import Selector, Table, suffixes
 from peft.core.plan import compact
-from peft.core.replicate import replicate
+from peft.core.replicate import order_of, replicate
 from peft.core.targets import inspect_matched_modules, match, pattern_value, plan, settings
 from peft.errors import NoMatchingPeftModuleError, PeftStrictError, UnmatchedTargetWarning
 
@@ -858,3 +858,45 @@ def test_matching_is_linear_in_the_number_of_modules():
         return best
 
     assert seconds(8000) < 10 * seconds(2000)
+
+
+@pytest.mark.parametrize("layers", [range(1, 3), {2, 1}, (1, 2), torch.tensor([1, 2])])
+def test_any_collection_of_layers_is_saved_as_a_list(layers, tmp_path):
+    for kind in (LoraConfig, peft.LoHaConfig):
+        config = kind(target_modules=["q_proj"], layers_to_transform=layers)
+        config.save_pretrained(tmp_path)
+        assert kind.from_pretrained(tmp_path).layers_to_transform == [1, 2]
+
+
+@pytest.mark.parametrize("layers", [[["a"]], "1", {"1": 2}, True, [1.5]])
+def test_layers_that_are_no_numbers_are_refused(layers):
+    with pytest.raises(TypeError, match=r"`layers_to_transform` must be the number of a layer or a list"):
+        LoraConfig(target_modules=["q_proj"], layers_to_transform=layers)
+
+
+def test_all_linear_of_ia3_loads_again(tmp_path):
+    def base():
+        return nn.ModuleDict(
+            {"layers": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 4), "down": nn.Linear(4, 4)})])}
+        )
+
+    config = peft.IA3Config(target_modules="all-linear", feedforward_modules=["down"])
+    get_peft_model(base(), config).save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(), tmp_path)
+    shapes = {n.split(".")[-3]: tuple(p.shape) for n, p in again.named_parameters() if "ia3_l" in n}
+    assert shapes == {"up": (4, 1), "down": (1, 4)}
+    with pytest.raises(ValueError, match=r"\['gate'\] are no targets"):
+        peft.IA3Config(target_modules=["layers.0.down"], feedforward_modules=["gate"])
+
+
+def test_a_file_cannot_ask_for_layers_without_end():
+    with pytest.raises(ValueError, match=r"layer_replication=\[\(0, 2\).* makes more than 16 layers of each"):
+        order_of([(0, 2)] * 100_000, 2)
+    assert len(order_of([(0, 2)] * 16, 2)) == 32
+
+
+def test_a_target_of_a_million_letters_is_told_in_no_time():
+    start = time.process_time()
+    with pytest.raises(NoMatchingPeftModuleError, match="not found in the base model"):
+        plan(nn.Sequential(*(nn.Linear(2, 2) for _ in range(200))), LoraConfig(target_modules=["x" * 1_000_000]))
+    assert time.process_time() - start < 1

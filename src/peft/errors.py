@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+LONGEST = 1000  # characters of what is looked up among names; files may hold far more
+
 
 class PeftError(Exception):
     """Base class of the library's own errors."""
@@ -146,7 +148,9 @@ def report(
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """A hint " Did you mean 'x'?" with the closest choice, or "" if nothing is close."""
+    """A hint " Did you mean 'x'?" with the closest choice, or "" if nothing is close, as nothing is to a long text."""
+    if len(word) > LONGEST:
+        return ""
     pool = list(dict.fromkeys(choices))
     close = difflib.get_close_matches(word, pool, n=1, cutoff=0.6)
     if not close:

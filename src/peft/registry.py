@@ -148,11 +148,12 @@ def lookup(peft_type: str | PeftType) -> Method:
 
     Raises ValueError if there is no such method, `MissingMethodError` if this release lacks it.
     """
-    known = METHODS.get(peft_type)  # type: ignore[arg-type]
+    named = isinstance(peft_type, str)  # files may hold anything
+    known = METHODS.get(peft_type) if named else None  # type: ignore[arg-type]
     if known is not None:
         return known
     names = [t.value for t in PeftType]
-    peft_type = OLDER.get(peft_type, peft_type)
+    peft_type = OLDER.get(peft_type, peft_type) if named else peft_type
     if peft_type not in names:
         raise UnknownNameError(
             f"peft_type is {peft_type or None!r}, which is no known method.{nearest(str(peft_type), names)} Use one of "

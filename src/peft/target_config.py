@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -159,7 +160,8 @@ def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def probability(name: str, value: Any) -> None:
-    """Raise ValueError if a field is no probability below 1."""
+    """Raise TypeError or ValueError if a field is no probability below 1."""
+    number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"`{name}` must be in [0, 1); got {value}.")
 
@@ -267,8 +269,27 @@ def idle(values: Mapping[str, Any]) -> list[str]:
     return ["layers_pattern"] if alone else []
 
 
+def read_layers(config: Any) -> None:
+    """A range, or another collection of numbers, becomes a list, which files can hold.
+
+    Raises TypeError where it is neither that nor a number.
+    """
+    value = config.layers_to_transform
+    if value is None or type(value) is int:
+        return
+    layers = list(value) if hasattr(value, "__iter__") else [value]
+    if isinstance(value, str | Mapping) or any(isinstance(v, bool) or not hasattr(v, "__index__") for v in layers):
+        raise TypeError(
+            f"`layers_to_transform` must be the number of a layer or a list of such; got {value!r}. Use [0, 1] or "
+            "range(0, 2)."
+        )
+    numbers = [operator.index(v) for v in layers]
+    config.layers_to_transform = sorted(numbers) if isinstance(value, set | frozenset) else numbers
+
+
 def check_layers(config: Any) -> None:
-    """Raise if the fields that choose layers contradict each other."""
+    """Raise if the fields that choose layers contradict each other, or choose none; collections become lists."""
+    read_layers(config)
     for name in idle(vars(config)):
         if isinstance(config.target_modules, str):
             raise ValueError(

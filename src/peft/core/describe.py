@@ -16,6 +16,7 @@ from .pattern import settings
 from .plan import Plan, Row, Target
 from .shared import late
 from .tie import innermost
+from .towers import within
 
 if TYPE_CHECKING:
     from .method import Method
@@ -39,7 +40,7 @@ def describe(plan: Plan, model: nn.Module, method_of: Callable[[Any], Method]) -
     rows += _tokens(plan, model)
     rows += _biases(plan, model)
     plan.rows = rows
-    plan.notes = list(_left(plan))
+    plan.notes = [*_left(plan), *within(model, (t.path for t in plan.targets))]
     plan.base_parameters = sum(p.numel() for p in model.parameters())
     return plan
 

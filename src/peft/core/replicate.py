@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 _INNER = ("model", "bert", "transformer")  # what may stand around the part that holds the layers
 _LISTS = ("layers", "encoder.layer", "h")
+MOST = 16  # layers made of one: files come from others, and each layer is a tree of modules
 OF_LAYERS = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "attention_layers")
 
 
@@ -26,7 +27,7 @@ def replicate(model: nn.Module, ranges: Sequence[Sequence[int]]) -> Callable[[],
         ranges: pairs [start, end), such as [[0, 16], [8, 24]]; without any, nothing happens.
 
     Returns a function that puts the old layers back.
-    Raises ValueError if the model has no such list, or if a range is empty or not within it.
+    Raises ValueError if the model has no such list, or if a range is empty or not within it, or far too many are made.
     """
     if not ranges:
         return lambda: None
@@ -110,6 +111,11 @@ def order_of(ranges: Sequence[Sequence[int]], count: int) -> list[int]:
                 f"{count}, the number of layers."
             )
         order += range(pair[0], pair[1])
+        if len(order) > MOST * count:
+            raise ValueError(
+                f"layer_replication={ranges!s:.60} makes more than {MOST} layers of each of the model's {count}, which "
+                "no adapter that is known does. Use fewer ranges."
+            )
     return order
 
 

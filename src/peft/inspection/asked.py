@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.towers import KINDS
 from ..errors import PeftError, WrongKindError, nearest
 from ..types import plain
 
@@ -89,7 +90,10 @@ def _class(transformers: Any, settings: Any, config: Any) -> Any:
             return found
     task = getattr(config, "task_type", None)
     both = getattr(settings, "is_encoder_decoder", False)
-    for name in [*([TASKS[plain(task)]] if task else ()), *(OF_BOTH if both else ()), *WHOLE, "AutoModel"]:
+    first = [TASKS[plain(task)]] if task else []
+    if any(hasattr(settings, name) for name in KINDS) and first in ([], ["AutoModelForCausalLM"]):
+        first = ["AutoModelForImageTextToText", *first]  # with its towers
+    for name in [*first, *(OF_BOTH if both else ()), *WHOLE, "AutoModel"]:
         found = getattr(transformers, name)._model_mapping.get(type(settings), None)
         if found is not None:
             return found[0] if isinstance(found, tuple) else found

@@ -19,6 +19,7 @@ from ..core.defaults import BNB_LAYERS, targets_by_model_type
 from ..core.families import Scaling
 from ..core.layer import BaseTunerLayer, name_layers
 from ..core.method import Site
+from ..core.pattern import suffixes
 from ..core.stack import Adapter, Stack
 from ..core.tuner import BaseTuner
 from ..target_config import TargetConfig, names
@@ -38,16 +39,18 @@ class IA3Config(TargetConfig):
     init_ia3_weights: bool = field(default=True, metadata=describe("Start at one; else random."))
 
     def check(self) -> None:
-        """Feed-forward modules are targets."""
+        """Feed-forward modules are targets, or ends of their names: "all-linear" is whole names in a file."""
         chosen = self.feedforward_modules
         if chosen is None or isinstance(chosen, str):
             return
         inside: Any = set(names("feedforward_modules", chosen))
-        if isinstance(self.target_modules, set) and not inside <= self.target_modules:
-            raise ValueError(
-                "`feedforward_modules` should be a subset of `target_modules`; "
-                f"{sorted(inside - self.target_modules)} are no targets."
-            )
+        if isinstance(self.target_modules, set):
+            ends = {end for name in self.target_modules for end in suffixes(name)}
+            if inside - ends:
+                raise ValueError(
+                    "`feedforward_modules` should be a subset of `target_modules`; "
+                    f"{sorted(inside - ends)} are no targets."
+                )
         self.feedforward_modules = inside
 
 
