@@ -53,7 +53,7 @@ def plain(values: dict) -> dict:
 
 def test_the_fields_of_lora_have_the_known_order_and_defaults():
     fields = dataclasses.fields(LoraConfig)
-    assert [f.name for f in fields] == [name for name, _ in FACTS["lora_fields"]] + ["module_config"]
+    assert [f.name for f in fields] == [name for name, _ in FACTS["lora_fields"]] + ["module_config", "scope"]
     for f, (name, default) in zip(fields, FACTS["lora_fields"], strict=False):
         if default != "..." and f.default is not dataclasses.MISSING:
             assert f.default == default, name

@@ -900,3 +900,66 @@ def test_a_target_of_a_million_letters_is_told_in_no_time():
     with pytest.raises(NoMatchingPeftModuleError, match="not found in the base model"):
         plan(nn.Sequential(*(nn.Linear(2, 2) for _ in range(200))), LoraConfig(target_modules=["x" * 1_000_000]))
     assert time.process_time() - start < 1
+
+
+def vlm():
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**tower, image_size=8, patch_size=4)
+    text = transformers.LlamaConfig(**tower, vocab_size=32)
+    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision_config=vision, text_config=text))
+
+
+@pytest.mark.parametrize(
+    ("scope", "within"),
+    [
+        ("text", r"model\.language_model\."),
+        ("vision", r"model\.vision_tower\."),
+        (["text", "vision"], r"model\.(language_model|vision_tower)\."),
+    ],
+)
+def test_a_scope_keeps_to_parts_of_a_model(scope, within, tmp_path):
+    every = [t.name for t in plan(vlm(), LoraConfig(target_modules="all-linear")).targets]
+    for kind in (LoraConfig, peft.LoHaConfig):
+        config = kind(target_modules="all-linear", scope=scope)
+        found = [t.name for t in plan(vlm(), config).targets]
+        assert found == [name for name in every if re.match(within, name)] and 0 < len(found) < len(every)
+        model = get_peft_model(vlm(), config)
+        assert {n.partition(".base_layer")[0] for n, _ in model.named_modules() if n.endswith("base_layer")} == {
+            f"base_model.model.{name}" for name in found
+        }
+    config = LoraConfig(target_modules=["q_proj"], scope=scope)
+    get_peft_model(vlm(), config).save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(vlm(), tmp_path)
+    assert again.peft_config["default"].scope == scope
+    assert all(re.match(within, n[len("base_model.model.") :]) for n, _ in again.named_parameters() if "lora_" in n)
+
+
+def test_a_scope_of_experts_and_of_models_of_one_part():
+    moe = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=2,
+            vocab_size=32,
+        )
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [t.name for t in plan(moe, LoraConfig(target_modules="all-linear", scope="experts")).targets]
+    assert found == [f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    both = [str(plan(moe, LoraConfig(target_modules="all-linear", scope=s))) for s in ("text", None)]
+    assert both[0] == both[1]
+
+
+def test_a_scope_that_is_no_part_is_refused():
+    with pytest.raises(ValueError, match=r"scope='tekst' is unknown. Did you mean 'text'\?"):
+        LoraConfig(target_modules="all-linear", scope="tekst")
+    with pytest.raises(ValueError, match=r"scope='audio' names no part of LlavaFor.*tell these: 'text', 'vision'"):
+        get_peft_model(vlm(), LoraConfig(target_modules="all-linear", scope=["text", "audio"]))
+    with pytest.raises(ValueError, match=r"scope='text' names no part of Sequential"):
+        get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules="all-linear", scope="text"))
+    with pytest.raises(NoMatchingPeftModuleError, match=r"lie outside scope='vision'.*embed_tokens.*Exclude fewer"):
+        get_peft_model(vlm(), LoraConfig(target_modules=["embed_tokens"], scope="vision"))

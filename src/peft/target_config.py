@@ -19,10 +19,12 @@ MODULE_CONFIG = describe(
 )
 
 
+SCOPE = describe("The parts of the model to stay in: 'text', 'vision', 'audio', 'experts', or a list of such.")
+SCOPES = ("text", "vision", "audio", "experts")
 AUTO = "auto"  # an alpha that follows the rank
 OrAuto = int | Literal["auto"]
 CHOSEN = frozenset(
-    ["target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"]
+    ["target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern", "scope"]
 )  # the fields that choose the layers
 
 
@@ -72,6 +74,11 @@ class TargetConfig(PeftConfig):
         default=None,
         metadata=describe("Ranges of layers [start, end) from which the model's list of layers is rebuilt."),
     )
+    scope: list[str] | str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=SCOPE,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,7 +110,7 @@ class TargetConfig(PeftConfig):
         """The fields as a dictionary; those that the original library lacks only where they are set."""
         values = super().to_dict()
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        added = frozenset({"target_parameters", "layer_replication"}).union(
+        added = frozenset({"target_parameters", "layer_replication", "scope"}).union(
             *(vars(c).get("added", ()) for c in type(self).__mro__)
         )
         for name in added:
@@ -290,6 +297,8 @@ def read_layers(config: Any) -> None:
 def check_layers(config: Any) -> None:
     """Raise if the fields that choose layers contradict each other, or choose none; collections become lists."""
     read_layers(config)
+    for part in [config.scope] if isinstance(config.scope, str) else names("scope", config.scope or ()):
+        choice("scope", part, SCOPES)
     for name in idle(vars(config)):
         if isinstance(config.target_modules, str):
             raise ValueError(

@@ -17,6 +17,7 @@ from .defaults import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from .pattern import Selector, compiled
 from .plan import Plan, Target
 from .tie import aliases, innermost
+from .towers import scope
 from .unfit import check_parameter, unfit
 from .walking import kind_of, model_type, walk
 
@@ -63,6 +64,8 @@ class Search:
         saved = getattr(config, "modules_to_save", None) or []
         self.saved = compiled(rf"(?:^|\.)(?:{'|'.join(saved)})(?:\.|$)", "modules_to_save") if saved else None
         self.parameter_selector = Selector(getattr(config, "target_parameters", None) or [], "target_parameters")
+        parts = getattr(config, "scope", None)
+        self.scope = scope(model, parts) if parts else None
         self.layers = self._layers()
         self.layer_regexes = self._layer_regexes()
 
@@ -152,7 +155,8 @@ class Search:
 
     def named(self) -> Iterator[tuple[str, nn.Module, str]]:
         """Path, module and entry of all modules that the names select, after exclusions."""
-        if not (self.others or self.exclude.entries or self.saved is not None or self.layers is not None):
+        chosen = self.exclude.entries or self.saved is not None or self.layers is not None or self.scope is not None
+        if not (self.others or chosen):
             find = self.selector.find
             for path, module in self.modules:
                 entry = find(path) if path else self._root(module, find(path))
@@ -163,6 +167,7 @@ class Search:
             names = (path, *self.others[path]) if path in self.others else (path,)
             entry = next((e for e in [self.selector.find(n) for n in names] if e is not None), None)
             hidden = bool(self.exclude.entries) and any(self.exclude.find(n) is not None for n in names)
+            hidden = hidden or (self.scope is not None and not any(map(self.scope, names)))
             if not path:
                 entry = self._root(module, entry)
             if entry is None:
@@ -285,7 +290,7 @@ class Search:
             base = innermost(module) if kind == "tuner" else module
             for name, dims in storage.parameters(base):
                 entry = self.parameter_selector.find(f"{path}.{name}" if path else name)
-                if entry is None:
+                if entry is None or (among is None and self.scope is not None and not self.scope(path)):
                     continue
                 check_parameter(path, name, dims, base, path in modules)
                 found.append(Target(path, module, name, f"parameter {entry!r}"))

@@ -54,10 +54,11 @@ def no_match(search: Search) -> NoMatchingPeftModuleError:
             text = "No `target_modules` and no `target_parameters` are given, so there is nothing to adapt."
         return NoMatchingPeftModuleError(f"{text} The model has modules called {_leaf_names(search.names)}.")
     if search.excluded and not search.elsewhere:
+        parts = f", or lie outside scope={config.scope!r}" if search.scope is not None else ""
         return NoMatchingPeftModuleError(
             f"All {len(search.excluded)} modules that target_modules selects in {search.model_name} are "
             f"excluded by exclude_modules={getattr(config, 'exclude_modules', None)!r} and modules_to_save="
-            f"{getattr(config, 'modules_to_save', None)!r}: {listing(search.excluded)}. Exclude fewer."
+            f"{getattr(config, 'modules_to_save', None)!r}{parts}: {listing(search.excluded)}. Exclude fewer."
         )
     if search.elsewhere:
         return NoMatchingPeftModuleError(_no_layer(search))

@@ -43,6 +43,9 @@ def check_target_module_exists(config: Any, key: str) -> bool:
         around = nn.Module()
         around._modules[name] = module
         module = around
+    if getattr(config, "scope", None):  # which is told by whole models
+        config = copy.copy(config)
+        config.scope = None
     search = Search(module, config, lambda m: True, required=False)
     return any(path == key for path, _, _ in search.named())
 

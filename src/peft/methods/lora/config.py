@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from ...config import PeftConfig, describe
 from ...errors import PeftWarning, UnknownFieldWarning, nearest, report
-from ...target_config import MODULE_CONFIG, Alpha, OrAuto, check_bias, check_layers, number, rank, read_names
+from ...target_config import MODULE_CONFIG, SCOPE, Alpha, OrAuto, check_bias, check_layers, number, rank, read_names
 from ...types import PeftType
 from .options import (
     ArrowConfig,
@@ -199,6 +199,7 @@ class LoraConfig(Alpha, PeftConfig):
         metadata=describe("Adapt tied layers, such as embedding and head, with the same weights."),
     )
     module_config: dict[str, dict[str, Any]] | None = field(default=None, metadata=MODULE_CONFIG)
+    scope: list[str] | str | None = field(default=None, kw_only=True, metadata=SCOPE)
 
     def _register_custom_module(self, device_mapping: dict[type, type]) -> None:
         """Adapt modules by layers of a program's own; files do not say so, so register them before loading, too.
@@ -228,9 +229,11 @@ class LoraConfig(Alpha, PeftConfig):
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a dictionary, without `runtime_config`."""
+        """The fields as a dictionary, without `runtime_config`, and without a scope that is not set."""
         values = super().to_dict()
         values.pop("runtime_config")
+        if values["scope"] is None:
+            del values["scope"]
         return values
 
     @classmethod
