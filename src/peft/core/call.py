@@ -21,10 +21,23 @@ from .watch import Ledger
 
 BASE = "__base__"
 REMEMBERED = 1024  # forward passes that may wait for their backward pass
-UNKEPT = {
-    *("now", "owner", "gates", "banks", "models"),
-    *("_past", "_node", "_recalled", "_groups", "_batches", "_flags", "_turn"),
-}  # what copies begin without
+UNKEPT = frozenset(
+    (
+        "_past",
+        "_node",
+        "_recalled",
+        "_groups",
+        "now",
+        "_batches",
+        "_latest",
+        "gates",
+        "models",
+        "banks",
+        "_flags",
+        "_turn",
+        "owner",
+    )
+)
 BATCHES = 8  # mixed batches whose rows are known again
 
 
@@ -90,7 +103,8 @@ class Call(Deferred):
         self._recalled: dict[str, Any] | None = None
         self.gates: Any = None
         self.banks = Ledger()  # layer -> factors of a mixed batch's adapters
-        self._batches: dict[Any, Groups] = {}  # of mixed batches, the latest last
+        self._batches: dict[Any, Groups] = {}  # of the latest mixed batches
+        self._latest: tuple[Any, ...] = ()  # the last of them, and what it is of
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
@@ -202,7 +216,8 @@ class Call(Deferred):
             facts["given_offsets"] = list(offsets)
         length = tokens(first) if beams is None else None
         if names is not None:
-            facts["names"] = tuple(names)
+            mine, latest = tuple(names), self._latest
+            facts["names"] = latest[0] if latest and latest[0] == mine else mine
         if task_ids is not None:
             facts["tasks"] = given = Tasks(task_ids)
             if first is not None and given.ids.shape[0] != first.shape[0]:
@@ -241,14 +256,19 @@ class Call(Deferred):
     def _grouped(self, names: tuple[str, ...], repeat: int, rows: int, device: torch.device) -> Groups:
         lasting = not transformed() and torch._C._len_torch_dispatch_stack() == 0
         key = (names, repeat, device, torch.is_inference_mode_enabled()) if lasting else None
-        found = None if key is None else self._batches.pop(key, None)
+        latest = self._latest
+        if key is not None and latest and latest[0] is names and latest[1:-1] == key[1:]:
+            same: Groups = latest[-1]
+            return same
+        found = None if key is None else self._batches.get(key)
         if found is None:
             lists: dict[str, list[int]] = {}
             for i, name in enumerate(names):
                 lists.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))
             found = Groups(lists, rows, device)
         if key is not None:
-            self._batches[key] = found
+            self._batches.pop(key, None)
+            self._batches[key], self._latest = found, (*key, found)
             if len(self._batches) > BATCHES:
                 del self._batches[next(iter(self._batches))]
         return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,8 +20,8 @@ from .kept import STEPS, lies_shared
 from .stack import Adapter
 from .views import SETTLED
 
-_values, _get = dict.values, dict.get
-_version, _address = attrgetter("_version"), torch.Tensor.data_ptr
+_values = dict.values
+_version, _weight, _address = attrgetter("_version"), itemgetter("weight"), torch.Tensor.data_ptr
 
 
 class Watch:
@@ -38,9 +38,10 @@ class Watch:
         self.keys: list[str] = []  # these keys, one after the other
         self.homes: list[dict[str, Any]] = []  # tables that are to hold
         self.modules: list[Any] = []  # these modules, and no others
-        self.places: list[dict[str, Any]] = []  # tables that are to have
-        self.names: list[str] = []  # under this key of each
-        self.found: list[Any] = []  # this; None: nothing
+        self.tables: list[dict[str, Any]] = []  # tables whose "weight" is watched
+        self.weights: list[Tensor] = []
+        self.places: list[tuple[Any, str]] = []  # others: (get, key)
+        self.found: list[Any] = []
         self.own: list[dict[str, Any]] = []  # of modules that get another entry when they are hooked or patched
         self.sizes: list[int] = []
         self.hooks: list[Any] = []
@@ -118,12 +119,15 @@ class Watch:
                         self._note(held, key)
 
     def _place(self, place: dict[str, Any], key: str) -> None:
-        self.places.append(place)
-        self.names.append(key)
+        self.places.append((place.get, key))
         self.found.append(place.get(key))
 
     def _note(self, place: Any, key: str) -> None:
-        self._place(place, key)
+        if key == "weight":
+            self.tables.append(place)
+            self.weights.append(place[key])
+        else:
+            self._place(place, key)
         tensor = place[key]
         self.tensors.append(tensor)
         self.memory.append(tensor.detach())
@@ -136,15 +140,19 @@ class Watch:
 
     def same(self) -> bool:
         """Whether nothing was replaced, moved or hooked, whatever the numbers."""
-        return (
-            self.written == Adapter.written
-            and list(chain.from_iterable(self.keyed)) == self.keys
-            and list(chain.from_iterable(map(_values, self.homes))) == self.modules  # equal to themselves alone
-            and list(map(len, self.own)) == self.sizes
-            and all(map(is_, map(_get, self.places, self.names), self.found))
-            and not any(self.hooks)
-            and list(map(_address, self.tensors)) == self.addresses
-        )
+        try:
+            return (
+                self.written == Adapter.written
+                and list(chain.from_iterable(self.keyed)) == self.keys
+                and list(chain.from_iterable(map(_values, self.homes))) == self.modules  # equal to themselves alone
+                and list(map(len, self.own)) == self.sizes
+                and all(map(is_, map(_weight, self.tables), self.weights))
+                and all(map(is_, [get(key) for get, key in self.places], self.found))
+                and not any(self.hooks)
+                and list(map(_address, self.tensors)) == self.addresses
+            )
+        except KeyError:  # a weight is gone
+            return False
 
     def note(self) -> None:
         """The numbers are what they are now."""
