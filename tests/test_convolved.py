@@ -138,6 +138,24 @@ def test_a_large_kernel_is_made_in_few_passes_and_no_new_memory(config, passes):
     recycled.forget()
 
 
+@pytest.mark.parametrize("features", [32, 512])
+@pytest.mark.parametrize("dora", [False, True])
+@torch.no_grad()
+def test_a_weight_that_is_read_under_autocast_keeps_its_dtype(features, dora):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.MultiheadAttention(features, 4)
+
+    config = LoraConfig(r=4, target_modules=["a"], use_dora=dora, init_lora_weights=False)
+    layer = get_peft_model(Reads(), config).eval().base_model.model.a
+    W = layer.stack(("default",)).live_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = layer.stack(("default",)).live_weight()
+    assert half.dtype is torch.float32
+    torch.testing.assert_close(half, W, rtol=2e-2, atol=2e-2)
+
+
 def test_few_places_are_convolved_with_thin_factors():
     """As making a large matrix would take longer."""
     model, x = net("LoRA", 256).eval(), torch.randn(1, 256, 2, 2)

@@ -157,7 +157,8 @@ def with_delta(method: Delta, p: Adapter, W: Tensor) -> Tensor:
     One product has W in it where s B A, (O, I), is all that is added. On a CPU another definition is computed a block
     of rows at a time, so that what it makes on the way stays in the caches.
     """
-    if torch.is_grad_enabled() or p.layer.training or W.dim() != 2 or W.dtype not in WIDE or type(W) not in PLAIN:
+    plain = W.dim() == 2 and W.dtype in WIDE and type(W) in PLAIN and not is_autocast(W)
+    if torch.is_grad_enabled() or p.layer.training or not plain:
         return (W + method.read_delta(p, W)).to(W.dtype)
     large = W.is_cpu and W.numel() >= 2 * BLOCK and not (transformed() or reused())
     place = recycled.empty_like(W, recycled.TILE_BYTES) if large else None
