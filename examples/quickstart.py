@@ -192,11 +192,11 @@ def check_saved(output: Path, rows: list[Row]) -> None:
     from types import SimpleNamespace
 
     from peft.cli.batch import Encoder, Layout
-    from peft.cli.evaluate import base_of
     from peft.cli.model import load_adapter
+    from peft.core.base_state import model_below
 
     model, tokenizer = load_adapter(output, None, "fp32", base_only=False)
-    tools = SimpleNamespace(encoder=Encoder(tokenizer, TEMPLATE, 128), layout=Layout.of(base_of(model), tokenizer))
+    tools = SimpleNamespace(encoder=Encoder(tokenizer, TEMPLATE, 128), layout=Layout.of(model_below(model), tokenizer))
     apart = logits(model, tools, rows)
     merged = logits(model.merge_and_unload(), tools, rows)  # type: ignore[operator]
     off = ((merged - apart).abs().max() / apart.abs().max()).item()

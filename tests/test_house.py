@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -341,3 +343,18 @@ def test_importing_draws_no_random_numbers() -> None:
     probe = f"import torch; torch.manual_seed(0); a = {state}; {everything}; print(torch.equal(a, {state}))"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", probe], capture_output=True, text=True)
     assert done.stdout.split() == ["True"], done.stderr
+
+
+BESIDE = sorted([*(ROOT / "examples").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+
+
+@pytest.mark.parametrize("path", BESIDE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_examples_and_benchmarks_import_is_there(path: Path):
+    """Also where they import it inside a function, which no test of theirs may reach."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "peft":
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), (
+                    alias.name
+                )
