@@ -15,8 +15,7 @@ from peft.cli.batch import IGNORED, Batch, Encoder, Layout, by_length
 from peft.cli.data import Example, load_examples
 from peft.cli.options import EvalOptions
 from peft.cli.report import progress, table
-
-from ..core.base_state import model_below
+from peft.core.base_state import model_below
 
 
 @dataclass(frozen=True)

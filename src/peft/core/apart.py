@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .entries import PREFIX, plain
@@ -82,13 +81,11 @@ def rewrite(config: Any, model: nn.Module) -> Callable[[], None] | None:
 def taking_back(config: Any, before: Mapping[str, Any]) -> Callable[[], None]:
     """What gives fields of a configuration the values from before."""
 
-    return partial(put_back, config, before)
+    def undo() -> None:
+        for name, value in before.items():
+            setattr(config, name, value)
 
-
-def put_back(owner: Any, values: Mapping[str, Any]) -> None:
-    """Give an object the attributes that it had."""
-    for name, value in values.items():
-        setattr(owner, name, value)
+    return undo
 
 
 def split(model: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -157,14 +157,14 @@ def with_delta(method: Delta, p: Adapter, W: Tensor) -> Tensor:
     One product has W in it where s B A, (O, I), is all that is added. On a CPU another definition is computed a block
     of rows at a time, so that what it makes on the way stays in the caches.
     """
-    plain = W.dim() == 2 and W.dtype in WIDE and type(W) in PLAIN and not is_autocast(W)
-    if torch.is_grad_enabled() or p.layer.training or not plain:
+    learns = torch.is_grad_enabled() or p.layer.training
+    if learns or W.dim() != 2 or W.dtype not in WIDE or type(W) not in PLAIN or is_autocast(W):
         return (W + method.read_delta(p, W)).to(W.dtype)
     large = W.is_cpu and W.numel() >= 2 * BLOCK and not (transformed() or reused())
     place = recycled.empty_like(W, recycled.TILE_BYTES) if large else None
     if method.factored and (factors := _alike(method, p, W)) is not None:
         A, B, scale = factors
-        return torch.addmm(W, B, A, alpha=scale) if place is None else torch.addmm(W, B, A, alpha=scale, out=place)
+        return torch.addmm(W, B, A, alpha=scale, out=place)
     if place is None or not (method.mergeable and method.rowwise(p)):
         return (W + method.read_delta(p, W)).to(W.dtype)
     step = max(1, BLOCK // W.shape[1])

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from ..errors import listing
-from .base_state import model_below
 
 KINDS = {"vision_config": "vision", "audio_config": "audio"}  # as configurations of transformers name them
 _PARTS = {**KINDS, "text_config": "text"}
@@ -58,7 +57,6 @@ def scope(model: nn.Module, wanted: str | Collection[str]) -> Callable[[str], bo
     Raises ValueError if the model has no such part.
     """
     wanted = {wanted} if isinstance(wanted, str) else set(wanted)
-    model = model_below(model)
     found = parts(model)
     if not found and getattr(model, "config", None) is not None:
         found = {"": _INPUTS.get(getattr(model, "main_input_name", ""), "text")}

@@ -120,8 +120,8 @@ def bias_beside(m: nn.Module, name: str) -> str | None:
 
     That is "gate_up_proj_bias" (E, O) beside "gate_up_proj", or "bias" (O,) beside "weight".
     """
-    found = {f"{name}_bias", name.replace("weight", "bias")} - {name}
-    beside = [(n, b.shape) for n in found if (b := m._parameters.get(n)) is not None]
+    names = (n for n in (f"{name}_bias", name.replace("weight", "bias")) if n != name)
+    beside = [(n, b.shape) for n in names if (b := m._parameters.get(n)) is not None]
     return next((n for n, shape in beside if shape == ParameterView(name).shape(m)[:-1]), None)
 
 
