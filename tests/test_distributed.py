@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import peft
+from peft.core.digests import digests
 from peft.core.files import read_weights
 from peft.utils.other import fully_shard_model
 from tests import distributed_work as work
@@ -336,10 +337,17 @@ def check_base(rank: int) -> None:
     """The base's weights keep their names, and are loaded under them."""
     model = sharded(work.adapted("lora"))
     plain = work.net()
+    assert digests(model) == digests(plain)
     work.same_state(dict(plain.state_dict()), work.base_state(model))
     other = work.other_values(plain.state_dict())
     peft.utils.save_and_load.set_base_model_state_dict(model, other)
     work.same_state(other, work.base_state(model))
+    folder = work.shared_folder()
+    model.save_pretrained(folder, hash_base=True)
+    dist.barrier()
+    plain.load_state_dict(other)
+    peft.PeftModel.from_pretrained(plain, folder, strict=True)
+    assert digests(model) == digests(plain)
 
 
 def check_helper(rank: int) -> None:

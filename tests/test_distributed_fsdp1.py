@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import peft
+from peft.core.digests import digests
 from peft.core.files import read_weights
 from peft.utils.other import fsdp_auto_wrap_policy
 from peft.utils.save_and_load import set_base_model_state_dict
@@ -171,6 +172,7 @@ def check_gathered(rank: int, name: str) -> None:
 
 def check_base(rank: int) -> None:
     two, plain = wrapped(work.adapted("lora")), work.net()
+    assert digests(two) == digests(plain)
     other = work.other_values(plain.state_dict())
     set_base_model_state_dict(two, other)
     work.same_state(other, work.base_state(two))

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import peft
+from peft.core.digests import digests
 from peft.core.files import read_weights
 from peft.utils.save_and_load import set_base_model_state_dict
 from tests import distributed_work as work
@@ -104,6 +105,7 @@ def test_a_file_goes_over_a_live_adapter(stand_in: None, tmp_path: Path) -> None
 
 def test_base_weights_are_written_where_they_are(stand_in: None) -> None:
     model = partitioned(work.adapted("lora"))
+    assert digests(model) == digests(work.net())
     other = work.other_values(work.net().state_dict())
     set_base_model_state_dict(model, other)
     work.same_state(other, work.base_state(model))

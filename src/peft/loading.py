@@ -18,10 +18,11 @@ from .core import late, sharded
 from .core.base_state import original_modules
 from .core.checkpoint import Foreseen, as_it_is, foreseen, open_adapter, poured_into, renamed, set_peft_model_state_dict
 from .core.collector import no_collection
+from .core.digests import compared
 from .core.entries import Entry
 from .core.evaluation import evaluate
 from .core.files import CONFIG_HASH, Saved, in_hand
-from .core.fingerprint import difference
+from .core.fingerprint import difference, replaced_by
 from .core.hub import hub_arguments
 from .core.mold import Cast, casts_told
 from .core.pour import Pouring, pouring_of
@@ -61,7 +62,7 @@ class AdapterFile:
         saved: the files.
         name: the adapter's name in the model.
         renames: {regular expression: replacement} for the keys.
-        options: `ignore_mismatched_sizes`, `strict`, `torch_device`.
+        options: `ignore_mismatched_sizes`, `strict`, `torch_device`, `verify_base`.
         base: the base model.
         shared: several processes hold parts of it, and load together.
     """
@@ -243,7 +244,7 @@ class AdapterFile:
         model._admit(self.name, config)
         tuner.peft_config[self.name], undo = config, list[Callable[[], Any]]()
         try:
-            if base_of(header) != recipe.base:
+            if base_of(header) != recipe.base or self.options.get("verify_base"):
                 self._check_base(model, self.options.get("strict"))
             with ordinary():
                 made = recipe.made(self.saved.read(self.options.get("torch_device"), own=True))
@@ -291,8 +292,10 @@ class AdapterFile:
         return None
 
     def _check_base(self, model: PeftModel, strict: bool | None) -> None:
-        replaced = getattr(model.peft_config[self.name], "modules_to_save", None) or ()
-        lines = difference(self.saved.metadata, model, replaced)
+        replaced = replaced_by(model.peft_config[self.name])
+        lines, unknown = difference(self.saved.metadata, model, replaced), ""
+        if not lines:
+            lines, unknown = compared(self.saved.metadata, model, replaced, self.options.get("verify_base"))
         if lines:
             shown = "\n".join(f"  {line}" for line in lines[:8]) + (f"\n  and {len(lines) - 8} more" * (len(lines) > 8))
             kind = type(model.get_base_model()).__name__
@@ -300,6 +303,9 @@ class AdapterFile:
                 f"Adapter {self.name!r} was saved from another base model than this {kind}; its tensors fit, but it "
                 f"may be useless here. These parameters differ:\n{shown}"
             )
+            report(OtherBaseWarning, text, strict, stacklevel=5)
+        if unknown:
+            text = f"Whether adapter {self.name!r} was saved from this base model is not known: {unknown}."
             report(OtherBaseWarning, text, strict, stacklevel=5)
 
     def check_config(self, read: tuple[str, Content] | None) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,8 +19,9 @@ from .core import sharded
 from .core.checkpoint import get_peft_model_state_dict, load_peft_weights
 from .core.commit import check_writable, folders, settle, staged
 from .core.defaults import CONFIG_NAME
+from .core.digests import numbers
 from .core.files import CONFIG_HASH, SHARD_SIZE, check_written, config_hash, write_weights
-from .core.fingerprint import fingerprint
+from .core.fingerprint import fingerprint, replaced_by
 from .core.hub import DOWNLOAD_ARGUMENTS, hub_arguments
 from .errors import (
     PeftWarning,
@@ -39,7 +40,7 @@ from .types import plain
 FOR_SAVING = frozenset({"state_dict", "save_function", "push_to_hub", "token", "variant"})
 FOR_LOADING = DOWNLOAD_ARGUMENTS | {
     "subfolder", "use_auth_token", "ignore_mismatched_sizes", "strict", "torch_device", "torch_dtype", "dtype",
-    "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index", "import_allowlist",
+    "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index", "import_allowlist", "verify_base",
 }  # fmt: skip
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Persistent:
         path_initial_model_for_weight_conversion: str | None = None,
         verify: bool = False,
         max_shard_size: int | str = SHARD_SIZE,
+        hash_base: bool = False,
         **kwargs: Any,
     ) -> None:
         """Save adapters: `default` in the folder itself, each other one in a sub-folder of its name.
@@ -77,10 +79,15 @@ class Persistent:
             verify: read the written files again and compare every byte; an error leaves the old files.
             max_shard_size: bytes, or a text such as "5GB": larger adapters are written as several safetensors files
                 with an index, which the other `peft` does not read.
+            hash_base: note hashes of the base model's numbers (SHA-256) in the file, against which loading compares
+                those of the model it is put on. All of the base is read, here and then: some seconds for each 5 GB.
             kwargs: `state_dict`: the full state by live name, to be used instead of the live tensors.
         """
         check_spelling(kwargs, Persistent.save_pretrained, FOR_SAVING)
         names = selected(self, selected_adapters)
+        if hash_base and not safe_serialization:
+            raise ValueError("hash_base=True needs safe_serialization=True: a pickle has no place for the hashes.")
+        hashes = cache(partial(numbers, self))
         given = kwargs.get("state_dict")
         shared = given is None and sharded.is_shared(self)
         writes = sharded.writes(is_main_process) if shared else is_main_process
@@ -94,11 +101,12 @@ class Persistent:
             for name, target in targets.items() if shared or writes else ():
                 with sharded.as_one(shared):
                     state = get_peft_model_state_dict(self, given, name, save_embedding_layers=save_embedding_layers)
+                    noted = hashes(replaced_by(self.peft_config[name])) if hash_base else {}
                     if not writes:
                         continue
                     if target is not folder:  # that has been done
                         settle(target)
-                    save_adapter(self, name, target, state, *how)
+                    save_adapter(self, name, target, state, *how, noted)
         with sharded.as_one(shared):
             if writes:
                 self.create_or_update_model_card(str(folder))
@@ -129,7 +137,9 @@ class Persistent:
             ephemeral_gpu_offload: has no effect here, and warns so: no step is costly enough to be moved to the GPU.
             low_cpu_mem_usage: make the adapter on the meta device first.
             key_mapping: {regular expression: replacement} for the keys of the file.
-            kwargs: `subfolder`, `revision`, `token` ..., `ignore_mismatched_sizes`, `strict`, `torch_device`.
+            kwargs: `subfolder`, `revision`, `token` ..., `ignore_mismatched_sizes`, `strict`, `torch_device`;
+                `verify_base`: compare the base's numbers with the hashes that `save_pretrained(hash_base=True)` has
+                noted (None: if there are any; True: warn if there are none; False: do not).
         """
         from .core.snapshot import attempts
         from .loading import AdapterFile
@@ -256,8 +266,9 @@ def save_adapter(
     initial: str | None,
     verify: bool,
     max_shard_size: int | str,
+    remarks: Mapping[str, str],
 ) -> None:
-    """Write one adapter's weights and configuration, both or neither."""
+    """Write one adapter's weights, with some remarks, and configuration: both or neither."""
     from .hotswap.compiled import true_ranks
 
     config = true_ranks(model, name, model.peft_config[name])
@@ -276,7 +287,7 @@ def save_adapter(
     with staged(folder) as stage:
         config.save_pretrained(stage)
         noted = {CONFIG_HASH: _hash_of((stage / CONFIG_NAME).read_bytes())}
-        noted.update(fingerprint(model, getattr(config, "modules_to_save", None) or ()))
+        noted.update({**fingerprint(model, replaced_by(config)), **remarks})
         files = write_weights(state, stage, safe, max_shard_size, noted)
         if verify:
             check_written(files, state)

@@ -10,6 +10,7 @@ from typing import Any
 from ..config import PeftConfig
 from ..core.checkpoint import open_adapter
 from ..core.defaults import CONFIG_NAME
+from ..core.digests import NUMBERS
 from ..core.entries import PREFIX
 from ..core.files import CONFIG_HASH, config_hash, staged, write_weights
 from ..core.fingerprint import HASH, SHAPES
@@ -45,7 +46,7 @@ class PeftFolder(Format):
                 state = bare(saved.read())
             except (OSError, ValueError) as error:
                 raise ConversionError(str(error)) from error
-            parts[name] = Part(config, state, {k: v for k, v in saved.metadata.items() if k in (HASH, SHAPES)})
+            parts[name] = Part(config, state, {k: v for k, v in saved.metadata.items() if k in (HASH, SHAPES, NUMBERS)})
         if not parts:
             raise ConversionError(f"{source.path} holds no adapter_config.json, so it is no PEFT folder.")
         return parts

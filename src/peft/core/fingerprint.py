@@ -25,6 +25,11 @@ Groups = dict[str, dict[str, int]]
 _NUMBERS = re.compile(r"(?<![^.])[0-9]+(?![^.])")  # whole parts of a name
 
 
+def replaced_by(config: Any) -> tuple[str, ...]:
+    """Endings of the names of modules in whose place an adapter of this configuration has its own."""
+    return tuple(getattr(config, "modules_to_save", None) or ())
+
+
 def fingerprint(model: nn.Module, replaced: Collection[str] = ()) -> dict[str, str]:
     """What a file notes of its base model: a hash of names and shapes, and the shapes themselves, alike ones counted.
 
@@ -70,9 +75,9 @@ def _told(shapes: tuple[tuple[str, str], ...]) -> str:
     return json.dumps(_grouped(dict(shapes)), separators=(",", ":"), sort_keys=True)
 
 
-def _shapes(model: nn.Module, replaced: Collection[str]) -> dict[str, str]:
-    endings, found = tuple(replaced), dict[str, str]()
-    outside: str | None = None
+def own_modules(model: nn.Module, replaced: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+    """(prefix of the original name, module) of the base model, without what the adapter replaces."""
+    endings, outside = tuple(replaced), None
     for prefix, module in original_modules(model):
         if endings:
             path = prefix[:-1]
@@ -81,6 +86,12 @@ def _shapes(model: nn.Module, replaced: Collection[str]) -> dict[str, str]:
             if path and path.endswith(endings):
                 outside = prefix
                 continue
+        yield prefix, module
+
+
+def _shapes(model: nn.Module, replaced: Collection[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for prefix, module in own_modules(model, replaced):
         if module._parameters or not module._modules:
             for name, shape in _own(module):
                 found[prefix + name] = _text(shape)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import sharded
 from .base_state import WRAPPERS
+from .digests import NUMBERS
 from .entries import Entry
 from .fingerprint import HASH, SHAPES
 from .header import Header
@@ -219,9 +220,9 @@ def key_of(values: Mapping[str, Any], autocast: bool) -> Key:
     return kept, autocast, [tuple(v) for v in kept.values() if type(v) is dict and v]  # of tables, the order counts
 
 
-def base_of(header: Header) -> tuple[str | None, str | None]:
+def base_of(header: Header) -> tuple[str | None, ...]:
     """What a file notes of its base model."""
-    return header.metadata.get(HASH), header.metadata.get(SHAPES)
+    return header.metadata.get(HASH), header.metadata.get(SHAPES), header.metadata.get(NUMBERS)
 
 
 def usual(tuner: Any, config: Any) -> bool:

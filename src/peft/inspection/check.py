@@ -19,7 +19,7 @@ from ..core.entries import Entry, base_tensors, entries_of, plain
 from ..core.experts import fused
 from ..core.files import in_hand
 from ..core.fill import paired, same_kind
-from ..core.fingerprint import difference
+from ..core.fingerprint import difference, replaced_by
 from ..core.parts import joined
 from ..core.renames import found_again, of_now
 from ..core.shared import late
@@ -88,7 +88,7 @@ def check_adapter(adapter: str | os.PathLike[str], base: Any, **download: Any) -
     outline = saved.outline
     model = base if isinstance(base, nn.Module) else _model(base, config, outline)
     fit = Fit(name, type(model).__name__)
-    fit.base = difference(saved.metadata, model, getattr(config, "modules_to_save", None) or ())
+    fit.base = difference(saved.metadata, model, replaced_by(config))
     with warnings.catch_warnings(record=True) as said, in_hand(list(outline)), late():
         warnings.simplefilter("always")
         try:

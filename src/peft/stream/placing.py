@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.checkpoint import foreseen, open_adapter, renamed, set_peft_model_state_dict
 from ..core.files import Saved, in_hand
-from ..core.fingerprint import HASH, difference, fingerprint
+from ..core.fingerprint import HASH, difference, fingerprint, replaced_by
 from ..core.late import complete
 from ..core.layer import BaseTunerLayer
 from ..core.shared import late
@@ -142,7 +142,7 @@ def _made_for(model: nn.Module, source: Source) -> str:
     named = repr(config.base_model_name_or_path) if config.base_model_name_or_path else "a base that it does not name"
     mark = f" with the fingerprint {noted[HASH]}" if HASH in noted else ""
     text = f"It was made for {named}{f' ({kind})' if kind else ''}{mark}."
-    replaced = getattr(config, "modules_to_save", None) or ()
+    replaced = replaced_by(config)
     if HASH in noted and type(model) is not nn.Module:
         if fingerprint(model, replaced)[HASH] == noted[HASH]:
             return (
