@@ -15,10 +15,12 @@ from peft.cli.options import (
     CheckOptions,
     CompareOptions,
     ConvertOptions,
+    EstimateOptions,
     EvalOptions,
     GenerateOptions,
     InspectOptions,
     MergeOptions,
+    PlanOptions,
     TrainOptions,
 )
 from peft.errors import PeftError
@@ -38,6 +40,8 @@ def build_app() -> Any:
         epilog="Start with: peft train --model FOLDER_OR_HUB_ID --data examples.jsonl --output my-adapter --dry-run",
     )
     app.callback()(_root())
+    _add(app, "plan", PlanOptions, _plan, "What an adapter would change in a model; reads no weight.")
+    _add(app, "estimate", EstimateOptions, _estimate, "The memory that training an adapter takes; reads no weight.")
     _add(app, "train", TrainOptions, _train, "Fine-tune a causal language model; run it again to resume.")
     _add(app, "eval", EvalOptions, _evaluate, "Loss, perplexity and token accuracy of a saved adapter.")
     _add(app, "generate", GenerateOptions, _generate, "Answer a prompt with a saved adapter.")
@@ -68,6 +72,24 @@ def _root() -> Callable[..., None]:
     parameter = inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
     root.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
     return root
+
+
+def _plan(options: PlanOptions) -> int:
+    from peft.cli.check import check_foresight
+
+    check_foresight(options)
+    from peft.cli.foresight import plan
+
+    return plan(options)
+
+
+def _estimate(options: EstimateOptions) -> int:
+    from peft.cli.check import check_estimate
+
+    check_estimate(options)
+    from peft.cli.foresight import estimate
+
+    return estimate(options)
 
 
 def _train(options: TrainOptions) -> int:

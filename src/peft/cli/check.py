@@ -8,7 +8,15 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from peft.cli.options import CompareOptions, DataOptions, EvalOptions, GenerateOptions, TrainOptions
+from peft.cli.options import (
+    CompareOptions,
+    DataOptions,
+    EstimateOptions,
+    EvalOptions,
+    ForesightOptions,
+    GenerateOptions,
+    TrainOptions,
+)
 from peft.core.commit import check_writable
 from peft.errors import PeftError, nearest
 
@@ -88,6 +96,31 @@ def check_compare(options: CompareOptions) -> None:
     require("torch", "transformers")
 
 
+def check_foresight(options: ForesightOptions) -> None:
+    """Raise UsageError for the first option of `peft plan` that cannot be right."""
+    _check_model(options.model, "MODEL")
+    given = [flag for flag in ("method", "target", "setting") if getattr(options, flag) is not None]
+    if options.adapter is not None and given:
+        flags = ", ".join("--" + flag.removesuffix("ting") for flag in given)
+        raise UsageError(f"--adapter {options.adapter}: its configuration says all of the method. Leave out {flags}.")
+    if options.target is not None:
+        _check_target(options.target)
+    for text in options.setting or ():
+        _demand("--set", text, text.partition("=")[0].isidentifier() and "=" in text, "NAME=VALUE")
+    require("torch", "transformers")
+
+
+def check_estimate(options: EstimateOptions) -> None:
+    """Raise UsageError for the first option of `peft estimate` that cannot be right."""
+    check_foresight(options)
+    for flag, value in (("--batch", options.batch), ("--seq", options.seq)):
+        _demand(flag, value, value >= 1, "at least 1")
+    _choose("--dtype", options.dtype, (*DTYPES, "fp16"))
+    if options.quantize is not None:
+        _choose("--quantize", options.quantize, ("nf4", "fp4", "int8"))
+        require(QUANTIZED[options.quantize])
+
+
 def require(*packages: str) -> None:
     """Raise UsageError with the install command if an optional package is missing."""
     missing = [p for p in packages if find_spec(p) is None]
@@ -144,13 +177,17 @@ def _check_template(template: str | None) -> None:
         require("jinja2")
 
 
-def _check_model(model: str) -> None:
+def _check_model(model: str, flag: str = "--model") -> None:
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UsageError(f"--model {model}: the folder has no config.json. Give a saved transformers model.")
+            raise UsageError(f"{flag} {model}: the folder has no config.json. Give a saved transformers model.")
     elif path.exists() or not HUB_ID.fullmatch(model):
-        raise UsageError(f"--model {model}: no such folder, and not a hub id (ORG/NAME). Check the path.")
+        raise UsageError(f"{flag} {model}: no such folder, and not a hub id (ORG/NAME). Check the path.")
+
+
+def _check_target(target: str) -> None:
+    _demand("--target", target, all(t.strip() for t in target.split(",")), "all-linear or names")
 
 
 def _check_method(options: TrainOptions) -> None:
@@ -159,7 +196,7 @@ def _check_method(options: TrainOptions) -> None:
     if options.alpha is not None:
         _demand("--alpha", options.alpha, options.alpha > 0, "above 0")
     _demand("--dropout", options.dropout, 0 <= options.dropout < 1, "from 0 to below 1")
-    _demand("--target", options.target, all(t.strip() for t in options.target.split(",")), "all-linear or names")
+    _check_target(options.target)
     if not re.fullmatch(r"pissa_niter_\d+", options.init):
         _choose("--init", options.init, INITS)
 

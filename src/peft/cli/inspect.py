@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 from peft.cli import report
 from peft.cli.options import CheckOptions, InspectOptions
@@ -18,7 +16,7 @@ def run(options: InspectOptions) -> int:
 
     found = inspect_adapter(options.adapter)
     if options.json:
-        _print(found.to_dict())
+        report.as_json(found.to_dict())
         return 0 if found.ok else 1
     kinds = ", ".join(f"{n} x {dtype}" for dtype, n in found.dtypes.items())
     report.say(f"{found.path}: {found.method}, {found.parameters:,} parameters, {found.bytes:,} bytes ({kinds})")
@@ -49,7 +47,7 @@ def check(options: CheckOptions) -> int:
 
     fit = check_adapter(options.adapter, options.base)
     if options.json:
-        _print(fit.to_dict())
+        report.as_json(fit.to_dict())
         return 0 if fit.ok else 1
     report.say(f"{fit.adapter} on {fit.model}: {fit.matched} tensors fit.")
     if fit.refused:
@@ -79,12 +77,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-def _print(values: dict[str, Any]) -> None:
-    """JSON on standard output, by itself."""
-    print(json.dumps(values, indent=2, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)

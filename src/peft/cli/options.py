@@ -161,6 +161,45 @@ class CheckOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ForesightOptions:
+    """What `peft plan` and `peft estimate` have in common."""
+
+    model: str = option(
+        "Folder of a transformers model, or its hub id; its configuration is read, no weight.", DATA, MISSING, *ARGUMENT
+    )
+    adapter: str | None = option("Folder of an adapter, whose configuration is taken.", METHOD, None)
+    method: str | None = option("Any method: lora, ia3, oft ... Default: lora.", METHOD, None)
+    target: str | None = option("Layers to adapt, as in `peft train`. Default: the usual ones.", METHOD, None)
+    setting: list[str] | None = option(  # noqa: RUF009
+        "A further setting of the method, NAME=VALUE, such as r=16 or use_dora=true; repeat it for more.",
+        METHOD,
+        None,
+        "--set",
+    )
+    json: bool = option("Print all of it as JSON.", RUN, False, "--json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(ForesightOptions):
+    """Options of `peft plan`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateOptions(ForesightOptions):
+    """Options of `peft estimate`."""
+
+    batch: int = option("Examples per step.", TRAINING, 1)
+    seq: int = option("Tokens of each.", TRAINING, 512)
+    optimizer: str = option("adamw, sgd, adamw_8bit or adafactor.", TRAINING, "adamw")
+    gradient_checkpointing: bool = option(
+        "Compute activations again in the backward pass.", TRAINING, False, "--gradient-checkpointing"
+    )
+    inference: bool = option("Of a forward in evaluation.", RUN, False, "--inference")
+    dtype: str = option("Of the base model: auto (the model's own), fp32, bf16 or fp16.", RUN, "auto")
+    quantize: str | None = option("Base model's weights in few bits: nf4, fp4 or int8.", RUN, None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeOptions:
     """Options of `peft merge`."""
 

@@ -35,11 +35,11 @@ def show_plan(options: TrainOptions) -> int:
         raise UsageError(f"--data {options.data}: no rows found.")
     columns = find_columns(list(first), options, options.data)
     model, config = meta_model(base_name(options.model)), method_config(options)
-    kinds = _kinds(checked_plan(model, config).rows)
+    kinds = kinds_of(checked_plan(model, config).rows)
     adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     rows = [
-        [kind, str(len(paths)), shape, f"{sum(_trainable(adapted, path) for path in paths):,}"]
-        for (kind, shape), paths in kinds.items()
+        [kind, str(len(alike)), shape, f"{sum(_trainable(adapted, row.path) for row in alike):,}"]
+        for (kind, shape), alike in kinds.items()
     ]
     report.table(f"{options.method} on {options.model}", ["target", "layers", "weight", "trainable"], rows)
     trainable, total = adapted.get_nb_trainable_parameters()
@@ -49,12 +49,12 @@ def show_plan(options: TrainOptions) -> int:
     return 0
 
 
-def _kinds(rows: Sequence[Any]) -> dict[tuple[str, str], list[str]]:
-    """The paths of a plan's rows; those alike but for layer numbers are together."""
-    kinds: dict[tuple[str, str], list[str]] = {}
+def kinds_of(rows: Sequence[Any]) -> dict[tuple[str, str], list[Any]]:
+    """{(path, shape): a plan's rows}; those alike but for layer numbers are together."""
+    kinds: dict[tuple[str, str], list[Any]] = {}
     for row in rows:
         kind = re.sub(r"\.\d+\.", ".*.", row.path), " x ".join(map(str, row.shape))
-        kinds.setdefault(kind, []).append(row.path)
+        kinds.setdefault(kind, []).append(row)
     return kinds
 
 

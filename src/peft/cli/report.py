@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,11 @@ def error(message: str) -> None:
 def say(message: str) -> None:
     """Print one line to standard output."""
     console().print(_plain(message), soft_wrap=True)
+
+
+def as_json(values: Mapping[str, Any]) -> None:
+    """Print JSON to standard output, by itself."""
+    print(json.dumps(values, indent=2, default=lambda v: sorted(v) if isinstance(v, set | frozenset) else str(v)))
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> None:

@@ -123,9 +123,11 @@ class Plan:
             for line in [head, tuple("-" * w for w in widths), *lines]
         ]
         notes = [f"note: {note}" for note in self.notes]
-        return "\n".join([*(line.rstrip() for line in text), self._total(), *notes])
+        return "\n".join([*(line.rstrip() for line in text), self.summary, *notes])
 
-    def _total(self) -> str:
+    @property
+    def summary(self) -> str:
+        """How many targets there are, and how much is trained."""
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         found = f"{len(self.targets)} target{'' if len(self.targets) == 1 else 's'}{skipped}"
         trainable = self.trainable
